@@ -1,0 +1,21 @@
+"""The one exception that means "the user's configuration is wrong", and the search for the name that was meant."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(Exception):
+    """A configuration that cannot run. `str(error)` is the whole message, ready to print; the exit code is 2."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name closest to `name`, ignoring case, or None where nothing is close."""
+    by_lower = {candidate.lower(): candidate for candidate in valid}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[found[0]] if found else None
+
+
+def did_you_mean(name: str, valid: Iterable[str], *, prefix: str = "") -> str:
+    """A sentence to append to a message: ``; did you mean 'rowwise'?`` or nothing."""
+    best = nearest(name, valid)
+    return "" if best is None else f"; did you mean '{prefix}{best}'?"

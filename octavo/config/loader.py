@@ -1,0 +1,71 @@
+"""From a command line to a `JobConfig`: defaults, then the TOML file, then the flags."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from octavo.config import flags, toml
+from octavo.config.errors import ConfigError
+from octavo.config.schema import JobConfig
+
+
+def load(argv: Sequence[str], *, prog: str = "octavo train") -> JobConfig:
+    """Read a job from flags and from the TOML file that `--job.config_file` names.
+
+    Nothing outside that file is looked at: ranges, paths and divisibility are `check`'s. `-h` or `--help` among the flags
+    prints the help and exits with 0. Of a flag given several times the last counts, so that a script's own flags can be
+    overridden; two spellings of one key must agree.
+
+    Raises:
+        ConfigError: with one line for each thing wrong in the file and on the command line.
+    """
+    if flags.wants_help(argv):
+        flags.print_help(prog=prog)
+        raise SystemExit(0)
+    given_flags, flag_problems = flags.scan(argv)
+    bad_values = flags.check_values(given_flags)
+    path = flags.config_file(given_flags)
+    entries, problems = _read_file(path) if path is not None else ([], [])
+    problems += _contradictions((e.section, e.key, e.value, e.written, e.where) for e in entries)
+    problems += flag_problems + bad_values
+    if not bad_values:
+        problems += _contradictions((f.section, f.key, f.value(), f.written, f.typed) for f in given_flags)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+    job = JobConfig()
+    for entry in entries:
+        setattr(getattr(job, entry.section), entry.key, entry.value)
+    job = flags.apply(given_flags, job, prog=prog)
+    for entry in entries:
+        job.given[f"{entry.section}.{entry.key}"] = "toml"
+        job.where[f"{entry.section}.{entry.key}"] = entry.where
+    for flag in given_flags:
+        job.given[f"{flag.section}.{flag.key}"] = "cli"
+        job.where[f"{flag.section}.{flag.key}"] = flag.typed
+    return job
+
+
+def _read_file(path: str) -> tuple[list[toml.Entry], list[str]]:
+    try:
+        return toml.read(path)
+    except ConfigError as error:
+        return [], [str(error)]
+
+
+def _contradictions(settings: Iterable[tuple[str, str, Any, str, str]]) -> list[str]:
+    """One message for each key that two of its spellings set to different values in one source.
+
+    `settings` are (section, key, value, the spelling's own "section.key", where).
+    """
+    last: dict[tuple[str, str], dict[str, tuple[Any, str]]] = {}
+    for section, key, value, written, where in settings:
+        last.setdefault((section, key), {})[written] = (value, where)
+    problems = []
+    for spellings in last.values():
+        (first, (value, where)), *others = spellings.items()
+        problems += [
+            f"{other_where}: {other} = {other_value!r} contradicts {first} = {value!r} ({where}): they are one setting"
+            for other, (other_value, other_where) in others
+            if other_value != value
+        ]
+    return problems

@@ -1,0 +1,76 @@
+"""From the name a user wrote to the attribute that holds it, or to the message that says why there is none."""
+
+from octavo.config import torchtitan
+from octavo.config.errors import nearest
+from octavo.config.schema import ALIASES, SECTIONS
+
+
+def normal(name: str) -> str:
+    """`-` and `_` are one character to us."""
+    return name.replace("-", "_")
+
+
+def spellings(section: str) -> list[str]:
+    """Every key that may be written in a section, second spellings included."""
+    return [*SECTIONS[section], *(key for alias_section, key in ALIASES if alias_section == section)]
+
+
+def resolve(section: str, key: str) -> tuple[str, str] | None:
+    """The (section, key) that holds what is written as `section.key`; None where nothing does."""
+    if (section, key) in ALIASES:
+        return ALIASES[section, key]
+    return (section, key) if key in SECTIONS.get(section, ()) else None
+
+
+def explain_unknown(section: str, key: str, *, prefix: str = "") -> str:
+    """Why `section.key` is no key of ours; `prefix` is "--" where the user wrote a flag."""
+    reason = torchtitan.reason(section, key)
+    if reason is not None:
+        return f"known to torchtitan, not supported: {reason}"
+    noun = "flag" if prefix else "key"
+    if section not in SECTIONS:
+        return f"unknown section '{section}'{_suggest(_everywhere(section, key), prefix)}"
+    return f"unknown {noun}{_suggest(_in_section(section, key), prefix)}"
+
+
+def explain_unknown_section(section: str) -> str:
+    """Why `[section]` is no section of ours."""
+    reason = torchtitan.section_reason(section)
+    if reason is not None:
+        return f"known to torchtitan, not supported: {reason}"
+    best = nearest(section, SECTIONS)
+    return "unknown section" + (f"; did you mean [{best}]?" if best else f"; the sections are {', '.join(SECTIONS)}")
+
+
+def suggest_for_bare(key: str, *, prefix: str = "") -> str:
+    """For a key written without a section: where this key, or the nearest one, belongs."""
+    return _suggest(_homes(key) or _homes(nearest(key, _all_keys()) or ""), prefix)
+
+
+def _in_section(section: str, key: str) -> list[str]:
+    best = nearest(key, spellings(section))
+    homes = _homes(key)
+    return homes or ([f"{section}.{best}"] if best else [])
+
+
+def _everywhere(section: str, key: str) -> list[str]:
+    best = nearest(section, SECTIONS)
+    if best is not None:
+        found = nearest(key, spellings(best))
+        return [f"{best}.{found}"] if found else _homes(key)
+    return _homes(key)
+
+
+def _homes(key: str) -> list[str]:
+    """The same key in other sections, e.g. warmup_steps written under [training]."""
+    return [f"{section}.{key}" for section in SECTIONS if key in spellings(section)]
+
+
+def _all_keys() -> list[str]:
+    return [key for section in SECTIONS for key in spellings(section)]
+
+
+def _suggest(names: list[str], prefix: str) -> str:
+    if not names:
+        return ""
+    return "; did you mean " + " or ".join(f"'{prefix}{name}'" for name in names[:3]) + "?"

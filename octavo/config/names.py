@@ -1,0 +1,41 @@
+"""Every name a config may choose from, kept here so that a config can be judged before torch is imported.
+
+The registries that give these names a meaning (models, recipes, optimizers, corpora) import torch, which takes seconds;
+a misspelt name should cost milliseconds. The price is that each name is written twice, and a test holds the two equal
+(`tests/config/test_names.py`).
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, get_args
+
+RecipeName = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
+OptimizerName = Literal["Adam", "AdamW"]
+OptimizerImplementation = Literal["for-loop", "foreach", "fused"]
+DecayType = Literal["linear", "sqrt", "cosine"]
+Converter = Literal["float8"]
+CompileComponent = Literal["model", "loss"]
+ActivationCheckpointMode = Literal["none", "selective", "full"]
+AsyncMode = Literal["disabled", "async"]
+ParamDtype = Literal["auto", "bfloat16", "float32"]
+ReduceDtype = Literal["float32", "bfloat16"]
+ReshardAfterForward = Literal["default", "always", "never"]
+
+RECIPES: tuple[str, ...] = get_args(RecipeName)
+OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
+DECAY_TYPES: tuple[str, ...] = get_args(DecayType)
+CONVERTERS: tuple[str, ...] = get_args(Converter)
+
+MODELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"llama3": ("debugmodel", "1B", "3B", "8B", "70B", "405B")},
+)
+"""Model name -> its flavours."""
+
+DATASETS: tuple[str, ...] = ("shakespeare", "c4")
+"""Corpora known by name; anything else is a local file or folder."""
+
+STREAMED_DATASETS: tuple[str, ...] = ("c4",)
+"""The part of `DATASETS` that is fetched, and for which `training.dataset_path` may name another source."""
+
+TOKENIZERS: tuple[str, ...] = ("octavo_bpe_2048",)
+"""Tokenizers shipped in the package; anything else is a local folder or file."""

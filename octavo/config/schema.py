@@ -1,0 +1,268 @@
+"""Every key of a job, its type, its default and its help text: one dataclass a section.
+
+A section holds a key only where the key does something. The string below a field is its help: `octavo train --help`
+prints it. Names and meanings follow the TOML files of 2025's torchtitan, so that its users' files load; where two
+spellings of one fact exist (`training.compile` and `compile.enable`), `ALIASES` folds them into one attribute, so no
+reader of the config has to look at two places.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, get_type_hints
+
+from octavo.config import names
+
+
+@dataclass
+class Job:
+    config_file: str | None = None
+    """TOML file to read first; flags override it."""
+    dump_folder: str = "./outputs"
+    """Folder that everything this run writes goes under."""
+    description: str = "octavo job"
+    """Free text for the log and the metrics file."""
+    print_config: bool = False
+    """Log the whole configuration, as it was understood, at start."""
+
+
+@dataclass
+class Profiling:
+    enable_profiling: bool = False
+    """Record traces with torch.profiler."""
+    save_traces_folder: str = "profile_traces"
+    """Where traces go, under job.dump_folder."""
+    profile_freq: int = 10
+    """Steps from one trace to the next."""
+    enable_memory_snapshot: bool = False
+    """Record the CUDA allocator's history (needs a GPU)."""
+    save_memory_snapshot_folder: str = "memory_snapshot"
+    """Where memory snapshots go, under job.dump_folder."""
+
+
+@dataclass
+class Metrics:
+    log_freq: int = 10
+    """Steps from one log line to the next; step 1 is always logged."""
+    enable_tensorboard: bool = False
+    """Also write TensorBoard events; the JSONL metrics file is always written."""
+    disable_color_printing: bool = False
+    """Log lines without colours."""
+    save_tb_folder: str = "tb"
+    """Where TensorBoard events go, under job.dump_folder."""
+    save_for_all_ranks: bool = False
+    """TensorBoard events from every rank, not from rank 0 alone."""
+    log_grad_norm: bool = False
+    """Add the gradient norm (before clipping) to each log line."""
+
+
+@dataclass
+class Model:
+    name: str = "llama3"
+    """Model family."""
+    flavor: str = "debugmodel"
+    """Size of the model: debugmodel, 1B, 3B, 8B, 70B, 405B for llama3."""
+    hf_assets_path: str = "octavo_bpe_2048"
+    """Tokenizer: a shipped name, or a folder or file with tokenizer.json or tokenizer.model (also --model.tokenizer_path)."""
+    converters: list[names.Converter] = field(default_factory=list)
+    """Comma-separated converters applied to the model: float8."""
+    print_after_conversion: bool = False
+    """Log the model's modules after the converters ran."""
+
+
+@dataclass
+class Optimizer:
+    name: names.OptimizerName = "AdamW"
+    """Optimizer."""
+    lr: float = 8e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Weight decay: decoupled in AdamW, added to the gradient in Adam."""
+    implementation: names.OptimizerImplementation = "fused"
+    """How PyTorch runs the step; all three compute the same update."""
+
+
+@dataclass
+class LRScheduler:
+    warmup_steps: int = 200
+    """Steps of linear warm-up to the peak learning rate."""
+    decay_ratio: float | None = None
+    """Share of training.steps spent decaying, at the end; 0 keeps the rate flat, None decays from the end of warm-up."""
+    decay_type: names.DecayType = "linear"
+    """Shape of the decay; sqrt means 1 - sqrt(progress)."""
+    min_lr_factor: float = 0.0
+    """The decay ends at this multiple of the peak learning rate."""
+
+
+@dataclass
+class Training:
+    dataset: str = "shakespeare"
+    """Corpus: shakespeare (shipped), c4 (streamed), or a local folder or file of .txt, .jsonl, .json or .parquet."""
+    dataset_path: str | None = None
+    """Read c4 from here: a local copy or another hub dataset."""
+    local_batch_size: int = 8
+    """Sequences per device in one forward pass (also --training.batch_size)."""
+    global_batch_size: int = -1
+    """Sequences per optimizer step over all devices; more than one pass each accumulates. -1: local_batch_size x devices."""
+    seq_len: int = 2048
+    """Tokens in a sequence."""
+    max_norm: float = 1.0
+    """Gradients are clipped to this global norm."""
+    steps: int = 10000
+    """Optimizer steps to run."""
+    enable_cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory (needs a GPU)."""
+    mixed_precision_param: names.ParamDtype = "auto"
+    """Type of parameters and activations in forward and backward; auto: bfloat16, or float32 on a CPU without bf16 units."""
+    mixed_precision_reduce: names.ReduceDtype = "float32"
+    """Type in which gradients are reduced over ranks."""
+    gc_freq: int = 50
+    """Steps from one Python garbage collection to the next; it never runs in between."""
+    seed: int = 42
+    """Initial weights are a function of it and the parameter's name; the data's order of it and the sample's index."""
+    deterministic: bool = False
+    """Deterministic algorithms only; may be slower."""
+
+
+@dataclass
+class Parallelism:
+    data_parallel_replicate_degree: int = 1
+    """Groups of devices that each hold a whole copy of the model."""
+    data_parallel_shard_degree: int = -1
+    """Devices that one copy is sharded over (FSDP2); -1: all that are left."""
+    fsdp_reshard_after_forward: names.ReshardAfterForward = "default"
+    """Free gathered weights after forward and gather them again in backward: default and always do, never does not."""
+
+
+@dataclass
+class Checkpoint:
+    enable: bool = False
+    """Save checkpoints, and resume from the latest one (also --checkpoint.enable_checkpoint)."""
+    folder: str = "checkpoint"
+    """Where checkpoints go, under job.dump_folder."""
+    interval: int = 500
+    """Steps from one checkpoint to the next; the last step is always saved."""
+    load_step: int = -1
+    """Resume from this step; -1: the latest."""
+    keep_latest_k: int = 10
+    """Delete all but this many; 0 keeps all. At least 2, so that one complete checkpoint exists while another is written."""
+    last_save_model_only: bool = False
+    """The last checkpoint holds the model alone; training cannot resume from it."""
+    async_mode: names.AsyncMode = "disabled"
+    """async: training goes on while the checkpoint is written."""
+
+
+@dataclass
+class ActivationCheckpoint:
+    mode: names.ActivationCheckpointMode = "selective"
+    """What backward recomputes: nothing, a selection, or whole layers."""
+    selective_ac_option: str = "op"
+    """op: keep the dear operations' outputs; a number n: recompute every n-th layer whole."""
+
+
+@dataclass
+class Compile:
+    enable: bool = False
+    """torch.compile (also --training.compile)."""
+    components: list[names.CompileComponent] = field(default_factory=lambda: ["model"])
+    """Comma-separated parts to compile: model, loss."""
+
+
+@dataclass
+class Float8:
+    recipe_name: names.RecipeName | None = None
+    """How operands are scaled and cast; None means tensorwise."""
+    filter_fqns: list[str] = field(default_factory=list)
+    """Comma-separated parts of module names to leave in high precision, e.g. output,attention.wk."""
+    emulate: bool = False
+    """Compute float8 matmuls in high precision from float8-rounded operands, also where hardware exists."""
+
+
+@dataclass
+class Comm:
+    init_timeout_seconds: int = 300
+    """How long a collective may take until the first step is done."""
+    train_timeout_seconds: int = 100
+    """How long a collective may take afterwards."""
+
+
+@dataclass
+class Validation:
+    """No keys yet."""
+
+
+@dataclass
+class MemoryEstimation:
+    """No keys yet."""
+
+
+@dataclass
+class FaultTolerance:
+    """No keys yet."""
+
+
+@dataclass
+class Experimental:
+    custom_import: str = ""
+    """Dotted module to import first; it may register a model of its own."""
+
+
+@dataclass
+class JobConfig:
+    """A whole job: one attribute a section, named as in TOML."""
+
+    job: Job = field(default_factory=Job)
+    profiling: Profiling = field(default_factory=Profiling)
+    metrics: Metrics = field(default_factory=Metrics)
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    training: Training = field(default_factory=Training)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
+    float8: Float8 = field(default_factory=Float8)
+    comm: Comm = field(default_factory=Comm)
+    validation: Validation = field(default_factory=Validation)
+    memory_estimation: MemoryEstimation = field(default_factory=MemoryEstimation)
+    fault_tolerance: FaultTolerance = field(default_factory=FaultTolerance)
+    experimental: Experimental = field(default_factory=Experimental)
+
+    def __post_init__(self) -> None:
+        # Attributes, not fields: they tell how the job came about, and are no part of what it is.
+        self.given: dict[str, str] = {}
+        """Which keys the user set: "section.key" -> "cli" or "toml"."""
+        self.where: dict[str, str] = {}
+        """Where they did: "section.key" -> the flag as typed, or "file.toml:12"."""
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Sections and keys as plain values, as they would stand in TOML."""
+        return {section: dataclasses.asdict(getattr(self, section)) for section in SECTIONS}
+
+
+def _keys(section_type: type) -> Mapping[str, Any]:
+    return MappingProxyType({f.name: get_type_hints(section_type)[f.name] for f in dataclasses.fields(section_type)})
+
+
+SECTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {f.name: _keys(get_type_hints(JobConfig)[f.name]) for f in dataclasses.fields(JobConfig)}
+)
+"""section -> key -> type, read from the dataclasses above."""
+
+ALIASES: Mapping[tuple[str, str], tuple[str, str]] = MappingProxyType(
+    {
+        ("training", "compile"): ("compile", "enable"),
+        ("training", "batch_size"): ("training", "local_batch_size"),
+        ("checkpoint", "enable_checkpoint"): ("checkpoint", "enable"),
+        ("model", "tokenizer_path"): ("model", "hf_assets_path"),
+    }
+)
+"""A second spelling of a key -> the attribute that holds it."""

@@ -1,0 +1,141 @@
+"""Reading a TOML file: strictly, and knowing on which line each key stands.
+
+`tomllib` parses but forgets positions, and an error without a line number makes the user search. `key_lines` recovers
+them: it feeds tomllib one statement at a time (the shortest run of lines that parses, together with the table header
+above it), so that strings and arrays over several lines, dotted keys and inline tables come out right without a second
+TOML parser. Its cost is one small parse a statement.
+"""
+
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from octavo.config import lookup
+from octavo.config.errors import ConfigError
+from octavo.config.schema import SECTIONS
+from octavo.config.values import BadValue, convert
+
+_POSITION = re.compile(r"\s*\(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)$")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One value from the file: where it belongs, what it is, and how to point at it."""
+
+    section: str
+    key: str
+    value: Any
+    written: str
+    where: str
+
+
+def read(path: str) -> tuple[list[Entry], list[str]]:
+    """All valid entries of a file, and one message for each thing wrong in it.
+
+    Raises:
+        ConfigError: where there is no file, or it is no TOML.
+    """
+    text = _read_text(path)
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(_syntax_message(path, text, str(error))) from None
+    lines = key_lines(text)
+    entries: list[Entry] = []
+    problems: list[str] = []
+    for name, table in tree.items():
+        section = lookup.normal(name)
+        where = _where(path, lines, (name,))
+        if not isinstance(table, dict):
+            problems.append(f"{where}: {_not_a_table(name, section, table)}")
+        elif section not in SECTIONS and not any(lookup.resolve(section, lookup.normal(key)) for key in table):
+            problems.append(f"{where}: [{name}]: {lookup.explain_unknown_section(section)}")
+        else:
+            for key, value in table.items():
+                _read_entry(_where(path, lines, (name, key)), section, lookup.normal(key), value, entries, problems)
+    return entries, problems
+
+
+def key_lines(text: str) -> dict[tuple[str, ...], int]:
+    """Line number (from 1) of every table and key, by its path: ("training",), ("training", "seq_len")."""
+    found: dict[tuple[str, ...], int] = {}
+    header, pending, start = "", [], 0
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
+        if not pending:
+            start = number
+            if not line.strip() or line.lstrip().startswith("#"):
+                continue
+        pending.append(line)
+        statement = "\n".join(pending)
+        try:
+            tree = tomllib.loads(f"{header}\n{statement}")
+        except tomllib.TOMLDecodeError:
+            continue  # a value that goes on in the next line
+        pending = []
+        if statement.lstrip().startswith("["):
+            header = statement
+            tree = tomllib.loads(statement)
+        _record(tree, (), start, found)
+    return found
+
+
+def _record(tree: Any, path: tuple[str, ...], line: int, found: dict[tuple[str, ...], int]) -> None:
+    if isinstance(tree, list):
+        tree = tree[0] if tree and isinstance(tree[0], dict) else None
+    if not isinstance(tree, dict):
+        return
+    for key, value in tree.items():
+        found.setdefault((*path, key), line)
+        _record(value, (*path, key), line, found)
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path!r} does not exist (looked in {Path.cwd()})") from None
+    except IsADirectoryError:
+        raise ConfigError(f"config file {path!r} is a folder; name the .toml file in it") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {path!r} is not UTF-8 text (byte {error.start}); is it a TOML file?") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config file {path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _syntax_message(path: str, text: str, error: str) -> str:
+    match = _POSITION.search(error)
+    what = error[: match.start()] if match else error
+    what = what.replace("Cannot overwrite a value", "this key is given twice")
+    if match is None or match["line"] is None:
+        return f"{path}: not valid TOML at the end of the file: {what}"
+    line, column = int(match["line"]), int(match["column"])
+    shown = text.replace("\r\n", "\n").split("\n")[line - 1].strip()
+    return f"{path}:{line}: not valid TOML at column {column}: {what}: {shown!r}"
+
+
+def _where(path: str, lines: dict[tuple[str, ...], int], key: tuple[str, ...]) -> str:
+    return f"{path}:{lines[key]}" if key in lines else path
+
+
+def _not_a_table(name: str, section: str, value: Any) -> str:
+    if section in SECTIONS:
+        return f"'{name}' is a section, not a key: write [{section}] on a line of its own and its keys below"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return f"[[{name}]] is an array of tables; sections have single brackets"
+    return f"key '{name}' stands outside any section{lookup.suggest_for_bare(section, prefix='')}"
+
+
+def _read_entry(where: str, section: str, key: str, value: Any, entries: list[Entry], problems: list[str]) -> None:
+    written = f"{section}.{key}"
+    home = lookup.resolve(section, key)
+    if home is None:
+        problems.append(f"{where}: {written}: {lookup.explain_unknown(section, key)}")
+        return
+    try:
+        converted = convert(SECTIONS[home[0]][home[1]], value, text=False)
+    except BadValue as error:
+        problems.append(f"{where}: {written}: {error}")
+        return
+    entries.append(Entry(*home, converted, written, where))

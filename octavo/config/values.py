@@ -1,0 +1,127 @@
+"""From what a user wrote to a typed value, by the same rules for TOML and for the command line.
+
+TOML has types, a command line has text: `text=True` reads numbers and booleans out of a string, and there `None` unsets
+an optional key. A list is a TOML list or, in both, one comma-separated string. Nothing is guessed: `1.5` is no integer,
+`true` is no number, `"ten"` is neither.
+"""
+
+import re
+import types
+from typing import Any, Literal, Union, get_args, get_origin
+
+from octavo.config.errors import did_you_mean
+
+_INTEGER = re.compile(r"[+-]?[0-9](_?[0-9])*")
+_BOOLS = {"true": True, "false": False}
+_SCALARS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+_TOML_TYPES = {
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "a table",
+}
+
+
+class BadValue(Exception):
+    """A value that its key cannot take; not a ValueError, so that tyro lets it pass."""
+
+
+def unwrap(kind: Any) -> tuple[Any, bool]:
+    """Split `X | None` into (X, True); any other type into (itself, False)."""
+    if get_origin(kind) in (Union, types.UnionType):
+        (inner,) = [arg for arg in get_args(kind) if arg is not type(None)]
+        return inner, True
+    return kind, False
+
+
+def describe(kind: Any) -> str:
+    """What a key of this type takes, in words: "an integer", "one of linear, sqrt, cosine"."""
+    kind, _ = unwrap(kind)
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    if get_origin(kind) is list:
+        (item,) = get_args(kind)
+        of = "strings" if item is str else ", ".join(get_args(item))
+        return f"a list of {of} (or one comma-separated string)"
+    return _SCALARS[kind]
+
+
+def metavar(kind: Any) -> str:
+    """How `--help` shows what follows the flag."""
+    kind, _ = unwrap(kind)
+    if get_origin(kind) is Literal:
+        return "{" + ",".join(get_args(kind)) + "}"
+    if get_origin(kind) is list:
+        return "A,B,.."
+    return str(kind.__name__).upper()
+
+
+def convert(kind: Any, value: Any, *, text: bool) -> Any:
+    """Read `value` as a key of type `kind`; `text` where it is a command line's string.
+
+    Raises:
+        BadValue: with what was expected and, for a choice, the nearest one.
+    """
+    kind, optional = unwrap(kind)
+    if optional and text and value.lower() == "none":
+        return None
+    if get_origin(kind) is list:
+        return _convert_list(kind, value)
+    if get_origin(kind) is Literal:
+        return _convert_choice(kind, value)
+    converted = _read_text(kind, value) if text else _read_toml(kind, value)
+    if converted is None:
+        raise _wrong_type(kind, value, text=text)
+    return converted
+
+
+def _convert_list(kind: Any, value: Any) -> list[str]:
+    (item,) = get_args(kind)
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if not isinstance(value, list):
+        raise _wrong_type(kind, value, text=False)
+    converted = [convert(item, part, text=False) for part in value]
+    if len(set(converted)) < len(converted):
+        raise BadValue(f"names something twice: {', '.join(converted)}")
+    return converted
+
+
+def _convert_choice(kind: Any, value: Any) -> str:
+    choices = get_args(kind)
+    if not isinstance(value, str):
+        raise _wrong_type(kind, value, text=False)
+    if value not in choices:
+        raise BadValue(f"{value!r} is not {describe(kind)}{did_you_mean(value, choices)}")
+    return value
+
+
+def _read_text(kind: Any, value: str) -> Any:
+    try:
+        if kind is int:
+            return int(value) if _INTEGER.fullmatch(value) else None
+        if kind is float:
+            return float(value)
+    except ValueError:
+        return None
+    if kind is bool:
+        return _BOOLS.get(value.lower())
+    return value
+
+
+def _read_toml(kind: Any, value: Any) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    return value if type(value) is kind else None
+
+
+def _wrong_type(kind: Any, value: Any, *, text: bool) -> BadValue:
+    got = repr(value) if text else f"{_TOML_TYPES.get(type(value), 'a date or time')} ({_shown(value)})"
+    return BadValue(f"expected {describe(kind)}, got {got}")
+
+
+def _shown(value: Any) -> str:
+    shown = str(value).lower() if isinstance(value, bool) else repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
