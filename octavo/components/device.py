@@ -1,0 +1,118 @@
+"""What the machine is: its device, its memory in use, its peak arithmetic rate, and whether it computes in bfloat16.
+
+Peak rates are dense bfloat16 FLOP/s from the makers' data sheets; a device that is not in the table has no peak, and no MFU
+rather than a wrong one. A CPU has no honest data-sheet figure: its peak is measured with a float32 matrix product.
+"""
+
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# substring of the device's name -> dense bf16 FLOP/s; the first match counts, so special cases come first
+_PEAKS = (
+    ("H100 NVL", 835e12),  # NVIDIA H100 data sheet, NVL column, half of the sparse figure
+    ("H100 PCIe", 756e12),  # NVIDIA H100 PCIe product brief
+    ("H100", 989e12),  # NVIDIA H100 data sheet, SXM column
+    ("H200", 989e12),  # NVIDIA H200 data sheet
+    ("B200", 2250e12),  # NVIDIA HGX B200 data sheet
+    ("A100", 312e12),  # NVIDIA A100 data sheet
+    ("L40S", 362e12),  # NVIDIA L40S data sheet
+    ("MI300X", 1307e12),  # AMD Instinct MI300X data sheet
+    ("RTX 4090", 165e12),  # NVIDIA Ada architecture paper, with float32 accumulation
+)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """FLOP/s to measure against, or None, and where the figure comes from."""
+
+    flops: float | None
+    source: str
+
+
+def pick_device() -> torch.device:
+    """This process's device: its GPU, by LOCAL_RANK, or the CPU."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def _measure_cpu_peak() -> float:
+    """The best float32 rate of six 1024^3 products, FLOP/s; takes about 0.1 s."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    rates = []
+    for _ in range(6):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        rates.append(2 * 1024**3 / (time.perf_counter() - start))
+    return max(rates)
+
+
+def peak_flops(device: torch.device) -> Peak:
+    """The peak that MFU is measured against on `device`."""
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return Peak(_measure_cpu_peak(), f"measured on this CPU, float32, {threads} threads in this process")
+    name = torch.cuda.get_device_name(device)
+    for part, flops in _PEAKS:
+        if part in name:
+            return Peak(flops, f"dense bfloat16 of {name}, data sheet")
+    return Peak(None, f"{name} is not in octavo's table of peaks, so there is no MFU")
+
+
+def auto_param_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    """The compute dtype for `training.mixed_precision_param = auto`, and the reason.
+
+    A CPU computes bfloat16 faster than float32 only with matrix units (AMX): without any bf16 unit it is several times slower, and
+    with AVX-512's dot products alone it measured slower too.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16, "the GPU's matrix units compute in bfloat16"
+    if torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16, "this CPU has bfloat16 matrix units"
+    return (
+        torch.float32,
+        "this CPU has no bfloat16 matrix units, so bfloat16 would be slower; "
+        "--training.mixed_precision_param=bfloat16 asks for it all the same",
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory in use, GiB and percent of what the device has."""
+
+    gib: float
+    percent: float
+
+
+def _resident_bytes() -> int:
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
+
+
+def memory_in_use(device: torch.device) -> Memory:
+    """GPU: the largest reservation since the last call. CPU: this process's resident memory now."""
+    if device.type == "cuda":
+        used = torch.cuda.max_memory_reserved(device)
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        used = _resident_bytes()
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Memory(used / 2**30, 100 * used / total)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work queued on `device`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

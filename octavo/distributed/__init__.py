@@ -1,0 +1,1 @@
+"""Mechanisms for running on several devices: meshes, sharding, checkpointing of activations. They know no model."""

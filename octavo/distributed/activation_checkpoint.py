@@ -1,0 +1,64 @@
+"""Activation checkpointing of one layer: trade compute in backward for memory.
+
+none: keep every activation. full: keep the layer's input, run its forward again in backward. selective, "op": run it again
+but for the expensive results, which are kept: attention, and every second matrix product, since keeping all of them would
+save little. selective, "n": full for every n-th layer, none for the rest. (Chen et al., arXiv:1604.06174.)
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from octavo.config.schema import ActivationCheckpoint
+
+_aten = torch.ops.aten
+
+_ATTENTION = frozenset(
+    {
+        _aten._scaled_dot_product_cudnn_attention.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)
+_MATMULS = frozenset({_aten.mm.default, _aten.addmm.default, _aten._scaled_mm.default})
+
+
+def _selective_contexts() -> Any:
+    """Contexts for one forward and its recomputation; each counts the matrix products for itself."""
+    counts = {False: 0, True: 0}  # by whether this is the recomputation
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op in _MATMULS:
+            counts[ctx.is_recompute] += 1
+            keep = counts[ctx.is_recompute] % 2 == 1
+        else:
+            keep = op in _ATTENTION
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def _full(layer: nn.Module) -> nn.Module:
+    return checkpoint_wrapper(layer, preserve_rng_state=False)
+
+
+def _selective(layer: nn.Module) -> nn.Module:
+    return checkpoint_wrapper(layer, preserve_rng_state=False, context_fn=_selective_contexts)
+
+
+def checkpoint_layer(layer: nn.Module, settings: ActivationCheckpoint, number: int) -> nn.Module:
+    """`layer` under `settings`; `number` is its place in the model, counted from 0."""
+    if settings.mode == "none":
+        return layer
+    if settings.mode == "full":
+        return _full(layer)
+    if settings.selective_ac_option == "op":
+        return _selective(layer)
+    every = int(settings.selective_ac_option)
+    return _full(layer) if number % every == 0 else layer
+
+

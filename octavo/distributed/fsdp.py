@@ -1,0 +1,30 @@
+"""FSDP2 as the trainer uses it: given groups, given dtypes, and gradients that are sums over the ranks.
+
+The trainer divides the loss by the global number of tokens, so ranks' gradients add up and nothing is averaged. FSDP2
+by itself divides by the number of ranks; on gloo it knows no pre-multiplied sum, so there the plain sum is forced.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from octavo.distributed.plan import Sharding
+
+
+def shard(model: nn.Module, groups: Sequence[Sequence[nn.Module]], sharding: Sharding) -> None:
+    """Shard `model` in place: each group's parameters are gathered together, the rest with the root.
+
+    The last group stays gathered between forward and backward, because backward begins with it.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=sharding.param_dtype, reduce_dtype=sharding.reduce_dtype)
+    offload = CPUOffloadPolicy() if sharding.cpu_offload else OffloadPolicy()
+    common = {"mesh": sharding.mesh, "mp_policy": policy, "offload_policy": offload}
+    for group in groups:
+        last = group is groups[-1]
+        fully_shard(list(group), reshard_after_forward=sharding.reshard and not last, **common)
+    fully_shard(model, reshard_after_forward=sharding.reshard, **common)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)

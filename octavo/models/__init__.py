@@ -1,0 +1,75 @@
+"""The model registry: what the trainer needs to know of a model, and which models there are.
+
+A model that lives outside this package joins by calling `register` in a module named by `experimental.custom_import`
+(`docs/your_own_model.md`). The trainer never looks inside a model; it uses the five functions of a `ModelSpec`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from octavo.config import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One family of models.
+
+    name: what `model.name` says.
+    flavors: what `model.flavor` may say -> the family's own arguments (any type).
+    configure: `(args, vocab_size, seq_len) -> args`, the arguments made to fit the tokenizer (its number of tokens) and
+        the sequence length in tokens. Raises `ConfigError` where they cannot fit.
+    build: `args -> nn.Module`, called under `torch.device("meta")`. The module maps tokens [B, S] (int64) to logits
+        [B, S, vocab], and has `init_rule(parameter name) -> InitRule`; `init_buffers()` is called if it has one.
+    parallelize: `(model, Parallelize) -> None`, applies checkpointing, compile and sharding in place.
+    flops_per_token: `(args, model, seq_len) -> float`, forward and backward, without recomputation.
+    """
+
+    name: str
+    flavors: Mapping[str, Any]
+    configure: Callable[[Any, int, int], Any]
+    build: Callable[[Any], nn.Module]
+    parallelize: Callable[[nn.Module, Any], None]
+    flops_per_token: Callable[[Any, nn.Module, int], float]
+
+    def args(self, flavor: str) -> Any:
+        """The arguments of `flavor`; `ConfigError` if there is no such flavor."""
+        try:
+            return self.flavors[flavor]
+        except KeyError:
+            known = ", ".join(self.flavors)
+            raise ConfigError(f"model.flavor = {flavor!r}: {self.name} has no such flavor; it has: {known}") from None
+
+
+_SPECS: dict[str, ModelSpec] = {}
+
+
+def register(spec: ModelSpec) -> None:
+    """Add a model to the registry; a second spec of the same name is a `ValueError`."""
+    if spec.name in _SPECS:
+        raise ValueError(f"a model named {spec.name!r} is registered already; give yours another name")
+    _SPECS[spec.name] = spec
+
+
+def get(name: str) -> ModelSpec:
+    """The spec called `name`; `ConfigError` if nothing registered it."""
+    try:
+        return _SPECS[name]
+    except KeyError:
+        known = ", ".join(_SPECS)
+        raise ConfigError(
+            f"model.name = {name!r}: no such model; known: {known}. "
+            "A model of your own is registered by the module that experimental.custom_import names"
+        ) from None
+
+
+def registered() -> Mapping[str, ModelSpec]:
+    """All registered specs by name."""
+    return dict(_SPECS)
+
+
+from octavo.models import llama3  # noqa: E402  registers itself; last, because it needs the names above
+
+__all__ = ["ModelSpec", "get", "llama3", "register", "registered"]

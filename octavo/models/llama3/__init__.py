@@ -1,0 +1,70 @@
+"""The Llama 3 family: its sizes as data, and its row in the model registry.
+
+A plain size name is the current release (8B, 70B and 405B are 3.1; 1B and 3B are 3.2); the suffix `-3.0` is the same size without the
+rotary scaling. Sizes from the models' published configurations.
+"""
+
+from dataclasses import replace
+
+from torch import nn
+
+from octavo import models
+from octavo.config import ConfigError
+from octavo.models.llama3.model import Llama, LlamaArgs, RopeScaling
+from octavo.models.llama3.parallelize import parallelize
+
+_LLAMA_3_1 = RopeScaling(factor=8.0)
+_LLAMA_3_2 = RopeScaling(factor=32.0)
+
+_SIZES = {
+    "8B": LlamaArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, hidden_dim=14336),
+    "70B": LlamaArgs(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28672),
+    "405B": LlamaArgs(dim=16384, n_layers=126, n_heads=128, n_kv_heads=8, hidden_dim=53248),
+}
+_SMALL = {
+    "1B": LlamaArgs(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, hidden_dim=8192, tie_embeddings=True),
+    "3B": LlamaArgs(dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, hidden_dim=8192, tie_embeddings=True),
+}
+
+FLAVORS: dict[str, LlamaArgs] = {
+    "debugmodel": LlamaArgs(dim=256, n_layers=6, n_heads=16, n_kv_heads=16, hidden_dim=768, vocab_size=0),
+    **{name: replace(args, rope_scaling=_LLAMA_3_2) for name, args in _SMALL.items()},
+    **{name: replace(args, rope_scaling=_LLAMA_3_1) for name, args in _SIZES.items()},
+    **{f"{name}-3.0": args for name, args in _SIZES.items()},
+}
+
+
+def configure(args: LlamaArgs, vocab_size: int, seq_len: int) -> LlamaArgs:
+    """Fit `args` to a tokenizer of `vocab_size` tokens and sequences of `seq_len` tokens.
+
+    Raises `ConfigError` if the tokenizer has more tokens than the model has embeddings.
+    """
+    if args.vocab_size and vocab_size > args.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {vocab_size:,} tokens, but this model has {args.vocab_size:,} embeddings; "
+            "set model.hf_assets_path to the model's own tokenizer"
+        )
+    return replace(args, vocab_size=args.vocab_size or vocab_size, max_seq_len=seq_len)
+
+
+def flops_per_token(args: LlamaArgs, model: nn.Module, seq_len: int) -> float:
+    """Model FLOPs per token of forward and backward: 6 per matrix parameter, and 12 L H E S for attention.
+
+    The count is the one in PaLM's appendix B (arXiv:2204.02311), which published MFU figures use: attention is counted
+    without its causal half, recomputation is not counted, and of the embedding only a tied output projection is.
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    if not args.tie_embeddings:
+        parameters -= args.vocab_size * args.dim
+    return 6.0 * parameters + 12.0 * args.n_layers * args.dim * seq_len
+
+
+SPEC = models.ModelSpec(
+    name="llama3",
+    flavors=FLAVORS,
+    configure=configure,
+    build=Llama,
+    parallelize=parallelize,
+    flops_per_token=flops_per_token,
+)
+models.register(SPEC)

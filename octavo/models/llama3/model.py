@@ -1,0 +1,193 @@
+"""Llama 3 in plain PyTorch: what the paper says, and nothing about devices, sharding or float8.
+
+    h = embed(tokens)
+    for each layer:  h = h + attention(rms_norm(h));  h = h + w2(silu(w1 n) * w3 n)  with n = rms_norm(h)
+    logits = output(rms_norm(h))
+
+Sources: Llama 3 (arXiv:2407.21783), RMSNorm (arXiv:1910.07467), RoPE (arXiv:2104.09864), grouped-query attention
+(arXiv:2305.13245), SwiGLU (arXiv:2002.05202).
+
+Three choices. Rotary pairs are interleaved, (x0, x1), (x2, x3), ..., as in Meta's own checkpoints; Hugging Face's halves are
+a permutation of wq and wk, done in `hf.py`. Rotation is real arithmetic in float32, because inductor has no code for
+complex numbers. Tied embeddings mean that there is no `output` module at all, so that a parameter has one name.
+
+Shapes: B batch, S sequence, D model width, H query heads, G key/value heads, E head width, F feed-forward width, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from octavo.components.init import InitRule, Normal, Ones
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of the low rotary frequencies for contexts longer than those of the first training."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclass(frozen=True)
+class LlamaArgs:
+    """Sizes of one Llama. `vocab_size = 0` takes the tokenizer's; `max_seq_len` sizes the rotary table."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    hidden_dim: int
+    vocab_size: int = 128_256
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    max_seq_len: int = 8192
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+
+def rope_frequencies(args: LlamaArgs) -> Tensor:
+    """The rotary frequencies [E/2], radians per position, with Llama 3.1's scaling where `args` asks for it.
+
+    Wavelengths shorter than original_context / high_freq_factor stay, longer than original_context / low_freq_factor are
+    stretched by `factor`, and those between are blended.
+    """
+    exponent = torch.arange(0, args.head_dim, 2, dtype=torch.int64, device="cpu").float() / args.head_dim
+    freqs = 1.0 / (args.rope_theta**exponent)
+    scaling = args.rope_scaling
+    if scaling is None:
+        return freqs
+    turns = scaling.original_context * freqs / (2 * math.pi)  # full turns within the original context
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = keep.clamp(0.0, 1.0)
+    return keep * freqs + (1 - keep) * freqs / scaling.factor
+
+
+def rope_table(args: LlamaArgs) -> Tensor:
+    """cos and sin of every position's angles, float32 [2, max_seq_len, E/2]."""
+    positions = torch.arange(args.max_seq_len, dtype=torch.float32, device="cpu")
+    angles = torch.outer(positions, rope_frequencies(args))
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def apply_rope(x_BSHE: Tensor, table_2SE: Tensor) -> Tensor:
+    """Rotate each pair (x[2i], x[2i+1]) by its position's angle; computed in float32, returned in x's dtype."""
+    cos, sin = table_2SE[:, : x_BSHE.shape[1], None, :]
+    even, odd = x_BSHE.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).type_as(x_BSHE)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query self-attention."""
+
+    def __init__(self, args: LlamaArgs):
+        super().__init__()
+        self.head_dim = args.head_dim
+        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+
+    def forward(self, x_BSD: Tensor, table_2SE: Tensor) -> Tensor:
+        q_BSHE = apply_rope(self.wq(x_BSD).unflatten(-1, (-1, self.head_dim)), table_2SE)
+        k_BSGE = apply_rope(self.wk(x_BSD).unflatten(-1, (-1, self.head_dim)), table_2SE)
+        v_BSGE = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
+        y_BHSE = F.scaled_dot_product_attention(
+            q_BSHE.transpose(1, 2), k_BSGE.transpose(1, 2), v_BSGE.transpose(1, 2), is_causal=True, enable_gqa=True
+        )
+        return self.wo(y_BHSE.transpose(1, 2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, args: LlamaArgs):
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x_BSD)) * self.w3(x_BSD))
+
+
+class TransformerBlock(nn.Module):
+    """One layer: attention, then feed-forward, each behind its norm and added to the stream."""
+
+    def __init__(self, args: LlamaArgs):
+        super().__init__()
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+
+    def forward(self, h_BSD: Tensor, table_2SE: Tensor) -> Tensor:
+        h_BSD = h_BSD + self.attention(self.attention_norm(h_BSD), table_2SE)
+        return h_BSD + self.feed_forward(self.ffn_norm(h_BSD))
+
+
+class Llama(nn.Module):
+    """tokens [B, S] int64 -> logits [B, S, V].
+
+    `layers` is a dictionary by number, so that a pipeline stage which drops layers keeps the names of the others; for the
+    same reason each part may be absent (None).
+    """
+
+    rope: Tensor
+
+    def __init__(self, args: LlamaArgs):
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleDict({str(i): TransformerBlock(args) for i in range(args.n_layers)})
+        self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.output = None if args.tie_embeddings else nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.register_buffer("rope", rope_table(args).to(torch.get_default_device()), persistent=False)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        if tokens_BS.shape[1] > self.args.max_seq_len:
+            raise ValueError(
+                f"{tokens_BS.shape[1]} tokens in a sequence, but the rotary table has {self.args.max_seq_len} positions; "
+                "build the model with a larger max_seq_len"
+            )
+        h_BSD = self.tok_embeddings(tokens_BS)
+        for layer in self.layers.values():
+            h_BSD = layer(h_BSD, self.rope)
+        h_BSD = self.norm(h_BSD)
+        if self.output is None:
+            return F.linear(h_BSD, self.tok_embeddings.weight)
+        return self.output(h_BSD)
+
+    def init_buffers(self) -> None:
+        """Fill the rotary table, which meta-device construction left empty."""
+        self.rope.copy_(rope_table(self.args))
+
+    def init_rule(self, name: str) -> InitRule:
+        """How the parameter called `name` starts.
+
+        Matrices are normal with standard deviation 0.02; those that write into the residual stream (wo, w2) are damped by
+        their depth, 0.02 / sqrt(2 (layer + 1)). The output projection has 1 / sqrt(D), so that the first logits have unit
+        variance and the first loss is about ln V + 1/2.
+        """
+        module, _, kind = name.rpartition(".")
+        leaf = module.rpartition(".")[2]
+        if leaf in ("attention_norm", "ffn_norm", "norm"):
+            return Ones()
+        if leaf == "tok_embeddings":
+            return Normal(0.02 if self.args.tie_embeddings else 1.0)
+        if leaf == "output":
+            return Normal(self.args.dim**-0.5, cutoff=3.0)
+        if leaf in ("wo", "w2"):
+            layer = int(name.split(".")[1])
+            return Normal(0.02 / math.sqrt(2 * (layer + 1)))
+        return Normal(0.02)

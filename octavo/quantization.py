@@ -1,0 +1,61 @@
+"""The trainer's one door to `octavo.float8`: convert the model as the config says, and tell what was done."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from octavo.components.logging import logger
+from octavo.config import ConfigError
+from octavo.config.schema import Float8
+from octavo.float8 import Float8Linear, Float8LinearConfig, convert_to_float8_training
+from octavo.float8.matmul import describe_path
+
+DEFAULT_RECIPE = "tensorwise"
+
+
+def recipe_name(converters: Sequence[str], settings: Float8) -> str | None:
+    """The recipe the model trains in, or None for high precision."""
+    if "float8" not in converters:
+        return None
+    return settings.recipe_name or DEFAULT_RECIPE
+
+
+def convert(
+    model: nn.Module, recipe: str, settings: Float8, device: torch.device, *, filters_given_on_cli: bool
+) -> None:
+    """Swap the linear layers of `model`, in place, for float8 ones in `recipe`, but for those that `filter_fqns` names.
+
+    A filter names every layer whose full name contains it. `ConfigError` if no layer is left to convert, or if a filter
+    from the command line matches none; one from a TOML file, which may serve several models, is only logged.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for part in settings.filter_fqns:
+        if not any(part in name for name in linears):
+            message = f"float8.filter_fqns: {part!r} matches no linear layer of this model"
+            if filters_given_on_cli:
+                raise ConfigError(f"{message}; it has, for example, {', '.join(linears[:3])}")
+            logger.warning(message)
+
+    kept = [name for name in linears if any(part in name for part in settings.filter_fqns)]
+    if len(kept) == len(linears):
+        raise ConfigError(
+            f"float8.filter_fqns = {list(settings.filter_fqns)} leaves none of the {len(linears)} linear layers to convert; "
+            "take a filter out, or take float8 out of model.converters"
+        )
+    config = Float8LinearConfig.from_recipe_name(recipe, emulate=True if settings.emulate else None)
+    convert_to_float8_training(
+        model, config=config, module_filter_fn=lambda _, name: name in linears and name not in kept
+    )
+    swapped = sum(isinstance(module, Float8Linear) for module in model.modules())
+    logger.info(
+        "Float8 training active with recipe %s, %s",
+        recipe,
+        describe_path(config.recipe, device, config.emulate),
+    )
+    logger.info(
+        "Swapped to Float8Linear layers: %d of %d linear layers%s",
+        swapped,
+        len(linears),
+        f"; in high precision: {', '.join(kept)}" if kept else "",
+    )

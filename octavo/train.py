@@ -1,0 +1,327 @@
+"""The trainer, from a config to a trained model. Read from the top: `main`, then `Trainer.__init__`, then `Trainer.train`.
+
+Run it by `./run_train.sh`, by `octavo train`, or by `torchrun … -m octavo.train --job.config_file …`.
+
+Two laws hold for any number of processes. The model starts from weights that depend on the seed and the parameters' names
+alone (`components/init.py`), and step s consumes the global samples [s G, (s+1) G) of the data, G the global batch
+(`components/data.py`). The loss of a microbatch is its sum over tokens divided by the number of tokens in the global batch, so the gradients
+of all microbatches of all processes simply add up.
+"""
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import octavo
+from octavo import config, models, quantization
+from octavo.components.checkpoint import Checkpointer
+from octavo.components.data import build_dataloader
+from octavo.components.device import auto_param_dtype, peak_flops, pick_device
+from octavo.components.garbage import GarbageCollector
+from octavo.components.init import init_weights
+from octavo.components.logging import init_logger, logger
+from octavo.components.lr_scheduler import lr_factor, set_lr
+from octavo.components.metrics import MetricsLogger, StepReport, write_run_record
+from octavo.components.optimizer import build_optimizer
+from octavo.components.profiling import profiling
+from octavo.components.tokenizer import build_tokenizer
+from octavo.config import ConfigError, JobConfig
+from octavo.config.schema import Training
+from octavo.distributed import mesh
+from octavo.distributed.plan import Parallelize, Sharding
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def loss_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Cross entropy in float32, summed over the tokens; a scalar."""
+    return F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), reduction="sum")
+
+
+def fastest_attention() -> AbstractContextManager[None]:
+    """Let scaled_dot_product_attention choose in this order whatever the device and shapes allow."""
+    order = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    return sdpa_kernel(order, set_priority=True)
+
+
+def set_determinism(training: Training) -> None:
+    """Seed torch's own generators, and allow deterministic algorithms only if asked to."""
+    torch.manual_seed(training.seed)
+    if training.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def choose_param_dtype(training: Training, device: torch.device) -> torch.dtype:
+    """The dtype that layers compute in, logged with its reason."""
+    if training.mixed_precision_param == "auto":
+        dtype, reason = auto_param_dtype(device)
+    else:
+        dtype = _DTYPES[training.mixed_precision_param]
+        reason = "training.mixed_precision_param asks for it"
+    logger.info("High precision is %s here: %s", str(dtype).removeprefix("torch."), reason)
+    return dtype
+
+
+class Trainer:
+    """One process's part of a job: everything is built here, in the order in which it depends on each other."""
+
+    def __init__(self, job: JobConfig):
+        self.job = job
+        logger.info("Starting job: %s", job.job.description)
+        if job.job.print_config:
+            logger.info("Running with config: %s", job.to_dict())
+        if job.experimental.custom_import:
+            importlib.import_module(job.experimental.custom_import)
+
+        self.device = pick_device()
+        set_determinism(job.training)
+        self.param_dtype = choose_param_dtype(job.training, self.device)
+        self.world = mesh.init_world(self.device, job.parallelism, job.comm)
+
+        tokenizer = build_tokenizer(job.model.hf_assets_path)
+        self.data = build_dataloader(
+            dataset=job.training.dataset,
+            dataset_path=job.training.dataset_path,
+            tokenizer=tokenizer,
+            seq_len=job.training.seq_len,
+            local_batch_size=job.training.local_batch_size,
+            dp_rank=self.world.data_rank,
+            dp_degree=self.world.data_size,
+            seed=job.training.seed,
+        )
+        one_pass = job.training.local_batch_size * self.world.data_size
+        self.global_batch_size = max(job.training.global_batch_size, one_pass)
+        self.accumulation = self.global_batch_size // one_pass
+        self.global_tokens = self.global_batch_size * job.training.seq_len
+
+        self.recipe = quantization.recipe_name(job.model.converters, job.float8)
+        self.model, flops_per_token = self._build_model(tokenizer.vocab_size)
+        compile_loss = job.compile.enable and "loss" in job.compile.components
+        self.loss_sum = torch.compile(loss_sum) if compile_loss else loss_sum
+        self.optimizer = build_optimizer(self.model, job.optimizer)
+
+        self.folder = Path(job.job.dump_folder)
+        self.checkpointer = Checkpointer(
+            job.checkpoint, self.folder / job.checkpoint.folder, self.model, self.optimizer
+        )
+        peak = peak_flops(self.device)
+        logger.info(
+            "Peak FLOPS used for computing MFU: %s (%s)",
+            "none" if peak.flops is None else f"{peak.flops:.3e}",
+            peak.source,
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.metrics = MetricsLogger(
+            job.metrics,
+            self.folder,
+            rank=self.world.rank,
+            device=self.device,
+            flops_per_token=flops_per_token,
+            peak=peak,
+            color=os.environ.get("NO_COLOR") is None,
+        )
+        self.tokens_seen = 0
+        logger.info(
+            "Trainer is initialized with local batch size %d, global batch size %d, gradient accumulation steps %d, "
+            "sequence length %d, total steps %d (warmup %d)",
+            job.training.local_batch_size,
+            self.global_batch_size,
+            self.accumulation,
+            job.training.seq_len,
+            job.training.steps,
+            job.lr_scheduler.warmup_steps,
+        )
+
+    def _build_model(self, vocab_size: int) -> tuple[nn.Module, float]:
+        """The model on its device, converted, parallelised and initialised; and its FLOPs per token."""
+        job = self.job
+        spec = models.get(job.model.name)
+        args = spec.configure(spec.args(job.model.flavor), vocab_size, job.training.seq_len)
+        logger.info("Building %s %s with %s", spec.name, job.model.flavor, args)
+        with torch.device("meta"):
+            model = spec.build(args)
+        if self.recipe is not None:
+            quantization.convert(
+                model,
+                self.recipe,
+                job.float8,
+                self.device,
+                filters_given_on_cli=job.given.get("float8.filter_fqns") == "cli",
+            )
+        if job.model.print_after_conversion:
+            logger.info("Model after conversion: %s", model)
+        size = sum(p.numel() for p in model.parameters())
+        logger.info("Model %s %s size: %s total parameters", spec.name, job.model.flavor, f"{size:,}")
+        flops_per_token = spec.flops_per_token(args, model, job.training.seq_len)
+
+        spec.parallelize(model, self._plan())
+        model.to_empty(device="cpu" if job.training.enable_cpu_offload else self.device)
+        init_weights(model, job.training.seed)
+        return model.train(), flops_per_token
+
+    def _plan(self) -> Parallelize:
+        job = self.job
+        sharding = None
+        if self.world.size > 1 or self.param_dtype is not torch.float32:
+            sharding = Sharding(
+                mesh=self.world.mesh,
+                param_dtype=self.param_dtype,
+                reduce_dtype=_DTYPES[job.training.mixed_precision_reduce],
+                reshard=job.parallelism.fsdp_reshard_after_forward != "never",
+                cpu_offload=job.training.enable_cpu_offload,
+            )
+        return Parallelize(
+            activation_checkpoint=job.activation_checkpoint,
+            compile_model=job.compile.enable and "model" in job.compile.components,
+            sharding=sharding,
+        )
+
+    def train(self) -> None:
+        """Run the steps that are left."""
+        steps = self.job.training.steps
+        done = self._resume()
+        if self.world.rank == 0:
+            write_run_record(self.folder, self._record())
+        collector = GarbageCollector(self.job.training.gc_freq)
+        logger.info("Training starts at step %d.", done + 1)
+        self.metrics.start(done)
+        with fastest_attention(), profiling(self.job.profiling, self.folder, self.world.rank) as end_of_step:
+            for step in range(done + 1, steps + 1):
+                collector.run(step)
+                self._step(step)
+                if self.checkpointer.due(step, steps):
+                    self.checkpointer.save(step, steps, self._state())
+                self.checkpointer.poll()
+                if step == done + 1:
+                    mesh.set_timeout(self.job.comm.train_timeout_seconds)
+                end_of_step()
+        self.checkpointer.wait()
+        self.metrics.close()
+        self._farewell()
+
+    def _step(self, step: int) -> StepReport | None:
+        """One optimizer step; its report if it is one that is reported."""
+        settings = self.job
+        lr = settings.optimizer.lr * lr_factor(step, settings.training.steps, settings.lr_scheduler)
+        set_lr(self.optimizer, lr)
+        self.optimizer.zero_grad()
+
+        loss = torch.zeros((), device=self.device)
+        for _ in range(self.accumulation):
+            tokens_BS, labels_BS = self._next_batch()
+            microbatch_loss = self.loss_sum(self.model(tokens_BS), labels_BS) / self.global_tokens
+            microbatch_loss.backward()
+            loss += microbatch_loss.detach()
+
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.training.max_norm)
+        self.optimizer.step()
+        self.tokens_seen += self.global_tokens
+        self.metrics.end_step()
+        if not self.metrics.due(step):
+            return None
+        if self.world.size > 1:
+            dist.all_reduce(loss)
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
+        return self.metrics.report(
+            step=step, loss=loss.item(), grad_norm=grad_norm.item(), lr=lr, tokens=self.tokens_seen
+        )
+
+    def _next_batch(self) -> tuple[Tensor, Tensor]:
+        """The next microbatch on the device: tokens and labels, int64 [B, S]."""
+        start = time.perf_counter()
+        tokens_BS, labels_BS = self.data.next_batch()
+        self.metrics.add_batch(tokens_BS.numel(), time.perf_counter() - start)
+        return tokens_BS.to(self.device, non_blocking=True), labels_BS.to(self.device, non_blocking=True)
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors; the same on every process."""
+        return {
+            "octavo": octavo.__version__,
+            "torch": torch.__version__,
+            "tokens_seen": self.tokens_seen,
+            "data": self.data.state_dict(),
+            "schedule": self._schedule(),
+        }
+
+    def _schedule(self) -> dict[str, Any]:
+        """What the learning rate depends on beside the step."""
+        decays = self.job.lr_scheduler.decay_ratio != 0
+        return {
+            "lr": self.job.optimizer.lr,
+            "lr_scheduler": asdict(self.job.lr_scheduler),
+            "steps": self.job.training.steps if decays else None,
+        }
+
+    def _resume(self) -> int:
+        """Go on from a checkpoint if there is one; returns the steps already done."""
+        state = self.checkpointer.load()
+        if state is None:
+            return 0
+        self.data.load_state_dict(state["data"])
+        self.tokens_seen = state["tokens_seen"]
+        logger.info("Resumed from the checkpoint of step %d (%s tokens)", state["step"], f"{self.tokens_seen:,}")
+        if state["schedule"] != self._schedule():
+            logger.warning(
+                "The learning rate goes on otherwise than the checkpoint's run would have: %s then, %s now",
+                state["schedule"],
+                self._schedule(),
+            )
+        return int(state["step"])
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "octavo": octavo.__version__,
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "processes": self.world.size,
+            "precision": self.recipe or str(self.param_dtype).removeprefix("torch."),
+            "high_precision_dtype": str(self.param_dtype).removeprefix("torch."),
+            "config": self.job.to_dict(),
+        }
+
+    def _farewell(self) -> None:
+        logger.info("Training completed")
+        if self.world.rank == 0:
+            metrics = self.folder / "metrics.jsonl"
+            logger.info("Everything was written to %s. To look at the losses: tail %s", self.folder, metrics)
+            if self.job.metrics.enable_tensorboard:
+                logger.info("To see the curves: tensorboard --logdir %s", self.folder / self.job.metrics.save_tb_folder)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as `argv` (default: the command line) says; returns the exit code, 2 for an error of the user's."""
+    init_logger()
+    try:
+        job = config.load(sys.argv[1:] if argv is None else argv)
+        config.check(job, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        Trainer(job).train()
+    except ConfigError as error:
+        print(f"octavo: {error}", file=sys.stderr)
+        return 2
+    mesh.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Llama 3 against Hugging Face's, against the published sizes, and against itself."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from octavo import models
+from octavo.components.init import init_weights
+from octavo.config import ConfigError
+from octavo.models.llama3 import FLAVORS, configure
+from octavo.models.llama3.hf import from_hf, to_hf
+from octavo.models.llama3.model import Llama, LlamaArgs, RopeScaling
+
+PUBLISHED_SIZES = {
+    "1B": 1_235_814_400,
+    "3B": 3_212_749_824,
+    "8B": 8_030_261_248,
+    "70B": 70_553_706_496,
+    "405B": 405_853_388_800,
+}
+
+
+@pytest.mark.parametrize("flavor", [name for name in FLAVORS if name != "debugmodel"])
+def test_sizes_are_the_published_ones(flavor):
+    with torch.device("meta"):
+        model = Llama(FLAVORS[flavor])
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED_SIZES[flavor.removesuffix("-3.0")]
+
+
+@pytest.mark.parametrize(
+    ("flavor", "factor"),
+    [("1B", 32), ("3B", 32), ("8B", 8), ("70B", 8), ("405B", 8), ("8B-3.0", None), ("70B-3.0", None)],
+)
+def test_rope_scaling_of_each_release(flavor, factor):
+    scaling = FLAVORS[flavor].rope_scaling
+    assert (scaling and scaling.factor) == factor
+
+
+def small(**changes) -> LlamaArgs:
+    args = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "hidden_dim": 96, "vocab_size": 131}
+    return LlamaArgs(**{**args, "max_seq_len": 48, **changes})
+
+
+def hf_config(args: LlamaArgs) -> LlamaConfig:
+    scaling = None
+    if args.rope_scaling:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": args.rope_scaling.factor,
+            "low_freq_factor": args.rope_scaling.low_freq_factor,
+            "high_freq_factor": args.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": args.rope_scaling.original_context,
+        }
+    return LlamaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=args.hidden_dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads,
+        rms_norm_eps=args.norm_eps,
+        rope_theta=args.rope_theta,
+        rope_scaling=scaling,
+        max_position_embeddings=args.max_seq_len,
+        tie_word_embeddings=args.tie_embeddings,
+    )
+
+
+# Few positions of original context, so that the low, the blended and the high frequencies all occur within 48 positions.
+SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=32)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        small(),
+        small(n_kv_heads=8),
+        small(rope_scaling=SCALING),
+        small(tie_embeddings=True, rope_scaling=SCALING),
+        small(n_heads=4, n_kv_heads=1, rope_theta=10_000.0),
+    ],
+    ids=["gqa", "mha", "3.1", "tied", "mqa"],
+)
+def test_logits_equal_hugging_face(args):
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(hf_config(args)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():  # their start is so small that attention would hardly matter
+            p.copy_(torch.randn_like(p) * 0.2)
+    ours = Llama(args)
+    ours.load_state_dict(from_hf(theirs.state_dict(), args), strict=True)
+    tokens = torch.randint(args.vocab_size, (3, args.max_seq_len))
+    with torch.no_grad():
+        expected, got = theirs(tokens).logits, ours(tokens)
+    assert expected.abs().max() > 1
+    assert (got - expected).abs().max() < 1e-4
+
+
+def test_names_go_to_hugging_face_and_back():
+    args = small()
+    model = Llama(args)
+    init_weights(model, seed=3)
+    back = from_hf(to_hf(model.state_dict(), args), args)
+    assert back.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(back[name], tensor), name
+
+
+def test_unknown_name_is_named():
+    with pytest.raises(ValueError, match="attention.sinks"):
+        to_hf({"layers.0.attention.sinks": torch.zeros(1)}, small())
+    with pytest.raises(ValueError, match="self_attn.sinks"):
+        from_hf({"model.layers.0.self_attn.sinks": torch.zeros(1)}, small())
+
+
+def test_names_stay_when_layers_are_removed():
+    model = Llama(small(n_layers=4))
+    names = set(model.state_dict())
+    del model.layers["1"]
+    assert set(model.state_dict()) == {name for name in names if not name.startswith("layers.1.")}
+    assert model(torch.zeros(1, 8, dtype=torch.int64)).shape == (1, 8, 131)
+
+
+def test_attention_is_causal():
+    model = Llama(small())
+    tokens = torch.randint(131, (1, 16))
+    changed = tokens.clone()
+    changed[0, 10] = (changed[0, 10] + 1) % 131
+    with torch.no_grad():
+        first, second = model(tokens), model(changed)
+    torch.testing.assert_close(first[:, :10], second[:, :10])
+    assert not torch.allclose(first[:, 10:], second[:, 10:])
+
+
+def test_meta_construction_and_init_give_what_direct_construction_gives():
+    args = small(tie_embeddings=True, rope_scaling=SCALING)
+    direct = Llama(args)
+    init_weights(direct, seed=1)
+    with torch.device("meta"):
+        model = Llama(args)
+    assert model.rope.is_meta
+    model.to_empty(device="cpu")
+    init_weights(model, seed=1)
+    for (name, a), (_, b) in zip(direct.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert torch.equal(direct.rope, model.rope)
+
+
+def test_longer_sequence_than_the_table_is_refused():
+    with pytest.raises(ValueError, match="49 tokens.*48 positions"):
+        Llama(small())(torch.zeros(1, 49, dtype=torch.int64))
+
+
+def test_tokenizer_larger_than_the_model_is_refused():
+    assert configure(FLAVORS["debugmodel"], 2048, 256).vocab_size == 2048
+    assert configure(FLAVORS["8B"], 2048, 256).vocab_size == 128_256
+    with pytest.raises(ConfigError, match=r"128,257 tokens.*128,256 embeddings"):
+        configure(FLAVORS["8B"], 128_257, 256)
+
+
+def test_flops_per_token_by_hand():
+    spec = models.get("llama3")
+    for tied in (False, True):
+        args = small(tie_embeddings=tied)
+        attention = 64 * 64 + 2 * 64 * 16 + 64 * 64
+        layer = attention + 3 * 64 * 96 + 2 * 64
+        parameters = 2 * layer + 64 + 131 * 64  # one matrix of the vocabulary's size does arithmetic, tied or not
+        assert spec.flops_per_token(args, Llama(args), 32) == 6 * parameters + 12 * 2 * 64 * 32
+
+
+def test_unknown_model_and_flavor_name_what_there_is():
+    with pytest.raises(ConfigError, match="llama9.*known: llama3"):
+        models.get("llama9")
+    with pytest.raises(ConfigError, match="9B.*8B"):
+        models.get("llama3").args("9B")
+    with pytest.raises(ValueError, match="llama3"):
+        models.register(models.get("llama3"))
