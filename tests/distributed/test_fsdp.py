@@ -1,0 +1,50 @@
+"""A sharded Llama computes what a whole one does: summed gradients, same names, same bits of the start."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests import ranks
+from torch.distributed.device_mesh import init_device_mesh
+
+from octavo import models
+from octavo.components.init import init_weights, plain_name
+from octavo.config.schema import ActivationCheckpoint
+from octavo.distributed.plan import Parallelize, Sharding
+from octavo.models.llama3.model import Llama, LlamaArgs
+
+ARGS = dict(dim=30, n_layers=2, n_heads=5, n_kv_heads=5, hidden_dim=50, vocab_size=67, max_seq_len=8)
+
+
+def gradients(tied, tokens, sharding):
+    with torch.device("meta"):
+        model = Llama(LlamaArgs(**ARGS, tie_embeddings=tied))
+    plan = Parallelize(ActivationCheckpoint(mode="full"), compile_model=False, sharding=sharding)
+    models.get("llama3").parallelize(model, plan)
+    model.to_empty(device="cpu")
+    init_weights(model, seed=0)
+    (model(tokens).float().square().sum() / 1000).backward()
+    return {
+        plain_name(name): (p.grad.full_tensor() if sharding else p.grad)
+        for name, p in model.named_parameters()
+    }
+
+
+def compare(tied, reshard, replicas):
+    world, rank = dist.get_world_size(), dist.get_rank()
+    shape = (replicas, world // replicas) if replicas > 1 else (world,)
+    names = ("dp_replicate", "dp_shard")[-len(shape) :]
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    sharding = Sharding(mesh, torch.float32, torch.float32, reshard=reshard, cpu_offload=False)
+    tokens = torch.arange(2 * world * 8).remainder(67).view(2 * world, 8)
+    expected = gradients(tied, tokens, None)
+    got = gradients(tied, tokens[2 * rank : 2 * rank + 2], sharding)
+    assert got.keys() == expected.keys()
+    return max(((got[n] - e).norm() / e.norm()).item() for n, e in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("world", "replicas", "tied", "reshard"),
+    [(2, 1, False, True), (3, 1, True, True), (4, 2, False, False), (2, 2, True, True)],
+)
+def test_gradients_add_up_to_those_of_one_process(world, replicas, tied, reshard):
+    assert max(ranks.run(world, compare, tied, reshard, replicas)) < 1e-6
