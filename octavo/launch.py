@@ -1,0 +1,310 @@
+"""From `./run_train.sh` to running processes: check everything that can be checked, then start torchrun.
+
+A wrong option found by a training process costs seconds of importing torch, is told once by each process,
+and comes out of torchrun as exit code 1 under a traceback of torchrun's own. So the variables, the
+configuration and the paths are judged here first, without torch, in a fraction of a second: one message, exit
+code 2.
+
+torchrun then runs inside this process rather than in a new one. That lets the exit code of the first process
+that failed be ours (torchrun alone always says 1), and lets us show the last lines of a failed process whose
+output LOG_RANK had hidden. Signals reach torchrun directly, which passes them on.
+"""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from octavo import config
+from octavo.config import ConfigError, flags
+
+TRAIN_CONFIGS = Path(__file__).parent / "models" / "llama3" / "train_configs"
+DEFAULT_CONFIG = "demo.toml"
+
+VARIABLES = """\
+variables:
+  CONFIG_FILE    the TOML file to train by: a path, or the name of one that octavo ships (default: demo.toml,
+                 the Llama 3 debug model in float8). --job.config_file says the same
+  NGPU           processes on this machine (default: the GPUs present, else 1)
+  LOG_RANK       local ranks whose output is shown, comma-separated (default: 0)
+  OCTAVO_PYTHON  the Python to use, with torch >= 2.11 (default: the active environment's, if its torch fits;
+                 else .venv beside run_train.sh, made on the first start)
+  OCTAVO_TORCH_INDEX
+                 package index that torch is installed from on the first start (default: pip's own)
+  several machines, the same command on each:
+  NNODES         how many machines (default: 1)
+  RDZV_ENDPOINT  host:port of one of them, where all meet
+  RDZV_ID        a name that tells one job from another (default: octavo)
+  NODE_RANK      this machine's number from 0, where ranks must follow the machines' order; RDZV_ENDPOINT's
+                 host is number 0
+"""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start of torchrun: its arguments, and what the environment must hold before torch is imported."""
+
+    torchrun: tuple[str, ...]
+    environment: Mapping[str, str]
+    shown_ranks: frozenset[int]
+
+
+def plan(argv: Sequence[str], environ: Mapping[str, str], *, gpus: int, cores: int) -> Launch:
+    """Decide what to start, for the options `argv` and the variables `environ`, on so many GPUs and cores.
+
+    Raises:
+        ConfigError: for a variable, an option or a combination of them that cannot work.
+    """
+    processes = _number(environ, "NGPU", default=max(gpus, 1))
+    if gpus and processes > gpus:
+        raise ConfigError(
+            f"NGPU={processes}: this machine has {_count(gpus, 'visible GPU')}; "
+            f"set NGPU to {gpus} or less, or unset it"
+        )
+    shown_ranks = _shown_ranks(environ, processes)
+    nodes, rendezvous = _rendezvous(environ)
+    options = [*_config_file(argv, environ), *argv]
+    job = config.load(options)
+    config.check(job, world_size=nodes * processes, gpus=gpus)
+    return Launch(
+        torchrun=(
+            *rendezvous,
+            f"--nproc-per-node={processes}",
+            f"--local-ranks-filter={','.join(map(str, sorted(shown_ranks)))}",
+            "--role=rank",
+            "--tee=3",
+            *("-m", "octavo.train"),
+            *options,
+        ),
+        environment=_environment(environ, processes=processes, gpus=gpus, cores=cores),
+        shown_ranks=shown_ranks,
+    )
+
+
+def _number(environ: Mapping[str, str], name: str, *, default: int) -> int:
+    """A positive integer from the environment; an empty variable is an unset one."""
+    text = environ.get(name, "").strip() or str(default)
+    if not re.fullmatch(r"[0-9]+", text) or int(text) < 1:
+        raise ConfigError(f"{name}={text}: expected a whole number from 1 up")
+    return int(text)
+
+
+def _shown_ranks(environ: Mapping[str, str], processes: int) -> frozenset[int]:
+    text = environ.get("LOG_RANK", "").strip() or "0"
+    ranks = text.split(",")
+    if not all(re.fullmatch(r"\s*[0-9]+\s*", rank) and int(rank) < processes for rank in ranks):
+        allowed = "0" if processes == 1 else f"0 to {processes - 1}"
+        raise ConfigError(
+            f"LOG_RANK={text}: expected local ranks, comma-separated; with {_count(processes, 'process')} "
+            f"on this machine: {allowed}"
+        )
+    return frozenset(map(int, ranks))
+
+
+def _rendezvous(environ: Mapping[str, str]) -> tuple[int, list[str]]:
+    """The number of machines, and how torchrun's agents find each other."""
+    nodes = _number(environ, "NNODES", default=1)
+    if nodes == 1:
+        # Port 0: any free one. The name of this machine need not resolve, as a laptop's often does not.
+        return 1, [
+            "--nnodes=1",
+            "--rdzv-backend=c10d",
+            "--rdzv-endpoint=localhost:0",
+            "--local-addr=localhost",
+        ]
+
+    endpoint = environ.get("RDZV_ENDPOINT", "").strip()
+    if not re.fullmatch(r".+:[0-9]+", endpoint):
+        raise ConfigError(
+            f"RDZV_ENDPOINT={endpoint}: NNODES={nodes} needs host:port of one of the machines, "
+            "the same on all, such as node0:29500"
+        )
+    found = [
+        f"--nnodes={nodes}",
+        f"--rdzv-endpoint={endpoint}",
+        f"--rdzv-id={environ.get('RDZV_ID') or 'octavo'}",
+    ]
+    rank = environ.get("NODE_RANK", "").strip()
+    if not rank:
+        return nodes, [*found, "--rdzv-backend=c10d"]
+    if not re.fullmatch(r"[0-9]+", rank) or int(rank) >= nodes:
+        raise ConfigError(f"NODE_RANK={rank}: expected 0 to {nodes - 1}, for NNODES={nodes}")
+    return nodes, [*found, "--rdzv-backend=static", f"--node-rank={rank}"]
+
+
+def _config_file(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """The option that names the TOML file, empty where `argv` names one itself."""
+    variable = environ.get("CONFIG_FILE", "")
+    option = flags.config_file(flags.scan(argv)[0])
+    if option is not None:
+        if variable and option != variable:
+            raise ConfigError(
+                f"CONFIG_FILE={variable} and --job.config_file {option} name two files; give one of them"
+            )
+        return []
+    path = Path(variable or TRAIN_CONFIGS / DEFAULT_CONFIG).expanduser()
+    if not path.exists() and (TRAIN_CONFIGS / variable).is_file():
+        path = TRAIN_CONFIGS / variable
+    if not path.is_file():
+        shipped = ", ".join(sorted(file.name for file in TRAIN_CONFIGS.glob("*.toml")))
+        raise ConfigError(f"CONFIG_FILE={variable}: no such file in {Path.cwd()}; octavo ships: {shipped}")
+    return [f"--job.config_file={path}"]
+
+
+def _environment(environ: Mapping[str, str], *, processes: int, gpus: int, cores: int) -> dict[str, str]:
+    """Variables for the training processes; what the user has set stays."""
+    # The working directory comes last on the path: a model of the user's own is found there, and shadows nothing.
+    paths = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    wanted = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([*paths, os.getcwd()])}
+    if processes > 1:
+        wanted["OMP_NUM_THREADS"] = environ.get("OMP_NUM_THREADS") or str(max(1, cores // processes))
+    if gpus:
+        if "PYTORCH_CUDA_ALLOC_CONF" not in environ:
+            wanted["PYTORCH_ALLOC_CONF"] = environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    else:
+        # OpenMP threads that wait by spinning slow down whatever else runs on the same cores.
+        wanted["GOMP_SPINCOUNT"] = environ.get("GOMP_SPINCOUNT", "0")
+        wanted["OMP_WAIT_POLICY"] = environ.get("OMP_WAIT_POLICY", "passive")
+    return wanted
+
+
+def _count(number: int, noun: str) -> str:
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number} {noun if number == 1 else plural}"
+
+
+def visible_gpus(listing: str, visible_devices: str | None) -> int:
+    """How many GPUs CUDA would show, from the text of `nvidia-smi -L` and the value of CUDA_VISIBLE_DEVICES.
+
+    As CUDA does, entries count up to the first that names no device; a UUID may be cut short.
+    """
+    uuids = re.findall(r"^GPU \d+:.*\(UUID: ([^)]+)\)", listing, flags=re.MULTILINE)
+    if visible_devices is None:
+        return len(uuids)
+    slices = re.findall(r"^\s+MIG .*\(UUID: ([^)]+)\)", listing, flags=re.MULTILINE)
+    count = 0
+    for entry in (entry.strip() for entry in visible_devices.split(",")):
+        if entry.isdecimal():
+            known = int(entry) < len(uuids)
+        else:
+            known = bool(entry) and any(uuid.startswith(entry) for uuid in (*uuids, *slices))
+        if not known:
+            break
+        count += 1
+    return count
+
+
+def count_gpus(environ: Mapping[str, str]) -> int:
+    """The NVIDIA GPUs that training will see on this machine, without importing torch."""
+    try:
+        listing = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    gpus = visible_gpus(listing, environ.get("CUDA_VISIBLE_DEVICES"))
+    torch = importlib.metadata.version("torch")
+    if gpus and torch.endswith("+cpu"):
+        print(
+            f"[octavo] {_count(gpus, 'GPU')} present, but torch {torch} is a CPU build: training on the CPU",
+            file=sys.stderr,
+        )
+        return 0
+    return gpus
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run(launch: Launch) -> int:
+    """Run torchrun in this process until training ends.
+
+    Returns 0, or the exit code of the first process that failed: 128 + the signal's number where a signal did it.
+    """
+    os.environ.update(launch.environment)
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    logs = Path(tempfile.mkdtemp(prefix="octavo-logs-"))
+    keep_logs = False
+    try:
+        torchrun([f"--log-dir={logs}", *launch.torchrun])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        hidden = failure.local_rank not in launch.shown_ranks
+        keep_logs = (
+            code != 2
+        )  # 2: the process has said what is wrong with the job, and that is all there is to say
+        if hidden:
+            print(_tail(logs, failure.local_rank), file=sys.stderr)
+        if keep_logs:
+            print(
+                f"octavo: rank {rank} ended with {_ending(failure.exitcode)}; output of all ranks: {logs}",
+                file=sys.stderr,
+            )
+        return code
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    finally:
+        if not keep_logs:
+            shutil.rmtree(logs, ignore_errors=True)
+    return 0
+
+
+def _ending(exitcode: int) -> str:
+    if exitcode >= 0:
+        return f"exit code {exitcode}"
+    killed = " (out of memory?)" if exitcode == -9 else ""
+    return f"signal {-exitcode}{killed}"
+
+
+def _tail(logs: Path, local_rank: int, lines: int = 30) -> str:
+    """The last lines that a process wrote to its standard error."""
+    files = sorted(logs.glob(f"*/attempt_*/{local_rank}/stderr.log"))
+    written = files[-1].read_text(errors="replace").splitlines() if files else []
+    return "\n".join(f"[rank{local_rank}]: {line}" for line in written[-lines:])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train by the command line and the environment's variables; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if flags.wants_help(argv):
+        return _help()
+    try:
+        launch = plan(argv, os.environ, gpus=count_gpus(os.environ), cores=_usable_cores())
+    except ConfigError as error:
+        print(f"octavo: {error}", file=sys.stderr)
+        return 2
+    return run(launch)
+
+
+def _help() -> int:
+    try:
+        config.load(["--help"], prog="./run_train.sh")
+    except SystemExit:  # which is how the help ends
+        pass
+    except ModuleNotFoundError as error:
+        # Before the first start there may be no environment with tyro yet, and help should not cost one.
+        print(
+            "usage: ./run_train.sh [--section.key value ...]\n\n"
+            f"({error.name} is not installed yet. After the first start, or with octavo's extra `train`,\n"
+            "--help also lists every section and key.)"
+        )
+    print(f"\n{VARIABLES}", end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
