@@ -11,9 +11,11 @@ output LOG_RANK had hidden. Signals reach torchrun directly, which passes them o
 """
 
 import importlib.metadata
+import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -159,7 +161,7 @@ def _config_file(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
 
 def _environment(environ: Mapping[str, str], *, processes: int, gpus: int, cores: int) -> dict[str, str]:
     """Variables for the training processes; what the user has set stays."""
-    # The working directory comes last on the path: a model of the user's own is found there, and shadows nothing.
+    # The working directory comes last: a model of the user's own is found there and shadows nothing.
     paths = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     wanted = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([*paths, os.getcwd()])}
     if processes > 1:
@@ -228,13 +230,16 @@ def _usable_cores() -> int:
 def run(launch: Launch) -> int:
     """Run torchrun in this process until training ends.
 
-    Returns 0, or the exit code of the first process that failed: 128 + the signal's number where a signal did it.
+    Returns 0, or the exit code of the first process that failed (128 + the signal that ended it).
     """
     os.environ.update(launch.environment)
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
+
+    # It reports each failed process as we do below, in words for torchrun's developers.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
 
     logs = Path(tempfile.mkdtemp(prefix="octavo-logs-"))
     keep_logs = False
@@ -243,12 +248,10 @@ def run(launch: Launch) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-        hidden = failure.local_rank not in launch.shown_ranks
-        keep_logs = (
-            code != 2
-        )  # 2: the process has said what is wrong with the job, and that is all there is to say
-        if hidden:
-            print(_tail(logs, failure.local_rank), file=sys.stderr)
+        if failure.local_rank not in launch.shown_ranks:
+            print(_tail(logs, failure.local_rank), end="", file=sys.stderr)
+        # 2: the process has said what is wrong with the job, and there is no more to say.
+        keep_logs = code != 2
         if keep_logs:
             print(
                 f"octavo: rank {rank} ended with {_ending(failure.exitcode)}; output of all ranks: {logs}",
@@ -274,7 +277,7 @@ def _tail(logs: Path, local_rank: int, lines: int = 30) -> str:
     """The last lines that a process wrote to its standard error."""
     files = sorted(logs.glob(f"*/attempt_*/{local_rank}/stderr.log"))
     written = files[-1].read_text(errors="replace").splitlines() if files else []
-    return "\n".join(f"[rank{local_rank}]: {line}" for line in written[-lines:])
+    return "".join(f"[rank{local_rank}]:{line}\n" for line in written[-lines:])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -287,7 +290,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"octavo: {error}", file=sys.stderr)
         return 2
-    return run(launch)
+    try:
+        return run(launch)
+    except KeyboardInterrupt:  # before torchrun handles signals
+        return 128 + signal.SIGINT
 
 
 def _help() -> int:
