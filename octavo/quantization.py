@@ -1,6 +1,7 @@
 """The trainer's one door to `octavo.float8`: convert the model as the config says, and tell what was done."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -43,7 +44,7 @@ def convert(
             f"float8.filter_fqns = {list(settings.filter_fqns)} leaves none of the {len(linears)} linear layers to convert; "
             "take a filter out, or take float8 out of model.converters"
         )
-    config = Float8LinearConfig.from_recipe_name(recipe, emulate=True if settings.emulate else None)
+    config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=True if settings.emulate else None)
     convert_to_float8_training(
         model, config=config, module_filter_fn=lambda _, name: name in linears and name not in kept
     )
@@ -51,7 +52,7 @@ def convert(
     logger.info(
         "Float8 training active with recipe %s, %s",
         recipe,
-        describe_path(config.recipe, device, config.emulate),
+        describe_path(config.to_recipe(), device, config.emulate),
     )
     logger.info(
         "Swapped to Float8Linear layers: %d of %d linear layers%s",

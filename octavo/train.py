@@ -62,6 +62,12 @@ def fastest_attention() -> AbstractContextManager[None]:
     return sdpa_kernel(order, set_priority=True)
 
 
+def wants_color() -> bool:
+    """Colours on a terminal; torchrun's workers have none, so the launcher sets FORCE_COLOR for them."""
+    wanted = sys.stderr.isatty() or bool(os.environ.get("FORCE_COLOR"))
+    return wanted and not os.environ.get("NO_COLOR")
+
+
 def set_determinism(training: Training) -> None:
     """Seed torch's own generators, and allow deterministic algorithms only if asked to."""
     torch.manual_seed(training.seed)
@@ -138,7 +144,7 @@ class Trainer:
             device=self.device,
             flops_per_token=flops_per_token,
             peak=peak,
-            color=os.environ.get("NO_COLOR") is None,
+            color=wants_color(),
         )
         self.tokens_seen = 0
         logger.info(
