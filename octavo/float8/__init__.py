@@ -1,0 +1,42 @@
+"""octavo.float8: float8 training for the linear layers of any PyTorch model.
+
+    from octavo.float8 import convert_to_float8_training
+    convert_to_float8_training(model, config="rowwise")
+
+`recipe.py` is the file to read first; docs/float8.md explains the rest.
+"""
+
+from octavo.float8.config import (
+    CastConfig,
+    Float8GemmConfig,
+    Float8LinearConfig,
+    Float8LinearRecipeName,
+    ScalingGranularity,
+    ScalingType,
+)
+from octavo.float8.convert import auto_filter_for_recipe, convert_to_float8_training
+from octavo.float8.convert import auto_filter_for_recipe as _auto_filter_for_recipe
+from octavo.float8.linear import Float8Linear
+from octavo.float8.matmul import EmulationWarning, describe_path
+from octavo.float8.recipe import FULL, RECIPES, Cast, Gemm, Recipe, ScaleFormat
+
+__all__ = [
+    "FULL",
+    "RECIPES",
+    "Cast",
+    "CastConfig",
+    "EmulationWarning",
+    "Float8GemmConfig",
+    "Float8Linear",
+    "Float8LinearConfig",
+    "Float8LinearRecipeName",
+    "Gemm",
+    "Recipe",
+    "ScaleFormat",
+    "ScalingGranularity",
+    "ScalingType",
+    "_auto_filter_for_recipe",
+    "auto_filter_for_recipe",
+    "convert_to_float8_training",
+    "describe_path",
+]

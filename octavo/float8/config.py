@@ -1,0 +1,272 @@
+"""The options that users of torchao.float8 know, mapped onto a `Recipe`.
+
+Names and defaults are torchao's, so that moving over changes an import. Where ours does more, the default
+still means the same numbers: `emulate=None` picks the hardware where there is some, and the granularities
+know blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Final
+
+import torch
+
+from octavo.float8.recipe import FULL, Cast, Gemm, Recipe, ScaleFormat, find_recipe
+
+e4m3_dtype: Final = torch.float8_e4m3fn
+e5m2_dtype: Final = torch.float8_e5m2
+
+
+class ScalingType(Enum):
+    """DYNAMIC: the scale follows the tensor at hand. DISABLED: the tensor stays in high precision."""
+
+    DYNAMIC = "dynamic"
+    DISABLED = "disabled"
+
+    def short_str(self) -> str:
+        return self.value[:3]
+
+
+class ScalingGranularity(Enum):
+    """Which elements share a scale: the tensor, a slice along the contraction, or a block (rows x
+    contraction).
+    """
+
+    TENSORWISE = "tensorwise"
+    AXISWISE = "axiswise"
+    BLOCKWISE_1X128 = "blockwise_1x128"
+    BLOCKWISE_128X128 = "blockwise_128x128"
+    MX_1X32 = "mx_1x32"
+
+    def short_str(self) -> str:
+        return {"tensorwise": "ten", "axiswise": "axs"}.get(self.value, self.value.split("_")[1])
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """(rows, contraction), as in `Cast.block`."""
+        return _BLOCKS[self]
+
+
+_BLOCKS: Final = {
+    ScalingGranularity.TENSORWISE: (FULL, FULL),
+    ScalingGranularity.AXISWISE: (1, FULL),
+    ScalingGranularity.BLOCKWISE_1X128: (1, 128),
+    ScalingGranularity.BLOCKWISE_128X128: (128, 128),
+    ScalingGranularity.MX_1X32: (1, 32),
+}
+_GRANULARITIES: Final = {block: granularity for granularity, block in _BLOCKS.items()}
+
+
+@dataclass(frozen=True)
+class CastConfig:
+    """How one tensor is cast. `target_dtype=None` becomes e4m3, or e5m2 for `grad_output`."""
+
+    scaling_type: ScalingType = ScalingType.DYNAMIC
+    scaling_granularity: ScalingGranularity = ScalingGranularity.TENSORWISE
+    target_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.target_dtype is not None:
+            Cast(self.target_dtype, (FULL, FULL))  # raises on a dtype that is not float8
+        if (
+            self.scaling_type is ScalingType.DISABLED
+            and self.scaling_granularity is not ScalingGranularity.TENSORWISE
+        ):
+            raise ValueError(
+                f"CastConfig is DISABLED with scaling_granularity={self.scaling_granularity.name}: "
+                "a tensor that stays in high precision has no scales; leave scaling_granularity out"
+            )
+
+    def short_str(self) -> str:
+        dtype = {None: "auto", e4m3_dtype: "e4m3", e5m2_dtype: "e5m2"}[self.target_dtype]
+        return f"{self.scaling_type.short_str()}_{self.scaling_granularity.short_str()}_{dtype}"
+
+
+@dataclass(frozen=True)
+class Float8GemmConfig:
+    """`use_fast_accum`: let the hardware accumulate in less than float32. Emulation always uses float32."""
+
+    use_fast_accum: bool = False
+
+
+class Float8LinearRecipeName(Enum):
+    """The named recipes; `octavo.float8.RECIPES` says what each does."""
+
+    TENSORWISE = "tensorwise"
+    ROWWISE = "rowwise"
+    ROWWISE_WITH_GW_HP = "rowwise_with_gw_hp"
+    BLOCKWISE = "blockwise"
+    MXFP8 = "mxfp8"
+
+
+@dataclass(frozen=True)
+class Float8LinearConfig:
+    """How `torch.nn.Linear` becomes float8.
+
+    cast_config_*: the six operands. A `None` takes the configuration of the same tensor's first use; a
+        missing dtype becomes e4m3, e5m2 for grad_output.
+    gemm_config_*: the three products.
+    enable_fsdp_float8_all_gather: FSDP2 gathers weights in float8 (recipes whose weight cast is square).
+    pad_inner_dim: accepted; sizes that hardware cannot take are always padded.
+    emulate: True multiplies in float32 what was cast to float8; False insists on hardware, and raises
+        without; None takes hardware where there is some.
+    round_scales_to_power_of_2: scales rounded down to powers of two. (MXFP8's always are.)
+
+    Raises ValueError for products that no backend computes.
+    """
+
+    cast_config_input: CastConfig = CastConfig()
+    cast_config_input_for_grad_weight: CastConfig | None = None
+    cast_config_weight: CastConfig = CastConfig()
+    cast_config_weight_for_grad_input: CastConfig | None = None
+    cast_config_grad_output: CastConfig = CastConfig()
+    cast_config_grad_output_for_grad_weight: CastConfig | None = None
+    gemm_config_output: Float8GemmConfig = Float8GemmConfig(use_fast_accum=True)
+    gemm_config_grad_input: Float8GemmConfig = Float8GemmConfig()
+    gemm_config_grad_weight: Float8GemmConfig = Float8GemmConfig()
+    enable_fsdp_float8_all_gather: bool = False
+    pad_inner_dim: bool = False
+    emulate: bool | None = None
+    round_scales_to_power_of_2: bool = False
+
+    def __post_init__(self) -> None:
+        defaults = {"input": e4m3_dtype, "weight": e4m3_dtype, "grad_output": e5m2_dtype}
+        seconds = {"input": "grad_weight", "weight": "grad_input", "grad_output": "grad_weight"}
+        for tensor, default in defaults.items():
+            name = f"cast_config_{tensor}"
+            first = getattr(self, name)
+            second = getattr(self, f"{name}_for_{seconds[tensor]}")
+            second = first if second is None else second
+            dtypes = {c.target_dtype for c in (first, second) if c.target_dtype is not None} or {default}
+            if len(dtypes) > 1:
+                raise ValueError(
+                    f"{name} casts to {first.target_dtype} and {name}_for_{seconds[tensor]} to "
+                    f"{second.target_dtype}: a tensor goes into both products as one dtype"
+                )
+            (dtype,) = dtypes
+            # Frozen from here on; the configuration is filled in once, as the caller could have written it.
+            object.__setattr__(self, name, replace(first, target_dtype=dtype))
+            object.__setattr__(self, f"{name}_for_{seconds[tensor]}", replace(second, target_dtype=dtype))
+        recipe = self.to_recipe()  # raises where a product cannot be computed
+        if self.enable_fsdp_float8_all_gather and not recipe.gatherable:
+            raise ValueError(
+                "enable_fsdp_float8_all_gather needs one float8 weight that serves both products, cast in "
+                f"square blocks; here {_block(recipe.output.b)} serve the output and "
+                f"{_block(recipe.grad_input.b)} serve grad_input. Use the recipe tensorwise or blockwise, or "
+                "gather in high precision"
+            )
+
+    def to_recipe(self) -> Recipe:
+        """The recipe that these options describe."""
+
+        def operand(config: CastConfig | None) -> Cast | None:
+            assert config is not None
+            assert config.target_dtype is not None
+            if config.scaling_type is ScalingType.DISABLED:
+                return None
+            scale = ScaleFormat.POW2 if self.round_scales_to_power_of_2 else ScaleFormat.FP32
+            if config.scaling_granularity is ScalingGranularity.MX_1X32:
+                scale = ScaleFormat.E8M0
+            return Cast(config.target_dtype, config.scaling_granularity.block, scale)
+
+        gemms = {
+            "output": (self.cast_config_input, self.cast_config_weight, self.gemm_config_output),
+            "grad_input": (
+                self.cast_config_grad_output,
+                self.cast_config_weight_for_grad_input,
+                self.gemm_config_grad_input,
+            ),
+            "grad_weight": (
+                self.cast_config_grad_output_for_grad_weight,
+                self.cast_config_input_for_grad_weight,
+                self.gemm_config_grad_weight,
+            ),
+        }
+        parts = {}
+        for name, (a, b, gemm) in gemms.items():
+            try:
+                parts[name] = Gemm(operand(a), operand(b), gemm.use_fast_accum)
+            except ValueError as error:
+                raise ValueError(f"the product for {name}: {error}") from None
+        recipe = Recipe("custom", **parts)
+        return next((r for r in _named() if replace(r, name="custom") == recipe), recipe)
+
+    @staticmethod
+    def from_recipe(
+        recipe: Recipe, *, emulate: bool | None = None, enable_fsdp_float8_all_gather: bool = False
+    ) -> Float8LinearConfig:
+        """The options that describe `recipe`. Raises ValueError for one that they cannot describe: hand that
+        recipe itself to `convert_to_float8_training`."""
+        casts = [c for gemm in recipe.gemms.values() for c in (gemm.a, gemm.b) if c is not None]
+
+        def options(cast: Cast | None, dtype: torch.dtype | None) -> CastConfig:
+            if cast is None:
+                return CastConfig(ScalingType.DISABLED, target_dtype=dtype)
+            granularity = _GRANULARITIES.get(cast.block)
+            if granularity is None:
+                raise ValueError(f"no ScalingGranularity has block {cast.block} of recipe {recipe.name!r}")
+            return CastConfig(scaling_granularity=granularity, target_dtype=dtype)
+
+        def dtype_of(first: Cast | None, second: Cast | None) -> torch.dtype | None:
+            return first.dtype if first is not None else second.dtype if second is not None else None
+
+        o, gi, gw = recipe.output, recipe.grad_input, recipe.grad_weight
+        x, w, dy = dtype_of(o.a, gw.b), dtype_of(o.b, gi.b), dtype_of(gi.a, gw.a)
+        config = Float8LinearConfig(
+            cast_config_input=options(o.a, x),
+            cast_config_input_for_grad_weight=options(gw.b, x),
+            cast_config_weight=options(o.b, w),
+            cast_config_weight_for_grad_input=options(gi.b, w),
+            cast_config_grad_output=options(gi.a, dy),
+            cast_config_grad_output_for_grad_weight=options(gw.a, dy),
+            gemm_config_output=Float8GemmConfig(o.fast_accum),
+            gemm_config_grad_input=Float8GemmConfig(gi.fast_accum),
+            gemm_config_grad_weight=Float8GemmConfig(gw.fast_accum),
+            emulate=emulate,
+            enable_fsdp_float8_all_gather=enable_fsdp_float8_all_gather,
+            round_scales_to_power_of_2=any(c.scale is ScaleFormat.POW2 for c in casts),
+        )
+        if replace(config.to_recipe(), name=recipe.name) != recipe:
+            raise ValueError(f"recipe {recipe.name!r} mixes casts that Float8LinearConfig cannot describe")
+        return config
+
+    @staticmethod
+    def from_recipe_name(recipe_name: Float8LinearRecipeName | str) -> Float8LinearConfig:
+        """The options of a named recipe. Raises ValueError, with the valid names, for any other name."""
+        name = recipe_name.value if isinstance(recipe_name, Float8LinearRecipeName) else recipe_name
+        return Float8LinearConfig.from_recipe(find_recipe(name))
+
+
+def _block(cast: Cast | None) -> str:
+    if cast is None:
+        return "high-precision weights"
+    return "blocks of " + " x ".join("FULL" if b == FULL else str(b) for b in cast.block)
+
+
+def _named() -> tuple[Recipe, ...]:
+    return tuple(find_recipe(name.value) for name in Float8LinearRecipeName)
+
+
+Options = Float8LinearConfig | Float8LinearRecipeName | Recipe | str
+"""What says how a linear becomes float8: the options, a recipe, or its name."""
+
+
+def resolve(
+    config: Options | None,
+) -> tuple[Recipe, Float8LinearConfig | None]:
+    """The recipe that `config` means (None: tensorwise), and the options if it is made of them."""
+    if config is None:
+        config = Float8LinearConfig()
+    if isinstance(config, Float8LinearConfig):
+        return config.to_recipe(), config
+    if isinstance(config, Float8LinearRecipeName):
+        config = config.value
+    if isinstance(config, str):
+        return find_recipe(config), Float8LinearConfig.from_recipe_name(config)
+    if isinstance(config, Recipe):
+        return config, None
+    raise TypeError(
+        f"config is a {type(config).__name__}; it must be a Float8LinearConfig, a Recipe, or a recipe's name"
+    )

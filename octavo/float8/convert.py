@@ -1,0 +1,136 @@
+"""Turning a model's `nn.Linear`s into float8 linears, and choosing which."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from octavo.float8.config import Float8LinearRecipeName, Options, resolve
+from octavo.float8.linear import Float8Linear
+from octavo.float8.recipe import find_recipe
+
+ModuleFilter = Callable[[nn.Module, str], bool]
+
+
+def _swap(module: nn.Module, fqn: str, replace: Callable[[nn.Linear, str], nn.Module | None]) -> nn.Module:
+    """`module` with `replace(linear, fqn)` in place of its linears where that is not None. Children first."""
+    for name, child in list(module.named_children()):
+        new = _swap(child, f"{fqn}.{name}" if fqn else name, replace)
+        if new is not child:
+            setattr(module, name, new)
+    if isinstance(module, nn.Linear):
+        return replace(module, fqn) or module
+    return module
+
+
+def convert_to_float8_training(
+    module: nn.Module,
+    *,
+    module_filter_fn: ModuleFilter | None = None,
+    config: Options | None = None,
+) -> nn.Module:
+    """Swap the `nn.Linear`s in `module` for `Float8Linear`s, in place; a root that is one is returned
+    swapped.
+
+    module_filter_fn(module, fqn): whether to convert that linear; None converts all.
+    config: a `Float8LinearConfig`, a `Recipe`, or a recipe's name; None is `Float8LinearConfig()`, which is
+    tensorwise.
+
+    Parameters stay the same objects, so an optimizer made before keeps working; a linear that appears in two
+    places stays one. Warns if nothing was converted. Raises TypeError if `module` is not a module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"convert_to_float8_training takes a torch.nn.Module, not a {type(module).__name__}")
+    resolve(config)  # a bad configuration fails even where nothing is converted
+    swapped: dict[int, Float8Linear] = {}
+    found = already = 0
+
+    def replace(linear: nn.Linear, fqn: str) -> nn.Module | None:
+        nonlocal found, already
+        found += 1
+        if isinstance(linear, Float8Linear):
+            already += 1
+            return None
+        if module_filter_fn is not None and not module_filter_fn(linear, fqn):
+            return None
+        if id(linear) not in swapped:
+            swapped[id(linear)] = Float8Linear.from_float(linear, config)
+        return swapped[id(linear)]
+
+    module = _swap(module, "", replace)
+    if not swapped:
+        reason = (
+            f"all {found} are float8 already"
+            if found and already == found
+            else f"module_filter_fn accepted none of its {found} nn.Linear modules"
+            if found
+            else "it has no nn.Linear modules"
+        )
+        warnings.warn(
+            f"convert_to_float8_training changed nothing in {type(module).__name__}: {reason}", stacklevel=2
+        )
+    return module
+
+
+# ------------------------------------------------------------------------------------------ automatic filters
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Linears no larger than `K` input and `N` output features lose time in float8 (None: any size)."""
+
+    K: int | None
+    N: int | None
+
+    def holds(self, K: int, N: int) -> bool:
+        return (self.K is None or K <= self.K) and (self.N is None or N <= self.N)
+
+
+_ROWWISE = (Threshold(None, 2048), Threshold(1024, None), Threshold(2048, 4096))
+TOO_SMALL: dict[str, tuple[Threshold, ...]] = {
+    # From torchao's published measurements on an H100, so that the same layers are converted.
+    "tensorwise": (Threshold(4096, 1024),),
+    "rowwise": _ROWWISE,
+    # These cast as rowwise does, or more finely, and their products are no faster: the same limits.
+    "rowwise_with_gw_hp": _ROWWISE,
+    "blockwise": _ROWWISE,
+    "mxfp8": _ROWWISE,
+}
+
+
+@dataclass(frozen=True)
+class AutoFilter:
+    """A `module_filter_fn` that leaves out what float8 would not speed up. `why_not` gives the reason."""
+
+    recipe: str
+    filter_fqns: tuple[str, ...] = ()
+
+    def __call__(self, module: nn.Module, fqn: str) -> bool:
+        return self.why_not(module, fqn) is None
+
+    def why_not(self, module: nn.Module, fqn: str) -> str | None:
+        """Why the module called `fqn` stays in high precision, or None if it is to be converted."""
+        if not isinstance(module, nn.Linear):
+            return f"{fqn} is a {type(module).__name__}, not an nn.Linear"
+        for part in self.filter_fqns:
+            if part in fqn:
+                return f"{fqn} matches {part!r} of filter_fqns"
+        N, K = module.weight.shape
+        if K % 16 or N % 16:
+            return f"{fqn} is {K} to {N} features, not multiples of 16: it would be padded at every use"
+        for limit in TOO_SMALL[self.recipe]:
+            if limit.holds(K, N):
+                return f"{fqn} is {K} to {N} features, too small to gain from {self.recipe}"
+        return None
+
+
+def auto_filter_for_recipe(
+    recipe: str | Float8LinearRecipeName, filter_fqns: Sequence[str] = ()
+) -> AutoFilter:
+    """A `module_filter_fn` for the recipe: converts linears that gain from float8 on an H100, and whose fully
+    qualified name contains none of `filter_fqns`. Raises ValueError for an unknown recipe."""
+    name = recipe.value if isinstance(recipe, Float8LinearRecipeName) else recipe
+    return AutoFilter(find_recipe(name).name, tuple(filter_fqns))

@@ -1,0 +1,265 @@
+"""The float8 linear layer: three matrix products, each operand cast once, where it is made.
+
+    forward    x[M, K]  -> x_MK for the output, x_KM for grad_weight     one read of x, two casts
+               w[N, K]  -> w_NK for the output
+    backward   dy[M, N] -> dy_MN for grad_input, dy_NM for grad_weight   one read of dy, two casts
+               w[N, K]  -> w_KN for grad_input
+
+What is kept for backward is x_KM, one byte an element, and the weight, which exists anyway: half of what a
+bfloat16 linear keeps. The casts of x and of the weight are made outside the autograd function and handed in,
+because others can make them better: linears with the same input share its casts (`shared_casts`),
+`cast_weights_once` keeps a weight's over a whole optimizer step, and FSDP and tensor parallelism gather them
+in float8.
+
+Letters as in `recipe.py`: M tokens, K input features, N output features.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from octavo.float8.config import Options, resolve
+from octavo.float8.matmul import matmul, warn_if_emulated
+from octavo.float8.quantize import Quantized, quantize, quantize_both
+from octavo.float8.recipe import Recipe
+from octavo.float8.shared import Casts, shared_casts
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Identity, whose backward says that float8 gradients cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise RuntimeError(
+            "a Float8Linear was differentiated twice: casting to float8 has no useful second derivative. "
+            "Leave the layers that need one in high precision with module_filter_fn"
+        )
+
+
+def _once(grad: Tensor) -> Tensor:
+    return _NoSecondDerivative.apply(grad.detach().requires_grad_())
+
+
+def _wanted(ctx: Any) -> tuple[bool, bool]:
+    """Which of (grad_input, grad_weight) this run of backward must compute.
+
+    Zero-bubble pipeline schedules ask for the two in separate passes over the same graph. `needs_input_grad`
+    is true for both in each; the engine knows which edges it will follow.
+    """
+    wanted = tuple(ctx.needs_input_grad[:2])
+    if torch.compiler.is_compiling() or wanted != (True, True):
+        return wanted
+    try:
+        x_edge, w_edge = (
+            node is not None and torch._C._will_engine_execute_node(node)
+            for node, _ in ctx.next_functions[:2]
+        )
+    except RuntimeError:  # not inside a pass of the engine, or an edge it does not tell about
+        return wanted
+    return x_edge, w_edge
+
+
+def _operand(data: Tensor | None, scale: Tensor | None, high_precision: Tensor) -> Quantized | Tensor:
+    if data is None or scale is None:
+        return high_precision
+    return Quantized(data, scale)
+
+
+class Float8Matmul(torch.autograd.Function):
+    """`y[M, N] = x[M, K] . w[N, K]^T`, with the gradients' products as `recipe` says.
+
+    The casts x_MK, x_KM, w_NK and w_KN come as (data, scale) pairs, or None: see `multiply`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        x_MK: Tensor | None,
+        x_MK_scale: Tensor | None,
+        x_KM: Tensor | None,
+        x_KM_scale: Tensor | None,
+        w_NK: Tensor | None,
+        w_NK_scale: Tensor | None,
+        w_KN: Tensor | None,
+        w_KN_scale: Tensor | None,
+        recipe: Recipe,
+        emulate: bool | None,
+    ) -> Tensor:
+        need_x, need_w = ctx.needs_input_grad[:2]
+        keep_x = (x if x_KM is None else x_KM, x_KM_scale) if need_w else (None, None)
+        keep_w = (w if w_KN is None else w_KN, w_KN_scale) if need_x else (None, None)
+        ctx.save_for_backward(*keep_x, *keep_w)
+        ctx.recipe, ctx.emulate = recipe, emulate
+        return matmul(
+            _operand(x_MK, x_MK_scale, x),
+            _operand(w_NK, w_NK_scale, w.to(x.dtype) if recipe.output.b is None else w),
+            recipe.output,
+            x.dtype,
+            emulate=emulate,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        x, x_scale, w, w_scale = ctx.saved_tensors
+        recipe, emulate = ctx.recipe, ctx.emulate
+        grad_input, grad_weight = recipe.grad_input, recipe.grad_weight
+        want_x, want_w = _wanted(ctx)
+        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        dx = dw = None
+        with torch.no_grad():
+            dy_MN, dy_NM = quantize_both(
+                dy, grad_input.a if want_x else None, grad_weight.a if want_w else None
+            )
+            if want_x:
+                if w_scale is not None:
+                    w_KN: Quantized | Tensor = Quantized(w, w_scale)
+                else:
+                    w_KN = w.t().to(dy.dtype) if grad_input.b is None else quantize(w.t(), grad_input.b)
+                dx = matmul(dy_MN, w_KN, grad_input, dy.dtype, emulate=emulate)
+            if want_w:
+                x_KM = x.t() if x_scale is None else Quantized(x, x_scale)
+                dw = matmul(dy_NM, x_KM, grad_weight, dy.dtype, emulate=emulate)
+        if differentiable:
+            dx, dw = (None if g is None else _once(g) for g in (dx, dw))
+        return dx, dw, *[None] * 10
+
+
+def cast_input(x: Tensor, recipe: Recipe, *, for_grad_weight: bool) -> Casts:
+    """`x[M, K]` as the output's operand `[M, K]` and, if asked for, as grad_weight's `[K, M]`.
+
+    None where the operand stays in high precision or is not asked for.
+    """
+    row, col = recipe.output.a, recipe.grad_weight.b if for_grad_weight else None
+    first, second = quantize_both(x, row, col)
+    return first if isinstance(first, Quantized) else None, second if isinstance(second, Quantized) else None
+
+
+def cast_weight(w: Tensor, recipe: Recipe, *, for_grad_input: bool) -> Casts:
+    """`w[N, K]` as the output's operand `[N, K]` and, if asked for, as grad_input's `[K, N]`; None as
+    above.
+    """
+    row, col = recipe.output.b, recipe.grad_input.b if for_grad_input else None
+    first, second = quantize_both(w, row, col)
+    return first if isinstance(first, Quantized) else None, second if isinstance(second, Quantized) else None
+
+
+def _flat(casts: Casts) -> list[Tensor | None]:
+    return [part for q in casts for part in ((None, None) if q is None else q)]
+
+
+def multiply(
+    x: Tensor,
+    w: Tensor,
+    recipe: Recipe,
+    *,
+    emulate: bool | None = None,
+    x_casts: Casts | None = None,
+    w_casts: Casts | None = None,
+) -> Tensor:
+    """`x[M, K] . w[N, K]^T` as `y[M, N]` in x's dtype, differentiable in both.
+
+    `x_casts` and `w_casts` are what `cast_input` and `cast_weight` give, if already made. Without `w_casts`,
+    the weight is cast for the output now and for grad_input in backward, so that nothing of its size is held
+    between.
+    """
+    with torch.no_grad():
+        if x_casts is None:
+            x_casts = cast_input(x, recipe, for_grad_weight=w.requires_grad)
+        if w_casts is None:
+            w_casts = cast_weight(w, recipe, for_grad_input=False)
+    # Views, so that neither edge of the graph is a leaf: the engine answers `_wanted` for inner nodes only.
+    return Float8Matmul.apply(x.view_as(x), w.view_as(w), *_flat(x_casts), *_flat(w_casts), recipe, emulate)
+
+
+class Float8Linear(nn.Linear):
+    """`nn.Linear` whose three products run in float8, as `config` says: options, a `Recipe`, or a recipe's
+    name.
+
+    Parameters, state dict and signature are those of `nn.Linear`. Takes `[..., in_features]` of 1 to any
+    number of dimensions, in bfloat16, float16 or float32, and returns `[..., out_features]` in the same dtype
+    (autocast's, where that is on).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        config: Options | None = None,
+        emulate: bool | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.recipe, self.config = resolve(config)
+        self.emulate = emulate if self.config is None or emulate is not None else self.config.emulate
+        self.weight_casts: Casts | None = None
+
+    @classmethod
+    def from_float(
+        cls, mod: nn.Linear, config: Options | None = None, *, emulate: bool | None = None
+    ) -> Self:
+        """A float8 linear with the parameters of `mod` (shared, not copied)."""
+        new = cls(
+            mod.in_features,
+            mod.out_features,
+            bias=mod.bias is not None,
+            device="meta",
+            dtype=mod.weight.dtype,
+            config=config,
+            emulate=emulate,
+        )
+        new.weight, new.bias = mod.weight, mod.bias
+        new.training = mod.training
+        warn_if_emulated(new.recipe, mod.weight.device, new.emulate)
+        return new
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input[..., K] -> [..., N]`. Raises ValueError where the last dimension is not K, TypeError on
+        other dtypes.
+        """
+        x = input
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"Float8Linear takes [..., {self.in_features}]; the input is {tuple(x.shape)}: its last "
+                f"dimension must be in_features={self.in_features}"
+            )
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if x.dtype not in DTYPES:
+            raise TypeError(
+                f"Float8Linear takes bfloat16, float16 or float32; the input is {x.dtype}: convert it"
+            )
+        if not torch.compiler.is_compiling():
+            warn_if_emulated(self.recipe, x.device, self.emulate)
+
+        x_MK = x.reshape(-1, self.in_features)
+        for_grad_weight = self.weight.requires_grad and torch.is_grad_enabled()
+        with torch.no_grad():
+            x_casts = shared_casts(
+                input,
+                (x.dtype, self.recipe.output.a, self.recipe.grad_weight.b if for_grad_weight else None),
+                lambda: cast_input(x_MK.detach(), self.recipe, for_grad_weight=for_grad_weight),
+            )
+        y_MN = multiply(
+            x_MK, self.weight, self.recipe, emulate=self.emulate, x_casts=x_casts, w_casts=self.weight_casts
+        )
+        y = y_MN.reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        emulate = "" if self.emulate is None else f", emulate={self.emulate}"
+        return f"{super().extra_repr()}, recipe={self.recipe.name}{emulate}"

@@ -1,0 +1,188 @@
+"""Casting to float8: the reference, in plain PyTorch.
+
+float8 has 4 or 5 bits of exponent, so a tensor must be scaled into its range first. For each block of
+elements:
+
+    amax  = max |x|
+    s     = dtype_max / max(amax, 1e-12)     in float64, rounded to float32, then down to a power of two if
+    asked data  = float8(clamp(x * s))             the product in float32; round to nearest, ties to even
+    scale = 1 / s                            so that data * scale gives the value back
+
+The float64 step makes s the same in every backend: float32 division is not correctly rounded everywhere, and
+one ulp in s moves values across rounding boundaries. Powers of two are cut out of the bits, since log2
+misrounds just below a power of two. NaN stays NaN; an infinity makes its whole block NaN (its amax is
+infinite, so s is 0), so that neither can turn into a finite number.
+
+These lines serve eager code and the compiler, which fuses them, and a hand-written kernel must match them bit
+for bit.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.float8.recipe import FULL, Cast, ScaleFormat
+
+EPS = 1e-12
+"""The least amax: an all-zero block gets a finite scale."""
+
+_EXPONENT_MASK = 0x7F800000
+_MANTISSA_MASK = 0x007FFFFF
+_LARGEST_WITHOUT_CARRY = 0x00600000  # the mantissa of 1.75, which is that of both formats' largest number
+_E8M0_NAN = 255
+_ONE_BYTE = (ScaleFormat.E8M0, ScaleFormat.E8M0_FLOOR)
+
+
+class Quantized(NamedTuple):
+    """A float8 operand. `data` is [rows, contraction]; `scale` has one entry a block, [row blocks, column
+    blocks].
+
+    `data * scale`, each scale spread over its block, gives the value back: `dequantize` does that. scale
+    holds float32 numbers or, for the E8M0 formats, their one-byte codes (uint8): `scale_values` gives the
+    numbers. (The compiler does not know torch.float8_e8m0fnu on a CPU; hardware paths view the codes as
+    that.)
+    """
+
+    data: Tensor
+    scale: Tensor
+
+
+def block_size(block: tuple[int, int], shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
+    """`block` with FULL replaced by the extent of `shape` (at least 1)."""
+    rows, cols = (max(n, 1) if b == FULL else b for b, n in zip(block, shape, strict=True))
+    return rows, cols
+
+
+def _tiles(x: Tensor, block: tuple[int, int]) -> Tensor:
+    """`x[R, C]` as `[R / r, r, C / c, c]`, a view where the block divides the shape, else padded with
+    zeros.
+    """
+    rows, cols = block_size(block, x.shape)
+    pad_rows, pad_cols = -x.shape[0] % rows, -x.shape[1] % cols
+    if pad_rows or pad_cols:
+        x = F.pad(x, (0, pad_cols, 0, pad_rows))
+    return x.unflatten(0, (x.shape[0] // rows, rows)).unflatten(2, (x.shape[1] // cols, cols))
+
+
+def _untile(tiles: Tensor, shape: torch.Size) -> Tensor:
+    flat = tiles.flatten(2, 3).flatten(0, 1)
+    return flat if flat.shape == shape else flat[: shape[0], : shape[1]]
+
+
+def block_amax(x: Tensor, block: tuple[int, int]) -> Tensor:
+    """The largest magnitude in each block of `x[R, C]`, in x's dtype: `[R / r, C / c]`, rounded up. NaN
+    wins.
+    """
+    if x.numel() == 0:
+        rows, cols = block_size(block, x.shape)
+        return x.new_zeros(-(-x.shape[0] // rows), -(-x.shape[1] // cols))
+    if not torch.compiler.is_compiling() and x.device.type == "cpu" and block == (FULL, FULL):
+        low, high = torch.aminmax(x)  # one pass and no temporary, where abs().amax() takes two
+        return torch.maximum(high, -low).abs().reshape(1, 1)
+    return _tiles(x, block).abs().amax(dim=(1, 3))
+
+
+def _keep_nan(x: Tensor, result: Tensor) -> Tensor:
+    return torch.where(x.isnan(), x, result)
+
+
+def scales_from_amax(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
+    """`(s, scale)` of each block: what its elements are multiplied by, and what gives the values back.
+
+    `amax` is any float dtype and shape; s is float32 of that shape, scale float32 or, for E8M0, uint8 codes.
+    """
+    if cast.scale in _ONE_BYTE:
+        return _e8m0_scales(amax.float(), cast)
+    s = (torch.finfo(cast.dtype).max / amax.double().clamp(min=EPS)).float()
+    if cast.scale is ScaleFormat.POW2:
+        s = _keep_nan(s, (s.view(torch.int32) & _EXPONENT_MASK).view(torch.float32))
+    # A float64 quotient rounded to float32 is the correctly rounded float32 quotient; GPU code would give
+    # less.
+    return s, (1.0 / s.double()).float()
+
+
+def scale_values(scale: Tensor) -> Tensor:
+    """A `Quantized.scale` as float32 numbers: E8M0 codes e become 2**(e - 127), and 255 NaN."""
+    if scale.dtype != torch.uint8:
+        return scale
+    code = scale.int()
+    bits = torch.where(code == 0, 0x00400000, code << 23)  # 2**-127 is subnormal in float32
+    return torch.where(code == _E8M0_NAN, torch.nan, bits.view(torch.float32))
+
+
+def _e8m0_scales(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
+    bits = amax.view(torch.int32)
+    # dtype_max is 1.75 * 2**emax: the exponent that maps amax into the format's top binade ...
+    emax = 8 if cast.dtype == torch.float8_e4m3fn else 15
+    exponent = ((bits & _EXPONENT_MASK) >> 23) - emax
+    if cast.scale is ScaleFormat.E8M0:
+        # ... and one more where amax would lie above 1.75 in it.
+        exponent = exponent + ((bits & _MANTISSA_MASK) > _LARGEST_WITHOUT_CARRY).int()
+    exponent = exponent.clamp(min=0)  # biased by 127
+    finite = (bits & _EXPONENT_MASK) != _EXPONENT_MASK
+    scale = torch.where(finite, exponent, _E8M0_NAN).to(torch.uint8)
+    s = ((254 - exponent) << 23).view(torch.float32)
+    return torch.where(finite, s, torch.nan), scale
+
+
+def cast_data(x: Tensor, s: Tensor, cast: Cast) -> Tensor:
+    """`x[R, C]` multiplied by its blocks' `s[R / r, C / c]`, as float8. Keeps x's memory layout."""
+    limit = torch.finfo(cast.dtype).max
+    scaled = _tiles(x, cast.block).float() * s[:, None, :, None]
+    # Older versions of torch do not saturate when they cast in eager mode.
+    return _untile(scaled.clamp(-limit, limit).to(cast.dtype), x.shape)
+
+
+def quantize(x: Tensor, cast: Cast) -> Quantized:
+    """Cast `x[rows, contraction]` (bfloat16, float16 or float32) as `cast` says. Keeps x's memory layout."""
+    s, scale = scales_from_amax(block_amax(x, cast.block), cast)
+    return Quantized(cast_data(x, s, cast), scale)
+
+
+def transposed(q: Quantized) -> Quantized:
+    """The transpose of a square cast, without copying."""
+    return Quantized(q.data.t(), q.scale.t())
+
+
+def quantize_both(
+    x: Tensor, row: Cast | None, col: Cast | None
+) -> tuple[Quantized | Tensor, Quantized | Tensor]:
+    """`x[R, C]` as an operand that contracts C, and its transpose as one that contracts R.
+
+    Both casts are made while x is at hand, so that nothing needs to keep x. A `None` cast gives x (or its
+    transpose) in high precision. One square cast serves both.
+    """
+    first = x if row is None else quantize(x, row)
+    if col is None:
+        return first, x.t()
+    if col == row and col.square and isinstance(first, Quantized):
+        return first, transposed(first)
+    return first, quantize(x.t(), col)
+
+
+_TABLES: dict[torch.dtype, Tensor] = {}
+
+
+def to_float32(data: Tensor) -> Tensor:
+    """float8 `data` as float32, exactly. Keeps the memory layout."""
+    if torch.compiler.is_compiling() or data.device.type != "cpu" or type(data) is not Tensor:
+        return data.float()
+    if data.dtype != torch.float8_e4m3fn or data.dim() != 2:
+        return data.float()
+    # PyTorch converts e4m3 one element at a time on a CPU; looking the 256 codes up is seven times faster.
+    if not data.is_contiguous():
+        return to_float32(data.t()).t() if data.t().is_contiguous() else data.float()
+    table = _TABLES.get(data.dtype)
+    if table is None:
+        table = _TABLES[data.dtype] = torch.arange(256, dtype=torch.uint8).view(data.dtype).float()
+    return table.index_select(0, data.view(torch.uint8).flatten().int()).view(data.shape)
+
+
+def dequantize(q: Quantized, block: tuple[int, int]) -> Tensor:
+    """`data * scale` in float32, `[rows, contraction]`; `block` is the cast's."""
+    values = _tiles(to_float32(q.data), block) * scale_values(q.scale)[:, None, :, None]
+    return _untile(values, q.data.shape)

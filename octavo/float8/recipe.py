@@ -1,0 +1,221 @@
+"""What is cast to float8, and how: read this file first.
+
+A linear layer is three matrix products. With M tokens, K input features and N output features:
+
+    output       y[M, N]  = x[M, K]  . w[N, K]^T      contracts K
+    grad_input   dx[M, K] = dy[M, N] . w[K, N]^T      contracts N
+    grad_weight  dw[N, K] = dy[N, M] . x[K, M]^T      contracts M
+
+Every operand is written `[rows, contraction]`, the contraction last. That is the one layout in which Hopper's
+float8 units read both operands, and it leaves no axis to argue about: a scaling scheme is the size of the
+block of elements that share a scale.
+
+    scheme                         block = (rows, contraction)
+    one scale a tensor             (FULL, FULL)
+    one scale a row                (1, FULL)
+    128-blocks, activation/weight  (1, 128) / (128, 128)
+    MXFP8                          (1, 32), power-of-two scale in one byte
+
+A recipe is six casts. This file knows no tensor: `quantize.py` interprets a `Cast`, `matmul.py` a `Gemm` and
+`linear.py` a `Recipe`. To add a format, add a row to `RECIPES`; it trains in emulation at once, and gets a
+hardware path when `matmul.py` gets a row for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from types import MappingProxyType
+from typing import Final
+
+import torch
+
+FULL: Final = -1
+"""Block size of an axis that shares one scale from end to end."""
+
+FLOAT8_DTYPES: Final = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class ScaleFormat(Enum):
+    """Which numbers a scale may be.
+
+    FP32: any float32. POW2: a float32 power of two, so that scaling itself never rounds; the largest that
+    does not overflow the block. E8M0 and E8M0_FLOOR: a power of two in one byte, as in the OCP Microscaling
+    specification v1.0; E8M0 rounds up, so that nothing saturates, and E8M0_FLOOR takes the exponent of the
+    largest element, as the specification's own example does, so that elements above 1.75 times a power of two
+    saturate.
+    """
+
+    FP32 = "fp32"
+    POW2 = "pow2"
+    E8M0 = "e8m0"
+    E8M0_FLOOR = "e8m0_floor"
+
+
+@dataclass(frozen=True)
+class Cast:
+    """How one operand becomes low precision.
+
+    `dtype`: torch.float8_e4m3fn or torch.float8_e5m2. `block`: (rows, contraction) elements that share a
+    scale, each a positive number or FULL. `scale`: the numbers a scale may be.
+    """
+
+    dtype: torch.dtype
+    block: tuple[int, int]
+    scale: ScaleFormat = ScaleFormat.FP32
+
+    def __post_init__(self) -> None:
+        if self.dtype not in FLOAT8_DTYPES:
+            names = " or ".join(str(d) for d in FLOAT8_DTYPES)
+            raise ValueError(f"Cast.dtype is {self.dtype}; it must be {names}")
+        if len(self.block) != 2 or any(not isinstance(b, int) or (b < 1 and b != FULL) for b in self.block):
+            raise ValueError(
+                f"Cast.block is {self.block}; it must be (rows, contraction), each >= 1 or FULL ({FULL})"
+            )
+
+    @property
+    def square(self) -> bool:
+        """Whether casting commutes with transposing, so that one cast serves a tensor and its transpose."""
+        return self.block[0] == self.block[1]
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One matrix product `a[rows, contraction] . b[rows, contraction]^T`: how its operands are cast.
+
+    A `None` operand stays in high precision; both must then be None. `fast_accum` allows the hardware to
+    accumulate in less than float32; emulation always accumulates in float32.
+    """
+
+    a: Cast | None
+    b: Cast | None
+    fast_accum: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.a is None) != (self.b is None):
+            raise ValueError(
+                f"Gemm has one operand in float8 and one in high precision (a={self.a}, b={self.b}); "
+                "no backend multiplies such a pair: cast both, or neither"
+            )
+        if self.a and self.b and self.a.dtype == self.b.dtype == torch.float8_e5m2:
+            raise ValueError(
+                "Gemm multiplies float8_e5m2 by float8_e5m2, which no hardware does: "
+                "use torch.float8_e4m3fn for at least one operand (usually the input and the weight)"
+            )
+
+    @property
+    def float8(self) -> bool:
+        return self.a is not None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the three products of a linear layer are computed. See the module's docstring for the letters.
+
+    output:      a casts x[M, K],  b casts w[N, K]
+    grad_input:  a casts dy[M, N], b casts w[K, N] (the transpose)
+    grad_weight: a casts dy[N, M], b casts x[K, M] (both transposes)
+    """
+
+    name: str
+    output: Gemm
+    grad_input: Gemm
+    grad_weight: Gemm
+
+    @property
+    def gatherable(self) -> bool:
+        """Whether one float8 weight serves both products that read it, so that FSDP can gather it in
+        float8.
+        """
+        weight = self.output.b
+        return weight is not None and weight.square and weight == self.grad_input.b
+
+    @property
+    def gemms(self) -> Mapping[str, Gemm]:
+        return {"output": self.output, "grad_input": self.grad_input, "grad_weight": self.grad_weight}
+
+    def map_casts(self, change: Callable[[Cast], Cast]) -> Recipe:
+        """A copy whose every cast went through `change`."""
+
+        def gemm(g: Gemm) -> Gemm:
+            return replace(g, a=g.a and change(g.a), b=g.b and change(g.b))
+
+        return replace(
+            self,
+            output=gemm(self.output),
+            grad_input=gemm(self.grad_input),
+            grad_weight=gemm(self.grad_weight),
+        )
+
+    def with_scales(self, scale: ScaleFormat) -> Recipe:
+        """A copy whose every cast uses the scale format `scale`:
+        `RECIPES["mxfp8"].with_scales(E8M0_FLOOR)`.
+        """
+        return self.map_casts(lambda cast: replace(cast, scale=scale))
+
+
+_E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+_HIGH_PRECISION: Final = Gemm(None, None)
+
+_TENSOR = Cast(_E4M3, (FULL, FULL))
+_TENSOR_GRAD = Cast(_E5M2, (FULL, FULL))
+_TENSOR_POW2 = replace(_TENSOR, scale=ScaleFormat.POW2)
+_ROW = Cast(_E4M3, (1, FULL), ScaleFormat.POW2)
+_BLOCK = Cast(_E4M3, (1, 128))
+_BLOCK_WEIGHT = Cast(_E4M3, (128, 128))
+_MX = Cast(_E4M3, (1, 32), ScaleFormat.E8M0)
+
+RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
+    {
+        recipe.name: recipe
+        for recipe in (
+            # One scale a tensor; e5m2 gives the gradient's wide range more room. The fastest.
+            Recipe(
+                "tensorwise",
+                output=Gemm(_TENSOR, _TENSOR, fast_accum=True),
+                grad_input=Gemm(_TENSOR_GRAD, _TENSOR),
+                grad_weight=Gemm(_TENSOR_GRAD, _TENSOR),
+            ),
+            # One power-of-two scale a row: an outlier token or channel harms only itself.
+            Recipe(
+                "rowwise",
+                output=Gemm(_ROW, _ROW, fast_accum=True),
+                grad_input=Gemm(_ROW, _ROW),
+                grad_weight=Gemm(_ROW, _ROW),
+            ),
+            # As rowwise, with the gradient of the weight, the product most sensitive to noise, in high
+            # precision.
+            Recipe(
+                "rowwise_with_gw_hp",
+                output=Gemm(_ROW, _ROW, fast_accum=True),
+                grad_input=Gemm(_ROW, _TENSOR_POW2),
+                grad_weight=_HIGH_PRECISION,
+            ),
+            # DeepSeek-V3 (arXiv:2412.19437, section 3.3): fine blocks, float32 scales.
+            Recipe(
+                "blockwise",
+                output=Gemm(_BLOCK, _BLOCK_WEIGHT),
+                grad_input=Gemm(_BLOCK, _BLOCK_WEIGHT),
+                grad_weight=Gemm(_BLOCK, _BLOCK),
+            ),
+            # OCP Microscaling v1.0: 32 elements share a one-byte exponent.
+            Recipe(
+                "mxfp8",
+                output=Gemm(_MX, _MX),
+                grad_input=Gemm(_MX, _MX),
+                grad_weight=Gemm(_MX, _MX),
+            ),
+        )
+    }
+)
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe called `name`. Raises ValueError, with the valid names, if there is none."""
+    try:
+        return RECIPES[name]
+    except KeyError:
+        raise ValueError(
+            f"no float8 recipe is called {name!r}; the recipes are {', '.join(RECIPES)}"
+        ) from None
