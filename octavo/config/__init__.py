@@ -1,13 +1,15 @@
-"""The configuration of a training job: dataclasses, a strict TOML file, and flags on top. Free of torch and numpy.
+"""The configuration of a training job: dataclasses, a strict TOML file, and flags on top. Free of torch and
+numpy.
 
-`load` turns a command line into a `JobConfig`; `check` says whether that job can run here; both raise `ConfigError`
-with a message that is ready to print. Read `schema.py` for the keys and `names.py` for what they may be set to.
+`load` turns a command line into a `JobConfig`; `check` says whether that job can run here; both raise
+`ConfigError` with a message that is ready to print. Read `schema.py` for the keys and `names.py` for what
+they may be set to.
 """
 
 from octavo.config import names
 from octavo.config.errors import ConfigError
 from octavo.config.loader import load
-from octavo.config.preflight import check
+from octavo.config.preflight import check, notes
 from octavo.config.schema import JobConfig
 
-__all__ = ["ConfigError", "JobConfig", "check", "load", "names"]
+__all__ = ["ConfigError", "JobConfig", "check", "load", "names", "notes"]

@@ -1,11 +1,15 @@
-"""The one exception that means "the user's configuration is wrong", and the search for the name that was meant."""
+"""The one exception that means "the user's configuration is wrong", and the search for the name that was
+meant.
+"""
 
 import difflib
 from collections.abc import Iterable
 
 
 class ConfigError(Exception):
-    """A configuration that cannot run. `str(error)` is the whole message, ready to print; the exit code is 2."""
+    """A configuration that cannot run. `str(error)` is the whole message, ready to print; the exit code is
+    2.
+    """
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:

@@ -1,8 +1,9 @@
 """The command line: `--section.key value` on top of a job, parsed by tyro.
 
-tyro reads the dataclasses and parses the values. Before it, `scan` brings every accepted spelling to one canonical flag,
-because the accepted ones are many (`-` or `_`, `--x.no-y`, `--no-x.y`, `--x.y=false`, second names of a key, values that
-begin with a dash) and because an unknown flag deserves the name that was meant.
+tyro reads the dataclasses and parses the values. Before it, `scan` brings every accepted spelling to one
+canonical flag, because the accepted ones are many (`-` or `_`, `--x.no-y`, `--no-x.y`, `--x.y=false`,
+second names of a key, values that begin with a dash) and because an unknown flag deserves the name that was
+meant.
 """
 
 from collections.abc import Sequence
@@ -59,7 +60,9 @@ def scan(argv: Sequence[str]) -> tuple[list[Flag], list[str]]:
         token = rest.pop(0)
         typed, equals, text = token.partition("=")
         if not typed.startswith("--") or typed == "--":
-            problems.append(f"unexpected argument {token!r}; flags look like --section.key value (quote values with spaces)")
+            problems.append(
+                f"unexpected argument {token!r}; flags look like --section.key value (quote spaces)"
+            )
             continue
         written, negated = _resolve(typed)
         home = lookup.resolve(*written) if written else None
@@ -120,7 +123,9 @@ def print_help(*, prog: str) -> None:
 
 
 def _resolve(typed: str) -> tuple[tuple[str, str] | None, bool]:
-    """The (section, key) that a flag spells, None where it is no key; and whether it is the `no` form of a boolean."""
+    """The (section, key) that a flag spells, None where it is no key; and whether it is the `no` form of a
+    boolean.
+    """
     name = lookup.normal(typed[2:])
     if name == "config_file":
         return _CONFIG_FILE, False
@@ -138,7 +143,11 @@ def _explain(typed: str) -> str:
     section, dot, key = lookup.normal(typed[2:]).partition(".")
     if not dot:
         return f"unknown flag{lookup.suggest_for_bare(section, prefix='--')}"
-    bare = (section.removeprefix("no_"), key) if section.startswith("no_") else (section, key.removeprefix("no_"))
+    bare = (
+        (section.removeprefix("no_"), key)
+        if section.startswith("no_")
+        else (section, key.removeprefix("no_"))
+    )
     for candidate in ((section, key), bare):
         home = lookup.resolve(*candidate)
         if home is not None:
@@ -166,10 +175,18 @@ def _tyro(job: JobConfig, args: list[str], prog: str) -> JobConfig:
         )
 
     return tyro.cli(
-        JobConfig, args=args, default=job, prog=prog, registry=registry, use_underscores=True, description=_DESCRIPTION
+        JobConfig,
+        args=args,
+        default=job,
+        prog=prog,
+        registry=registry,
+        use_underscores=True,
+        description=_DESCRIPTION,
     )
 
 
-_DESCRIPTION = """\
-Train a model. Values come from the command line, then from the TOML file (--job.config_file), then from the defaults
-below. Booleans are flags (--training.compile, --training.no-compile); lists are comma-separated; - and _ are the same."""
+_DESCRIPTION = (
+    "Train a model. Values come from the command line, then from the TOML file (--job.config_file), then from "
+    "the defaults below. Booleans are flags (--training.compile, --training.no-compile); lists are "
+    "comma-separated; - and _ are the same."
+)

@@ -5,15 +5,16 @@ from typing import Any
 
 from octavo.config import flags, toml
 from octavo.config.errors import ConfigError
+from octavo.config.ranges import shown
 from octavo.config.schema import JobConfig
 
 
 def load(argv: Sequence[str], *, prog: str = "octavo train") -> JobConfig:
     """Read a job from flags and from the TOML file that `--job.config_file` names.
 
-    Nothing outside that file is looked at: ranges, paths and divisibility are `check`'s. `-h` or `--help` among the flags
-    prints the help and exits with 0. Of a flag given several times the last counts, so that a script's own flags can be
-    overridden; two spellings of one key must agree.
+    Nothing outside that file is looked at: ranges, paths and divisibility are `check`'s. `-h` or `--help`
+    among the flags prints the help and exits with 0. Of a flag given several times the last counts, so that
+    a script's own flags can be overridden; two spellings of one key must agree.
 
     Raises:
         ConfigError: with one line for each thing wrong in the file and on the command line.
@@ -64,7 +65,8 @@ def _contradictions(settings: Iterable[tuple[str, str, Any, str, str]]) -> list[
     for spellings in last.values():
         (first, (value, where)), *others = spellings.items()
         problems += [
-            f"{other_where}: {other} = {other_value!r} contradicts {first} = {value!r} ({where}): they are one setting"
+            f"{other_where}: {other} = {shown(other_value)} contradicts {first} = {shown(value)} ({where}); "
+            "the two are one setting"
             for other, (other_value, other_where) in others
             if other_value != value
         ]

@@ -1,4 +1,4 @@
-"""From the name a user wrote to the attribute that holds it, or to the message that says why there is none."""
+"""From the name a user wrote to the attribute that holds it, or to the reason why there is none."""
 
 from octavo.config import torchtitan
 from octavo.config.errors import nearest
@@ -39,7 +39,9 @@ def explain_unknown_section(section: str) -> str:
     if reason is not None:
         return f"known to torchtitan, not supported: {reason}"
     best = nearest(section, SECTIONS)
-    return "unknown section" + (f"; did you mean [{best}]?" if best else f"; the sections are {', '.join(SECTIONS)}")
+    return "unknown section" + (
+        f"; did you mean [{best}]?" if best else f"; the sections are {', '.join(SECTIONS)}"
+    )
 
 
 def suggest_for_bare(key: str, *, prefix: str = "") -> str:

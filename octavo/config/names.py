@@ -1,15 +1,15 @@
 """Every name a config may choose from, kept here so that a config can be judged before torch is imported.
 
-The registries that give these names a meaning (models, recipes, optimizers, corpora) import torch, which takes seconds;
-a misspelt name should cost milliseconds. The price is that each name is written twice, and a test holds the two equal
-(`tests/config/test_names.py`).
+The registries that give these names a meaning (models, recipes, optimizers, corpora) import torch, which
+takes seconds; a misspelt name should cost milliseconds. The price is that each name is written twice, and a
+test holds the two equal (`tests/config/test_names.py`).
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, get_args
 
-RecipeName = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
+RecipeName = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise", "mxfp8"]
 OptimizerName = Literal["Adam", "AdamW"]
 OptimizerImplementation = Literal["for-loop", "foreach", "fused"]
 DecayType = Literal["linear", "sqrt", "cosine"]
@@ -35,7 +35,7 @@ DATASETS: tuple[str, ...] = ("shakespeare", "c4")
 """Corpora known by name; anything else is a local file or folder."""
 
 STREAMED_DATASETS: tuple[str, ...] = ("c4",)
-"""The part of `DATASETS` that is fetched, and for which `training.dataset_path` may name another source."""
+"""The part of `DATASETS` that is fetched, and for which `training.dataset_path` may name a local copy."""
 
 TOKENIZERS: tuple[str, ...] = ("octavo_bpe_2048",)
 """Tokenizers shipped in the package; anything else is a local folder or file."""

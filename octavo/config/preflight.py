@@ -1,7 +1,237 @@
-"""Judging a job before torch is imported."""
+"""Whether a job can run here, found out before torch is imported and before any process is started.
 
+`load` has judged the spelling; `check` judges the meaning: ranges, arithmetic, paths, and flags that would do
+nothing. What only the data, the model or the device can tell (does the corpus fill one batch? does the filter
+match a layer?) is left to them.
+"""
+
+import importlib.machinery
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from octavo.config import names
+from octavo.config.effects import without_effect
+from octavo.config.errors import ConfigError, did_you_mean
+from octavo.config.ranges import named, out_of_range
 from octavo.config.schema import JobConfig
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
+_MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+_STEP = re.compile(r"step-(\d+)")
 
 
 def check(job: JobConfig, *, world_size: int, gpus: int | None = None) -> None:
-    """Raise ConfigError where the job cannot run."""
+    """Judge a loaded job for `world_size` processes on a machine with `gpus` GPUs (None: not known).
+
+    Raises:
+        ConfigError: with one line for each thing wrong.
+    """
+    problems = out_of_range(job)
+    if not problems:  # what follows calculates with the values
+        problems = [
+            *_mesh(job, world_size),
+            *_batch(job, world_size),
+            *_warmup(job),
+            *_model(job),
+            *_dataset(job),
+            *_tokenizer(job),
+            *_outputs(job),
+            *_load_step(job),
+            *_gpu_only(job, gpus),
+            *_packages(job),
+        ]
+    problems += without_effect(job, world_size)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def notes(job: JobConfig) -> list[str]:
+    """What is allowed but may surprise, one sentence each, for the log."""
+    warmup, steps = job.lr_scheduler.warmup_steps, job.training.steps
+    if warmup <= steps:
+        return []
+    return [f"lr_scheduler.warmup_steps = {warmup} exceeds training.steps = {steps}: every step is warm-up"]
+
+
+def _mesh(job: JobConfig, world_size: int) -> Iterator[str]:
+    replicate = job.parallelism.data_parallel_replicate_degree
+    shard = job.parallelism.data_parallel_shard_degree
+    there = f"{world_size} process{'es' if world_size > 1 else ''}"
+    if shard == -1 and world_size % replicate:
+        yield f"{named(job, 'parallelism.data_parallel_replicate_degree')} does not divide {there}"
+    if shard != -1 and replicate * shard != world_size:
+        yield (
+            "parallelism.data_parallel_replicate_degree x data_parallel_shard_degree = "
+            f"{replicate} x {shard} = {replicate * shard}, but the job has {there}; "
+            "data_parallel_shard_degree = -1 takes what is left"
+        )
+
+
+def _batch(job: JobConfig, world_size: int) -> Iterator[str]:
+    total, local = job.training.global_batch_size, job.training.local_batch_size
+    one_pass = local * world_size
+    if total == -1 or total % one_pass == 0:
+        return
+    below = total // one_pass * one_pass
+    fitting = f"{below} or {below + one_pass}" if below else str(one_pass)
+    yield (
+        f"{named(job, 'training.global_batch_size')} is not a multiple of local_batch_size x processes = "
+        f"{local} x {world_size} = {one_pass}; {fitting} would be, or change local_batch_size"
+    )
+
+
+def _warmup(job: JobConfig) -> Iterator[str]:
+    """A short trial of a long job is no mistake, so only a warm-up asked for by flag is refused; see `notes`."""
+    key, steps = "lr_scheduler.warmup_steps", job.training.steps
+    if job.given.get(key) == "cli" and job.lr_scheduler.warmup_steps > steps:
+        yield f"{named(job, key)} exceeds training.steps = {steps}: the rate would never reach optimizer.lr"
+
+
+def _model(job: JobConfig) -> Iterator[str]:
+    name, flavor = job.model.name, job.model.flavor
+    if job.experimental.custom_import:  # it may register names that are not in our lists
+        yield from _custom_import(job)
+    elif name not in names.MODELS:
+        hint = did_you_mean(name, names.MODELS)
+        yield f"{named(job, 'model.name')}: no such model; known: {', '.join(names.MODELS)}{hint}"
+    elif flavor not in names.MODELS[name]:
+        flavors = names.MODELS[name]
+        hint = did_you_mean(flavor, flavors)
+        yield f"{named(job, 'model.flavor')}: {name} has no such flavor; it has {', '.join(flavors)}{hint}"
+
+
+def _custom_import(job: JobConfig) -> Iterator[str]:
+    module, key = job.experimental.custom_import, "experimental.custom_import"
+    if not _MODULE.fullmatch(module):
+        yield f"{named(job, key)} must be a dotted module name, like my_package.my_model"
+    elif not _findable(module.split(".")):
+        yield f"{named(job, key)}: no such module in {Path.cwd()} or on Python's path (PYTHONPATH adds folders)"
+
+
+def _findable(parts: Sequence[str]) -> bool:
+    """Whether the module exists; nothing is imported, its parent packages neither."""
+    sys.path.append(os.getcwd())
+    try:
+        spec = importlib.util.find_spec(parts[0])
+    except (ImportError, ValueError):
+        return False
+    finally:
+        sys.path.pop()
+    for depth in range(2, len(parts) + 1):
+        if spec is None or spec.submodule_search_locations is None:
+            return False
+        folders = list(spec.submodule_search_locations)
+        spec = importlib.machinery.PathFinder.find_spec(".".join(parts[:depth]), folders)
+    return spec is not None
+
+
+def _dataset(job: JobConfig) -> Iterator[str]:
+    # Here, not above: it imports this package. It imports no torch.
+    from octavo.components.data_files import find_files
+
+    dataset, key = job.training.dataset, "training.dataset"
+    path = Path(dataset).expanduser()
+    if dataset in names.DATASETS:
+        yield from _dataset_path(job)
+    elif path.exists():
+        try:
+            find_files(path)
+        except ConfigError as error:
+            yield f"{named(job, key)}: {error}"
+        yield from _dataset_path(job)
+    else:
+        known, hint = ", ".join(names.DATASETS), did_you_mean(dataset, names.DATASETS)
+        yield f"{named(job, key)}: neither a known corpus ({known}) nor an existing path{hint}"
+
+
+def _dataset_path(job: JobConfig) -> Iterator[str]:
+    given, key = job.training.dataset_path, "training.dataset_path"
+    if given is None:
+        return
+    if job.training.dataset not in names.STREAMED_DATASETS:
+        streamed = ", ".join(names.STREAMED_DATASETS)
+        yield (
+            f"{named(job, key)} has no effect with training.dataset = {job.training.dataset}: only {streamed} "
+            "is read from elsewhere. Name a path of your own in training.dataset, "
+            "or unset this one (--training.dataset_path=None)"
+        )
+    elif not Path(given).expanduser().exists():
+        yield f"{named(job, key)} does not exist"
+
+
+def _tokenizer(job: JobConfig) -> Iterator[str]:
+    given, key = job.model.hf_assets_path, "model.hf_assets_path"
+    path = Path(given).expanduser()
+    found = path.is_file() or any((path / file).is_file() for file in _TOKENIZER_FILES)
+    if given in names.TOKENIZERS or found:
+        return
+    if path.is_dir():
+        wrong = f"the folder has none of {', '.join(_TOKENIZER_FILES)}"
+    else:
+        wrong = f"no such tokenizer{did_you_mean(given, names.TOKENIZERS)}"
+    yield f"{named(job, key)}: {wrong}\n  to fetch it: {download_command(given)}"
+
+
+def download_command(assets_path: str) -> str:
+    """The command that would put a tokenizer at `assets_path`, as far as the path tells which."""
+    path = Path(assets_path)
+    if path.suffix in (".json", ".model"):
+        path = path.parent.parent if path.parent.name == "original" else path.parent
+    owner = "meta-llama" if "llama" in path.name.lower() else "OWNER"
+    folder = "" if path.parent == Path("assets/hf") else f" --local_dir {path.parent}"
+    return f"octavo download --repo_id {owner}/{path.name} --assets tokenizer{folder}"
+
+
+def _outputs(job: JobConfig) -> Iterator[str]:
+    folder = Path(job.job.dump_folder).expanduser()
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        what = "is a file" if existing == folder else f"lies below {existing}, which is a file"
+        yield f"{named(job, 'job.dump_folder')} {what}; name a folder"
+        return
+    if not os.access(existing, os.W_OK | os.X_OK):
+        yield f"{named(job, 'job.dump_folder')}: {existing} is not writable"
+    for key, active, name in (
+        ("checkpoint.folder", job.checkpoint.enable, job.checkpoint.folder),
+        ("metrics.save_tb_folder", job.metrics.enable_tensorboard, job.metrics.save_tb_folder),
+        ("profiling.save_traces_folder", job.profiling.enable_profiling, job.profiling.save_traces_folder),
+    ):
+        if active and (folder / name).is_file():
+            yield f"{named(job, key)}: {folder / name} is a file; name a folder"
+
+
+def _load_step(job: JobConfig) -> Iterator[str]:
+    step = job.checkpoint.load_step
+    if not job.checkpoint.enable or step == -1:
+        return
+    folder = Path(job.job.dump_folder).expanduser() / job.checkpoint.folder
+    complete = [path.name for path in folder.glob("step-*") if (path / "state.json").is_file()]
+    steps = sorted(int(match[1]) for name in complete if (match := _STEP.fullmatch(name)))
+    if step not in steps:
+        there = f"has the steps {', '.join(map(str, steps))}" if steps else "has no complete checkpoint"
+        yield f"{named(job, 'checkpoint.load_step')}: {folder} {there}"
+
+
+def _gpu_only(job: JobConfig, gpus: int | None) -> Iterator[str]:
+    if gpus != 0:
+        return
+    for key, wanted in (
+        ("training.enable_cpu_offload", job.training.enable_cpu_offload),
+        ("profiling.enable_memory_snapshot", job.profiling.enable_memory_snapshot),
+    ):
+        if wanted:
+            yield f"{named(job, key)} needs a GPU, and there is none here"
+
+
+def _packages(job: JobConfig) -> Iterator[str]:
+    """Optional packages that the job needs, so that a long start does not end in an ImportError."""
+    for key, active, package in (
+        ("metrics.enable_tensorboard", job.metrics.enable_tensorboard, "tensorboard"),
+        ("training.dataset", job.training.dataset in names.STREAMED_DATASETS, "datasets"),
+    ):
+        if active and importlib.util.find_spec(package) is None:
+            yield f"{named(job, key)} needs the package {package}: pip install 'octavo[train]'"

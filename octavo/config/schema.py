@@ -1,9 +1,9 @@
 """Every key of a job, its type, its default and its help text: one dataclass a section.
 
-A section holds a key only where the key does something. The string below a field is its help: `octavo train --help`
-prints it. Names and meanings follow the TOML files of 2025's torchtitan, so that its users' files load; where two
-spellings of one fact exist (`training.compile` and `compile.enable`), `ALIASES` folds them into one attribute, so no
-reader of the config has to look at two places.
+A section holds a key only where the key does something. The string below a field is its help: `octavo train
+--help` prints it. Names and meanings follow the TOML files of 2025's torchtitan, so that its users' files
+load; where two spellings of one fact exist (`training.compile` and `compile.enable`), `ALIASES` folds them
+into one attribute, so no reader of the config has to look at two places.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Profiling:
     save_traces_folder: str = "profile_traces"
     """Where traces go, under job.dump_folder."""
     profile_freq: int = 10
-    """Steps from one trace to the next."""
+    """Steps from one trace, or memory snapshot, to the next."""
     enable_memory_snapshot: bool = False
     """Record the CUDA allocator's history (needs a GPU)."""
     save_memory_snapshot_folder: str = "memory_snapshot"
@@ -64,7 +64,9 @@ class Model:
     flavor: str = "debugmodel"
     """Size of the model: debugmodel, 1B, 3B, 8B, 70B, 405B for llama3."""
     hf_assets_path: str = "octavo_bpe_2048"
-    """Tokenizer: a shipped name, or a folder or file with tokenizer.json or tokenizer.model (also --model.tokenizer_path)."""
+    """Tokenizer: a shipped name, or a folder or file with tokenizer.json or tokenizer.model (also
+    --model.tokenizer_path).
+    """
     converters: list[names.Converter] = field(default_factory=list)
     """Comma-separated converters applied to the model: float8."""
     print_after_conversion: bool = False
@@ -94,7 +96,9 @@ class LRScheduler:
     warmup_steps: int = 200
     """Steps of linear warm-up to the peak learning rate."""
     decay_ratio: float | None = None
-    """Share of training.steps spent decaying, at the end; 0 keeps the rate flat, None decays from the end of warm-up."""
+    """Share of training.steps spent decaying, at the end; 0 keeps the rate flat, None decays from the end
+    of warm-up.
+    """
     decay_type: names.DecayType = "linear"
     """Shape of the decay; sqrt means 1 - sqrt(progress)."""
     min_lr_factor: float = 0.0
@@ -104,13 +108,17 @@ class LRScheduler:
 @dataclass
 class Training:
     dataset: str = "shakespeare"
-    """Corpus: shakespeare (shipped), c4 (streamed), or a local folder or file of .txt, .jsonl, .json or .parquet."""
+    """Corpus: shakespeare (shipped), c4 (streamed), or a local folder or file of .txt, .jsonl, .json or
+    .parquet.
+    """
     dataset_path: str | None = None
-    """Read c4 from here: a local copy or another hub dataset."""
+    """Read c4 from this local copy, not from the hub."""
     local_batch_size: int = 8
     """Sequences per device in one forward pass (also --training.batch_size)."""
     global_batch_size: int = -1
-    """Sequences per optimizer step over all devices; more than one pass each accumulates. -1: local_batch_size x devices."""
+    """Sequences per optimizer step over all devices; more than one pass each accumulates. -1:
+    local_batch_size x devices.
+    """
     seq_len: int = 2048
     """Tokens in a sequence."""
     max_norm: float = 1.0
@@ -120,13 +128,17 @@ class Training:
     enable_cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory (needs a GPU)."""
     mixed_precision_param: names.ParamDtype = "auto"
-    """Type of parameters and activations in forward and backward; auto: bfloat16, or float32 on a CPU without bf16 units."""
+    """Type of parameters and activations in forward and backward; auto: bfloat16, or float32 on a CPU
+    without bf16 units.
+    """
     mixed_precision_reduce: names.ReduceDtype = "float32"
     """Type in which gradients are reduced over ranks."""
     gc_freq: int = 50
     """Steps from one Python garbage collection to the next; it never runs in between."""
     seed: int = 42
-    """Initial weights are a function of it and the parameter's name; the data's order of it and the sample's index."""
+    """Initial weights are a function of it and the parameter's name; the data's order of it and the
+    sample's index.
+    """
     deterministic: bool = False
     """Deterministic algorithms only; may be slower."""
 
@@ -138,7 +150,9 @@ class Parallelism:
     data_parallel_shard_degree: int = -1
     """Devices that one copy is sharded over (FSDP2); -1: all that are left."""
     fsdp_reshard_after_forward: names.ReshardAfterForward = "default"
-    """Free gathered weights after forward and gather them again in backward: default and always do, never does not."""
+    """Free gathered weights after forward and gather them again in backward: default and always do, never
+    does not.
+    """
 
 
 @dataclass
@@ -152,7 +166,9 @@ class Checkpoint:
     load_step: int = -1
     """Resume from this step; -1: the latest."""
     keep_latest_k: int = 10
-    """Delete all but this many; 0 keeps all. At least 2, so that one complete checkpoint exists while another is written."""
+    """Delete all but this many; 0 keeps all. At least 2, so that one complete checkpoint exists while
+    another is written.
+    """
     last_save_model_only: bool = False
     """The last checkpoint holds the model alone; training cannot resume from it."""
     async_mode: names.AsyncMode = "disabled"
@@ -249,7 +265,9 @@ class JobConfig:
 
 
 def _keys(section_type: type) -> Mapping[str, Any]:
-    return MappingProxyType({f.name: get_type_hints(section_type)[f.name] for f in dataclasses.fields(section_type)})
+    return MappingProxyType(
+        {f.name: get_type_hints(section_type)[f.name] for f in dataclasses.fields(section_type)}
+    )
 
 
 SECTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(

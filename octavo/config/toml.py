@@ -1,9 +1,9 @@
 """Reading a TOML file: strictly, and knowing on which line each key stands.
 
-`tomllib` parses but forgets positions, and an error without a line number makes the user search. `key_lines` recovers
-them: it feeds tomllib one statement at a time (the shortest run of lines that parses, together with the table header
-above it), so that strings and arrays over several lines, dotted keys and inline tables come out right without a second
-TOML parser. Its cost is one small parse a statement.
+`tomllib` parses but forgets positions, and an error without a line number makes the user search.
+`key_lines` recovers them: it feeds tomllib one statement at a time (the shortest run of lines that parses,
+together with the table header above it), so that strings and arrays over several lines, dotted keys and
+inline tables come out right without a second TOML parser. Its cost is one small parse a statement.
 """
 
 import re
@@ -50,18 +50,23 @@ def read(path: str) -> tuple[list[Entry], list[str]]:
         where = _where(path, lines, (name,))
         if not isinstance(table, dict):
             problems.append(f"{where}: {_not_a_table(name, section, table)}")
-        elif section not in SECTIONS and not any(lookup.resolve(section, lookup.normal(key)) for key in table):
+        elif section not in SECTIONS and not any(
+            lookup.resolve(section, lookup.normal(key)) for key in table
+        ):
             problems.append(f"{where}: [{name}]: {lookup.explain_unknown_section(section)}")
         else:
             for key, value in table.items():
-                _read_entry(_where(path, lines, (name, key)), section, lookup.normal(key), value, entries, problems)
+                _read_entry(
+                    _where(path, lines, (name, key)), section, lookup.normal(key), value, entries, problems
+                )
     return entries, problems
 
 
 def key_lines(text: str) -> dict[tuple[str, ...], int]:
     """Line number (from 1) of every table and key, by its path: ("training",), ("training", "seq_len")."""
     found: dict[tuple[str, ...], int] = {}
-    header, pending, start = "", [], 0
+    header, start = "", 0
+    pending: list[str] = []
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
         if not pending:
             start = number
@@ -99,9 +104,13 @@ def _read_text(path: str) -> str:
     except IsADirectoryError:
         raise ConfigError(f"config file {path!r} is a folder; name the .toml file in it") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"config file {path!r} is not UTF-8 text (byte {error.start}); is it a TOML file?") from None
+        raise ConfigError(
+            f"config file {path!r} is not UTF-8 text (byte {error.start}); is it a TOML file?"
+        ) from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"config file {path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise ConfigError(
+            f"config file {path!r} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
 
 
 def _syntax_message(path: str, text: str, error: str) -> str:
@@ -127,7 +136,9 @@ def _not_a_table(name: str, section: str, value: Any) -> str:
     return f"key '{name}' stands outside any section{lookup.suggest_for_bare(section, prefix='')}"
 
 
-def _read_entry(where: str, section: str, key: str, value: Any, entries: list[Entry], problems: list[str]) -> None:
+def _read_entry(
+    where: str, section: str, key: str, value: Any, entries: list[Entry], problems: list[str]
+) -> None:
     written = f"{section}.{key}"
     home = lookup.resolve(section, key)
     if home is None:

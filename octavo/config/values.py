@@ -1,8 +1,8 @@
 """From what a user wrote to a typed value, by the same rules for TOML and for the command line.
 
-TOML has types, a command line has text: `text=True` reads numbers and booleans out of a string, and there `None` unsets
-an optional key. A list is a TOML list or, in both, one comma-separated string. Nothing is guessed: `1.5` is no integer,
-`true` is no number, `"ten"` is neither.
+TOML has types, a command line has text: `text=True` reads numbers and booleans out of a string, and there
+`None` unsets an optional key. A list is a TOML list or, in both, one comma-separated string. Nothing is
+guessed: `1.5` is no integer, `true` is no number, `"ten"` is neither.
 """
 
 import re

@@ -1,0 +1,115 @@
+"""The console command `octavo`: a table of subcommands, each in a module that is imported only when it is
+called.
+
+Exit codes: what the subcommand returns; 2 for a mistake in the command line or the configuration, with one
+message.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from octavo import __version__
+from octavo.config import ConfigError
+from octavo.config.errors import did_you_mean
+
+_USAGE_ERROR = 2
+
+
+def _preflight_train(argv: Sequence[str]) -> None:
+    """Judge the job before octavo.train, and with it torch, is imported; print help and exit where it is
+    asked for.
+    """
+    from octavo import config, launch
+
+    job = config.load(argv)
+    config.check(job, world_size=_world_size(), gpus=launch.count_gpus(os.environ))
+    # A console script has its own folder on the path, where `python -m` has the working directory.
+    sys.path.append(os.getcwd())
+
+
+def _world_size() -> int:
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"WORLD_SIZE={text}: expected a whole number from 1 up")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: `module` has `main(argv) -> int`; `preflight` is called with argv before that is
+    imported.
+    """
+
+    module: str
+    help: str
+    preflight: Callable[[Sequence[str]], None] = lambda argv: None
+
+
+COMMANDS: Mapping[str, Command] = MappingProxyType(
+    {
+        "train": Command(
+            "octavo.train", "train a model in this process (./run_train.sh starts several)", _preflight_train
+        ),
+        "download": Command("octavo.download", "fetch a tokenizer from Hugging Face"),
+    }
+)
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: octavo [-h] [--version] COMMAND ...",
+            "",
+            "Float8 pretraining on PyTorch.",
+            "",
+            "commands:",
+            *rows,
+            "",
+            "octavo COMMAND --help tells what a command takes.",
+        ]
+    )
+
+
+def _prepare(command: Command, argv: Sequence[str]) -> Callable[[Sequence[str]], int]:
+    """The command's `main`, once its arguments are found to be in order."""
+    try:
+        command.preflight(argv)
+        run: Callable[[Sequence[str]], int] = importlib.import_module(command.module).main
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "octavo":
+            raise
+        raise ConfigError(f"the package {error.name} is not installed: pip install 'octavo[train]'") from None
+    return run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `octavo argv` (default: the process's own arguments) and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else _USAGE_ERROR
+    name, rest = argv[0], argv[1:]
+    if name == "--version":
+        print(f"octavo {__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(
+            f"octavo: no command {name!r}{did_you_mean(name, COMMANDS)} (octavo --help lists them)",
+            file=sys.stderr,
+        )
+        return _USAGE_ERROR
+    try:
+        return _prepare(COMMANDS[name], rest)(rest)
+    except ConfigError as error:
+        print(f"octavo: {error}", file=sys.stderr)
+        return _USAGE_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Flags that would do nothing.
+
+Who types `--float8.recipe_name=rowwise` and forgets `--model.converters=float8` would train in bfloat16 and
+believe otherwise, so a flag without effect is an error. The same setting in a TOML file is inert: one file
+serves several commands. `NEEDS` says for each such key what must hold for it to matter; keys that are not
+in it always matter.
+"""
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from octavo.config.schema import JobConfig
+
+
+@dataclass(frozen=True)
+class Need:
+    """`keys` (patterns of "section.key") matter only where `met(job, world_size)`; else `why`, and what to
+    do.
+    """
+
+    keys: tuple[str, ...]
+    met: Callable[[JobConfig, int], bool]
+    why: str
+    remedy: str
+
+
+_DECAY = ("lr_scheduler.decay_type", "lr_scheduler.min_lr_factor")
+_PROFILING = "profiling.enable_profiling"
+
+NEEDS: tuple[Need, ...] = (
+    Need(
+        ("float8.*",),
+        lambda job, _: "float8" in job.model.converters,
+        "the model is not converted to float8",
+        'add --model.converters="float8"',
+    ),
+    Need(
+        (
+            "checkpoint.folder",
+            "checkpoint.interval",
+            "checkpoint.load_step",
+            "checkpoint.keep_latest_k",
+            "checkpoint.last_save_model_only",
+            "checkpoint.async_mode",
+        ),
+        lambda job, _: job.checkpoint.enable,
+        "no checkpoints are saved or loaded",
+        "add --checkpoint.enable",
+    ),
+    Need(
+        ("profiling.save_traces_folder",),
+        lambda job, _: job.profiling.enable_profiling,
+        "no traces are recorded",
+        f"add --{_PROFILING}",
+    ),
+    Need(
+        ("profiling.save_memory_snapshot_folder",),
+        lambda job, _: job.profiling.enable_memory_snapshot,
+        "no memory snapshots are recorded",
+        "add --profiling.enable_memory_snapshot",
+    ),
+    Need(
+        ("profiling.profile_freq",),
+        lambda job, _: job.profiling.enable_profiling or job.profiling.enable_memory_snapshot,
+        "nothing is profiled",
+        f"add --{_PROFILING} or --profiling.enable_memory_snapshot",
+    ),
+    Need(
+        ("metrics.save_tb_folder", "metrics.save_for_all_ranks"),
+        lambda job, _: job.metrics.enable_tensorboard,
+        "no TensorBoard events are written",
+        "add --metrics.enable_tensorboard",
+    ),
+    Need(
+        ("compile.components",),
+        lambda job, _: job.compile.enable,
+        "nothing is compiled",
+        "add --training.compile",
+    ),
+    Need(
+        ("activation_checkpoint.selective_ac_option",),
+        lambda job, _: job.activation_checkpoint.mode == "selective",
+        "activation_checkpoint.mode is not selective",
+        "add --activation_checkpoint.mode=selective",
+    ),
+    Need(
+        _DECAY,
+        lambda job, _: job.lr_scheduler.decay_ratio != 0,
+        "lr_scheduler.decay_ratio is 0, so the learning rate does not decay",
+        "set --lr_scheduler.decay_ratio (None decays from the end of warm-up)",
+    ),
+    Need(
+        (*_DECAY, "lr_scheduler.decay_ratio"),
+        lambda job, _: job.lr_scheduler.warmup_steps < job.training.steps,
+        "warm-up takes all training.steps, so the learning rate does not decay",
+        "lower --lr_scheduler.warmup_steps",
+    ),
+    Need(
+        (
+            "parallelism.fsdp_reshard_after_forward",
+            "training.mixed_precision_reduce",
+            "comm.init_timeout_seconds",
+            "comm.train_timeout_seconds",
+        ),
+        lambda _, world_size: world_size > 1,
+        "there is one process, which shares nothing",
+        "run on several (NGPU=2 or more), or leave it out",
+    ),
+)
+
+
+def without_effect(job: JobConfig, world_size: int) -> list[str]:
+    """One message for each flag given on the command line that cannot change anything."""
+    problems = []
+    for key, source in job.given.items():
+        unmet = [need for need in NEEDS if _covers(need, key) and not need.met(job, world_size)]
+        if source == "cli" and unmet:
+            problems.append(f"{job.where[key]} would have no effect: {unmet[0].why}; {unmet[0].remedy}")
+    return problems
+
+
+def _covers(need: Need, key: str) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in need.keys)
