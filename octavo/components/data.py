@@ -20,6 +20,8 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
+import zlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -43,6 +45,7 @@ class Source(Protocol):
     """Samples by global number."""
 
     description: str  # one line for the log
+    identity: Mapping[str, int]  # what must be the same for a global number to mean the same sample
     slow: bool  # worth a thread that reads ahead
 
     def read(self, first: int, count: int) -> Tensor:
@@ -70,21 +73,23 @@ class PackedCorpus:
     def __init__(
         self, documents: Iterable[str], *, name: str, tokenizer: Tokenizer, seq_len: int, seed: int
     ) -> None:
-        pieces, iterator, count = [torch.empty(0, dtype=torch.int32)], iter(documents), 0
+        row, iterator, count = array("i"), iter(documents), 0
         while texts := list(islice(iterator, _DOCUMENTS_PER_CALL)):
             count += len(texts)
             for ids in tokenizer.encode_batch(texts, bos=tokenizer.bos_id is not None, eos=True):
-                pieces.append(torch.tensor(ids, dtype=torch.int32))
-        self.tokens_N = torch.cat(pieces)
-        self.samples = (len(self.tokens_N) - 1) // seq_len
+                row.extend(ids)
+        self.samples = (len(row) - 1) // seq_len
         self._seq_len, self._seed = seq_len, seed
         if self.samples < 1:
             raise ConfigError(
-                f"{name}: {len(self.tokens_N):,} tokens in {count:,} documents are too few for one sample of "
-                f"seq_len {seq_len:,} (it takes {seq_len + 1:,}); give more text or a smaller training.seq_len"
+                f"{name}: {len(row):,} tokens in {count:,} documents are too few for one sample of "
+                f"seq_len {seq_len:,} (it takes {seq_len + 1:,}); give more text or a smaller "
+                "training.seq_len"
             )
+        self.tokens_N = torch.frombuffer(row, dtype=torch.int32)
+        self.identity = {"tokens": len(row), "crc32": zlib.crc32(row), "seq_len": seq_len, "seed": seed}
         self.description = (
-            f"{name}: {count:,} documents, {len(self.tokens_N):,} tokens, "
+            f"{name}: {count:,} documents, {len(row):,} tokens, "
             f"{self.samples:,} samples of {seq_len:,} an epoch"
         )
 
@@ -159,10 +164,18 @@ class DataLoader:
         `global_sample`, the next sample over all ranks, decides what comes; `source` holds this rank's
         bookmarks, which make a restart cheap (see `merge_state_dicts`).
         """
-        return {"global_sample": self._position, "source": self._source_state}
+        return {
+            "global_sample": self._position,
+            "identity": dict(self._source.identity),
+            "source": self._source_state,
+        }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> str | None:
         """Go on from `state`, saved by any rank of a run with any number of ranks.
+
+        Returns:
+            None where the next batches are those that the saved run would have seen; else why not, in words:
+            the corpus, the seed or seq_len is another. The position is taken over all the same.
 
         Raises:
             ConfigError: `state` is not such a state.
@@ -170,12 +183,16 @@ class DataLoader:
         position, source_state = state.get("global_sample"), state.get("source", {})
         if not isinstance(position, int) or position < 0 or not isinstance(source_state, Mapping):
             raise ConfigError(
-                f"data state {dict(state)!r:.200}: expected a global_sample of 0 or more; not written by "
-                "octavo?"
+                f"data state {dict(state)!r:.200}: expected a global_sample, 0 or more, as octavo writes it"
             )
+        saved, now = state.get("identity", {}), self._source.identity
+        changed = [f"{key} was {saved.get(key)}, is {now[key]}" for key in now if saved.get(key) != now[key]]
+        if changed:
+            source_state = {}  # bookmarks into other text
         self.close()
         self._source.load_state_dict(source_state)
         self._position, self._source_state = position, dict(source_state)
+        return "; ".join(changed) or None
 
     def close(self) -> None:
         """Stop reading ahead. The loader stays usable and goes on where it was."""
@@ -251,7 +268,7 @@ def merge_state_dicts(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for stream, bookmark in state["source"].get("streams", {}).items():
             if stream not in merged or bookmark["sample"] > merged[stream]["sample"]:
                 merged[stream] = bookmark
-    return {"global_sample": positions.pop(), "source": {"streams": merged} if merged else {}}
+    return {**states[0], "source": {"streams": merged} if merged else {}}
 
 
 def build_dataloader(
