@@ -211,7 +211,10 @@ def count_gpus(environ: Mapping[str, str]) -> int:
     except (OSError, subprocess.SubprocessError):
         return 0
     gpus = visible_gpus(listing, environ.get("CUDA_VISIBLE_DEVICES"))
-    torch = importlib.metadata.version("torch")
+    try:
+        torch = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:  # built in place: nothing is known about it
+        return gpus
     if gpus and torch.endswith("+cpu"):
         print(
             f"[octavo] {_count(gpus, 'GPU')} present, but torch {torch} is a CPU build: training on the CPU",
@@ -302,10 +305,12 @@ def _help() -> int:
     except SystemExit:  # which is how the help ends
         pass
     except ModuleNotFoundError as error:
+        if error.name != "tyro":
+            raise
         # Before the first start there may be no environment with tyro yet, and help should not cost one.
         print(
             "usage: ./run_train.sh [--section.key value ...]\n\n"
-            f"({error.name} is not installed yet. After the first start, or with octavo's extra `train`,\n"
+            "(tyro is not installed yet. After the first start, or with octavo's extra `train`,\n"
             "--help also lists every section and key.)"
         )
     print(f"\n{VARIABLES}", end="")

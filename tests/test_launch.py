@@ -1,0 +1,406 @@
+"""The check before torchrun, and torchrun's end."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from octavo import launch
+from octavo.config import ConfigError
+from octavo.launch import TRAIN_CONFIGS, plan, visible_gpus
+
+
+def planned(*argv: str, gpus: int = 0, cores: int = 8, **environ: str) -> launch.Launch:
+    return plan(argv, environ, gpus=gpus, cores=cores)
+
+
+def option(started: launch.Launch, name: str) -> str | None:
+    """The value of an option of torchrun's own."""
+    own = started.torchrun[: started.torchrun.index("-m")]
+    found = [argument.removeprefix(f"--{name}=") for argument in own if argument.startswith(f"--{name}=")]
+    return found[0] if found else None
+
+
+# What is started
+
+
+def test_without_variables_one_process_trains_the_demo():
+    started = planned()
+    module = started.torchrun.index("-m")
+
+    assert started.torchrun[module:] == (
+        "-m",
+        "octavo.train",
+        f"--job.config_file={TRAIN_CONFIGS / 'demo.toml'}",
+    )
+    assert option(started, "nproc-per-node") == "1"
+    assert option(started, "nnodes") == "1"
+    assert option(started, "rdzv-endpoint") == "localhost:0"
+    assert option(started, "local-ranks-filter") == "0"
+
+
+def test_options_are_passed_on_in_order_after_the_file():
+    options = ["--training.steps", "7", "--job.dump_folder=with a space", "--job.description", ""]
+
+    assert list(planned(*options).torchrun[-len(options) :]) == options
+
+
+@pytest.mark.parametrize(("gpus", "ngpu", "processes"), [(0, "", 1), (0, "3", 3), (4, "", 4), (4, "2", 2)])
+def test_number_of_processes(gpus, ngpu, processes):
+    assert option(planned(gpus=gpus, NGPU=ngpu), "nproc-per-node") == str(processes)
+
+
+def test_shown_ranks():
+    started = planned(NGPU="4", LOG_RANK="3, 0")
+
+    assert option(started, "local-ranks-filter") == "0,3"
+    assert started.shown_ranks == {0, 3}
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"NGPU": "0"}, "NGPU=0: expected a whole number from 1 up"),
+        ({"NGPU": "abc"}, "NGPU=abc: expected"),
+        ({"NGPU": "-1"}, "NGPU=-1: expected"),
+        ({"NGPU": "1.5"}, "NGPU=1.5: expected"),
+        ({"NGPU": "²"}, "NGPU=²: expected"),
+        ({"LOG_RANK": "1"}, "LOG_RANK=1: .* with 1 process on this machine: 0$"),
+        ({"NGPU": "2", "LOG_RANK": "0,2"}, "LOG_RANK=0,2: .* with 2 processes on this machine: 0 to 1$"),
+        ({"LOG_RANK": "all"}, "LOG_RANK=all: expected local ranks"),
+        ({"NNODES": "0"}, "NNODES=0: expected"),
+        ({"NNODES": "1:2"}, "NNODES=1:2: expected"),
+        ({"NNODES": "2"}, "RDZV_ENDPOINT=: NNODES=2 needs host:port"),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "node0"}, "RDZV_ENDPOINT=node0: NNODES=2 needs host:port"),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "h:1", "NODE_RANK": "2"}, "NODE_RANK=2: expected 0 to 1"),
+        ({"CONFIG_FILE": "nothing.toml"}, "CONFIG_FILE=nothing.toml: no such file .* ships: .*demo.toml"),
+    ],
+)
+def test_a_variable_that_cannot_work_is_one_message(environ, message):
+    with pytest.raises(ConfigError, match=message):
+        planned(**environ)
+
+
+def test_more_processes_than_gpus_is_an_error():
+    with pytest.raises(ConfigError, match="NGPU=3: this machine has 2 visible GPUs; set NGPU to 2 or less"):
+        planned(gpus=2, NGPU="3")
+
+
+def test_several_machines():
+    environ = {"NNODES": "4", "NGPU": "2", "RDZV_ENDPOINT": "node0:29500"}
+    started = planned(**environ)
+    assert option(started, "nnodes") == "4"
+    assert option(started, "rdzv-endpoint") == "node0:29500"
+    assert option(started, "rdzv-backend") == "c10d"
+    assert option(started, "rdzv-id") == "octavo"
+    assert option(started, "local-addr") is None
+
+    ordered = planned(**environ, NODE_RANK="3", RDZV_ID="mine")
+    assert option(ordered, "rdzv-backend") == "static"
+    assert option(ordered, "node-rank") == "3"
+    assert option(ordered, "rdzv-id") == "mine"
+
+
+def test_the_job_is_checked_for_the_processes_of_all_machines():
+    environ = {"NNODES": "2", "NGPU": "2", "RDZV_ENDPOINT": "node0:29500"}
+    planned("--training.global_batch_size=32", **environ)
+    with pytest.raises(ConfigError, match=r"global_batch_size.*24"):
+        planned("--training.global_batch_size=24", **environ)
+
+
+# Which file
+
+
+def test_config_file_is_a_path_or_the_name_of_a_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = planned(CONFIG_FILE="debug_model.toml")
+    assert shipped.torchrun[-1] == f"--job.config_file={TRAIN_CONFIGS / 'debug_model.toml'}"
+
+    (tmp_path / "debug_model.toml").write_text("[training]\nsteps = 3\n")
+    own = planned(CONFIG_FILE="debug_model.toml")
+    assert own.torchrun[-1] == "--job.config_file=debug_model.toml"
+
+
+def test_the_option_alone_names_the_file(tmp_path):
+    file = tmp_path / "with space.toml"
+    file.write_text("")
+    started = planned("--job.config_file", str(file))
+
+    assert started.torchrun[started.torchrun.index("-m") + 2 :] == ("--job.config_file", str(file))
+
+
+@pytest.mark.parametrize("spelling", ["--job.config_file", "--job.config-file", "--config_file"])
+def test_two_different_files_are_a_contradiction_and_one_named_twice_is_not(tmp_path, spelling):
+    one, other = tmp_path / "one.toml", tmp_path / "other.toml"
+    one.write_text("")
+    other.write_text("")
+    with pytest.raises(ConfigError, match="name two files"):
+        planned(spelling, str(one), CONFIG_FILE=str(other))
+    planned(spelling, str(one), CONFIG_FILE=str(one))
+
+
+# The environment of the training processes
+
+
+def test_environment_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    environment = planned(NGPU="2", cores=8, PYTHONPATH="/a:/b").environment
+
+    assert environment["OMP_NUM_THREADS"] == "4"
+    assert environment["GOMP_SPINCOUNT"] == "0"
+    assert environment["OMP_WAIT_POLICY"] == "passive"
+    assert environment["PYTHONPATH"] == f"/a:/b:{tmp_path}"
+    assert environment["PYTHONSAFEPATH"] == "1"
+    assert "PYTORCH_ALLOC_CONF" not in environment
+    assert planned(NGPU="3", cores=2).environment["OMP_NUM_THREADS"] == "1"
+    assert "OMP_NUM_THREADS" not in planned().environment  # torch takes every core by itself
+
+
+def test_environment_on_a_gpu():
+    environment = planned(gpus=1).environment
+
+    assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert "GOMP_SPINCOUNT" not in environment
+
+
+def test_what_the_user_has_set_stays():
+    cpu = planned(NGPU="2", OMP_NUM_THREADS="3", GOMP_SPINCOUNT="9", OMP_WAIT_POLICY="active").environment
+    assert (cpu["OMP_NUM_THREADS"], cpu["GOMP_SPINCOUNT"], cpu["OMP_WAIT_POLICY"]) == ("3", "9", "active")
+    assert planned(gpus=1, PYTORCH_ALLOC_CONF="x:1").environment["PYTORCH_ALLOC_CONF"] == "x:1"
+    assert "PYTORCH_ALLOC_CONF" not in planned(gpus=1, PYTORCH_CUDA_ALLOC_CONF="x:1").environment
+
+
+# GPUs
+
+LISTING = """\
+GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaaa-1)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-bbbb-2)
+  MIG 1g.10gb     Device  0: (UUID: MIG-cccc-3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [
+        *[(None, 2), ("", 0), ("0", 1), ("1,0", 2), (" 0 , 1 ", 2), ("-1", 0), ("0,-1,1", 1), ("0,7,1", 1)],
+        *[("GPU-bbbb-2", 1), ("GPU-b", 1), ("GPU-x", 0), ("MIG-cccc-3", 1), ("NoDevFiles", 0)],
+    ],
+)
+def test_visible_gpus(visible, count):
+    assert visible_gpus(LISTING, visible) == count
+
+
+def test_no_gpu_in_a_complaint_of_nvidia_smi():
+    assert visible_gpus("No devices were found\n", None) == 0
+
+
+def nvidia_smi(folder: Path, code: int = 0) -> None:
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{LISTING}END\nexit {code}\n")
+    program.chmod(0o755)
+
+
+def test_count_gpus_asks_nvidia_smi(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch.importlib.metadata, "version", lambda name: "2.13.0+cu130")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    nvidia_smi(tmp_path)
+    assert launch.count_gpus({}) == 2
+    assert launch.count_gpus({"CUDA_VISIBLE_DEVICES": "1"}) == 1
+    nvidia_smi(tmp_path, code=9)
+    assert launch.count_gpus({}) == 0
+
+
+def test_a_cpu_build_of_torch_sees_no_gpu_and_that_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launch.importlib.metadata, "version", lambda name: "2.13.0+cpu")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    nvidia_smi(tmp_path)
+
+    assert launch.count_gpus({}) == 0
+    assert "2 GPUs present, but torch 2.13.0+cpu is a CPU build" in capsys.readouterr().err
+
+
+# The command
+
+
+WITHOUT_TORCH = """
+import sys
+
+class NoTorch:
+    def find_spec(name, path, target=None):
+        assert name.partition(".")[0] != "torch", "torch is imported"
+
+sys.meta_path.insert(0, NoTorch)
+from octavo.launch import main
+sys.exit(main())
+"""
+
+
+def command(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """octavo.launch in a process where importing torch fails."""
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *argv],
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "complaint"),
+    [
+        (["--training.seq_len", "0"], {}, "seq_len"),
+        (["--float8.recipe_name=rowise"], {}, "rowwise"),
+        (["--training.global_batch_size=16"], {"NGPU": "3"}, "global_batch_size"),
+        (["--training.dataset=/no/such/corpus"], {}, "/no/such/corpus"),
+        ([], {"CONFIG_FILE": "llama3_8b.toml"}, "octavo download"),
+        ([], {"NGPU": "0"}, "NGPU=0"),
+    ],
+)
+def test_a_bad_command_is_told_before_torch_is_imported(argv, environ, complaint):
+    ended = command(*argv, **environ)
+
+    assert ended.returncode == 2, ended.stderr
+    assert complaint in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout == ""
+
+
+def test_help_is_printed_once_with_options_and_variables():
+    began = time.monotonic()
+    ended = command("--training.steps=0", "--help", NGPU="0")
+
+    assert time.monotonic() - began < 3
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    for once in ("--training.steps", "CONFIG_FILE    ", "NGPU    ", "LOG_RANK  ", "OCTAVO_TORCH_INDEX\n"):
+        assert ended.stdout.count(once) == 1, once
+
+
+def test_help_before_anything_is_installed(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+
+    assert launch.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "NGPU" in out
+    assert "tyro is not installed yet" in out
+
+
+# torchrun for real, with a script of ours in place of octavo.train
+
+DRIVER = """
+import dataclasses, os, sys
+from octavo import launch
+planned = launch.plan([], os.environ, gpus=0, cores=2)
+own = planned.torchrun[:planned.torchrun.index("-m")]
+sys.exit(launch.run(dataclasses.replace(planned, torchrun=(*own, *sys.argv[1:]))))
+"""
+
+TRAINING = """
+import os, signal, sys, time
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+print(f"rank {rank} of {world}", flush=True)
+match sys.argv[1], rank:
+    case "fail", 1:
+        print("the reason", file=sys.stderr)
+        sys.exit(3)
+    case "misuse", _:
+        print("octavo: what is wrong", file=sys.stderr)
+        sys.exit(2)
+    case "die", 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    case "finish", _:
+        sys.exit(0)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def begin(tmp_path):
+    script, temporary = tmp_path / "training.py", tmp_path / "tmp"
+    script.write_text(TRAINING)
+    temporary.mkdir()
+    started = []
+
+    def begin(what: str, **environ: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(script), what],
+            env={**os.environ, "NGPU": "2", "TMPDIR": str(temporary), **environ},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def kept_logs(tmp_path: Path) -> list[Path]:
+    return list((tmp_path / "tmp").glob("octavo-logs-*"))
+
+
+def test_the_exit_code_and_the_last_words_of_a_failed_process_come_through(begin, tmp_path):
+    process = begin("fail")
+    out, err = process.communicate(timeout=60)
+
+    assert process.returncode == 3
+    assert out == "[rank0]:rank 0 of 2\n"
+    (logs,) = kept_logs(tmp_path)
+    assert err == (
+        f"[rank1]:the reason\noctavo: rank 1 ended with exit code 3; output of all ranks: {logs}\n"
+    )
+
+
+def test_exit_code_2_needs_no_words_of_ours(begin, tmp_path):
+    process = begin("misuse")
+    _, err = process.communicate(timeout=60)
+
+    assert process.returncode == 2
+    assert err == "[rank0]:octavo: what is wrong\n"
+    assert kept_logs(tmp_path) == []
+
+
+def test_a_killed_process_is_told(begin):
+    process = begin("die")
+    _, err = process.communicate(timeout=60)
+
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "rank 1 ended with signal 9 (out of memory?)" in err
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_training(begin, sent, tmp_path):
+    process = begin("run")
+    assert process.stdout.readline() == "[rank0]:rank 0 of 2\n"
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=60)
+
+    assert process.returncode == 128 + sent
+    assert not re.search("^Traceback", err, flags=re.MULTILINE)
+    assert kept_logs(tmp_path) == []
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_two_machines_meet(begin, ordered, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    environ = {"NNODES": "2", "NGPU": "1", "RDZV_ENDPOINT": f"localhost:{port}"}
+    machines = [begin("finish", **environ, **({"NODE_RANK": str(n)} if ordered else {})) for n in range(2)]
+    ended = [(*machine.communicate(timeout=120), machine.returncode) for machine in machines]
+
+    assert [code for _, _, code in ended] == [0, 0], ended
+    ranks = [re.findall(r"rank (\d) of 2", out) for out, _, _ in ended]
+    assert sorted(ranks) == [["0"], ["1"]]
+    assert ranks == sorted(ranks) or not ordered
