@@ -21,6 +21,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from octavo.float8.bias import add_bias
 from octavo.float8.config import Options, resolve
 from octavo.float8.matmul import matmul, warn_if_emulated
 from octavo.float8.quantize import Quantized, quantize, quantize_both
@@ -258,7 +259,7 @@ class Float8Linear(nn.Linear):
             x_MK, self.weight, self.recipe, emulate=self.emulate, x_casts=x_casts, w_casts=self.weight_casts
         )
         y = y_MN.reshape(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if self.bias is None else add_bias(y, self.bias)
 
     def extra_repr(self) -> str:
         emulate = "" if self.emulate is None else f", emulate={self.emulate}"

@@ -1,7 +1,7 @@
 """The numbers are torchao's, bit for bit: a user who moves over needs no new convergence study.
 
-The law is bitwise where M, K and N are multiples of 16. Elsewhere the matrix library sums in an order that depends on
-the operands' layout, and results agree to 1e-6 of their norm.
+The law is bitwise where M, K and N are multiples of 16. Elsewhere the matrix library sums in an order that
+depends on the operands' layout, and results agree to 1e-6 of their norm.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def test_casts_equal_torchao(dtype: torch.dtype, rowwise: bool, pow2: bool, x: T
     assert torch.equal(scale, got.scale)
     want = s.reshape(multiplier.shape)
     if pow2:
-        # Just below a power of two torchao's float32 log2 gives the next integer: those scales are the exception.
+        # Just below a power of two torchao's float32 log2 gives the next integer: those scales are the
+        # exception.
         exact, _ = scales_from_amax(block_amax(x, cast.block), Cast(dtype, cast.block))
         misrounded = want > exact
         assert bool((exact >= want * (1 - 2.0**-20))[misrounded].all())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
@@ -28,7 +29,8 @@ from octavo.float8.recipe import FULL, RECIPES, Cast, ScaleFormat
 from tests.float8.torchao_reference import same_bits
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-# (exponent bits, mantissa bits, bias), and whether all-ones exponents are ordinary numbers but for the last code.
+# (exponent bits, mantissa bits, bias), and whether all-ones exponents are ordinary numbers but for the last
+# code.
 FORMATS = {E4M3: (4, 3, 7, True), E5M2: (5, 2, 15, False)}
 BLOCKS = [(FULL, FULL), (1, FULL), (1, 128), (128, 128), (1, 32), (4, 8)]
 
@@ -62,7 +64,7 @@ def encode(x: float, dtype: torch.dtype) -> int:
     values = finite_values(dtype)
     sign = 0x80 if math.copysign(1, x) < 0 else 0
     magnitude = Fraction(values[-1][0]) if math.isinf(x) else abs(Fraction(x))
-    distance, _, code = min((abs(value - magnitude), code & 1, code) for value, code in values)
+    _, _, code = min((abs(value - magnitude), code & 1, code) for value, code in values)
     return sign | code
 
 
@@ -78,7 +80,7 @@ def test_all_256_codes_mean_what_the_format_says(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_conversion_rounds_to_nearest_even_and_saturates(dtype: torch.dtype) -> None:
     values = [float(value) for value, _ in finite_values(dtype)]
-    middles = [(a + b) / 2 for a, b in zip(values, values[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in pairwise(values)]
     largest = values[-1]
     points = [*values, *middles, largest * 1.01, largest * 1.1, largest * 4, 1e30, math.inf, math.nan]
     for middle in middles:
@@ -98,7 +100,9 @@ def test_conversion_rounds_to_nearest_even_and_saturates(dtype: torch.dtype) -> 
 
 
 def oracle_scale(amax: float, cast: Cast) -> float:
-    """What a block's elements are multiplied by, from the contract, in exact arithmetic where that matters."""
+    """What a block's elements are multiplied by, from the contract, in exact arithmetic where that
+    matters.
+    """
     largest = 448 if cast.dtype == E4M3 else 57344
     if cast.scale in (ScaleFormat.E8M0, ScaleFormat.E8M0_FLOOR):
         if amax == 0:
@@ -222,7 +226,8 @@ def test_dequantising_errs_by_half_a_step_at_most(shape: tuple[int, int], block:
     assert q.data.shape == x.shape
     rows, cols = (n if b == FULL else b for b, n in zip(block, shape, strict=True))
     assert q.scale.shape == (-(-shape[0] // rows), -(-shape[1] // cols))
-    # 3 bits of mantissa: relative error 2**-4, or half of the least subnormal of a block whose amax is below 5.
+    # 3 bits of mantissa: relative error 2**-4, or half of the least subnormal of a block whose amax is below
+    # 5.
     error = (dequantize(q, block) - x).abs()
     assert bool((error <= (x.abs() * 2.0**-4).clamp(min=5 / 448 * 2.0**-10)).all())
 
