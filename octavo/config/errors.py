@@ -12,10 +12,13 @@ class ConfigError(Exception):
     """
 
 
-def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name closest to `name`, ignoring case, or None where nothing is close."""
+def nearest(name: str, valid: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The valid name closest to `name`, ignoring case, or None where nothing is close.
+
+    `cutoff` is the least similarity, 0 to 1, that counts as close (as `difflib` measures it).
+    """
     by_lower = {candidate.lower(): candidate for candidate in valid}
-    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
     return by_lower[found[0]] if found else None
 
 

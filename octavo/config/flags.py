@@ -186,7 +186,7 @@ def _tyro(job: JobConfig, args: list[str], prog: str) -> JobConfig:
 
 
 _DESCRIPTION = (
-    "Train a model. Values come from the command line, then from the TOML file (--job.config_file), then from "
-    "the defaults below. Booleans are flags (--training.compile, --training.no-compile); lists are "
+    "Train a model. Values come from the command line, then from the TOML file (--job.config_file), "
+    "then from the defaults below. Booleans are flags (--training.compile, --training.no-compile); lists are "
     "comma-separated; - and _ are the same."
 )

@@ -51,8 +51,9 @@ def suggest_for_bare(key: str, *, prefix: str = "") -> str:
 
 def _in_section(section: str, key: str) -> list[str]:
     best = nearest(key, spellings(section))
-    homes = _homes(key)
-    return homes or ([f"{section}.{best}"] if best else [])
+    return _homes(key) or (
+        [f"{section}.{best}"] if best else _homes(nearest(key, _all_keys(), cutoff=0.8) or "")
+    )
 
 
 def _everywhere(section: str, key: str) -> list[str]:

@@ -27,7 +27,7 @@ DECAY_TYPES: tuple[str, ...] = get_args(DecayType)
 CONVERTERS: tuple[str, ...] = get_args(Converter)
 
 MODELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"llama3": ("debugmodel", "1B", "3B", "8B", "70B", "405B")},
+    {"llama3": ("debugmodel", "1B", "3B", "8B", "70B", "405B", "8B-3.0", "70B-3.0", "405B-3.0")},
 )
 """Model name -> its flavours."""
 

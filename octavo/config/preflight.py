@@ -42,6 +42,7 @@ def check(job: JobConfig, *, world_size: int, gpus: int | None = None) -> None:
             *_outputs(job),
             *_load_step(job),
             *_gpu_only(job, gpus),
+            *_offload(job, world_size),
             *_packages(job),
         ]
     problems += without_effect(job, world_size)
@@ -85,10 +86,10 @@ def _batch(job: JobConfig, world_size: int) -> Iterator[str]:
 
 
 def _warmup(job: JobConfig) -> Iterator[str]:
-    """A short trial of a long job is no mistake, so only a warm-up asked for by flag is refused; see `notes`."""
+    """A short trial of a long job is no mistake: only a warm-up asked for by flag is refused; see `notes`."""
     key, steps = "lr_scheduler.warmup_steps", job.training.steps
     if job.given.get(key) == "cli" and job.lr_scheduler.warmup_steps > steps:
-        yield f"{named(job, key)} exceeds training.steps = {steps}: the rate would never reach optimizer.lr"
+        yield f"{named(job, key)} exceeds training.steps = {steps}; optimizer.lr would not be reached"
 
 
 def _model(job: JobConfig) -> Iterator[str]:
@@ -109,7 +110,7 @@ def _custom_import(job: JobConfig) -> Iterator[str]:
     if not _MODULE.fullmatch(module):
         yield f"{named(job, key)} must be a dotted module name, like my_package.my_model"
     elif not _findable(module.split(".")):
-        yield f"{named(job, key)}: no such module in {Path.cwd()} or on Python's path (PYTHONPATH adds folders)"
+        yield f"{named(job, key)}: no such module in {Path.cwd()} or on Python's path (see PYTHONPATH)"
 
 
 def _findable(parts: Sequence[str]) -> bool:
@@ -155,8 +156,8 @@ def _dataset_path(job: JobConfig) -> Iterator[str]:
     if job.training.dataset not in names.STREAMED_DATASETS:
         streamed = ", ".join(names.STREAMED_DATASETS)
         yield (
-            f"{named(job, key)} has no effect with training.dataset = {job.training.dataset}: only {streamed} "
-            "is read from elsewhere. Name a path of your own in training.dataset, "
+            f"{named(job, key)} has no effect with training.dataset = {job.training.dataset}: "
+            f"only {streamed} is read from elsewhere. Name a path of your own in training.dataset, "
             "or unset this one (--training.dataset_path=None)"
         )
     elif not Path(given).expanduser().exists():
@@ -225,6 +226,16 @@ def _gpu_only(job: JobConfig, gpus: int | None) -> Iterator[str]:
     ):
         if wanted:
             yield f"{named(job, key)} needs a GPU, and there is none here"
+
+
+def _offload(job: JobConfig, world_size: int) -> Iterator[str]:
+    """Offloading is FSDP's, and one process that computes in float32 does without FSDP."""
+    alone = world_size == 1 and job.training.mixed_precision_param == "float32"
+    if job.training.enable_cpu_offload and alone:
+        yield (
+            f"{named(job, 'training.enable_cpu_offload')} works with several processes, or with "
+            "training.mixed_precision_param = bfloat16"
+        )
 
 
 def _packages(job: JobConfig) -> Iterator[str]:

@@ -62,7 +62,8 @@ class Model:
     name: str = "llama3"
     """Model family."""
     flavor: str = "debugmodel"
-    """Size of the model: debugmodel, 1B, 3B, 8B, 70B, 405B for llama3."""
+    """Size of the model; llama3 has debugmodel, 1B, 3B, 8B, 70B, 405B, and 8B-3.0, 70B-3.0, 405B-3.0 without
+    the RoPE scaling of 3.1."""
     hf_assets_path: str = "octavo_bpe_2048"
     """Tokenizer: a shipped name, or a folder or file with tokenizer.json or tokenizer.model (also
     --model.tokenizer_path).

@@ -8,11 +8,12 @@ inline tables come out right without a second TOML parser. Its cost is one small
 
 import re
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from octavo.config import lookup
+from octavo.config import lookup, torchtitan
 from octavo.config.errors import ConfigError
 from octavo.config.schema import SECTIONS
 from octavo.config.values import BadValue, convert
@@ -39,51 +40,64 @@ def read(path: str) -> tuple[list[Entry], list[str]]:
     """
     text = _read_text(path)
     try:
-        tree = tomllib.loads(text)
+        tree = tomllib.loads(text + "\n")  # so that an error in the last line has a line
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(_syntax_message(path, text, str(error))) from None
     lines = key_lines(text)
-    entries: list[Entry] = []
+    entries: dict[str, Entry] = {}
     problems: list[str] = []
     for name, table in tree.items():
-        section = lookup.normal(name)
-        where = _where(path, lines, (name,))
+        section, where = lookup.normal(name), _where(path, lines, (name,))
         if not isinstance(table, dict):
             problems.append(f"{where}: {_not_a_table(name, section, table)}")
-        elif section not in SECTIONS and not any(
-            lookup.resolve(section, lookup.normal(key)) for key in table
-        ):
+            continue
+        if section not in SECTIONS and not (table and section in torchtitan.KEYS):
             problems.append(f"{where}: [{name}]: {lookup.explain_unknown_section(section)}")
-        else:
-            for key, value in table.items():
-                _read_entry(
-                    _where(path, lines, (name, key)), section, lookup.normal(key), value, entries, problems
-                )
-    return entries, problems
+            continue
+        for key, value in table.items():
+            try:
+                entry = _entry(section, lookup.normal(key), value, where=_where(path, lines, (name, key)))
+                if entry.written in entries:  # TOML itself does not know that - and _ are one to us
+                    raise BadValue(f"given twice, here and at {entries[entry.written].where}")
+                entries[entry.written] = entry
+            except BadValue as error:
+                spelling = f"{section}.{lookup.normal(key)}"
+                problems.append(f"{_where(path, lines, (name, key))}: {spelling}: {error}")
+    return list(entries.values()), problems
 
 
 def key_lines(text: str) -> dict[tuple[str, ...], int]:
     """Line number (from 1) of every table and key, by its path: ("training",), ("training", "seq_len")."""
     found: dict[tuple[str, ...], int] = {}
+    for line, tree in _statements(text):
+        _record(tree, (), line, found)
+    return found
+
+
+def _statements(text: str) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Each header or assignment: the line it begins on, and what it says (None: it does not end)."""
     header, start = "", 0
     pending: list[str] = []
-    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
+    for number, line in enumerate(_lines(text), 1):
         if not pending:
             start = number
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
         pending.append(line)
         statement = "\n".join(pending)
+        is_header = statement.lstrip().startswith("[")
         try:
-            tree = tomllib.loads(f"{header}\n{statement}")
+            tree = tomllib.loads(statement if is_header else f"{header}\n{statement}")
         except tomllib.TOMLDecodeError:
             continue  # a value that goes on in the next line
-        pending = []
-        if statement.lstrip().startswith("["):
-            header = statement
-            tree = tomllib.loads(statement)
-        _record(tree, (), start, found)
-    return found
+        pending, header = [], statement if is_header else header
+        yield start, tree
+    if pending:
+        yield start, None
+
+
+def _lines(text: str) -> list[str]:
+    return text.replace("\r\n", "\n").split("\n")
 
 
 def _record(tree: Any, path: tuple[str, ...], line: int, found: dict[tuple[str, ...], int]) -> None:
@@ -118,10 +132,11 @@ def _syntax_message(path: str, text: str, error: str) -> str:
     what = error[: match.start()] if match else error
     what = what.replace("Cannot overwrite a value", "this key is given twice")
     if match is None or match["line"] is None:
-        return f"{path}: not valid TOML at the end of the file: {what}"
-    line, column = int(match["line"]), int(match["column"])
-    shown = text.replace("\r\n", "\n").split("\n")[line - 1].strip()
-    return f"{path}:{line}: not valid TOML at column {column}: {what}: {shown!r}"
+        unclosed = max(line for line, _ in _statements(text))
+        return f"{path}:{unclosed}: not valid TOML: {what}: what begins here does not end"
+    line = int(match["line"])
+    shown = _lines(text)[line - 1].strip()
+    return f"{path}:{line}: not valid TOML at column {match['column']}: {what}: {shown!r}"
 
 
 def _where(path: str, lines: dict[tuple[str, ...], int], key: tuple[str, ...]) -> str:
@@ -136,17 +151,10 @@ def _not_a_table(name: str, section: str, value: Any) -> str:
     return f"key '{name}' stands outside any section{lookup.suggest_for_bare(section, prefix='')}"
 
 
-def _read_entry(
-    where: str, section: str, key: str, value: Any, entries: list[Entry], problems: list[str]
-) -> None:
-    written = f"{section}.{key}"
+def _entry(section: str, key: str, value: Any, *, where: str) -> Entry:
+    """One key of the file; raises BadValue where it is no key of ours, or cannot have this value."""
     home = lookup.resolve(section, key)
     if home is None:
-        problems.append(f"{where}: {written}: {lookup.explain_unknown(section, key)}")
-        return
-    try:
-        converted = convert(SECTIONS[home[0]][home[1]], value, text=False)
-    except BadValue as error:
-        problems.append(f"{where}: {written}: {error}")
-        return
-    entries.append(Entry(*home, converted, written, where))
+        raise BadValue(lookup.explain_unknown(section, key))
+    converted = convert(SECTIONS[home[0]][home[1]], value, text=False)
+    return Entry(*home, converted, f"{section}.{key}", where)

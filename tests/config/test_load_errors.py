@@ -1,0 +1,192 @@
+"""What is refused while loading, and that the message names the place, the key and the nearest valid name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from octavo.config import ConfigError, load, torchtitan
+from octavo.config.schema import ALIASES, SECTIONS
+
+TITAN = "known to torchtitan, not supported: "
+
+
+@pytest.fixture
+def told_about(tmp_path: Path) -> Callable[..., str]:
+    """The message for a TOML text (the file is called job.toml) and flags."""
+
+    def tell(text: str | bytes, *flags: str) -> str:
+        path = tmp_path / "job.toml"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        with pytest.raises(ConfigError) as caught:
+            load([f"--job.config_file={path}", *flags])
+        return str(caught.value).replace(f"{tmp_path}/", "")
+
+    return tell
+
+
+TOML = [
+    # names
+    (
+        "[training]\nseq_lenn = 1",
+        "job.toml:2: training.seq_lenn: unknown key; did you mean 'training.seq_len'?",
+    ),
+    ("[trainig]\nseq_len = 1", "job.toml:1: [trainig]: unknown section; did you mean [training]?"),
+    ("[xyzzy]\nseq_len = 1", "job.toml:1: [xyzzy]: unknown section; the sections are job, "),
+    ("[optimizer]\nsteps = 1", "job.toml:2: optimizer.steps: unknown key; did you mean 'training.steps'?"),
+    ("[training]\nqqqqqq = 1", "job.toml:2: training.qqqqqq: unknown key"),
+    ("[training.x]\ny = 1", "job.toml:1: training.x: unknown key"),
+    (
+        "steps = 5\n[training]",
+        "job.toml:1: key 'steps' stands outside any section; did you mean 'training.steps'?",
+    ),
+    ("training = 5", "job.toml:1: 'training' is a section, not a key"),
+    ("[[training]]\nsteps = 1", "job.toml:1: 'training' is a section"),
+    ("[[other]]\nsteps = 1", "job.toml:1: [[other]] is an array of tables"),
+    # types
+    ('[training]\nsteps = "ten"', "job.toml:2: training.steps: expected an integer, got a string ('ten')"),
+    ("[training]\nseq_len = 1.5", "job.toml:2: training.seq_len: expected an integer, got a number (1.5)"),
+    ("[training]\nsteps = true", "job.toml:2: training.steps: expected an integer, got a boolean (true)"),
+    ("[optimizer]\nlr = false", "job.toml:2: optimizer.lr: expected a number, got a boolean (false)"),
+    ("[training]\ncompile = 1", "job.toml:2: training.compile: expected true or false, got an integer (1)"),
+    ('[training]\ncompile = "true"', "expected true or false, got a string ('true')"),
+    (
+        "[model]\nconverters = 3",
+        "job.toml:2: model.converters: expected a list of float8 (or one comma-separated",
+    ),
+    ("[float8]\nfilter_fqns = [1]", "job.toml:2: float8.filter_fqns: expected a string, got an integer (1)"),
+    ("[job]\ndescription = ['x']", "expected a string, got a list (['x'])"),
+    ("[job]\ndescription = 2020-01-01", "expected a string, got a date or time"),
+    ("[training]\nsteps = {a = 1}", "job.toml:2: training.steps: expected an integer, got a table"),
+    ("[float8]\nfilter_fqns = ['a', 'a']", "job.toml:2: float8.filter_fqns: names something twice: a, a"),
+    ("[float8]\nrecipe_name = 3", "job.toml:2: float8.recipe_name: expected one of tensorwise, "),
+    # choices
+    ('[float8]\nrecipe_name = "rowise"', "'rowise' is not one of tensorwise, rowwise, rowwise_with_gw_hp"),
+    ('[float8]\nrecipe_name = "rowise"', "; did you mean 'rowwise'?"),
+    ('[optimizer]\nname = "adamw"', "'adamw' is not one of Adam, AdamW; did you mean 'AdamW'?"),
+    ('[model]\nconverters = "float8,mx"', "'mx' is not one of float8"),
+    ('[checkpoint]\nasync_mode = "async_with_pinned_mem"', "is not one of disabled, async"),
+    # TOML itself
+    ("[training]\nsteps = ", "job.toml:2: not valid TOML at column 9"),
+    ("[float8]\n\nfilter_fqns = [\n  1,\n", "job.toml:3: not valid TOML: "),
+    ("[training]\nsteps 5", "job.toml:2: not valid TOML at column 7"),
+    (
+        "[training]\nsteps = 1\nsteps = 2",
+        "job.toml:3: not valid TOML at column 10: this key is given twice: 'steps = 2'",
+    ),
+    ("[training]\nsteps = 1\n[training]\nseq_len = 2", "job.toml:3: not valid TOML"),
+    ('[job]\ndescription = """x', "job.toml:2: not valid TOML: Unterminated string"),
+    ("[training]\nseq-len = 1\nseq_len = 2", "job.toml:3: training.seq_len: given twice"),
+    (b"[job]\ndescription = '\xff'", "'job.toml' is not UTF-8 text (byte 21)"),
+    (b"\x00\x01", "not valid TOML"),
+    # torchtitan's
+    ("[training]\ncompile = true\ngc_debug = false", f"job.toml:3: training.gc_debug: {TITAN}"),
+    ("[parallelism]\ntensor-parallel-degree = 1", f"job.toml:2: parallelism.tensor_parallel_degree: {TITAN}"),
+    ("[mx]\nrecipe_name = 'mxfp8'", f"job.toml:1: [mx]: {TITAN}"),
+    ("[quantize.linear.float8]\nemulate = true", f"job.toml:1: [quantize]: {TITAN}"),
+    ("[debug]\nseed = 1", f"job.toml:2: debug.seed: {TITAN}here it is training.seed"),
+    ("[training.dataloader]\nnum_workers = 4", f"job.toml:1: training.dataloader: {TITAN}"),
+    ("[validation]\nenable = false", f"job.toml:2: validation.enable: {TITAN}"),
+]
+
+
+@pytest.mark.parametrize(("text", "part"), TOML)
+def test_toml_error(told_about: Callable[..., str], text: str, part: str) -> None:
+    told = told_about(text)
+    assert part in told
+    assert len(told.splitlines()) == 1
+
+
+FLAGS = [
+    (["--training.seq_lenn", "1"], "--training.seq_lenn: unknown flag; did you mean '--training.seq_len'?"),
+    (["--training.seq_lenn=1"], "--training.seq_lenn: unknown flag; did you mean '--training.seq_len'?"),
+    (
+        ["--trainig.seq_len", "1"],
+        "--trainig.seq_len: unknown section 'trainig'; did you mean '--training.seq_len'?",
+    ),
+    (["--steps", "1"], "--steps: unknown flag; did you mean '--training.steps'?"),
+    (["--training.warmup_step=1"], "unknown flag; did you mean '--lr_scheduler.warmup_steps'?"),
+    (["--optimizer.steps=1"], "did you mean '--training.steps'?"),
+    (["--xyzzy.plugh=1"], "--xyzzy.plugh: unknown section 'xyzzy'"),
+    (["--a.b.c=1"], "--a.b.c: unknown section 'a'"),
+    (["--training.="], "--training.: unknown flag"),
+    (["--"], "unexpected argument '--'"),
+    (["10"], "unexpected argument '10'"),
+    (["-x"], "unexpected argument '-x'"),
+    (["--job.description", "a", "b"], "unexpected argument 'b'"),
+    (["--training.steps"], "--training.steps: needs a value"),
+    (["--training.steps", "--training.seq_len", "8"], "--training.steps: needs a value"),
+    (["--training.steps="], "--training.steps: expected an integer, got ''"),
+    (["--training.steps=ten"], "--training.steps: expected an integer, got 'ten'"),
+    (["--training.steps=1.0"], "--training.steps: expected an integer, got '1.0'"),
+    (["--training.steps=1e3"], "--training.steps: expected an integer, got '1e3'"),
+    (["--training.steps=None"], "--training.steps: expected an integer, got 'None'"),
+    (["--training.steps=٣"], "expected an integer"),
+    (["--training.steps=" + "9" * 5000], "expected an integer"),
+    (["--optimizer.lr=fast"], "--optimizer.lr: expected a number, got 'fast'"),
+    (["--training.compile=yes"], "--training.compile: expected true or false, got 'yes'"),
+    (["--training.no-compile=1"], "--training.no-compile: expected true or false, got '1'"),
+    (["--training.no-steps", "1"], "has no 'no' form; write --training.steps VALUE"),
+    (["--no-training.steps", "1"], "has no 'no' form; write --training.steps VALUE"),
+    (["--float8.recipe-name=rowise"], "--float8.recipe-name: 'rowise' is not one of"),
+    (["--float8.recipe-name=rowise"], "did you mean 'rowwise'?"),
+    (["--model.converters=float8,float8"], "names something twice"),
+    (["--mx.recipe_name=mxfp8"], f"--mx.recipe_name: {TITAN}"),
+    (
+        ["--training.data_parallel_shard_degree=2"],
+        f"{TITAN}here it is parallelism.data_parallel_shard_degree",
+    ),
+    (["--metrics.enable_wandb"], f"--metrics.enable_wandb: {TITAN}"),
+    (["--quantize.linear.float8.emulate"], f"--quantize.linear.float8.emulate: {TITAN}"),
+    (["--config_file=nowhere.toml"], "config file 'nowhere.toml' does not exist (looked in "),
+    (["--config_file=/"], "config file '/' is a folder"),
+    (["--config_file="], "config file"),
+    (["--config_file=a\0b"], "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("argv", "part"), FLAGS)
+def test_flag_error(argv: list[str], part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(argv)
+    assert part in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_everything_wrong_is_told_at_once(told_about: Callable[..., str]) -> None:
+    told = told_about("[training]\nstepz = 1\nseq_len = 'x'\n", "--training.gc_freq=x", "--model.flavour=1B")
+    assert [line.partition(": ")[0] for line in told.splitlines()] == [
+        "job.toml:2",
+        "job.toml:3",
+        "--model.flavour",
+        "--training.gc_freq",
+    ]
+
+
+def test_torchtitans_keys_are_none_of_ours() -> None:
+    ours = {f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys}
+    ours |= {f"{section}.{key}" for section, key in ALIASES}
+    theirs = {f"{section}.{key}" for section, keys in torchtitan.KEYS.items() for key in keys}
+    assert not ours & theirs
+    assert not set(torchtitan.SECTIONS) & set(SECTIONS)
+
+
+def test_what_moved_moved_to_a_key_of_ours() -> None:
+    moved = [
+        reason for keys in torchtitan.KEYS.values() for reason in keys.values() if reason.startswith("here")
+    ]
+    assert len(moved) > 10
+    for reason in moved:
+        section, _, key = reason.removeprefix("here it is ").split(" ")[0].rstrip(",").partition(".")
+        assert key in SECTIONS[section], reason
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [(s, key) for s, keys in torchtitan.KEYS.items() for key in keys]
+)
+def test_every_key_of_torchtitans_is_refused_with_its_reason(
+    told_about: Callable[..., str], section: str, key: str
+) -> None:
+    told = told_about(f"[{section}]\n{key} = false\n")
+    assert told == f"job.toml:2: {section}.{key}: {TITAN}{torchtitan.KEYS[section][key]}"
+    assert 10 < len(torchtitan.KEYS[section][key]) < 100

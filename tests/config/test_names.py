@@ -1,0 +1,40 @@
+"""The config's own lists of names equal the registries that give them a meaning."""
+
+from octavo.config import names
+
+
+def test_models() -> None:
+    from octavo.models import registered
+
+    assert {name: tuple(spec.flavors) for name, spec in registered().items()} == dict(names.MODELS)
+
+
+def test_recipes() -> None:
+    from octavo.float8.recipe import RECIPES
+
+    assert tuple(RECIPES) == names.RECIPES
+
+
+def test_corpora_and_tokenizers() -> None:
+    from octavo.assets import CORPORA, TOKENIZERS
+
+    assert tuple(TOKENIZERS) == names.TOKENIZERS
+    assert set(names.DATASETS) == {*CORPORA, *names.STREAMED_DATASETS}
+
+
+def test_streamed_corpora() -> None:
+    from octavo.components import data
+
+    assert set(names.STREAMED_DATASETS) == set(data._STREAMED)
+
+
+def test_optimizers() -> None:
+    import torch
+
+    assert all(issubclass(getattr(torch.optim, name), torch.optim.Optimizer) for name in names.OPTIMIZERS)
+
+
+def test_decay_types() -> None:
+    from octavo.components import lr_scheduler
+
+    assert set(names.DECAY_TYPES) == set(lr_scheduler._DECAYS)
