@@ -251,6 +251,8 @@ class _ReadAhead:
 
     def close(self) -> None:
         self._stop.set()
+        while not self._queue.empty():  # a thread that waits for room need not wait for its time-out
+            self._queue.get_nowait()
         self._thread.join()
 
 

@@ -1,6 +1,7 @@
 """`shuffled` is a permutation, another one for another seed or epoch, and the same one for ever."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -37,9 +38,11 @@ def test_mixes() -> None:
     for seed in range(draws):
         counts[shuffled(3, size, seed=seed, epoch=0)] += 1
     expected = draws / size
-    assert sum((count - expected) ** 2 / expected for count in counts) < 37.7  # chi-square, 15 degrees, p = 0.001
+    assert (
+        sum((count - expected) ** 2 / expected for count in counts) < 37.7
+    )  # chi-square, 15 degrees, p = 0.001
     big = order(4096, seed=5)
-    steps = sum(abs(a - b) for a, b in zip(big, big[1:], strict=False)) / 4095
+    steps = sum(abs(a - b) for a, b in pairwise(big)) / 4095
     assert math.isclose(steps, 4096 / 3, rel_tol=0.05)  # mean distance of two random places
 
 

@@ -1,0 +1,282 @@
+"""A streamed data set gives every layout the same samples, and goes on from a bookmark exactly."""
+
+import gzip
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.components import data_stream
+from octavo.components.data import DataLoader, build_dataloader, merge_state_dicts
+from octavo.components.data_stream import StreamedCorpus, hub_files
+from octavo.components.tokenizer import Tokenizer, build_tokenizer
+from octavo.config.errors import ConfigError
+
+SEQ_LEN = 16
+FILES = 6
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return build_tokenizer("octavo_bpe_2048")
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A local copy as C4 is laid out: some files compressed, unequal lengths, some documents empty."""
+    root = tmp_path_factory.mktemp("c4")
+    draw = random.Random(0)
+    for file in range(FILES):
+        lines = []
+        for document in range(10 + 7 * file):
+            text = " ".join(f"f{file}d{document}w{word}" for word in range(draw.randrange(25)))
+            lines.append(
+                json.dumps({"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "http://localhost"})
+            )
+        content = "\n".join(lines).encode() + b"\n"
+        name = f"c4-train.{file:05d}-of-{FILES:05d}.json"
+        if file % 2:
+            (root / f"{name}.gz").write_bytes(gzip.compress(content))
+        else:
+            (root / name).write_bytes(content)
+    return root
+
+
+@pytest.fixture(autouse=True, params=[64, 4], ids=["a file a stream", "files share streams"])
+def streams(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(data_stream, "STREAMS", request.param)
+    count: int = min(request.param, FILES)
+    return count
+
+
+@pytest.fixture
+def opened() -> Iterator[list[DataLoader]]:
+    loaders: list[DataLoader] = []
+    yield loaders
+    for one in loaders:
+        one.close()
+
+
+def make(
+    copy: Path, tokenizer: Tokenizer, rank: int = 0, ranks: int = 1, batch: int = 4, seed: int = 1
+) -> DataLoader:
+    return build_dataloader(
+        dataset="c4",
+        dataset_path=str(copy),
+        tokenizer=tokenizer,
+        seq_len=SEQ_LEN,
+        local_batch_size=batch,
+        dp_rank=rank,
+        dp_degree=ranks,
+        seed=seed,
+    )
+
+
+def steps(loaders: list[DataLoader], count: int) -> Tensor:
+    """[count, global batch, SEQ_LEN + 1]"""
+    result = []
+    for _ in range(count):
+        pairs = [one.next_batch() for one in loaders]
+        result.append(torch.cat([torch.cat([tokens, labels[:, -1:]], dim=1) for tokens, labels in pairs]))
+    return torch.stack(result)
+
+
+def test_streams_hold_the_documents_in_order(
+    copy: Path, tokenizer: Tokenizer, streams: int, opened: list[DataLoader]
+) -> None:
+    """Sample i is sample i // V of stream i % V; a stream's windows join to whole documents of its files."""
+    one = make(copy, tokenizer, batch=streams)
+    opened.append(one)
+    samples = steps([one], 80)  # [80, streams, SEQ_LEN + 1]
+    seen: list[set[str]] = []
+    for number in range(streams):
+        row = [*samples[:, number, :-1].flatten().tolist(), int(samples[-1, number, -1])]
+        assert torch.equal(samples[1:, number, 0], samples[:-1, number, -1])  # windows overlap in one token
+        assert row[0] == tokenizer.bos_id
+        documents = tokenizer.decode(row).replace("<|end_of_text|>", "").split("<|begin_of_text|>")[1:-1]
+        assert len(documents) > 5
+        for document in documents:
+            words = document.split(" ")
+            assert [word.rsplit("w", 1)[1] for word in words] == [str(index) for index in range(len(words))]
+        seen.append({document[:2] for document in documents})
+    for number, files in enumerate(seen):
+        for other in seen[number + 1 :]:
+            assert not files & other
+
+
+@pytest.mark.parametrize(("ranks", "batch"), [(2, 4), (4, 2), (8, 1)])
+def test_any_layout_sees_the_same_global_batches(
+    copy: Path, tokenizer: Tokenizer, ranks: int, batch: int, opened: list[DataLoader]
+) -> None:
+    """60 steps of 8 samples: every stream is past the end of its files, most several times."""
+    opened += [make(copy, tokenizer, batch=8)]
+    opened += [make(copy, tokenizer, rank=rank, ranks=ranks, batch=batch) for rank in range(ranks)]
+    assert torch.equal(steps(opened[:1], 60), steps(opened[1:], 60))
+
+
+def test_a_rank_opens_only_its_own_streams(
+    copy: Path, tokenizer: Tokenizer, streams: int, opened: list[DataLoader]
+) -> None:
+    half = make(copy, tokenizer, rank=1, ranks=2, batch=streams // 2)
+    opened.append(half)
+    steps([half], 5)
+    assert set(half.state_dict()["source"]["streams"]) == {
+        str(number) for number in range(streams // 2, streams)
+    }
+
+
+@pytest.mark.parametrize("saved_at", [0, 1, 7, 40])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("merged", [True, False])
+def test_resumed_is_uninterrupted(
+    copy: Path, tokenizer: Tokenizer, saved_at: int, ranks: int, merged: bool, opened: list[DataLoader]
+) -> None:
+    """Saved by two ranks, resumed by one, two or four, with the bookmarks of both or of one."""
+    whole = make(copy, tokenizer, batch=8)
+    saving = [make(copy, tokenizer, rank=rank, ranks=2, batch=4) for rank in range(2)]
+    resumed = [make(copy, tokenizer, rank=rank, ranks=ranks, batch=8 // ranks) for rank in range(ranks)]
+    opened += [whole, *saving, *resumed]
+    expected = steps([whole], saved_at + 20)[saved_at:]
+    if saved_at:
+        steps(saving, saved_at)
+    states = [one.state_dict() for one in saving]
+    state = json.loads(json.dumps(merge_state_dicts(states) if merged else states[1]))
+    assert [one.load_state_dict(state) for one in resumed] == [None] * ranks
+    assert torch.equal(expected, steps(resumed, 20))
+
+
+def test_a_bookmark_spares_reading_from_the_start(
+    copy: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, opened: list[DataLoader]
+) -> None:
+    first = make(copy, tokenizer, batch=8)
+    opened.append(first)
+    steps([first], 200)
+    calls: list[int] = []
+    encode_batch = tokenizer.encode_batch
+    monkeypatch.setattr(
+        tokenizer,
+        "encode_batch",
+        lambda texts, **rest: calls.append(len(texts)) or encode_batch(texts, **rest),
+    )
+    for state, expected in [
+        (first.state_dict(), range(1, 250)),
+        ({**first.state_dict(), "source": {}}, range(350, 1500)),
+    ]:
+        calls.clear()
+        second = make(copy, tokenizer, batch=8)
+        opened.append(second)
+        second.load_state_dict(state)
+        second.next_batch()
+        second.close()
+        assert sum(calls) in expected  # documents tokenised
+
+
+def test_seeds_differ(copy: Path, tokenizer: Tokenizer, opened: list[DataLoader]) -> None:
+    opened += [make(copy, tokenizer, seed=seed) for seed in (1, 1, 2)]
+    one, same, other = (steps([loader], 10) for loader in opened)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_passes_differ_where_a_stream_has_several_files(
+    copy: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, opened: list[DataLoader]
+) -> None:
+    monkeypatch.setattr(data_stream, "STREAMS", 1)
+    opened.append(make(copy, tokenizer, batch=1))
+    text = tokenizer.decode(steps(opened, 2000)[:, 0, :-1].flatten().tolist())
+    first_words = [
+        piece.split(" ")[0].removesuffix("<|end_of_text|>") for piece in text.split("<|begin_of_text|>")[1:-1]
+    ]
+    files = [word[1] for word in first_words]
+    order = [file for index, file in enumerate(files) if index == 0 or files[index - 1] != file]
+    assert sorted(order[:FILES]) == sorted(order[FILES : 2 * FILES]) == sorted("012345")
+    assert order[:FILES] != order[FILES : 2 * FILES]
+
+
+def test_a_damaged_file_ends_the_run_with_its_name(
+    tokenizer: Tokenizer, tmp_path: Path, opened: list[DataLoader]
+) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"text": "word " * 100}) + '\n{"text": "cut')
+    opened.append(make(tmp_path, tokenizer, batch=1))
+    with pytest.raises(ConfigError, match=r"a\.json, line 2: not a JSON object"):
+        steps(opened, 100)
+
+
+def test_a_data_set_without_a_document(
+    tokenizer: Tokenizer, tmp_path: Path, opened: list[DataLoader]
+) -> None:
+    (tmp_path / "a.json").write_text('{"text": ""}\n')
+    opened.append(make(tmp_path, tokenizer, batch=1))
+    with pytest.raises(ConfigError, match="hold no document"):
+        steps(opened, 1)
+
+
+class TestHub:
+    """The path through `datasets`, with local files in the place of the hub's."""
+
+    @pytest.fixture(autouse=True)
+    def redirect(self, copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        datasets = pytest.importorskip("datasets")
+        load_dataset = datasets.load_dataset
+
+        def redirected(repository: str, config: str, **options: Any) -> Any:
+            assert (repository, config) == ("allenai/c4", "en")
+            assert options == {"split": "train", "streaming": True}
+            files = {"train": [str(path) for path in sorted(copy.iterdir())]}
+            return load_dataset("json", data_files=files, cache_dir=str(tmp_path), **options)
+
+        monkeypatch.setattr(datasets, "load_dataset", redirected)
+
+    def test_equals_the_local_copy(self, copy: Path, tokenizer: Tokenizer, opened: list[DataLoader]) -> None:
+        hub = build_dataloader(
+            dataset="c4",
+            dataset_path=None,
+            tokenizer=tokenizer,
+            seq_len=SEQ_LEN,
+            local_batch_size=4,
+            dp_rank=0,
+            dp_degree=1,
+            seed=1,
+        )
+        opened += [hub, make(copy, tokenizer)]
+        assert torch.equal(steps([hub], 60), steps(opened[1:], 60))
+        later = make(copy, tokenizer)
+        opened.append(later)
+        assert later.load_state_dict(hub.state_dict()) is None
+        assert torch.equal(steps([hub], 10), steps([later], 10))
+
+    def test_opens_a_file_at_a_document(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(data_stream, "_ROWS_PER_TABLE", 4)
+        for open_file in hub_files("allenai/c4", "en"):
+            every = list(open_file(0))
+            for start in (1, 4, 9, len(every) - 1, len(every)):
+                assert list(open_file(start)) == every[start:]
+
+
+def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(
+        ConfigError, match=r"allenai/c4 cannot be opened \(ConnectionError: no route\).*dataset_path"
+    ):
+        hub_files("allenai/c4", "en")
+
+
+def test_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"pip install 'octavo\[train\]'"):
+        hub_files("allenai/c4", "en")
+
+
+def test_needs_files(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="c4: no files"):
+        StreamedCorpus([], name="c4", tokenizer=tokenizer, seq_len=SEQ_LEN, seed=0)
