@@ -1,8 +1,9 @@
 """What ships is what the scripts make of the named source, and it is found without torch."""
 
-import hashlib
+import importlib.metadata
 import importlib.util
 import io
+import json
 import subprocess
 import sys
 import tarfile
@@ -37,7 +38,7 @@ def test_the_corpus_is_the_recorded_one() -> None:
 
 
 def test_no_work_is_there_twice() -> None:
-    """The package has up to three editions of a work; lines of some length that two files share would tell."""
+    """The package has up to three editions of a work; long lines that two files share would tell."""
     seen: dict[str, str] = {}
     shared = 0
     for name, content in build_corpus.shipped().items():
@@ -100,18 +101,16 @@ def test_another_sdist_is_refused(tmp_path: Path) -> None:
 
 
 def test_training_gives_the_shipped_tokenizer() -> None:
-    run = subprocess.run(
-        [sys.executable, SCRIPTS / "train_tokenizer.py", "--check"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    shipped = (TOKENIZERS["octavo_bpe_2048"] / "tokenizer.json").read_bytes()
-    assert (
-        hashlib.sha256(shipped).hexdigest()
-        == "fecb1c5dd0ef9eaee66b6841a0c652cb9d305fce0871a1f80e1c7656dd83b269"
-    )
+    """The same entries by any release of `tokenizers`; the same bytes by the release that wrote the file."""
+    folder = TOKENIZERS["octavo_bpe_2048"]
+    texts = [path.read_text("utf-8") for path in sorted(CORPORA["shakespeare"].glob("*.txt"))]
+    trained = script("train_tokenizer").train(texts)
+    shipped = {name: (folder / name).read_text("utf-8") for name in trained}
+    for part in ("vocab", "merges"):
+        models = [json.loads(files["tokenizer.json"])["model"][part] for files in (trained, shipped)]
+        assert models[0] == models[1]
+    if importlib.metadata.version("tokenizers") == "0.23.3":
+        assert trained == shipped
 
 
 def test_the_readme_states_what_is_there() -> None:
@@ -126,8 +125,6 @@ def test_the_readme_states_what_is_there() -> None:
 
 
 def test_importing_costs_no_torch() -> None:
-    code = "import sys, octavo.assets; print([name for name in ('torch', 'numpy', 'tokenizers') if name in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        == "[]\n"
-    )
+    code = "import sys, octavo.assets; print({'torch', 'numpy', 'tokenizers'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"

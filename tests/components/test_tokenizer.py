@@ -233,7 +233,7 @@ class TestHuggingFaceFolder:
             build_tokenizer(str(folder))
 
     def test_settings_of_the_file_do_not_change_ids(self, folder: Path) -> None:
-        """Truncation, padding and a template that adds special tokens may be in the file; none applies here."""
+        """Truncation, padding, a template that adds special tokens: may be in the file, and never apply."""
         content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
         content["truncation"] = {
             "direction": "Right",
