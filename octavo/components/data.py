@@ -87,7 +87,12 @@ class PackedCorpus:
                 "training.seq_len"
             )
         self.tokens_N = torch.frombuffer(row, dtype=torch.int32)
-        self.identity = {"tokens": len(row), "crc32": zlib.crc32(row), "seq_len": seq_len, "seed": seed}
+        self.identity: Mapping[str, int] = {
+            "tokens": len(row),
+            "crc32": zlib.crc32(row),
+            "seq_len": seq_len,
+            "seed": seed,
+        }
         self.description = (
             f"{name}: {count:,} documents, {len(row):,} tokens, "
             f"{self.samples:,} samples of {seq_len:,} an epoch"

@@ -148,7 +148,7 @@ class StreamedCorpus:
         self._streams: dict[int, _Stream] = {}
         self._bookmarks: dict[int, Bookmark] = {}
         self.description = f"{name}: {len(files):,} files in {self._count} streams, samples of {seq_len:,}"
-        self.identity = {"files": len(files), "seq_len": seq_len, "seed": seed}
+        self.identity: Mapping[str, int] = {"files": len(files), "seq_len": seq_len, "seed": seed}
 
     def read(self, first: int, count: int) -> Tensor:
         """See `Source.read`."""
