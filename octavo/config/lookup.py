@@ -46,22 +46,24 @@ def explain_unknown_section(section: str) -> str:
 
 def suggest_for_bare(key: str, *, prefix: str = "") -> str:
     """For a key written without a section: where this key, or the nearest one, belongs."""
-    return _suggest(_homes(key) or _homes(nearest(key, _all_keys()) or ""), prefix)
+    joined = {f"{section}_{name}": f"{section}.{name}" for section in SECTIONS for name in spellings(section)}
+    homes = _homes(key) or _homes(nearest(key, _all_keys()) or "")
+    whole = nearest(normal(key).replace(".", "_"), joined, cutoff=0.85)  # --training-steps
+    return _suggest([joined[whole]] if whole else homes, prefix)
 
 
 def _in_section(section: str, key: str) -> list[str]:
     best = nearest(key, spellings(section))
-    return _homes(key) or (
-        [f"{section}.{best}"] if best else _homes(nearest(key, _all_keys(), cutoff=0.8) or "")
-    )
+    elsewhere = _homes(key) or ([] if best else _homes(nearest(key, _all_keys(), cutoff=0.8) or ""))
+    if len(elsewhere) == 1:  # `enable`, which several sections have, says nothing about which was meant
+        return elsewhere
+    return [f"{section}.{best}"] if best else []
 
 
 def _everywhere(section: str, key: str) -> list[str]:
     best = nearest(section, SECTIONS)
-    if best is not None:
-        found = nearest(key, spellings(best))
-        return [f"{best}.{found}"] if found else _homes(key)
-    return _homes(key)
+    found = nearest(key, spellings(best)) if best else None
+    return [f"{best}.{found}"] if found else _homes(key)
 
 
 def _homes(key: str) -> list[str]:

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from octavo.config import names
@@ -37,10 +37,10 @@ def check(job: JobConfig, *, world_size: int, gpus: int | None = None) -> None:
             *_batch(job, world_size),
             *_warmup(job),
             *_model(job),
-            *_dataset(job),
-            *_tokenizer(job),
-            *_outputs(job),
-            *_load_step(job),
+            *_on_disk(_dataset, job, "training.dataset"),
+            *_on_disk(_tokenizer, job, "model.hf_assets_path"),
+            *_on_disk(_outputs, job, "job.dump_folder"),
+            *_on_disk(_load_step, job, "checkpoint.folder"),
             *_gpu_only(job, gpus),
             *_offload(job, world_size),
             *_packages(job),
@@ -56,6 +56,14 @@ def notes(job: JobConfig) -> list[str]:
     if warmup <= steps:
         return []
     return [f"lr_scheduler.warmup_steps = {warmup} exceeds training.steps = {steps}: every step is warm-up"]
+
+
+def _on_disk(look: Callable[[JobConfig], Iterator[str]], job: JobConfig, key: str) -> Iterator[str]:
+    """`look(job)`, and a message about `key` where the disk does not let itself be looked at."""
+    try:
+        yield from look(job)
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~name of nobody
+        yield f"{named(job, key)}: {getattr(error, 'strerror', None) or error}"
 
 
 def _mesh(job: JobConfig, world_size: int) -> Iterator[str]:
@@ -184,7 +192,7 @@ def download_command(assets_path: str) -> str:
         path = path.parent.parent if path.parent.name == "original" else path.parent
     owner = "meta-llama" if "llama" in path.name.lower() else "OWNER"
     folder = "" if path.parent == Path("assets/hf") else f" --local_dir {path.parent}"
-    return f"octavo download --repo_id {owner}/{path.name} --assets tokenizer{folder}"
+    return f"octavo download --repo_id {owner}/{path.name or 'NAME'} --assets tokenizer{folder}"
 
 
 def _outputs(job: JobConfig) -> Iterator[str]:

@@ -43,6 +43,8 @@ def read(path: str) -> tuple[list[Entry], list[str]]:
         tree = tomllib.loads(text + "\n")  # so that an error in the last line has a line
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(_syntax_message(path, text, str(error))) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets a thousand deep
+        raise ConfigError(f"{path}: not usable TOML: {error}") from None
     lines = key_lines(text)
     entries: dict[str, Entry] = {}
     problems: list[str] = []
@@ -148,6 +150,8 @@ def _not_a_table(name: str, section: str, value: Any) -> str:
         return f"'{name}' is a section, not a key: write [{section}] on a line of its own and its keys below"
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return f"[[{name}]] is an array of tables; sections have single brackets"
+    if "." in name:
+        return f"in quotes, the dot of '{name}' is part of a name; leave the quotes out"
     return f"key '{name}' stands outside any section{lookup.suggest_for_bare(section, prefix='')}"
 
 
@@ -156,5 +160,7 @@ def _entry(section: str, key: str, value: Any, *, where: str) -> Entry:
     home = lookup.resolve(section, key)
     if home is None:
         raise BadValue(lookup.explain_unknown(section, key))
+    if home == ("job", "config_file"):
+        raise BadValue("a file cannot name another; give --job.config_file on the command line")
     converted = convert(SECTIONS[home[0]][home[1]], value, text=False)
     return Entry(*home, converted, f"{section}.{key}", where)

@@ -40,7 +40,8 @@ def describe(kind: Any) -> str:
     """What a key of this type takes, in words: "an integer", "one of linear, sqrt, cosine"."""
     kind, _ = unwrap(kind)
     if get_origin(kind) is Literal:
-        return "one of " + ", ".join(get_args(kind))
+        choices = get_args(kind)
+        return "one of " + ", ".join(choices) if len(choices) > 1 else choices[0]
     if get_origin(kind) is list:
         (item,) = get_args(kind)
         of = "strings" if item is str else ", ".join(get_args(item))
@@ -80,6 +81,8 @@ def convert(kind: Any, value: Any, *, text: bool) -> Any:
 def _convert_list(kind: Any, value: Any) -> list[str]:
     (item,) = get_args(kind)
     if isinstance(value, str):
+        if value.strip()[:1] in ("[", "(", "{"):
+            raise BadValue(f"got {value!r}; inside quotes a list is written without brackets: a,b")
         value = [part.strip() for part in value.split(",") if part.strip()]
     if not isinstance(value, list):
         raise _wrong_type(kind, value, text=False)
@@ -113,7 +116,10 @@ def _read_text(kind: Any, value: str) -> Any:
 
 def _read_toml(kind: Any, value: Any) -> Any:
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return None
     return value if type(value) is kind else None
 
 

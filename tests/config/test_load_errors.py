@@ -40,6 +40,10 @@ TOML = [
         "steps = 5\n[training]",
         "job.toml:1: key 'steps' stands outside any section; did you mean 'training.steps'?",
     ),
+    (
+        '"training.steps" = 5',
+        "job.toml:1: key 'training.steps' stands outside any section; did you mean 'training.steps'?",
+    ),
     ("training = 5", "job.toml:1: 'training' is a section, not a key"),
     ("[[training]]\nsteps = 1", "job.toml:1: 'training' is a section"),
     ("[[other]]\nsteps = 1", "job.toml:1: [[other]] is an array of tables"),
@@ -60,11 +64,14 @@ TOML = [
     ("[training]\nsteps = {a = 1}", "job.toml:2: training.steps: expected an integer, got a table"),
     ("[float8]\nfilter_fqns = ['a', 'a']", "job.toml:2: float8.filter_fqns: names something twice: a, a"),
     ("[float8]\nrecipe_name = 3", "job.toml:2: float8.recipe_name: expected one of tensorwise, "),
+    ("[optimizer]\nlr = 1" + "0" * 400, "job.toml:2: optimizer.lr: expected a number, got an integer (1000"),
+    ("[float8]\nfilter_fqns = '[\"a\"]'", "inside quotes a list is written without brackets"),
+    ("[job]\nconfig_file = 'b.toml'", "job.toml:2: job.config_file: a file cannot name another"),
     # choices
     ('[float8]\nrecipe_name = "rowise"', "'rowise' is not one of tensorwise, rowwise, rowwise_with_gw_hp"),
     ('[float8]\nrecipe_name = "rowise"', "; did you mean 'rowwise'?"),
     ('[optimizer]\nname = "adamw"', "'adamw' is not one of Adam, AdamW; did you mean 'AdamW'?"),
-    ('[model]\nconverters = "float8,mx"', "'mx' is not one of float8"),
+    ('[model]\nconverters = "float8,mx"', "'mx' is not float8"),
     ('[checkpoint]\nasync_mode = "async_with_pinned_mem"', "is not one of disabled, async"),
     # TOML itself
     ("[training]\nsteps = ", "job.toml:2: not valid TOML at column 9"),
@@ -78,6 +85,8 @@ TOML = [
     ('[job]\ndescription = """x', "job.toml:2: not valid TOML: Unterminated string"),
     ("[training]\nseq-len = 1\nseq_len = 2", "job.toml:3: training.seq_len: given twice"),
     (b"[job]\ndescription = '\xff'", "'job.toml' is not UTF-8 text (byte 21)"),
+    ("[training]\nsteps = 1" + "0" * 5000, "job.toml: not usable TOML: "),
+    ("[training]\nsteps = " + "[" * 5000 + "]" * 5000, "job.toml: not usable TOML: "),
     (b"\x00\x01", "not valid TOML"),
     # torchtitan's
     ("[training]\ncompile = true\ngc_debug = false", f"job.toml:3: training.gc_debug: {TITAN}"),
@@ -108,6 +117,8 @@ FLAGS = [
     (["--training.warmup_step=1"], "unknown flag; did you mean '--lr_scheduler.warmup_steps'?"),
     (["--optimizer.steps=1"], "did you mean '--training.steps'?"),
     (["--xyzzy.plugh=1"], "--xyzzy.plugh: unknown section 'xyzzy'"),
+    (["--training-steps=1"], "--training-steps: unknown flag; did you mean '--training.steps'?"),
+    (["--float8.enabled=1"], "--float8.enabled: unknown flag"),
     (["--a.b.c=1"], "--a.b.c: unknown section 'a'"),
     (["--training.="], "--training.: unknown flag"),
     (["--"], "unexpected argument '--'"),
@@ -131,6 +142,7 @@ FLAGS = [
     (["--float8.recipe-name=rowise"], "--float8.recipe-name: 'rowise' is not one of"),
     (["--float8.recipe-name=rowise"], "did you mean 'rowwise'?"),
     (["--model.converters=float8,float8"], "names something twice"),
+    (["--float8.filter_fqns=['output']"], "inside quotes a list is written without brackets: a,b"),
     (["--mx.recipe_name=mxfp8"], f"--mx.recipe_name: {TITAN}"),
     (
         ["--training.data_parallel_shard_degree=2"],

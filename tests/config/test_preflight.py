@@ -184,6 +184,12 @@ def test_name_that_does_not_exist(argv: list[str], parts: list[str]) -> None:
     assert all(part in told for part in parts), told
 
 
+@pytest.mark.parametrize("key", ["training.dataset", "model.hf_assets_path", "job.dump_folder"])
+@pytest.mark.parametrize("path", ["x" * 5000, "~nobody-of-this-name/x"])
+def test_a_path_that_cannot_be(key: str, path: str) -> None:
+    assert problems(f"--{key}={path}").startswith(f"{key} = {path} (--{key}): ")
+
+
 def test_missing_tokenizer_is_told_with_the_command_that_fetches_it() -> None:
     told = problems("--model.hf_assets_path=./assets/hf/Llama-3.1-8B")
     assert "model.hf_assets_path = ./assets/hf/Llama-3.1-8B" in told
