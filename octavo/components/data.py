@@ -156,9 +156,8 @@ class DataLoader:
         """
         if self._source.slow and self._ahead is None:
             self._ahead = _ReadAhead(self._prepare(self._position))
-            weakref.finalize(
-                self, self._ahead.close
-            )  # also at the interpreter's exit, before threads are torn down
+            # also at the interpreter's exit, which a thread that waits for the network must not hold up
+            weakref.finalize(self, self._ahead.close, timeout=5.0)
         prepared = next(self._ahead) if self._ahead else next(self._prepare(self._position))
         self._position, self._source_state = prepared.position, prepared.source_state
         return prepared.samples[:, :-1].contiguous(), prepared.samples[:, 1:].contiguous()
@@ -254,11 +253,13 @@ class _ReadAhead:
             self._failure = item
         raise self._failure
 
-    def close(self) -> None:
+    def close(self, timeout: float | None = None) -> None:
+        """End the thread, and wait for that `timeout` seconds at most (None: as long as it takes)."""
         self._stop.set()
         while not self._queue.empty():  # a thread that waits for room need not wait for its time-out
             self._queue.get_nowait()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # garbage is collected in any thread
+            self._thread.join(timeout)
 
 
 def merge_state_dicts(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

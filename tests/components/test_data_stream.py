@@ -3,6 +3,8 @@
 import gzip
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -280,3 +282,23 @@ def test_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_needs_files(tokenizer: Tokenizer) -> None:
     with pytest.raises(ConfigError, match="c4: no files"):
         StreamedCorpus([], name="c4", tokenizer=tokenizer, seq_len=SEQ_LEN, seed=0)
+
+
+ABANDONED = """
+import sys
+from octavo.components.data import build_dataloader
+from octavo.components.tokenizer import build_tokenizer
+loader = build_dataloader(
+    dataset="c4", dataset_path=sys.argv[1], tokenizer=build_tokenizer("octavo_bpe_2048"),
+    seq_len=16, local_batch_size=4, dp_rank=0, dp_degree=1, seed=0,
+)
+loader.next_batch()
+sys.exit(7)
+"""
+
+
+def test_a_process_ends_cleanly_while_it_reads_ahead(copy: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", ABANDONED, str(copy)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (run.returncode, run.stderr) == (7, "")
