@@ -42,7 +42,7 @@ TOML = [
     ),
     (
         '"training.steps" = 5',
-        "job.toml:1: key 'training.steps' stands outside any section; did you mean 'training.steps'?",
+        "job.toml:1: in quotes, the dot of 'training.steps' is part of a name",
     ),
     ("training = 5", "job.toml:1: 'training' is a section, not a key"),
     ("[[training]]\nsteps = 1", "job.toml:1: 'training' is a section"),
