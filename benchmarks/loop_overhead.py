@@ -2,9 +2,10 @@
 
     python benchmarks/loop_overhead.py [--steps 12] [--rounds 5] [--json FILE]
 
-Both sides train the debug model in float32 with fused AdamW, clipping and a loss read back on every step; the trainer also logs,
-writes metrics, collects garbage and asks for checkpoints and profiles as it always does. The sides alternate, the first
-one changes from round to round, and the figure is the median over the rounds of bare time / trainer time.
+Both sides train the debug model in float32 with fused AdamW, clipping and a loss read back on every step;
+the trainer also logs, writes metrics, collects garbage and asks for checkpoints and profiles as it always
+does. The sides alternate, the first one changes from round to round, and the figure is the median over the
+rounds of bare time / trainer time.
 """
 
 import argparse
@@ -41,7 +42,9 @@ def bare_loop(steps: int) -> float:
     spec = models.get("llama3")
     model = Llama(spec.configure(spec.args("debugmodel"), tokenizer.vocab_size, LENGTH))
     init_weights(model, seed=42)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     data = build_dataloader(
         dataset="shakespeare",
         dataset_path=None,
@@ -90,7 +93,9 @@ def trainer_loop(steps: int, folder: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=12, help="steps of each side in a round")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count, after one that does not")
     parser.add_argument("--json", type=Path, help="write the figures there too")
@@ -118,13 +123,12 @@ def main() -> None:
         "ratios": ratios,
         "median_ratio": statistics.median(ratios),
     }
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.rounds} rounds of {options.steps} steps")
+    print(f"torch {torch.__version__}, {result['threads']} threads, {options.rounds} x {options.steps} steps")
     for name, values in rates.items():
-        print(f"{name:8} tokens/s: median {statistics.median(values):,.0f}, {min(values):,.0f} to {max(values):,.0f}")
-    print(
-        f"trainer / bare tokens/s: median {result['median_ratio']:.3f}, {min(ratios):.3f} to {max(ratios):.3f}, "
-        f"by round {', '.join(f'{r:.3f}' for r in ratios)}"
-    )
+        spread = f"{min(values):,.0f} to {max(values):,.0f}"
+        print(f"{name:8} tokens/s: median {statistics.median(values):,.0f}, {spread}")
+    by_round = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+    print(f"trainer / bare tokens/s: median {result['median_ratio']:.3f}; by round {by_round}")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 

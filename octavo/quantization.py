@@ -25,10 +25,12 @@ def recipe_name(converters: Sequence[str], settings: Float8) -> str | None:
 def convert(
     model: nn.Module, recipe: str, settings: Float8, device: torch.device, *, filters_given_on_cli: bool
 ) -> None:
-    """Swap the linear layers of `model`, in place, for float8 ones in `recipe`, but for those that `filter_fqns` names.
+    """Swap the linear layers of `model`, in place, for float8 ones in `recipe`, but for those that
+    `filter_fqns` names.
 
-    A filter names every layer whose full name contains it. `ConfigError` if no layer is left to convert, or if a filter
-    from the command line matches none; one from a TOML file, which may serve several models, is only logged.
+    A filter names every layer whose full name contains it. `ConfigError` if no layer is left to convert, or
+    if a filter from the command line matches none; one from a TOML file, which may serve several models, is
+    only logged.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for part in settings.filter_fqns:
@@ -41,8 +43,8 @@ def convert(
     kept = [name for name in linears if any(part in name for part in settings.filter_fqns)]
     if len(kept) == len(linears):
         raise ConfigError(
-            f"float8.filter_fqns = {list(settings.filter_fqns)} leaves none of the {len(linears)} linear layers to convert; "
-            "take a filter out, or take float8 out of model.converters"
+            f"float8.filter_fqns = {list(settings.filter_fqns)} leaves none of the {len(linears)} linear "
+            "layers to convert; take a filter out, or take float8 out of model.converters"
         )
     config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=True if settings.emulate else None)
     convert_to_float8_training(

@@ -1,11 +1,13 @@
-"""The trainer, from a config to a trained model. Read from the top: `main`, then `Trainer.__init__`, then `Trainer.train`.
+"""The trainer, from a config to a trained model. Read from the top: `main`, then `Trainer.__init__`, then
+`Trainer.train`.
 
 Run it by `./run_train.sh`, by `octavo train`, or by `torchrun … -m octavo.train --job.config_file …`.
 
-Two laws hold for any number of processes. The model starts from weights that depend on the seed and the parameters' names
-alone (`components/init.py`), and step s consumes the global samples [s G, (s+1) G) of the data, G the global batch
-(`components/data.py`). The loss of a microbatch is its sum over tokens divided by the number of tokens in the global batch, so the gradients
-of all microbatches of all processes simply add up.
+Two laws hold for any number of processes. The model starts from weights that depend on the seed and the
+parameters' names alone (`components/init.py`), and step s consumes the global samples [s G, (s+1) G) of the
+data, G the global batch (`components/data.py`). The loss of a microbatch is its sum over tokens divided by
+the number of tokens in the global batch, so the gradients of all microbatches of all processes simply add
+up.
 """
 
 import importlib
@@ -28,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import octavo
 from octavo import config, models, quantization
 from octavo.components.checkpoint import Checkpointer
-from octavo.components.data import build_dataloader
+from octavo.components.data import build_dataloader, merge_state_dicts
 from octavo.components.device import auto_param_dtype, peak_flops, pick_device
 from octavo.components.garbage import GarbageCollector
 from octavo.components.init import init_weights
@@ -89,7 +91,9 @@ def choose_param_dtype(training: Training, device: torch.device) -> torch.dtype:
 
 
 class Trainer:
-    """One process's part of a job: everything is built here, in the order in which it depends on each other."""
+    """One process's part of a job: everything is built here, in the order in which it depends on each
+    other.
+    """
 
     def __init__(self, job: JobConfig):
         self.job = job
@@ -116,6 +120,7 @@ class Trainer:
             seed=job.training.seed,
         )
         one_pass = job.training.local_batch_size * self.world.data_size
+        logger.info("Data: %s", self.data.description)
         self.global_batch_size = max(job.training.global_batch_size, one_pass)
         self.accumulation = self.global_batch_size // one_pass
         self.global_tokens = self.global_batch_size * job.training.seq_len
@@ -148,8 +153,8 @@ class Trainer:
         )
         self.tokens_seen = 0
         logger.info(
-            "Trainer is initialized with local batch size %d, global batch size %d, gradient accumulation steps %d, "
-            "sequence length %d, total steps %d (warmup %d)",
+            "Trainer is initialized with local batch size %d, global batch size %d, "
+            "gradient accumulation steps %d, sequence length %d, total steps %d (warmup %d)",
             job.training.local_batch_size,
             self.global_batch_size,
             self.accumulation,
@@ -223,6 +228,7 @@ class Trainer:
                 end_of_step()
         self.checkpointer.wait()
         self.metrics.close()
+        self.data.close()
         self._farewell()
 
     def _step(self, step: int) -> StepReport | None:
@@ -262,11 +268,13 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors; the same on every process."""
+        data_states: list[Any] = [None] * self.world.size
+        dist.all_gather_object(data_states, self.data.state_dict())
         return {
             "octavo": octavo.__version__,
             "torch": torch.__version__,
             "tokens_seen": self.tokens_seen,
-            "data": self.data.state_dict(),
+            "data": merge_state_dicts(data_states),
             "schedule": self._schedule(),
         }
 
@@ -284,9 +292,13 @@ class Trainer:
         state = self.checkpointer.load()
         if state is None:
             return 0
-        self.data.load_state_dict(state["data"])
+        inexact = self.data.load_state_dict(state["data"])
+        if inexact:
+            logger.warning("The data does not go on where the checkpoint's run stood: %s", inexact)
         self.tokens_seen = state["tokens_seen"]
-        logger.info("Resumed from the checkpoint of step %d (%s tokens)", state["step"], f"{self.tokens_seen:,}")
+        logger.info(
+            "Resumed from the checkpoint of step %d (%s tokens)", state["step"], f"{self.tokens_seen:,}"
+        )
         if state["schedule"] != self._schedule():
             logger.warning(
                 "The learning rate goes on otherwise than the checkpoint's run would have: %s then, %s now",
@@ -312,11 +324,16 @@ class Trainer:
             metrics = self.folder / "metrics.jsonl"
             logger.info("Everything was written to %s. To look at the losses: tail %s", self.folder, metrics)
             if self.job.metrics.enable_tensorboard:
-                logger.info("To see the curves: tensorboard --logdir %s", self.folder / self.job.metrics.save_tb_folder)
+                logger.info(
+                    "To see the curves: tensorboard --logdir %s",
+                    self.folder / self.job.metrics.save_tb_folder,
+                )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as `argv` (default: the command line) says; returns the exit code, 2 for an error of the user's."""
+    """Train as `argv` (default: the command line) says; returns the exit code, 2 for an error of the
+    user's.
+    """
     init_logger()
     try:
         job = config.load(sys.argv[1:] if argv is None else argv)

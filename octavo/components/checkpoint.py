@@ -1,12 +1,13 @@
 """Save and resume with torch.distributed.checkpoint (DCP).
 
     <dump_folder>/<folder>/step-20/            one checkpoint: DCP's shards and .metadata, tensors only
-                          step-20/state.json   everything that is not a tensor: step, tokens, data position, versions
-                          step-20.tmp/         one that is being written; never read, removed by the next save of that step
+                          step-20/state.json   everything that is not a tensor: step, tokens, data position,
+                          versions step-20.tmp/         one that is being written; never read, removed by
+                          the next save of that step
 
-Tensors go by their plain parameter names, so a checkpoint does not depend on compile, activation checkpointing, float8 or
-the number of processes. A folder gets its final name only after every process has written its part, so what has that
-name is complete. `state.json` is written last within it.
+Tensors go by their plain parameter names, so a checkpoint does not depend on compile, activation
+checkpointing, float8 or the number of processes. A folder gets its final name only after every process has
+written its part, so what has that name is complete. `state.json` is written last within it.
 """
 
 import json
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -49,7 +51,9 @@ class Checkpointer:
     What else a run needs is passed as `state`, a JSON-able dict, the same on every process.
     """
 
-    def __init__(self, settings: Checkpoint, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer):
+    def __init__(
+        self, settings: Checkpoint, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    ):
         self._settings = settings
         self._folder = folder
         self._model = model
@@ -81,7 +85,9 @@ class Checkpointer:
             dcp.save(tensors, checkpoint_id=partial)
             self._publish(step)
         else:
-            self._pending = (dcp.async_save(tensors, checkpoint_id=partial, process_group=self._group), step)
+            future = dcp.async_save(tensors, checkpoint_id=partial, process_group=self._group)
+            assert isinstance(future, Future)
+            self._pending = (future, step)
 
     def wait(self) -> None:
         """Finish a save that is under way."""
@@ -120,8 +126,8 @@ class Checkpointer:
     def load(self) -> dict[str, Any] | None:
         """Load `checkpoint.load_step`, or the newest step where it is -1, in place; returns its `state`.
 
-        None where there is no checkpoint, or `checkpoint.enable` is false. `ConfigError` if the step asked for is not
-        there, cannot be continued, or does not fit the model.
+        None where there is no checkpoint, or `checkpoint.enable` is false. `ConfigError` if the step asked
+        for is not there, cannot be continued, or does not fit the model.
         """
         steps = saved_steps(self._folder) if self._settings.enable else []
         wanted = self._settings.load_step
@@ -134,8 +140,8 @@ class Checkpointer:
         state: dict[str, Any] = json.loads((path / _STATE).read_text())
         if state["model_only"]:
             raise ConfigError(
-                f"{path} holds the model only (checkpoint.last_save_model_only), so training cannot go on from it; "
-                "set checkpoint.load_step to an earlier step, or checkpoint.folder to a new folder"
+                f"{path} holds the model only (checkpoint.last_save_model_only): training cannot go on "
+                "from it; set checkpoint.load_step to an earlier step, or checkpoint.folder to a new folder"
             )
         self._load_tensors(path, same_world=state["world_size"] == dist.get_world_size())
         return state
@@ -165,8 +171,9 @@ def _check_fit(path: Path, model_state: dict[str, Any]) -> None:
         found = saved.get(f"model.{name}")
         if found is None:
             wrong.append(f"{name} is not in it")
-        elif tuple(found.size) != tuple(tensor.shape):
-            wrong.append(f"{name} is {tuple(found.size)} in it and {tuple(tensor.shape)} in the model")
+        elif not isinstance(found, TensorStorageMetadata) or tuple(found.size) != tuple(tensor.shape):
+            shape = tuple(getattr(found, "size", ()))
+            wrong.append(f"{name} is {shape} in it and {tuple(tensor.shape)} in the model")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ConfigError(

@@ -1,7 +1,9 @@
-"""What the machine is: its device, its memory in use, its peak arithmetic rate, and whether it computes in bfloat16.
+"""What the machine is: its device, its memory in use, its peak arithmetic rate, and whether it computes in
+bfloat16.
 
-Peak rates are dense bfloat16 FLOP/s from the makers' data sheets; a device that is not in the table has no peak, and no MFU
-rather than a wrong one. A CPU has no honest data-sheet figure: its peak is measured with a float32 matrix product.
+Peak rates are dense bfloat16 FLOP/s from the makers' data sheets; a device that is not in the table has no
+peak, and no MFU rather than a wrong one. A CPU has no honest data-sheet figure: its peak is measured with a
+float32 matrix product.
 """
 
 import os
@@ -70,8 +72,8 @@ def peak_flops(device: torch.device) -> Peak:
 def auto_param_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     """The compute dtype for `training.mixed_precision_param = auto`, and the reason.
 
-    A CPU computes bfloat16 faster than float32 only with matrix units (AMX): without any bf16 unit it is several times slower, and
-    with AVX-512's dot products alone it measured slower too.
+    A CPU computes bfloat16 faster than float32 only with matrix units (AMX): without any bf16 unit it is
+    several times slower, and with AVX-512's dot products alone it measured slower too.
     """
     if device.type == "cuda":
         return torch.bfloat16, "the GPU's matrix units compute in bfloat16"

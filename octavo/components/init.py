@@ -1,9 +1,10 @@
 """Initial weights as a function of (seed, parameter name).
 
-Each parameter has a random stream of its own, seeded by a hash of the run's seed and its name. Every process draws the
-whole parameter and keeps its shard: so the start of a run depends neither on the number of processes nor on the order of
-initialisation, nor on which layers a process holds. It costs each process the drawing of all values, and the memory of the
-largest single parameter for a moment. A CPU and a GPU draw different values from one seed; two machines of a kind don't.
+Each parameter has a random stream of its own, seeded by a hash of the run's seed and its name. Every
+process draws the whole parameter and keeps its shard: so the start of a run depends neither on the number
+of processes nor on the order of initialisation, nor on which layers a process holds. It costs each process
+the drawing of all values, and the memory of the largest single parameter for a moment. A CPU and a GPU draw
+different values from one seed; two machines of a kind don't.
 """
 
 import hashlib

@@ -1,6 +1,7 @@
 """The learning rate as a pure function of the step: warmup, then stable, then decay (arXiv:2404.06395).
 
-Nothing is stateful: the rate of step s is `settings` and s alone, so a resumed run needs no state to go on with it.
+Nothing is stateful: the rate of step s is `settings` and s alone, so a resumed run needs no state to go on
+with it.
 """
 
 import math
@@ -21,8 +22,9 @@ _DECAYS: dict[str, Callable[[float], float]] = {
 def lr_factor(step: int, steps: int, settings: LRScheduler) -> float:
     """The share of the full learning rate at `step` (counted from 1) of `steps`.
 
-    Warmup rises linearly and reaches 1 at step `warmup_steps + 1`. The decay takes the last `decay_ratio` of all steps (all that
-    follow the warmup where it is None) and would reach `min_lr_factor` at step `steps + 1`.
+    Warmup rises linearly and reaches 1 at step `warmup_steps + 1`. The decay takes the last `decay_ratio`
+    of all steps (all that follow the warmup where it is None) and would reach `min_lr_factor` at step
+    `steps + 1`.
     """
     warmup = min(settings.warmup_steps, steps)
     if step <= warmup:

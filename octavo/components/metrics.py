@@ -2,8 +2,8 @@
 
     step:  1  loss:  8.1294  memory:  0.63GiB(2.69%)  tps: 3,106  tflops: 0.13  mfu: 34.12%
 
-tps is tokens per second and device since the last line; tflops is tps times the model's FLOPs per token; mfu is tflops over
-the device's peak. Time spent waiting for data is measured around the wait itself.
+tps is tokens per second and device since the last line; tflops is tps times the model's FLOPs per token;
+mfu is tflops over the device's peak. Time spent waiting for data is measured around the wait itself.
 """
 
 import json
@@ -23,10 +23,11 @@ from octavo.config.schema import Metrics
 
 @dataclass(frozen=True)
 class StepReport:
-    """One reported step. Rates are per device, over the steps since the last report (`interval_steps` of them).
+    """One reported step. Rates are per device, over the steps since the last report (`interval_steps` of
+    them).
 
-    tokens: seen by all devices since the run began. seconds: per step. data_seconds: waited for data, per step. mfu: percent, None
-    where the device's peak is unknown.
+    tokens: seen by all devices since the run began. seconds: per step. data_seconds: waited for data, per
+    step. mfu: percent, None where the device's peak is unknown.
     """
 
     step: int
@@ -113,7 +114,9 @@ class _Jsonl:
         self._path = path
 
     def start(self, step: int) -> None:
-        """Keep the lines up to `step`, so that a resumed run tells each step once; an older run's file is put aside."""
+        """Keep the lines up to `step`, so that a resumed run tells each step once; an older run's file is
+        put aside.
+        """
         if not self._path.exists():
             return
         lines = [line for line in self._path.read_text().splitlines() if line.endswith("}")]

@@ -1,4 +1,6 @@
-"""The optimizer from its config section. Every parameter is in one group: Llama's norms are decayed too, as in its peers."""
+"""The optimizer from its config section. Every parameter is in one group: Llama's norms are decayed too,
+as in its peers.
+"""
 
 import torch
 from torch import nn
@@ -6,7 +8,7 @@ from torch import nn
 from octavo.config.schema import Optimizer
 
 _CLASSES: dict[str, type[torch.optim.Optimizer]] = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, dict[str, bool]] = {
     "fused": {"fused": True},
     "foreach": {"fused": False, "foreach": True},
     "for-loop": {"fused": False, "foreach": False},

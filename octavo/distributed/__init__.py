@@ -1,1 +1,3 @@
-"""Mechanisms for running on several devices: meshes, sharding, checkpointing of activations. They know no model."""
+"""Mechanisms for running on several devices: meshes, sharding, checkpointing of activations. They know no
+model.
+"""

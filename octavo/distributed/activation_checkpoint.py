@@ -1,8 +1,9 @@
 """Activation checkpointing of one layer: trade compute in backward for memory.
 
-none: keep every activation. full: keep the layer's input, run its forward again in backward. selective, "op": run it again
-but for the expensive results, which are kept: attention, and every second matrix product, since keeping all of them would
-save little. selective, "n": full for every n-th layer, none for the rest. (Chen et al., arXiv:1604.06174.)
+none: keep every activation. full: keep the layer's input, run its forward again in backward. selective,
+"op": run it again but for the expensive results, which are kept: attention, and every second matrix
+product, since keeping all of them would save little. selective, "n": full for every n-th layer, none for
+the rest. (Chen et al., arXiv:1604.06174.)
 """
 
 from typing import Any
@@ -60,5 +61,3 @@ def checkpoint_layer(layer: nn.Module, settings: ActivationCheckpoint, number: i
         return _selective(layer)
     every = int(settings.selective_ac_option)
     return _full(layer) if number % every == 0 else layer
-
-

@@ -1,13 +1,21 @@
 """FSDP2 as the trainer uses it: given groups, given dtypes, and gradients that are sums over the ranks.
 
-The trainer divides the loss by the global number of tokens, so ranks' gradients add up and nothing is averaged. FSDP2
-by itself divides by the number of ranks; on gloo it knows no pre-multiplied sum, so there the plain sum is forced.
+The trainer divides the loss by the global number of tokens, so ranks' gradients add up and nothing is
+averaged. FSDP2 by itself divides by the number of ranks; on gloo it knows no pre-multiplied sum, so there
+the plain sum is forced.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from octavo.distributed.plan import Sharding
 
@@ -19,11 +27,11 @@ def shard(model: nn.Module, groups: Sequence[Sequence[nn.Module]], sharding: Sha
     """
     policy = MixedPrecisionPolicy(param_dtype=sharding.param_dtype, reduce_dtype=sharding.reduce_dtype)
     offload = CPUOffloadPolicy() if sharding.cpu_offload else OffloadPolicy()
-    common = {"mesh": sharding.mesh, "mp_policy": policy, "offload_policy": offload}
+    shard_fully = partial(fully_shard, mesh=sharding.mesh, mp_policy=policy, offload_policy=offload)
     for group in groups:
         last = group is groups[-1]
-        fully_shard(list(group), reshard_after_forward=sharding.reshard and not last, **common)
-    fully_shard(model, reshard_after_forward=sharding.reshard, **common)
+        shard_fully(list(group), reshard_after_forward=sharding.reshard and not last)
+    shard_fully(model, reshard_after_forward=sharding.reshard)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

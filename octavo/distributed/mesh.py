@@ -16,8 +16,8 @@ from octavo.config.schema import Comm, Parallelism
 class World:
     """Where this process stands.
 
-    rank, size: among all processes. mesh: the data-parallel mesh, [replicate, shard] or [shard]. data_rank, data_size: this process's
-    place among those that read different data.
+    rank, size: among all processes. mesh: the data-parallel mesh, [replicate, shard] or [shard]. data_rank,
+    data_size: this process's place among those that read different data.
     """
 
     rank: int

@@ -1,7 +1,8 @@
 """The model registry: what the trainer needs to know of a model, and which models there are.
 
-A model that lives outside this package joins by calling `register` in a module named by `experimental.custom_import`
-(`docs/your_own_model.md`). The trainer never looks inside a model; it uses the five functions of a `ModelSpec`.
+A model that lives outside this package joins by calling `register` in a module named by
+`experimental.custom_import` (`docs/your_own_model.md`). The trainer never looks inside a model; it uses the
+five functions of a `ModelSpec`.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,10 +20,13 @@ class ModelSpec:
 
     name: what `model.name` says.
     flavors: what `model.flavor` may say -> the family's own arguments (any type).
-    configure: `(args, vocab_size, seq_len) -> args`, the arguments made to fit the tokenizer (its number of tokens) and
+    configure: `(args, vocab_size, seq_len) -> args`, the arguments made to fit the tokenizer (its number of
+    tokens) and
         the sequence length in tokens. Raises `ConfigError` where they cannot fit.
-    build: `args -> nn.Module`, called under `torch.device("meta")`. The module maps tokens [B, S] (int64) to logits
-        [B, S, vocab], and has `init_rule(parameter name) -> InitRule`; `init_buffers()` is called if it has one.
+    build: `args -> nn.Module`, called under `torch.device("meta")`. The module maps tokens [B, S] (int64)
+    to logits
+        [B, S, vocab], and has `init_rule(parameter name) -> InitRule`; `init_buffers()` is called if it has
+        one.
     parallelize: `(model, Parallelize) -> None`, applies checkpointing, compile and sharding in place.
     flops_per_token: `(args, model, seq_len) -> float`, forward and backward, without recomputation.
     """
@@ -40,7 +44,9 @@ class ModelSpec:
             return self.flavors[flavor]
         except KeyError:
             known = ", ".join(self.flavors)
-            raise ConfigError(f"model.flavor = {flavor!r}: {self.name} has no such flavor; it has: {known}") from None
+            raise ConfigError(
+                f"model.flavor = {flavor!r}: {self.name} has no such flavor; it has: {known}"
+            ) from None
 
 
 _SPECS: dict[str, ModelSpec] = {}

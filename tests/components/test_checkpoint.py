@@ -1,4 +1,6 @@
-"""Save and load give back every bit, on the ranks that saved and on others; what cannot be loaded is named."""
+"""Save and load give back every bit, on the ranks that saved and on others; what cannot be loaded is
+named.
+"""
 
 import json
 import tempfile
@@ -7,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tests import ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from octavo.components.checkpoint import Checkpointer, saved_steps
 from octavo.config import ConfigError
 from octavo.config.schema import Checkpoint
+from tests import ranks
 
 
 @pytest.fixture

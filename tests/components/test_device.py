@@ -1,4 +1,6 @@
-"""What the trainer says of a device: a known peak or none, the dtype that pays, memory that is the process's own."""
+"""What the trainer says of a device: a known peak or none, the dtype that pays, memory that is the
+process's own.
+"""
 
 import gc
 import logging

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests import ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from octavo.components.init import Normal, Ones, draw, init_weights, plain_name, stream_seed
+from tests import ranks
 
 
 class Small(nn.Module):
@@ -50,7 +50,9 @@ def test_distribution_and_cutoff():
 
 
 def test_stream_seed_is_stable():
-    """A checkpoint of another day must have started from the same weights: the hash is part of the promise."""
+    """A checkpoint of another day must have started from the same weights: the hash is part of the
+    promise.
+    """
     assert stream_seed(42, "layers.0.attention.wq.weight") == 2429724869875813722
 
 

@@ -29,9 +29,7 @@ def test_decay_ends_at_the_minimum():
     assert last > 0.1
 
 
-@pytest.mark.parametrize(
-    ("kind", "halfway"), [("linear", 0.5), ("sqrt", 1 - 0.5**0.5), ("cosine", 0.5)]
-)
+@pytest.mark.parametrize(("kind", "halfway"), [("linear", 0.5), ("sqrt", 1 - 0.5**0.5), ("cosine", 0.5)])
 def test_shapes_at_half_way(kind, halfway):
     assert factors(8, warmup_steps=0, decay_type=kind)[4] == pytest.approx(halfway)
 

@@ -60,7 +60,8 @@ def test_same_loss_and_gradients(mode, plain):
 
 # each layer has 7 products; backward itself needs two for every one of forward
 @pytest.mark.parametrize(
-    ("mode", "matmuls", "attentions"), [("none", 0, 0), ("op", 3 * 3, 0), ("every 2nd", 2 * 7, 2), ("full", 3 * 7, 3)]
+    ("mode", "matmuls", "attentions"),
+    [("none", 0, 0), ("op", 3 * 3, 0), ("every 2nd", 2 * 7, 2), ("full", 3 * 7, 3)],
 )
 def test_what_backward_computes_again(mode, matmuls, attentions, plain):
     _, _, backward = run(MODES[mode])

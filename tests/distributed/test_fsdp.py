@@ -1,9 +1,10 @@
 """A sharded Llama computes what a whole one does: summed gradients, same names, same bits of the start."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
-from tests import ranks
 from torch.distributed.device_mesh import init_device_mesh
 
 from octavo import models
@@ -11,13 +12,14 @@ from octavo.components.init import init_weights, plain_name
 from octavo.config.schema import ActivationCheckpoint
 from octavo.distributed.plan import Parallelize, Sharding
 from octavo.models.llama3.model import Llama, LlamaArgs
+from tests import ranks
 
-ARGS = dict(dim=30, n_layers=2, n_heads=5, n_kv_heads=5, hidden_dim=50, vocab_size=67, max_seq_len=8)
+ARGS = LlamaArgs(dim=30, n_layers=2, n_heads=5, n_kv_heads=5, hidden_dim=50, vocab_size=67, max_seq_len=8)
 
 
 def gradients(tied, tokens, sharding):
     with torch.device("meta"):
-        model = Llama(LlamaArgs(**ARGS, tie_embeddings=tied))
+        model = Llama(replace(ARGS, tie_embeddings=tied))
     plan = Parallelize(ActivationCheckpoint(mode="full"), compile_model=False, sharding=sharding)
     models.get("llama3").parallelize(model, plan)
     model.to_empty(device="cpu")

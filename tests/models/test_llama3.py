@@ -66,7 +66,8 @@ def hf_config(args: LlamaArgs) -> LlamaConfig:
     )
 
 
-# Few positions of original context, so that the low, the blended and the high frequencies all occur within 48 positions.
+# Few positions of original context, so that the low, the blended and the high frequencies all occur within
+# 48 positions.
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=32)
 
 
@@ -164,7 +165,9 @@ def test_flops_per_token_by_hand():
         args = small(tie_embeddings=tied)
         attention = 64 * 64 + 2 * 64 * 16 + 64 * 64
         layer = attention + 3 * 64 * 96 + 2 * 64
-        parameters = 2 * layer + 64 + 131 * 64  # one matrix of the vocabulary's size does arithmetic, tied or not
+        parameters = (
+            2 * layer + 64 + 131 * 64
+        )  # one matrix of the vocabulary's size does arithmetic, tied or not
         assert spec.flops_per_token(args, Llama(args), 32) == 6 * parameters + 12 * 2 * 64 * 32
 
 

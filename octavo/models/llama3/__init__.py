@@ -1,7 +1,7 @@
 """The Llama 3 family: its sizes as data, and its row in the model registry.
 
-A plain size name is the current release (8B, 70B and 405B are 3.1; 1B and 3B are 3.2); the suffix `-3.0` is the same size without the
-rotary scaling. Sizes from the models' published configurations.
+A plain size name is the current release (8B, 70B and 405B are 3.1; 1B and 3B are 3.2); the suffix `-3.0` is
+the same size without the rotary scaling. Sizes from the models' published configurations.
 """
 
 from dataclasses import replace
@@ -50,8 +50,9 @@ def configure(args: LlamaArgs, vocab_size: int, seq_len: int) -> LlamaArgs:
 def flops_per_token(args: LlamaArgs, model: nn.Module, seq_len: int) -> float:
     """Model FLOPs per token of forward and backward: 6 per matrix parameter, and 12 L H E S for attention.
 
-    The count is the one in PaLM's appendix B (arXiv:2204.02311), which published MFU figures use: attention is counted
-    without its causal half, recomputation is not counted, and of the embedding only a tied output projection is.
+    The count is the one in PaLM's appendix B (arXiv:2204.02311), which published MFU figures use: attention
+    is counted without its causal half, recomputation is not counted, and of the embedding only a tied
+    output projection is.
     """
     parameters = sum(p.numel() for p in model.parameters())
     if not args.tie_embeddings:

@@ -1,8 +1,8 @@
 """Llama weights under Hugging Face's names, and back.
 
-Two things differ. The names; and the order of the rows of wq and wk: Hugging Face rotates the halves of a head,
-(x[i], x[i + E/2]), where Meta and we rotate neighbours, (x[2i], x[2i+1]). So within each head, row 2i of ours is row i of
-theirs, and row 2i+1 is row i + E/2.
+Two things differ. The names; and the order of the rows of wq and wk: Hugging Face rotates the halves of a
+head, (x[i], x[i + E/2]), where Meta and we rotate neighbours, (x[2i], x[2i+1]). So within each head, row 2i
+of ours is row i of theirs, and row 2i+1 is row i + E/2.
 """
 
 import re
@@ -46,7 +46,9 @@ def _pairs(w_NK: Tensor, head_dim: int) -> Tensor:
 
 
 def to_hf(state: Mapping[str, Tensor], args: LlamaArgs) -> dict[str, Tensor]:
-    """Our state dict under Hugging Face's names and row order. `ValueError` for a name that is not a Llama's."""
+    """Our state dict under Hugging Face's names and row order. `ValueError` for a name that is not a
+    Llama's.
+    """
     renamed = {}
     for name, tensor in state.items():
         layer = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
@@ -62,7 +64,8 @@ def to_hf(state: Mapping[str, Tensor], args: LlamaArgs) -> dict[str, Tensor]:
 
 
 def from_hf(state: Mapping[str, Tensor], args: LlamaArgs) -> dict[str, Tensor]:
-    """A Hugging Face Llama's state dict under our names and row order; with tied embeddings lm_head is left out.
+    """A Hugging Face Llama's state dict under our names and row order; with tied embeddings lm_head is left
+    out.
 
     `ValueError` for a name that is not a Llama's.
     """

@@ -4,14 +4,16 @@
     for each layer:  h = h + attention(rms_norm(h));  h = h + w2(silu(w1 n) * w3 n)  with n = rms_norm(h)
     logits = output(rms_norm(h))
 
-Sources: Llama 3 (arXiv:2407.21783), RMSNorm (arXiv:1910.07467), RoPE (arXiv:2104.09864), grouped-query attention
-(arXiv:2305.13245), SwiGLU (arXiv:2002.05202).
+Sources: Llama 3 (arXiv:2407.21783), RMSNorm (arXiv:1910.07467), RoPE (arXiv:2104.09864), grouped-query
+attention (arXiv:2305.13245), SwiGLU (arXiv:2002.05202).
 
-Three choices. Rotary pairs are interleaved, (x0, x1), (x2, x3), ..., as in Meta's own checkpoints; Hugging Face's halves are
-a permutation of wq and wk, done in `hf.py`. Rotation is real arithmetic in float32, because inductor has no code for
-complex numbers. Tied embeddings mean that there is no `output` module at all, so that a parameter has one name.
+Three choices. Rotary pairs are interleaved, (x0, x1), (x2, x3), ..., as in Meta's own checkpoints; Hugging
+Face's halves are a permutation of wq and wk, done in `hf.py`. Rotation is real arithmetic in float32,
+because inductor has no code for complex numbers. Tied embeddings mean that there is no `output` module at
+all, so that a parameter has one name.
 
-Shapes: B batch, S sequence, D model width, H query heads, G key/value heads, E head width, F feed-forward width, V vocabulary.
+Shapes: B batch, S sequence, D model width, H query heads, G key/value heads, E head width, F feed-forward
+width, V vocabulary.
 """
 
 import math
@@ -26,7 +28,9 @@ from octavo.components.init import InitRule, Normal, Ones
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of the low rotary frequencies for contexts longer than those of the first training."""
+    """Llama 3.1's stretching of the low rotary frequencies for contexts longer than those of the first
+    training.
+    """
 
     factor: float = 8.0
     low_freq_factor: float = 1.0
@@ -58,8 +62,8 @@ class LlamaArgs:
 def rope_frequencies(args: LlamaArgs) -> Tensor:
     """The rotary frequencies [E/2], radians per position, with Llama 3.1's scaling where `args` asks for it.
 
-    Wavelengths shorter than original_context / high_freq_factor stay, longer than original_context / low_freq_factor are
-    stretched by `factor`, and those between are blended.
+    Wavelengths shorter than original_context / high_freq_factor stay, longer than original_context /
+    low_freq_factor are stretched by `factor`, and those between are blended.
     """
     exponent = torch.arange(0, args.head_dim, 2, dtype=torch.int64, device="cpu").float() / args.head_dim
     freqs = 1.0 / (args.rope_theta**exponent)
@@ -80,7 +84,9 @@ def rope_table(args: LlamaArgs) -> Tensor:
 
 
 def apply_rope(x_BSHE: Tensor, table_2SE: Tensor) -> Tensor:
-    """Rotate each pair (x[2i], x[2i+1]) by its position's angle; computed in float32, returned in x's dtype."""
+    """Rotate each pair (x[2i], x[2i+1]) by its position's angle; computed in float32, returned in x's
+    dtype.
+    """
     cos, sin = table_2SE[:, : x_BSHE.shape[1], None, :]
     even, odd = x_BSHE.float().unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
@@ -103,7 +109,11 @@ class Attention(nn.Module):
         k_BSGE = apply_rope(self.wk(x_BSD).unflatten(-1, (-1, self.head_dim)), table_2SE)
         v_BSGE = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
         y_BHSE = F.scaled_dot_product_attention(
-            q_BSHE.transpose(1, 2), k_BSGE.transpose(1, 2), v_BSGE.transpose(1, 2), is_causal=True, enable_gqa=True
+            q_BSHE.transpose(1, 2),
+            k_BSGE.transpose(1, 2),
+            v_BSGE.transpose(1, 2),
+            is_causal=True,
+            enable_gqa=True,
         )
         return self.wo(y_BHSE.transpose(1, 2).flatten(-2))
 
@@ -139,8 +149,8 @@ class TransformerBlock(nn.Module):
 class Llama(nn.Module):
     """tokens [B, S] int64 -> logits [B, S, V].
 
-    `layers` is a dictionary by number, so that a pipeline stage which drops layers keeps the names of the others; for the
-    same reason each part may be absent (None).
+    `layers` is a dictionary by number, so that a pipeline stage which drops layers keeps the names of the
+    others; for the same reason each part may be absent (None).
     """
 
     rope: Tensor
@@ -157,8 +167,8 @@ class Llama(nn.Module):
     def forward(self, tokens_BS: Tensor) -> Tensor:
         if tokens_BS.shape[1] > self.args.max_seq_len:
             raise ValueError(
-                f"{tokens_BS.shape[1]} tokens in a sequence, but the rotary table has {self.args.max_seq_len} positions; "
-                "build the model with a larger max_seq_len"
+                f"{tokens_BS.shape[1]} tokens in a sequence, but the rotary table has "
+                f"{self.args.max_seq_len} positions; build the model with a larger max_seq_len"
             )
         h_BSD = self.tok_embeddings(tokens_BS)
         for layer in self.layers.values():
@@ -175,12 +185,11 @@ class Llama(nn.Module):
     def init_rule(self, name: str) -> InitRule:
         """How the parameter called `name` starts.
 
-        Matrices are normal with standard deviation 0.02; those that write into the residual stream (wo, w2) are damped by
-        their depth, 0.02 / sqrt(2 (layer + 1)). The output projection has 1 / sqrt(D), so that the first logits have unit
-        variance and the first loss is about ln V + 1/2.
+        Matrices are normal with standard deviation 0.02; those that write into the residual stream (wo, w2)
+        are damped by their depth, 0.02 / sqrt(2 (layer + 1)). The output projection has 1 / sqrt(D), so
+        that the first logits have unit variance and the first loss is about ln V + 1/2.
         """
-        module, _, kind = name.rpartition(".")
-        leaf = module.rpartition(".")[2]
+        leaf = name.split(".")[-2]
         if leaf in ("attention_norm", "ffn_norm", "norm"):
             return Ones()
         if leaf == "tok_embeddings":

