@@ -9,6 +9,7 @@ different values from one seed; two machines of a kind don't.
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def draw(rule: InitRule, shape: torch.Size, device: torch.device, seed: int) -> 
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, seed: int) -> None:
+def init_weights(model: Any, seed: int) -> None:
     """Fill every parameter of `model` by its `init_rule`, and its buffers by `init_buffers` if it has one.
 
     A sharded parameter gets its part of the values that an unsharded one would get.
