@@ -23,9 +23,9 @@ say() { printf '[octavo] %s\n' "$*" >&2; }
 die() {
   local status=$1
   shift
-  printf '[octavo] error: %s\n' "$1" >&2
+  printf 'octavo: %s\n' "$1" >&2
   shift
-  if (($#)); then printf '         %s\n' "$@" >&2; fi
+  if (($#)); then printf '  %s\n' "$@" >&2; fi
   exit "$status"
 }
 
@@ -267,6 +267,12 @@ find_active_python() {
 find_python() {
   local root=$1 extras=$2
   if find_active_python "$@"; then return; fi
-  if ! ready "$root" "$extras"; then locked "$root" make_venv "$root" "$extras"; fi
+  if ! ready "$root" "$extras"; then
+    if [[ ! -w $root ]]; then
+      die 2 "no active environment has torch >= 2.11, and $root cannot be written to, so octavo cannot make its own." \
+        "Activate an environment that has it, or name its Python in OCTAVO_PYTHON."
+    fi
+    locked "$root" make_venv "$root" "$extras"
+  fi
   OCTAVO_RESOLVED_PYTHON=$root/.venv/bin/python
 }
