@@ -111,11 +111,6 @@ def test_help_of_train_lists_every_key_with_its_default_once(tmp_path: Path) -> 
                 and line.split()[1].rstrip(",") == f"--{section}.{key}"
             ]
             assert len(named) == 1, (section, key)
-    undocumented = "(default" in "".join(line for line in lines if line.startswith("│ --"))
-    assert not undocumented, "a key without help text has its default on the flag's own line"
-    assert result.stdout.count("(default:") + result.stdout.count("(default: ") >= sum(
-        map(len, SECTIONS.values())
-    )
     assert seconds < 5, "measured 0.4 s; it must stay far below what importing torch costs"
 
 
