@@ -19,6 +19,7 @@ from octavo.float8.convert import auto_filter_for_recipe as _auto_filter_for_rec
 from octavo.float8.linear import Float8Linear
 from octavo.float8.matmul import EmulationWarning, describe_path
 from octavo.float8.recipe import FULL, RECIPES, Cast, Gemm, Recipe, ScaleFormat
+from octavo.float8.weights import cast_weights_once
 
 __all__ = [
     "FULL",
@@ -37,6 +38,7 @@ __all__ = [
     "ScalingType",
     "_auto_filter_for_recipe",
     "auto_filter_for_recipe",
+    "cast_weights_once",
     "convert_to_float8_training",
     "describe_path",
 ]

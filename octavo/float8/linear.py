@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from octavo.float8.bias import add_bias
 from octavo.float8.config import Options, resolve
@@ -260,6 +261,17 @@ class Float8Linear(nn.Linear):
         )
         y = y_MN.reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else add_bias(y, self.bias)
+
+    def hold_weight_casts(self) -> None:
+        """Cast the weight into `weight_casts`, which `forward` uses until it is None again."""
+        weight = self.weight
+        if isinstance(weight, DTensor):
+            return
+        self.weight_casts = cast_weight(weight.detach(), self.recipe, for_grad_input=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles hold parameters only.
+        return self.__dict__ | {"weight_casts": None}
 
     def extra_repr(self) -> str:
         emulate = "" if self.emulate is None else f", emulate={self.emulate}"

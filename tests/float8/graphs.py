@@ -1,0 +1,91 @@
+"""What autograd keeps, and what a compiled graph computes and keeps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+# The compiler makes deprecated calls to PyTorch itself.
+compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def saved_tensors(model: Callable[..., Tensor], x: Tensor, params: nn.Module) -> list[Tensor]:
+    """What `model(x)` saves for backward, one tensor a storage, without the parameters'."""
+    mine = {p.untyped_storage().data_ptr() for p in params.parameters()}
+    seen: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in mine:
+            seen.setdefault(t.untyped_storage().data_ptr(), t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(x)
+    return list(seen.values())
+
+
+def saved_bytes(model: Callable[..., Tensor], x: Tensor, params: nn.Module) -> int:
+    return sum(t.untyped_storage().nbytes() for t in saved_tensors(model, x, params))
+
+
+@dataclass
+class Graphs:
+    """The forward and backward graphs that inductor was given, after partitioning."""
+
+    forward: list[fx.GraphModule] = field(default_factory=list)
+    backward: list[fx.GraphModule] = field(default_factory=list)
+
+    def casts(self, which: str) -> list[tuple[int, ...]]:
+        """Shapes of all conversions to float8 in `which`, "forward" or "backward"."""
+        return [
+            tuple(node.meta["val"].shape)
+            for graph in getattr(self, which)
+            for node in graph.graph.nodes
+            if node.op == "call_function" and is_cast(node)
+        ]
+
+    def saved(self) -> list[Tensor]:
+        """What the backward graph takes besides the gradients, as fake tensors."""
+        (graph,) = self.backward
+        inputs = [n for n in graph.graph.nodes if n.op == "placeholder" and "tangent" not in n.name]
+        return [n.meta["val"] for n in inputs if isinstance(n.meta["val"], Tensor)]
+
+
+def is_cast(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.dtype not in FLOAT8:
+        return False
+    source = node.args[0] if node.args else None
+    return isinstance(source, fx.Node) and source.meta["val"].dtype in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    )
+
+
+def compile_and_capture(model: nn.Module, x: Tensor) -> Graphs:
+    """Run forward and backward of `model(x).sum()` compiled by inductor, in one graph."""
+    from torch._inductor import compile_fx
+
+    graphs = Graphs()
+    inner = compile_fx.compile_fx_inner
+
+    def spy(gm: fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Any:
+        which = graphs.backward if kwargs.get("is_backward") else graphs.forward
+        which.append(copy.deepcopy(gm))
+        return inner(gm, example_inputs, **kwargs)
+
+    torch._dynamo.reset()
+    with mock.patch.object(compile_fx, "compile_fx_inner", spy):
+        backend = lambda gm, inputs: compile_fx.compile_fx(gm, inputs, inner_compile=spy)  # noqa: E731
+        y = torch.compile(model, backend=backend, fullgraph=True)(x)
+        y.sum().backward()
+    return graphs

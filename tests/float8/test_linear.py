@@ -1,0 +1,388 @@
+"""Float8Linear: what odd input gets, what is kept for backward, and that it is a linear in every other
+way.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from octavo.float8 import (
+    FULL,
+    RECIPES,
+    Cast,
+    EmulationWarning,
+    Float8Linear,
+    Float8LinearConfig,
+    Gemm,
+    Recipe,
+    convert_to_float8_training,
+)
+from octavo.float8.shared import _remembered
+from tests.float8.graphs import FLOAT8, saved_bytes, saved_tensors
+from tests.float8.llama_block import LlamaBlock
+from tests.float8.torchao_reference import relative
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SQNR_DB = 20  # torchao's own bar for a float8 layer against high precision
+
+
+def linear(recipe: Any = "rowwise", K: int = 64, N: int = 48, **kwargs: Any) -> Float8Linear:
+    torch.manual_seed(0)
+    return Float8Linear(K, N, config=recipe, emulate=True, **kwargs)
+
+
+def sqnr(got: Tensor, want: Tensor) -> float:
+    return -20 * torch.log10(torch.tensor(relative(got, want))).item()
+
+
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    model.zero_grad()
+    y = model(x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.dtype))
+    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_close_to_high_precision(recipe: str, dtype: torch.dtype) -> None:
+    ours = linear(recipe, 256, 192, dtype=dtype)
+    plain = nn.Linear(256, 192, dtype=dtype)
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 40, 256).to(dtype)
+    for got, want in zip(gradients(ours, x), gradients(plain, x), strict=True):
+        assert got.dtype == want.dtype
+        assert sqnr(got, want) > SQNR_DB
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
+def test_zero_tokens(recipe: str, shape: tuple[int, ...]) -> None:
+    model = linear(recipe)
+    x = torch.empty(shape, requires_grad=True)
+    y = model(x)
+    y.sum().backward()
+    assert y.shape == (*shape[:-1], 48)
+    assert x.grad.shape == shape
+    assert torch.equal(model.weight.grad, torch.zeros(48, 64))
+    assert torch.equal(model.bias.grad, torch.zeros(48))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 5, 64), (2, 3, 5, 64), (2, 1, 3, 5, 64)])
+def test_any_number_of_dimensions(recipe: str, shape: tuple[int, ...]) -> None:
+    model = linear(recipe)
+    x = torch.randn(shape)
+    y, dx, dw, db = gradients(model, x)
+    assert y.shape == (*shape[:-1], 48)
+    flat = gradients(model, x.reshape(-1, 64))
+    assert torch.equal(y.reshape(-1, 48), flat[0])
+    assert dx.shape == x.shape
+    if len(shape) == 2:
+        assert all(torch.equal(a, b) for a, b in zip((y, dx, dw, db), flat, strict=True))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
+def test_inputs_that_are_not_contiguous(recipe: str, layout: str) -> None:
+    model = linear(recipe)
+    x = {
+        "transposed": torch.randn(64, 6, 4).transpose(0, 2),
+        "strided": torch.randn(4, 12, 128)[:, ::2, ::2],
+        "expanded": torch.randn(1, 6, 64).expand(4, 6, 64),
+    }[layout]
+    assert not x.is_contiguous()
+    assert torch.equal(model(x), model(x.contiguous()))
+
+
+@pytest.mark.parametrize("emulate", [True, False])
+@pytest.mark.parametrize(("M", "K", "N"), [(1, 1, 1), (17, 33, 65), (3, 130, 7), (129, 16, 1)])
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_sizes_that_are_not_multiples_of_16(recipe: str, M: int, K: int, N: int, emulate: bool) -> None:
+    torch.manual_seed(0)
+    ours = Float8Linear(K, N, config=recipe, emulate=emulate)
+    plain = nn.Linear(K, N)
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(M, K)
+    for got, want in zip(gradients(ours, x), gradients(plain, x), strict=True):
+        assert sqnr(got, want) > SQNR_DB
+
+
+@pytest.mark.parametrize("recipe", ["blockwise", "mxfp8"])
+@pytest.mark.parametrize(("M", "K", "N"), [(1, 1, 1), (17, 33, 65), (129, 130, 131)])
+def test_sizes_that_are_not_multiples_of_the_block(recipe: str, M: int, K: int, N: int) -> None:
+    ours = linear(recipe, K, N)
+    plain = nn.Linear(K, N)
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(M, K)
+    for got, want in zip(gradients(ours, x), gradients(plain, x), strict=True):
+        assert sqnr(got, want) > SQNR_DB
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_autocast_sets_the_dtype_and_narrows_no_product(recipe: str) -> None:
+    model = linear(recipe)
+    x = torch.randn(5, 64, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+        y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert x.grad.dtype == torch.float32
+    assert model.weight.grad.dtype == torch.float32
+    # The same as casting the input by hand: autocast must not turn emulation's float32 products into bfloat16
+    # ones.
+    by_hand = model(x.detach().bfloat16())
+    assert torch.equal(y, by_hand)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products and conversions to float8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mm = self.casts = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.mm += func in (torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default)
+        if isinstance(out, Tensor) and out.dtype in FLOAT8:
+            self.casts += args[0].dtype not in (*FLOAT8, torch.uint8)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("frozen", "products", "casts"),
+    # tensorwise: x, w and dy are one cast each, and w another in backward
+    [("nothing", 3, 4), ("weight", 2, 4), ("input", 2, 3), ("both", 1, 2)],
+)
+def test_what_is_frozen_costs_nothing(frozen: str, products: int, casts: int) -> None:
+    model = linear("tensorwise", bias=frozen != "both")
+    model.weight.requires_grad_(frozen in ("nothing", "input"))
+    x = torch.randn(5, 64, requires_grad=frozen in ("nothing", "weight"))
+    with Products() as count:
+        y = model(x)
+        if y.requires_grad:
+            y.sum().backward()
+    if frozen == "both":
+        assert not y.requires_grad
+    assert (count.mm, count.casts) == (products, casts)
+    assert (x.grad is None) == (frozen in ("input", "both"))
+    assert (model.weight.grad is None) == (frozen in ("weight", "both"))
+
+
+def test_a_frozen_weight_keeps_no_input() -> None:
+    model = linear("rowwise", bias=False)
+    model.weight.requires_grad_(False)
+    assert saved_bytes(model, torch.randn(5, 64, requires_grad=True), model) == 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_differentiating_twice_is_a_clear_error(recipe: str) -> None:
+    model = linear(recipe)
+    x = torch.randn(5, 64, requires_grad=True)
+    (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_nan_and_inf_stay_visible(recipe: str, value: float) -> None:
+    model = linear(recipe, 256, 192, bias=False)
+    x = torch.randn(150, 256)
+    x[3, 5] = value
+    y, dx, dw = gradients(model, x)
+    assert not bool(y[3].isfinite().any())
+    assert not bool(dw[:, 5].isfinite().any())
+    assert bool(dx.isfinite().all())
+
+    x = torch.randn(150, 256, requires_grad=True)
+    dy = torch.randn(150, 192)
+    dy[3, 5] = value
+    model.zero_grad()
+    model(x).backward(dy)
+    assert not bool(x.grad[3].isfinite().any())
+    assert not bool(model.weight.grad[5].isfinite().any())
+
+
+def test_wrong_shapes_and_dtypes_are_named() -> None:
+    model = linear()
+    # 32 x 2 elements would make one row of 64: a reshape must not hide it.
+    with pytest.raises(ValueError, match="in_features=64"):
+        model(torch.randn(2, 32))
+    with pytest.raises(ValueError, match="in_features=64"):
+        model(torch.tensor(1.0))
+    for dtype in (torch.int64, torch.float64):
+        with pytest.raises(TypeError, match=str(dtype)):
+            model(torch.ones(2, 64, dtype=dtype))
+
+
+def test_an_unsupported_device_warns_once_or_raises() -> None:
+    from octavo.float8 import matmul
+
+    x = torch.randn(4, 64)
+    matmul._warned.clear()
+    model = Float8Linear(64, 48, config="blockwise")
+    with pytest.warns(EmulationWarning, match="blockwise.*emulation"):
+        model(x)
+    model(x)  # a second warning would be an error
+    with pytest.raises(ValueError, match="emulate=False"):
+        Float8Linear(64, 48, config="blockwise", emulate=False)(x)
+    with pytest.raises(ValueError, match="emulate=False"):
+        convert_to_float8_training(
+            nn.Linear(64, 48), config=replace(Float8LinearConfig.from_recipe_name("mxfp8"), emulate=False)
+        )
+
+
+def test_a_recipe_of_ones_own_trains() -> None:
+    fine = Cast(torch.float8_e5m2, (1, 16))
+    coarse = Cast(torch.float8_e4m3fn, (8, 64))
+    recipe = Recipe("mine", Gemm(None, None), Gemm(fine, coarse), Gemm(fine, coarse, fast_accum=True))
+    ours, plain = linear(recipe, 256, 192), nn.Linear(256, 192)
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(40, 256)
+    got, want = gradients(ours, x), gradients(plain, x)
+    assert relative(got[0], want[0]) < 1e-6
+    for a, b in zip(got[1:], want[1:], strict=True):
+        assert sqnr(a, b) > SQNR_DB
+
+
+# ----------------------------------------------------------------------------------------- memory and sharing
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "rowwise_with_gw_hp"])
+def test_half_of_bfloat16_is_saved(recipe: str) -> None:
+    plain = nn.Linear(512, 512, bias=False, dtype=torch.bfloat16)
+    ours = linear(recipe, 512, 512, bias=False, dtype=torch.bfloat16)
+    x = torch.randn(512, 512, dtype=torch.bfloat16, requires_grad=True)
+    assert saved_bytes(ours, x * 1, ours) <= 0.55 * saved_bytes(plain, x * 1, plain)
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "rowwise_with_gw_hp"])
+def test_a_block_saves_each_distinct_input_once_in_float8(recipe: str) -> None:
+    torch.manual_seed(0)
+    plain = LlamaBlock().bfloat16()
+    ours = copy.deepcopy(plain)
+    convert_to_float8_training(
+        ours, config=replace(Float8LinearConfig.from_recipe_name(recipe), emulate=True)
+    )
+    x = torch.randn(2, 256, 256, dtype=torch.bfloat16, requires_grad=True)
+    assert saved_bytes(ours, x * 1, ours) <= 0.90 * saved_bytes(plain, x * 1, plain)
+    sizes = sorted(t.numel() for t in saved_tensors(ours, x * 1, ours) if t.dtype in FLOAT8)
+    assert sizes == [512 * 256] * 3 + [512 * 768]  # q/k/v, o, w1/w3, w2
+
+
+def test_linears_with_one_input_share_its_cast() -> None:
+    a, b = linear("rowwise", bias=False), linear("rowwise", bias=False)
+    x = torch.randn(5, 64)
+    with Products() as count:
+        a(x), b(x)
+    assert count.casts == 2 + 2  # x as row and as column, and each weight
+    with Products() as count:
+        a(x), b(x.clone())
+    assert count.casts == 2 + 2  # x's are remembered
+    x.mul_(2)
+    with Products() as count:
+        y = a(x)
+    assert count.casts == 3
+    assert torch.equal(y, a(x.clone()))
+
+
+def test_shared_casts_differ_where_the_recipes_do() -> None:
+    x = torch.randn(40, 256)
+    for recipe in RECIPES:
+        model = linear(recipe, 256, 64)
+        assert torch.equal(model(x), model(x.clone()))
+        with torch.no_grad():
+            assert torch.equal(model(x), model(x.clone()))
+
+
+def test_remembered_casts_die_with_their_input() -> None:
+    before = len(_remembered)
+    x = torch.randn(5, 64)
+    model = linear("rowwise")
+    model(x)
+    assert len(_remembered) == before + 1
+    gone = weakref.ref(x)
+    del x
+    gc.collect()
+    assert gone() is None
+    assert len(_remembered) == before
+
+
+def test_gradients_asked_for_one_at_a_time_cost_one_product_each() -> None:
+    """As zero-bubble pipeline schedules do: input gradients first, weight gradients later, over one graph."""
+    model = linear("rowwise", bias=False)
+    x = torch.randn(5, 64, requires_grad=True)
+    together = torch.autograd.grad(model(x * 1).square().sum(), (x, model.weight))
+    y = model(x * 1).square().sum()
+    with Products() as count:
+        (dx,) = torch.autograd.grad(y, x, retain_graph=True)
+    assert count.mm == 1
+    with Products() as count:
+        (dw,) = torch.autograd.grad(y, model.weight)
+    assert count.mm == 1
+    assert torch.equal(dx, together[0])
+    assert torch.equal(dw, together[1])
+
+
+# ----------------------------------------------------------------------------------------- a plain state dict
+
+
+def test_state_dicts_are_those_of_plain_linears() -> None:
+    plain = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 8, bias=False))
+    ours = convert_to_float8_training(copy.deepcopy(plain), config="rowwise")
+    state = ours.state_dict()
+    assert list(state) == list(plain.state_dict())
+    assert all(type(t) is Tensor for t in state.values())
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=True)
+    plain.load_state_dict(loaded)
+    ours.load_state_dict(plain.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(loaded.values(), ours.state_dict().values(), strict=True))
+
+
+def test_modules_pickle_and_copy() -> None:
+    ours = convert_to_float8_training(nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 8)), config="tensorwise")
+    x = torch.randn(4, 32)
+    buffer = io.BytesIO()
+    torch.save(ours, buffer)
+    buffer.seek(0)
+    for other in (torch.load(buffer, weights_only=False), copy.deepcopy(ours)):
+        assert torch.equal(other(x), ours(x))
+        assert isinstance(other[0], Float8Linear)
+        assert other[0].recipe == RECIPES["tensorwise"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_states_pass_through_distributed_checkpoints_and_safetensors(tmp_path: Any) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    ours = convert_to_float8_training(nn.Sequential(nn.Linear(32, 16)), config="rowwise")
+    plain = nn.Sequential(nn.Linear(32, 16))
+    dcp.save(ours.state_dict(), checkpoint_id=tmp_path / "dcp", no_dist=True)
+    state = plain.state_dict()
+    dcp.load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), ours.state_dict().values(), strict=True))
+
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(ours.state_dict(), tmp_path / "model.safetensors")
+    back = safetensors.load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(back[name], t) for name, t in ours.state_dict().items())
+
+
+def test_it_says_what_it_is() -> None:
+    assert "recipe=rowwise, emulate=True" in repr(linear())
+    assert FULL == -1
