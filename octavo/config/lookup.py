@@ -30,7 +30,10 @@ def explain_unknown(section: str, key: str, *, prefix: str = "") -> str:
     noun = "flag" if prefix else "key"
     if section not in SECTIONS:
         return f"unknown section '{section}'{_suggest(_everywhere(section, key), prefix)}"
-    return f"unknown {noun}{_suggest(_in_section(section, key), prefix)}"
+    hint = _suggest(_in_section(section, key), prefix)
+    if not hint and SECTIONS[section]:
+        hint = f"; [{section}] has {', '.join(SECTIONS[section])}"
+    return f"unknown {noun}{hint}"
 
 
 def explain_unknown_section(section: str) -> str:

@@ -34,7 +34,7 @@ TOML = [
     ("[trainig]\nseq_len = 1", "job.toml:1: [trainig]: unknown section; did you mean [training]?"),
     ("[xyzzy]\nseq_len = 1", "job.toml:1: [xyzzy]: unknown section; the sections are job, "),
     ("[optimizer]\nsteps = 1", "job.toml:2: optimizer.steps: unknown key; did you mean 'training.steps'?"),
-    ("[training]\nqqqqqq = 1", "job.toml:2: training.qqqqqq: unknown key"),
+    ("[training]\nqqqqqq = 1", "job.toml:2: training.qqqqqq: unknown key; [training] has dataset, "),
     ("[training.x]\ny = 1", "job.toml:1: training.x: unknown key"),
     (
         "steps = 5\n[training]",
@@ -118,7 +118,10 @@ FLAGS = [
     (["--optimizer.steps=1"], "did you mean '--training.steps'?"),
     (["--xyzzy.plugh=1"], "--xyzzy.plugh: unknown section 'xyzzy'"),
     (["--training-steps=1"], "--training-steps: unknown flag; did you mean '--training.steps'?"),
-    (["--float8.enabled=1"], "--float8.enabled: unknown flag"),
+    (
+        ["--float8.enabled=1"],
+        "--float8.enabled: unknown flag; [float8] has recipe_name, filter_fqns, emulate",
+    ),
     (["--a.b.c=1"], "--a.b.c: unknown section 'a'"),
     (["--training.="], "--training.: unknown flag"),
     (["--"], "unexpected argument '--'"),

@@ -1,4 +1,4 @@
-"""The schema itself: every key is documented, typed by something the readers know, and holds a valid default."""
+"""The schema itself: every key is documented, of a type that can be read, and has a valid default."""
 
 import ast
 import inspect
