@@ -90,6 +90,16 @@ def choose_param_dtype(training: Training, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def make_folder(path: str) -> Path:
+    """The folder that everything is written to; `ConfigError` if it can't be made."""
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"job.dump_folder = {path}: cannot make this folder: {error.strerror}") from None
+    return folder
+
+
 class Trainer:
     """One process's part of a job: everything is built here, in the order in which it depends on each
     other.
@@ -100,6 +110,9 @@ class Trainer:
         logger.info("Starting job: %s", job.job.description)
         if job.job.print_config:
             logger.info("Running with config: %s", job.to_dict())
+        for note in config.notes(job):
+            logger.info(note)
+        self.folder = make_folder(job.job.dump_folder)
         if job.experimental.custom_import:
             importlib.import_module(job.experimental.custom_import)
 
@@ -131,7 +144,6 @@ class Trainer:
         self.loss_sum = torch.compile(loss_sum) if compile_loss else loss_sum
         self.optimizer = build_optimizer(self.model, job.optimizer)
 
-        self.folder = Path(job.job.dump_folder)
         self.checkpointer = Checkpointer(
             job.checkpoint, self.folder / job.checkpoint.folder, self.model, self.optimizer
         )
@@ -141,7 +153,6 @@ class Trainer:
             "none" if peak.flops is None else f"{peak.flops:.3e}",
             peak.source,
         )
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics = MetricsLogger(
             job.metrics,
             self.folder,
@@ -337,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     init_logger()
     try:
         job = config.load(sys.argv[1:] if argv is None else argv)
-        config.check(job, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        config.check(job, world_size=int(os.environ.get("WORLD_SIZE", "1")), gpus=torch.cuda.device_count())
         Trainer(job).train()
     except ConfigError as error:
         print(f"octavo: {error}", file=sys.stderr)
