@@ -17,7 +17,9 @@ ModuleFilter = Callable[[nn.Module, str], bool]
 
 def _swap(module: nn.Module, fqn: str, replace: Callable[[nn.Linear, str], nn.Module | None]) -> nn.Module:
     """`module` with `replace(linear, fqn)` in place of its linears where that is not None. Children first."""
-    for name, child in list(module.named_children()):
+    for name, child in list(module._modules.items()):  # named_children would skip a module's second place
+        if child is None:
+            continue
         new = _swap(child, f"{fqn}.{name}" if fqn else name, replace)
         if new is not child:
             setattr(module, name, new)

@@ -51,6 +51,10 @@ def _pad_scale(scale: Tensor, rows: int, cols: int) -> Tensor:
     return F.pad(scale, (0, cols - scale.shape[1], 0, rows - scale.shape[0]), value=1.0)
 
 
+def _crop(y: Tensor, rows: int, cols: int) -> Tensor:
+    return y.narrow(0, 0, rows).narrow(1, 0, cols)
+
+
 def _scaled_mm_cpu(a: Quantized, b: Quantized, gemm: Gemm, out_dtype: torch.dtype) -> Tensor:
     scale_a, scale_b = _matching_scales(a, b)
     return torch._scaled_mm(a.data, b.data.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype)
@@ -72,7 +76,7 @@ def _scaled_mm_cuda(a: Quantized, b: Quantized, gemm: Gemm, out_dtype: torch.dty
     if scale_a.dim() == 2 and out_dtype != torch.bfloat16:
         # The rowwise kernels write bfloat16 only. A product with unit scales writes float32, scaled
         # afterwards.
-        after = scale_a * scale_b[:, :rows_b]
+        after = scale_a * scale_b.narrow(1, 0, rows_b)
         scale_a = scale_b = scale_a.new_ones(())
     y = torch._scaled_mm(
         data_a,
@@ -82,7 +86,7 @@ def _scaled_mm_cuda(a: Quantized, b: Quantized, gemm: Gemm, out_dtype: torch.dty
         out_dtype=out_dtype if after is None else torch.float32,
         use_fast_accum=gemm.fast_accum,
     )
-    y = y[:rows_a, :rows_b]
+    y = _crop(y, rows_a, rows_b)
     return y if after is None else (y * after).to(out_dtype)
 
 
@@ -111,7 +115,7 @@ def _block_mm_cuda(a: Quantized, b: Quantized, gemm: Gemm, out_dtype: torch.dtyp
         output_dtype=torch.bfloat16 if out_dtype == torch.float16 else out_dtype,
         use_fast_accum=gemm.fast_accum,
     )
-    return y[:rows_a, :rows_b].to(out_dtype)
+    return _crop(y, rows_a, rows_b).to(out_dtype)
 
 
 def swizzle_e8m0(scale: Tensor) -> Tensor:
@@ -122,9 +126,8 @@ def swizzle_e8m0(scale: Tensor) -> Tensor:
     """
     rows, cols = scale.shape
     codes = F.pad(scale, (0, -cols % 4, 0, -rows % 128), value=127)
-    tiles = codes.unflatten(0, (-1, 4, 32)).unflatten(
-        3, (-1, 4)
-    )  # row tile, row / 32, row % 32, column tile, column
+    # row tile, row / 32, row % 32, column tile, column
+    tiles = codes.unflatten(0, (-1, 4, 32)).unflatten(3, (-1, 4))
     return tiles.permute(0, 3, 2, 1, 4).contiguous().flatten().view(torch.float8_e8m0fnu)
 
 
@@ -141,7 +144,7 @@ def _mx_mm_cuda(a: Quantized, b: Quantized, gemm: Gemm, out_dtype: torch.dtype) 
         swizzle_b=F.SwizzleType.SWIZZLE_32_4_4,
         output_dtype=torch.bfloat16 if out_dtype == torch.float16 else out_dtype,
     )
-    return y[:rows_a, :rows_b].to(out_dtype)
+    return _crop(y, rows_a, rows_b).to(out_dtype)
 
 
 # ----------------------------------------------------------------------------------------- the table of paths
@@ -211,19 +214,15 @@ PATHS: tuple[Path, ...] = (
 )
 
 
-@torch.compiler.assume_constant_result
-def _gpu(index: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    version = torch.version.cuda  # None on ROCm, whose float8 has other formats: it gets no path
-    if version is None:
-        return (0, 0), (0, 0)
-    major, minor = version.split(".")[:2]
-    return torch.cuda.get_device_capability(index), (int(major), int(minor))
+# (0, 0) on ROCm, whose float8 has other formats: it gets no path.
+_CUDA = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
 
 
 def _describe_device(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(device.type)
-    return Device("cuda", *_gpu(device.index if device.index is not None else torch.cuda.current_device()))
+    properties = torch.cuda.get_device_properties(device)  # a constant to the compiler
+    return Device("cuda", (properties.major, properties.minor), (_CUDA[0], _CUDA[1]))
 
 
 def find_path(gemm: Gemm, device: Device) -> Path | None:

@@ -70,7 +70,7 @@ def _tiles(x: Tensor, block: tuple[int, int]) -> Tensor:
 
 def _untile(tiles: Tensor, shape: torch.Size) -> Tensor:
     flat = tiles.flatten(2, 3).flatten(0, 1)
-    return flat if flat.shape == shape else flat[: shape[0], : shape[1]]
+    return flat.narrow(0, 0, shape[0]).narrow(1, 0, shape[1])
 
 
 def block_amax(x: Tensor, block: tuple[int, int]) -> Tensor:
@@ -132,7 +132,7 @@ def _e8m0_scales(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
 def cast_data(x: Tensor, s: Tensor, cast: Cast) -> Tensor:
     """`x[R, C]` multiplied by its blocks' `s[R / r, C / c]`, as float8. Keeps x's memory layout."""
     limit = torch.finfo(cast.dtype).max
-    scaled = _tiles(x, cast.block).float() * s[:, None, :, None]
+    scaled = _tiles(x, cast.block).float() * s.unsqueeze(1).unsqueeze(3)
     # Older versions of torch do not saturate when they cast in eager mode.
     return _untile(scaled.clamp(-limit, limit).to(cast.dtype), x.shape)
 
@@ -184,5 +184,5 @@ def to_float32(data: Tensor) -> Tensor:
 
 def dequantize(q: Quantized, block: tuple[int, int]) -> Tensor:
     """`data * scale` in float32, `[rows, contraction]`; `block` is the cast's."""
-    values = _tiles(to_float32(q.data), block) * scale_values(q.scale)[:, None, :, None]
+    values = _tiles(to_float32(q.data), block) * scale_values(q.scale).unsqueeze(1).unsqueeze(3)
     return _untile(values, q.data.shape)

@@ -1,0 +1,142 @@
+"""Hardware paths: which is taken and why, and that each computes what emulation does.
+
+No GPU is needed: the calls meant for one run on CPU tensors where the CPU has the product, and on fake CUDA
+tensors, which know the real limits on shapes and layouts, where it has not.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from octavo.float8 import RECIPES, Gemm, ScaleFormat, describe_path
+from octavo.float8.matmul import (
+    PATHS,
+    Device,
+    _emulate,
+    _scaled_mm_cuda,
+    choose_path,
+    find_path,
+    matmul,
+    swizzle_e8m0,
+)
+from octavo.float8.quantize import Quantized, quantize, scale_values
+from tests.float8.torchao_reference import relative
+
+CPU = torch.device("cpu")
+HOPPER, ADA, BLACKWELL = (Device("cuda", c, (13, 0)) for c in ((9, 0), (8, 9), (10, 0)))
+SIZES = [(16, 16, 16), (1, 1, 1), (17, 33, 65), (130, 260, 131)]
+
+
+def operands(gemm: Gemm, M: int, C: int, N: int, device: str = "cpu") -> tuple[Quantized, Quantized]:
+    a, b = torch.randn(M, C, device=device), torch.randn(N, C, device=device)
+    return quantize(a, gemm.a), quantize(b, gemm.b)
+
+
+@pytest.mark.parametrize(
+    ("device", "recipes"),
+    [
+        (Device("cpu"), {"tensorwise", "rowwise", "rowwise_with_gw_hp"}),
+        (ADA, {"tensorwise"}),
+        (HOPPER, {"tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise"}),
+        (Device("cuda", (9, 0), (12, 8)), {"tensorwise", "rowwise", "rowwise_with_gw_hp"}),
+        (Device("cuda", (8, 0), (13, 0)), set()),
+        (Device("mps"), set()),
+    ],
+)
+def test_which_recipes_have_hardware(device: Device, recipes: set[str]) -> None:
+    served = {
+        name
+        for name, recipe in RECIPES.items()
+        if all(find_path(gemm, device) for gemm in recipe.gemms.values() if gemm.float8)
+    }
+    assert served == recipes
+
+
+def test_mxfp8_has_hardware_on_blackwell() -> None:
+    assert all(find_path(gemm, BLACKWELL) for gemm in RECIPES["mxfp8"].gemms.values())
+    # The same blocks with float32 scales are another format.
+    assert find_path(RECIPES["mxfp8"].with_scales(ScaleFormat.FP32).output, BLACKWELL) is None
+
+
+def test_the_choice_is_explained() -> None:
+    assert describe_path(RECIPES["rowwise"], CPU, None).startswith("emulated: a CPU")
+    assert describe_path(RECIPES["rowwise"], CPU, True).startswith("emulated: as asked")
+    assert describe_path(RECIPES["rowwise"], CPU, False) == "hardware: torch._scaled_mm"
+    assert "1 x 128" in describe_path(RECIPES["blockwise"], CPU, None)
+    with pytest.raises(ValueError, match=r"emulate=False.*1 x 32"):
+        describe_path(RECIPES["mxfp8"], CPU, False)
+    assert choose_path(RECIPES["rowwise"].output, CPU, None) is None
+    assert choose_path(RECIPES["rowwise"].output, CPU, False) is PATHS[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_the_gpu_call_computes_what_emulation_does(
+    recipe: str, size: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    for gemm in RECIPES[recipe].gemms.values():
+        if not gemm.float8:
+            continue
+        a, b = operands(gemm, *size)
+        got = _scaled_mm_cuda(a, b, gemm, dtype)
+        assert got.shape == (size[0], size[2])
+        assert got.dtype == dtype
+        want = _emulate(a, b, gemm.a, gemm.b, dtype)
+        assert relative(got, want) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_gpu_calls_meet_the_gpus_limits(
+    recipe: str, size: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # This method asks for a CUDA device even of a fake tensor; cloning does not.
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda t: t.clone(memory_format=torch.contiguous_format))
+    device = BLACKWELL if recipe == "mxfp8" else HOPPER
+    with FakeTensorMode():
+        for gemm in RECIPES[recipe].gemms.values():
+            path = find_path(gemm, device)
+            if path is None:
+                assert not gemm.float8
+                continue
+            # Operands as the layer makes them, of which some are transposed views.
+            M, C, N = size
+            a = quantize(torch.empty(C, M, device="cuda").t(), gemm.a)
+            b = quantize(torch.empty(N, C, device="cuda"), gemm.b)
+            y = path.run(a, b, gemm, dtype)
+            assert y.shape == (M, N)
+            assert y.dtype == dtype
+
+
+def test_fake_tensors_do_enforce_the_limits() -> None:
+    gemm = RECIPES["tensorwise"].output
+    with FakeTensorMode():
+        a, b = operands(gemm, 16, 24, 16, "cuda")
+        with pytest.raises(RuntimeError, match="16"):
+            torch._scaled_mm(a.data, b.data.t(), a.scale, b.scale)
+
+
+def test_swizzled_scales_lie_as_the_format_says() -> None:
+    rows, cols = 200, 6
+    scale = torch.randint(0, 255, (rows, cols), dtype=torch.uint8)
+    flat = swizzle_e8m0(scale).view(torch.uint8)
+    assert flat.numel() == 256 * 8
+    for r, c in [(0, 0), (31, 3), (32, 0), (127, 2), (128, 4), (199, 5)]:
+        tile = (r // 128) * 2 + c // 4
+        assert flat[tile * 512 + (r % 32) * 16 + (r % 128) // 32 * 4 + c % 4] == scale[r, c]
+    assert bool((scale_values(flat[[512 * 2 - 1]]) == 1).all())  # padding
+
+
+def test_products_of_nothing_and_of_what_does_not_match() -> None:
+    gemm = RECIPES["rowwise"].output
+    for M, C, N in [(0, 16, 4), (3, 0, 4), (3, 16, 0)]:
+        y = matmul(*operands(gemm, M, C, N), gemm, torch.float32)
+        assert torch.equal(y, torch.zeros(M, N))
+    a, _ = operands(gemm, 4, 16, 4)
+    _, b = operands(gemm, 4, 32, 4)
+    with pytest.raises(ValueError, match=r"\(4, 16\) and \(4, 32\)"):
+        matmul(a, b, gemm, torch.float32)
