@@ -1,15 +1,15 @@
 """What the trainer costs over a bare loop: tokens/s of both, same model, same batches, one process, on a CPU.
 
-    python benchmarks/loop_overhead.py [--steps 12] [--rounds 5] [--json FILE]
+    python benchmarks/loop_overhead.py [--steps 60] [--json FILE]
 
 Both sides train the debug model in float32 with fused AdamW, clipping and a loss read back on every step;
 the trainer also logs, writes metrics, collects garbage and asks for checkpoints and profiles as it always
-does. The sides alternate, the first one changes from round to round, and the figure is the median over the
-rounds of bare time / trainer time.
+does. The sides take single steps in turn, and the one that goes first changes each time, so that both meet
+the same state of the machine. The result is the median over all pairs of the bare step's time over the
+trainer's.
 """
 
 import argparse
-import gc
 import json
 import logging
 import os
@@ -17,7 +17,9 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
@@ -36,8 +38,8 @@ from octavo.train import Trainer
 BATCH, LENGTH = 8, 256
 
 
-def bare_loop(steps: int) -> float:
-    """Seconds that `steps` steps take in the shortest loop that does the same work."""
+def bare_steps() -> Iterator[float]:
+    """Losses of the shortest loop that does the same work."""
     tokenizer = build_tokenizer("octavo_bpe_2048")
     spec = models.get("llama3")
     model = Llama(spec.configure(spec.args("debugmodel"), tokenizer.vocab_size, LENGTH))
@@ -55,21 +57,18 @@ def bare_loop(steps: int) -> float:
         dp_degree=1,
         seed=42,
     )
-    losses = []
-    start = time.perf_counter()
-    for _ in range(steps):
+    while True:
         tokens, labels = data.next_batch()
         optimizer.zero_grad()
         loss = F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(loss.item())
-    return time.perf_counter() - start
+        yield loss.item()
 
 
-def trainer_loop(steps: int, folder: Path) -> float:
-    """Seconds that the trainer takes for `steps` steps, from the first to the farewell."""
+def trainer_steps(steps: int, folder: str) -> Iterator[int]:
+    """The trainer's own loop, step by step."""
     flags = {
         "job.dump_folder": folder,
         "training.seq_len": LENGTH,
@@ -82,53 +81,57 @@ def trainer_loop(steps: int, folder: Path) -> float:
         "activation_checkpoint.mode": "none",
         "metrics.log_freq": 1,
     }
-    job = config.load([f"--{key}={value}" for key, value in flags.items()])
-    trainer = Trainer(job)
+    return Trainer(config.load([f"--{key}={value}" for key, value in flags.items()])).steps()
+
+
+def seconds(side: Iterator[Any]) -> float:
+    """Time of one step."""
     start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
-    mesh.finish()
-    gc.enable()
-    return seconds
+    next(side)
+    return time.perf_counter() - start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=12, help="steps of each side in a round")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that count, after one that does not")
+    parser.add_argument("--steps", type=int, default=60, help="pairs of steps, after three that don't count")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error("--steps must be at least 1")
     logging.getLogger("octavo").setLevel(logging.WARNING)
 
-    seconds: dict[str, list[float]] = {"bare": [], "trainer": []}
+    warmup = 3
     with tempfile.TemporaryDirectory() as folder:
-        sides = {"bare": bare_loop, "trainer": lambda steps: trainer_loop(steps, Path(folder))}
-        for round_ in range(options.rounds + 1):
-            for name in sorted(sides, reverse=bool(round_ % 2)):
-                taken = sides[name](options.steps)
-                if round_ > 0:
-                    seconds[name].append(taken)
+        sides = {"bare": bare_steps(), "trainer": trainer_steps(warmup + options.steps, folder)}
+        times: dict[str, list[float]] = {name: [] for name in sides}
+        for pair in range(warmup + options.steps):
+            for name in sorted(sides, reverse=bool(pair % 2)):
+                times[name].append(seconds(sides[name]))
+        mesh.finish()
 
-    tokens = options.steps * BATCH * LENGTH
-    rates = {name: [tokens / s for s in taken] for name, taken in seconds.items()}
-    ratios = [bare / trainer for bare, trainer in zip(seconds["bare"], seconds["trainer"], strict=True)]
+    counted = {name: taken[warmup:] for name, taken in times.items()}
+    ratios = [bare / trainer for bare, trainer in zip(counted["bare"], counted["trainer"], strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    rates = {name: BATCH * LENGTH / statistics.median(taken) for name, taken in counted.items()}
     result = {
         "torch": torch.__version__,
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        "steps": options.steps,
-        "tokens_per_second": rates,
-        "ratios": ratios,
+        "pairs": options.steps,
+        "median_tokens_per_second": rates,
         "median_ratio": statistics.median(ratios),
+        "quartiles_of_ratio": quartiles,
+        "ratios": ratios,
     }
-    print(f"torch {torch.__version__}, {result['threads']} threads, {options.rounds} x {options.steps} steps")
-    for name, values in rates.items():
-        spread = f"{min(values):,.0f} to {max(values):,.0f}"
-        print(f"{name:8} tokens/s: median {statistics.median(values):,.0f}, {spread}")
-    by_round = ", ".join(f"{ratio:.3f}" for ratio in ratios)
-    print(f"trainer / bare tokens/s: median {result['median_ratio']:.3f}; by round {by_round}")
+    print(f"torch {torch.__version__}, {result['threads']} threads, {options.steps} pairs of steps")
+    for name, rate in rates.items():
+        print(f"{name:8} median {rate:,.0f} tokens/s")
+    print(
+        f"trainer / bare tokens/s: median {result['median_ratio']:.3f}, "
+        f"quartiles {quartiles[0]:.3f} and {quartiles[2]:.3f}"
+    )
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 

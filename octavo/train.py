@@ -14,7 +14,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -219,8 +219,14 @@ class Trainer:
         )
 
     def train(self) -> None:
-        """Run the steps that are left."""
-        steps = self.job.training.steps
+        """Run the steps that are left, and say where everything is."""
+        for _ in self.steps():
+            pass
+        self._farewell()
+
+    def steps(self) -> Iterator[int]:
+        """Run the steps that are left, yielding the number of each one when it is done."""
+        last = self.job.training.steps
         done = self._resume()
         if self.world.rank == 0:
             write_run_record(self.folder, self._record())
@@ -228,19 +234,19 @@ class Trainer:
         logger.info("Training starts at step %d.", done + 1)
         self.metrics.start(done)
         with fastest_attention(), profiling(self.job.profiling, self.folder, self.world.rank) as end_of_step:
-            for step in range(done + 1, steps + 1):
+            for step in range(done + 1, last + 1):
                 collector.run(step)
                 self._step(step)
-                if self.checkpointer.due(step, steps):
-                    self.checkpointer.save(step, steps, self._state())
+                if self.checkpointer.due(step, last):
+                    self.checkpointer.save(step, last, self._state())
                 self.checkpointer.poll()
                 if step == done + 1:
                     mesh.set_timeout(self.job.comm.train_timeout_seconds)
                 end_of_step()
+                yield step
         self.checkpointer.wait()
         self.metrics.close()
         self.data.close()
-        self._farewell()
 
     def _step(self, step: int) -> StepReport | None:
         """One optimizer step; its report if it is one that is reported."""

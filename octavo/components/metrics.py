@@ -159,16 +159,16 @@ class MetricsLogger:
             stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
             part = f"rank_{rank}" if settings.save_for_all_ranks else ""
             self._tensorboard = _TensorBoard(folder / settings.save_tb_folder / stamp / part)
-        self._restart()
+        self._restart(time.perf_counter())
 
     def start(self, step: int) -> None:
         """Training begins, or goes on, after `step`."""
         if self._jsonl:
             self._jsonl.start(step)
-        self._restart()
+        self._restart(time.perf_counter())
 
-    def _restart(self) -> None:
-        self._since = time.perf_counter()
+    def _restart(self, now: float) -> None:
+        self._since = now
         self._tokens = 0
         self._steps = 0
         self._data_seconds = 0.0
@@ -188,7 +188,8 @@ class MetricsLogger:
 
     def report(self, *, step: int, loss: float, grad_norm: float, lr: float, tokens: int) -> StepReport:
         """Report the steps since the last report; the device must have finished them."""
-        seconds = time.perf_counter() - self._since
+        now = time.perf_counter()
+        seconds = now - self._since
         tps = self._tokens / seconds
         memory = memory_in_use(self._device)
         rate = tps * self._flops_per_token
@@ -212,7 +213,7 @@ class MetricsLogger:
             self._jsonl.write(report)
         if self._tensorboard:
             self._tensorboard.write(report)
-        self._restart()
+        self._restart(now)  # not the time after writing: what reporting costs counts in the next interval
         return report
 
     def close(self) -> None:
