@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.float8.recipe import FULL, Cast, ScaleFormat
+from octavo.float8.split import Split
 
 EPS = 1e-12
 """The least amax: an all-zero block gets a finite scale."""
@@ -137,9 +138,13 @@ def cast_data(x: Tensor, s: Tensor, cast: Cast) -> Tensor:
     return _untile(scaled.clamp(-limit, limit).to(cast.dtype), x.shape)
 
 
-def quantize(x: Tensor, cast: Cast) -> Quantized:
-    """Cast `x[rows, contraction]` (bfloat16, float16 or float32) as `cast` says. Keeps x's memory layout."""
-    s, scale = scales_from_amax(block_amax(x, cast.block), cast)
+def quantize(x: Tensor, cast: Cast, split: Split | None = None) -> Quantized:
+    """Cast `x[rows, contraction]` (bfloat16, float16 or float32) as `cast` says. Keeps x's memory layout.
+
+    `split`: x is one rank's part of the operand; the scales are then those of the whole.
+    """
+    amax = block_amax(x, cast.block)
+    s, scale = scales_from_amax(amax if split is None else split.whole_amax(amax, cast), cast)
     return Quantized(cast_data(x, s, cast), scale)
 
 
@@ -149,19 +154,20 @@ def transposed(q: Quantized) -> Quantized:
 
 
 def quantize_both(
-    x: Tensor, row: Cast | None, col: Cast | None
+    x: Tensor, row: Cast | None, col: Cast | None, split: Split | None = None
 ) -> tuple[Quantized | Tensor, Quantized | Tensor]:
     """`x[R, C]` as an operand that contracts C, and its transpose as one that contracts R.
 
     Both casts are made while x is at hand, so that nothing needs to keep x. A `None` cast gives x (or its
-    transpose) in high precision. One square cast serves both.
+    transpose) in high precision. One square cast serves both. `split` says which axis of x is split, if one
+    is.
     """
-    first = x if row is None else quantize(x, row)
+    first = x if row is None else quantize(x, row, split)
     if col is None:
         return first, x.t()
     if col == row and col.square and isinstance(first, Quantized):
         return first, transposed(first)
-    return first, quantize(x.t(), col)
+    return first, quantize(x.t(), col, split and split.transposed)
 
 
 _TABLES: dict[torch.dtype, Tensor] = {}
