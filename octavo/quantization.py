@@ -22,6 +22,19 @@ def recipe_name(converters: Sequence[str], settings: Float8) -> str | None:
     return settings.recipe_name or DEFAULT_RECIPE
 
 
+def keep_casts_under_compile() -> None:
+    """Make compiled layers round to bfloat16 where eager ones do.
+
+    Without that, the value that is cast to float8 in forward and the one recomputed in backward can differ,
+    and rowwise training went to NaN (pytorch issue 150859). Later torch does by itself what is needed of
+    it, for the tensors that are saved; before, the general switch is the remedy.
+    """
+    import torch._inductor.config as inductor
+
+    if not hasattr(inductor, "emulate_precision_casts_on_saved_tensors"):
+        inductor.emulate_precision_casts = True
+
+
 def convert(
     model: nn.Module, recipe: str, settings: Float8, device: torch.device, *, filters_given_on_cli: bool
 ) -> None:

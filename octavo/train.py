@@ -183,6 +183,8 @@ class Trainer:
         with torch.device("meta"):
             model = spec.build(args)
         if self.recipe is not None:
+            if job.compile.enable:
+                quantization.keep_casts_under_compile()
             quantization.convert(
                 model,
                 self.recipe,
@@ -231,7 +233,10 @@ class Trainer:
         if self.world.rank == 0:
             write_run_record(self.folder, self._record())
         collector = GarbageCollector(self.job.training.gc_freq)
-        logger.info("Training starts at step %d.", done + 1)
+        if done < last:
+            logger.info("Training starts at step %d.", done + 1)
+        else:
+            logger.info("All %d steps of this run are done; a larger training.steps goes on from here", done)
         self.metrics.start(done)
         with fastest_attention(), profiling(self.job.profiling, self.folder, self.world.rank) as end_of_step:
             for step in range(done + 1, last + 1):
@@ -359,6 +364,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"octavo: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        logger.info("Interrupted")
+        return 130
     mesh.finish()
     return 0
 

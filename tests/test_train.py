@@ -143,6 +143,15 @@ def test_longer_run_goes_on_from_a_finished_one(tmp_path):
     assert "learning rate goes on otherwise" not in parts.log
 
 
+def test_finished_run_has_nothing_left_to_do(tmp_path):
+    flags = {"checkpoint.enable": "true", "training.steps": 2}
+    whole = runs.train(tmp_path, flags)
+    again = runs.train(tmp_path, flags)
+    assert again.exit_codes == [0]
+    assert "All 2 steps of this run are done" in again.log
+    assert again.losses == whole.losses
+
+
 def test_changed_schedule_is_told(tmp_path):
     flags = {"checkpoint.enable": "true", "lr_scheduler.decay_ratio": 0.5}
     runs.train(tmp_path, {**flags, "training.steps": 2})
