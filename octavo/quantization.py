@@ -1,15 +1,16 @@
 """The trainer's one door to `octavo.float8`: convert the model as the config says, and tell what was done."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from octavo.components.logging import logger
-from octavo.config import ConfigError
+from octavo.config import ConfigError, JobConfig
 from octavo.config.schema import Float8
-from octavo.float8 import Float8Linear, Float8LinearConfig, convert_to_float8_training
+from octavo.float8 import Float8Linear, Float8LinearConfig, cast_weights_once, convert_to_float8_training
 from octavo.float8.matmul import describe_path
 
 DEFAULT_RECIPE = "tensorwise"
@@ -33,6 +34,16 @@ def keep_casts_under_compile() -> None:
 
     if not hasattr(inductor, "emulate_precision_casts_on_saved_tensors"):
         inductor.emulate_precision_casts = True
+
+
+def weights_cast_once(model: nn.Module, job: JobConfig, *, accumulation: int) -> AbstractContextManager[None]:
+    """The scope of one step's microbatches, in which float8 weights are cast once if that saves a cast.
+
+    Several microbatches would cast them again, and so would recomputation under activation checkpointing.
+    It changes no bit.
+    """
+    again = accumulation > 1 or job.activation_checkpoint.mode != "none"
+    return cast_weights_once(model, enabled=again and job.float8.cast_weights_once)
 
 
 def convert(

@@ -261,11 +261,12 @@ class Trainer:
         self.optimizer.zero_grad()
 
         loss = torch.zeros((), device=self.device)
-        for _ in range(self.accumulation):
-            tokens_BS, labels_BS = self._next_batch()
-            microbatch_loss = self.loss_sum(self.model(tokens_BS), labels_BS) / self.global_tokens
-            microbatch_loss.backward()
-            loss += microbatch_loss.detach()
+        with quantization.weights_cast_once(self.model, settings, accumulation=self.accumulation):
+            for _ in range(self.accumulation):
+                tokens_BS, labels_BS = self._next_batch()
+                microbatch_loss = self.loss_sum(self.model(tokens_BS), labels_BS) / self.global_tokens
+                microbatch_loss.backward()
+                loss += microbatch_loss.detach()
 
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.training.max_norm)
         self.optimizer.step()

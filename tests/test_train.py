@@ -176,6 +176,14 @@ def test_activation_checkpointing_changes_no_bit(mode, tmp_path):
     assert [line["grad_norm"] for line in again.metrics] == [line["grad_norm"] for line in plain.metrics]
 
 
+def test_casting_weights_once_changes_no_bit(tmp_path):
+    flags = {**runs.recipe("rowwise"), "training.global_batch_size": 8, "training.steps": 2}
+    once = runs.train(tmp_path / "once", flags)
+    each = runs.train(tmp_path / "each", {**flags, "float8.cast_weights_once": "false"})
+    assert once.losses == each.losses
+    assert [line["grad_norm"] for line in once.metrics] == [line["grad_norm"] for line in each.metrics]
+
+
 def test_compiled_run_follows_the_eager_one(tmp_path):
     flags = {**runs.recipe("rowwise"), "training.steps": 3, "activation_checkpoint.mode": "selective"}
     eager = runs.train(tmp_path / "eager", flags)

@@ -200,6 +200,10 @@ class Float8:
     """Comma-separated parts of module names to leave in high precision, e.g. output,attention.wk."""
     emulate: bool = False
     """Compute float8 matmuls in high precision from float8-rounded operands, also where hardware exists."""
+    cast_weights_once: bool = True
+    """Cast weights once per optimizer step, where accumulation or checkpointing would do it again; holds
+    1 to 2 bytes a weight.
+    """
 
 
 @dataclass
