@@ -16,6 +16,7 @@ from octavo.float8.config import (
 )
 from octavo.float8.convert import auto_filter_for_recipe, convert_to_float8_training
 from octavo.float8.convert import auto_filter_for_recipe as _auto_filter_for_recipe
+from octavo.float8.fsdp import precompute_float8_dynamic_scale_for_fsdp
 from octavo.float8.linear import Float8Linear
 from octavo.float8.matmul import EmulationWarning, describe_path
 from octavo.float8.recipe import FULL, RECIPES, Cast, Gemm, Recipe, ScaleFormat
@@ -41,4 +42,5 @@ __all__ = [
     "cast_weights_once",
     "convert_to_float8_training",
     "describe_path",
+    "precompute_float8_dynamic_scale_for_fsdp",
 ]

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from octavo.float8.bias import add_bias
+from octavo.float8.carrier import Carrier
 from octavo.float8.config import Options, resolve
+from octavo.float8.fsdp import plain_parameter, shard_in_float8
 from octavo.float8.matmul import matmul, warn_if_emulated
 from octavo.float8.quantize import Quantized, quantize, quantize_both
 from octavo.float8.recipe import Recipe
@@ -180,7 +182,9 @@ def multiply(
         if x_casts is None:
             x_casts = cast_input(x, recipe, for_grad_weight=w.requires_grad)
         if w_casts is None:
-            w_casts = cast_weight(w, recipe, for_grad_input=False)
+            w_casts = (
+                w.casts() if isinstance(w, Carrier) else cast_weight(w, recipe, for_grad_input=False)
+            )
     # Views, so that neither edge of the graph is a leaf: the engine answers `_wanted` for inner nodes only.
     return Float8Matmul.apply(x.view_as(x), w.view_as(w), *_flat(x_casts), *_flat(w_casts), recipe, emulate)
 
@@ -224,7 +228,8 @@ class Float8Linear(nn.Linear):
             config=config,
             emulate=emulate,
         )
-        new.weight, new.bias = mod.weight, mod.bias
+        new.register_parameter("weight", mod.weight)
+        new.register_parameter("bias", mod.bias)
         new.training = mod.training
         warn_if_emulated(new.recipe, mod.weight.device, new.emulate)
         return new
@@ -262,10 +267,27 @@ class Float8Linear(nn.Linear):
         y = y_MN.reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else add_bias(y, self.bias)
 
+    @property
+    def gathers_float8(self) -> bool:
+        """Whether FSDP2 is to gather the weight in float8."""
+        return self.config is not None and self.config.enable_fsdp_float8_all_gather
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 hands its sharded parameter over here.
+        if name == "weight" and isinstance(value, DTensor) and self.gathers_float8:
+            assert self.recipe.output.b is not None
+            shard_in_float8(value, self.recipe.output.b, previous=self._parameters.get("weight"))
+        super().__setattr__(name, value)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars and self.gathers_float8:
+            destination[f"{prefix}weight"] = plain_parameter(destination[f"{prefix}weight"])
+
     def hold_weight_casts(self) -> None:
         """Cast the weight into `weight_casts`, which `forward` uses until it is None again."""
         weight = self.weight
-        if isinstance(weight, DTensor):
+        if isinstance(weight, (DTensor, Carrier)):
             return
         self.weight_casts = cast_weight(weight.detach(), self.recipe, for_grad_input=True)
 

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from octavo.float8.fsdp import held_shard_casts
 from octavo.float8.linear import Float8Linear
 
 
@@ -54,6 +55,7 @@ def cast_weights_once(model: nn.Module, *, enabled: bool = True) -> Iterator[Non
     with ExitStack() as stack:
         if linears:
             stack.callback(register_optimizer_step_pre_hook(forbid).remove)
+            stack.enter_context(held_shard_casts(model))
         for linear in linears:
             stack.callback(setattr, linear, "weight_casts", None)
             with torch.no_grad():
