@@ -81,9 +81,7 @@ def scatter_rows(x: Tensor, pieces: int, size: int, group: str) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(out)
 
 
-def cast_and_gather(
-    x: Tensor, row: Cast, col: Cast | None, *, pieces: int, size: int, group: str
-) -> Casts:
+def cast_and_gather(x: Tensor, row: Cast, col: Cast | None, *, pieces: int, size: int, group: str) -> Casts:
     """The casts of the whole `x[M, K]`, as `[M, K]` and `[K, M]`, given this rank's rows of it."""
     first, second = quantize_both(x, row, col, Split(0, group))
     assert isinstance(first, Quantized)
@@ -150,7 +148,9 @@ class Gathered(Tensor):
         return Gathered((Quantized(inner["row_data"], inner["row_scale"]), col), outer_size, dtype)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             (x,) = args
             return Gathered(x.casts, x.shape, x.dtype)
