@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from octavo import download
+from octavo import download, hub
 from octavo.assets import TOKENIZERS
 from octavo.components.tokenizer import build_tokenizer
 
@@ -193,8 +193,8 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[World]:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "no-home"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.delenv("HF_TOKEN_PATH", raising=False)
-    monkeypatch.setattr(download, "RETRY_WAITS", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(download, "TIMEOUT", 5.0)
+    monkeypatch.setattr(hub, "RETRY_WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(hub, "TIMEOUT", 5.0)
     monkeypatch.chdir(tmp_path)
     yield state
     for server in servers:
@@ -314,7 +314,7 @@ class TestToken:
     def test_never_goes_from_https_to_an_open_address(self) -> None:
         request = urllib.request.Request("https://hub/x?q=signedsecret")
         request.add_unredirected_header("Authorization", f"Bearer {TOKEN}")
-        follow = download._Redirects().redirect_request
+        follow = hub._Redirects().redirect_request
         with pytest.raises(
             download.DownloadError, match=r"^https://hub/x redirects from https to an open address"
         ):
