@@ -206,7 +206,9 @@ class Trainer:
     def _plan(self) -> Parallelize:
         job = self.job
         sharding = None
-        if self.world.size > 1 or self.param_dtype is not torch.float32:
+        # One process in float32 needs no wrapper; FSDP2 also casts to param_dtype, and offloads.
+        alone = self.world.size == 1 and self.param_dtype is torch.float32
+        if not alone or job.training.enable_cpu_offload:
             sharding = Sharding(
                 mesh=self.world.mesh,
                 param_dtype=self.param_dtype,

@@ -52,7 +52,9 @@ def init_world(device: torch.device, parallelism: Parallelism, comm: Comm) -> Wo
     if "RANK" not in os.environ:
         os.environ.update(_alone())
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl"
+        if device.type == "cuda"
+        else "gloo",  # gloo too: offloaded gradients are on the CPU
         timeout=timedelta(seconds=comm.init_timeout_seconds),
         device_id=device if device.type == "cuda" else None,
     )
