@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_map_only
@@ -251,6 +252,8 @@ class ShardedWeight(Tensor):
             padded.narrow(0, 0, self.shape[0]).narrow(1, 0, self.shape[1]).copy_(self.plain)
             return (padded,), (layout, None)
         known = self.known
+        if known.layout is None:
+            _refuse_smaller_groups(module)
         known.layout = layout
         self.check_unwritten()
         if dtype in known.casts:
@@ -298,6 +301,25 @@ class ShardedWeight(Tensor):
                 "computed. Write through the parameter or load_state_dict, or call "
                 "precompute_float8_dynamic_scale_for_fsdp(model) after the write"
             )
+
+
+def _refuse_smaller_groups(module: nn.Module) -> None:
+    """Raise ValueError if FSDP2 is to reshard `module` to a part of its ranks after forward.
+
+    It would fail there with a message about dtypes. Only its own records tell, so where those look otherwise
+    than known, its message has to do.
+    """
+    for reference in list(_module_state_mapping.values()):
+        state = reference()
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for group in groups:
+            mine = any(p._module_info.module is module for p in getattr(group, "fsdp_params", ()))
+            if mine and getattr(group, "_use_post_forward_mesh", False):
+                raise ValueError(
+                    "reshard_after_forward is a number of ranks; FSDP2 cannot reshard weights that it gathers in "
+                    "float8 to fewer ranks. Use reshard_after_forward=True or False, or gather in high "
+                    "precision: enable_fsdp_float8_all_gather=False"
+                )
 
 
 _LAID_OUT_AGAIN = frozenset(
