@@ -10,9 +10,9 @@ as differ from token to token. Bytes, because not every backend knows float8.
 
 The way back is a sum over the ranks of which each keeps its own tokens: a reduce-scatter in high precision.
 
-`Gathered` is what several linears with one input (wq, wk and wv) are handed after one gather: a tensor to the
-eye, with nothing but float8 in it. Any operation but a `Float8Linear` on it raises. Its gradient is
-an ordinary tensor.
+`Gathered` is what several linears with one input (wq, wk and wv) are handed after one gather: the float8
+forms, and a stand-in through which the gradient flows. It is no tensor, so nothing can mistake it for one:
+any operation but a `Float8Linear` on it raises.
 
 Flattened, tokens of `[batch, sequence, K]` that are sharded by sequence are not one run of rows but `pieces`
 of them, one a batch entry: the rows of all ranks are `[pieces, ranks, rows a piece]`.
@@ -116,57 +116,9 @@ def cast_and_gather(x: Tensor, row: Cast, col: Cast | None, *, pieces: int, size
 # ------------------------------------------------------------------------------- what linears are handed
 
 
-class Gathered(Tensor):
-    """A linear's input `[..., K]` of which only the float8 casts exist. See the module's docstring."""
-
-    casts: Casts
-
-    @staticmethod
-    def __new__(cls, casts: Casts, shape: torch.Size, dtype: torch.dtype) -> Gathered:
-        row, _ = casts
-        assert row is not None
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=row.data.device)
-        self.casts = casts
-        return self
-
-    def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        names = ["row_data", "row_scale"] + (["col_data", "col_scale"] if self.casts[1] is not None else [])
-        return names, (self.shape, self.dtype)
-
-    def __getattr__(self, name: str) -> Tensor:
-        which, _, part = name.partition("_")
-        if which in ("row", "col") and part in ("data", "scale"):
-            return getattr(self.casts[which == "col"], part)
-        raise AttributeError(name)
-
-    @staticmethod
-    def __tensor_unflatten__(
-        inner: dict[str, Tensor], meta: Any, outer_size: Any, outer_stride: Any
-    ) -> Gathered:
-        _, dtype = meta
-        col = Quantized(inner["col_data"], inner["col_scale"]) if "col_data" in inner else None
-        return Gathered((Quantized(inner["row_data"], inner["row_scale"]), col), outer_size, dtype)
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            (x,) = args
-            return Gathered(x.casts, x.shape, x.dtype)
-        raise TypeError(
-            f"{func} on an input that was gathered in float8: only Float8Linear reads those. Where a module "
-            "prepared by PrepareFloat8ModuleInput does more with its input, gather in high precision with "
-            "torch's PrepareModuleInput"
-        )
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"Gathered(shape={tuple(self.shape)}, dtype={self.dtype})"
-
-
-class _GatherEdge(torch.autograd.Function):
+class _Edge(torch.autograd.Function):
     """The way of the gradient: a stand-in for the whole `x[M, K]`, whose gradient is summed over the ranks
-    and scattered. It has one element, expanded; nothing reads it.
+    and scattered. It is one element, expanded, and nothing reads it.
     """
 
     @staticmethod
@@ -179,57 +131,49 @@ class _GatherEdge(torch.autograd.Function):
         return scatter_rows(grads[0], *ctx.where), None, None, None
 
 
-class _Close(torch.autograd.Function):
-    """The stand-in and the casts as one `Gathered`. (Compiled code cannot take a function that returns one
-    and communicates in backward: hence two.)
+_REMEDY = (
+    "this input was gathered in float8, and only a Float8Linear reads those. Where a module prepared by "
+    "PrepareFloat8ModuleInput does more with its input, gather in high precision with torch's "
+    "PrepareModuleInput"
+)
+
+
+class Gathered:
+    """A linear's input `[..., K]` of which only the float8 casts exist, to be handed to `Float8Linear`s.
+
+    Has the shape, dtype and device of a tensor. Anything else that a tensor can do raises TypeError.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        edge: Tensor,
-        row: Tensor,
-        row_scale: Tensor,
-        col: Tensor | None,
-        col_scale: Tensor | None,
-        shape: torch.Size,
-    ) -> Tensor:
-        ctx.edge_shape = edge.shape
-        second = Quantized(col, col_scale) if col is not None and col_scale is not None else None
-        return Gathered((Quantized(row, row_scale), second), shape, edge.dtype)
+    def __init__(self, edge: Tensor, casts: Casts, shape: torch.Size) -> None:
+        self.edge, self.casts, self.shape = edge, casts, shape
+        self.dtype, self.device, self.requires_grad = edge.dtype, edge.device, edge.requires_grad
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0].reshape(ctx.edge_shape), *[None] * 5
+    def dim(self) -> int:
+        return len(self.shape)
 
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
 
-class _Open(torch.autograd.Function):
-    """The stand-in `[M, K]` again, for one linear."""
+    def to(self, dtype: torch.dtype) -> Gathered:
+        if dtype != self.dtype:
+            raise TypeError(f"a conversion from {self.dtype} to {dtype}: {_REMEDY}")
+        return self
 
-    @staticmethod
-    def forward(ctx: Any, x: Gathered, data: Tensor) -> Tensor:
-        ctx.shape = x.shape
-        return data.new_zeros((1, 1), dtype=x.dtype).expand(data.shape)
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what Python itself asks for
+            raise AttributeError(name)
+        raise TypeError(f".{name}: {_REMEDY}")
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0].reshape(ctx.shape), None
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise TypeError(f"{getattr(func, '__name__', func)}: {_REMEDY}")
+
+    def __repr__(self) -> str:
+        return f"Gathered(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
-def open_gathered(x: Gathered) -> tuple[Tensor, Casts]:
-    """A stand-in `[M, K]` for `x`, through which its gradient flows, and its casts."""
-    row, _ = x.casts
-    assert row is not None
-    return _Open.apply(x, row.data), x.casts
-
-
-def close_gathered(
-    x: Tensor, casts: Casts, shape: torch.Size, *, pieces: int, size: int, group: str
-) -> Tensor:
+def gather(x: Tensor, casts: Casts, shape: torch.Size, *, pieces: int, size: int, group: str) -> Gathered:
     """What linears are handed of the gathered tensor of `shape[..., K]`, given this rank's rows `x[M, K]` and
     the gathered casts.
     """
-    row, col = casts
-    assert row is not None
-    edge = _GatherEdge.apply(x, pieces, size, group)
-    return _Close.apply(edge, *row, *(col if col is not None else (None, None)), shape)
+    return Gathered(_Edge.apply(x, pieces, size, group), casts, shape)

@@ -20,16 +20,20 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement
 
 from octavo.float8.bias import add_bias
 from octavo.float8.carrier import Carrier
 from octavo.float8.config import Options, resolve
 from octavo.float8.fsdp import plain_parameter, shard_in_float8
+from octavo.float8.gather import Gathered, cast_and_gather, scatter_rows
+from octavo.float8.keep import keep
 from octavo.float8.matmul import matmul, warn_if_emulated
 from octavo.float8.quantize import Quantized, quantize, quantize_both
 from octavo.float8.recipe import Recipe
+from octavo.float8.sharded import local_input, scatters, sharding_of, whole_output
 from octavo.float8.shared import Casts, shared_casts
+from octavo.float8.split import Sharding, Split
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -99,63 +103,86 @@ class Float8Matmul(torch.autograd.Function):
         w_KN_scale: Tensor | None,
         recipe: Recipe,
         emulate: bool | None,
+        sharding: Sharding | None,
     ) -> Tensor:
         need_x, need_w = ctx.needs_input_grad[:2]
         keep_x = (x if x_KM is None else x_KM, x_KM_scale) if need_w else (None, None)
         keep_w = (w if w_KN is None else w_KN, w_KN_scale) if need_x else (None, None)
         ctx.save_for_backward(*keep_x, *keep_w)
-        ctx.recipe, ctx.emulate = recipe, emulate
-        return matmul(
+        ctx.recipe, ctx.emulate, ctx.sharding = recipe, emulate, sharding
+        y = matmul(
             _operand(x_MK, x_MK_scale, x),
             _operand(w_NK, w_NK_scale, w.to(x.dtype) if recipe.output.b is None else w),
             recipe.output,
             x.dtype,
             emulate=emulate,
         )
+        if sharding is None or sharding.pieces is None:
+            return y
+        return scatter_rows(y, sharding.pieces, sharding.size, sharding.group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, x_scale, w, w_scale = ctx.saved_tensors
-        recipe, emulate = ctx.recipe, ctx.emulate
+        recipe, emulate, sharding = ctx.recipe, ctx.emulate, ctx.sharding
         grad_input, grad_weight = recipe.grad_input, recipe.grad_weight
         want_x, want_w = _wanted(ctx)
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         dx = dw = None
         with torch.no_grad():
-            dy_MN, dy_NM = quantize_both(
-                dy, grad_input.a if want_x else None, grad_weight.a if want_w else None
-            )
+            dy_MN, dy_NM = _cast_grad_output(dy, recipe, sharding, want_x=want_x, want_w=want_w)
             if want_x:
                 if w_scale is not None:
                     w_KN: Quantized | Tensor = Quantized(w, w_scale)
                 else:
-                    w_KN = w.t().to(dy.dtype) if grad_input.b is None else quantize(w.t(), grad_input.b)
+                    split = sharding.weight.transposed if sharding else None
+                    w_KN = (
+                        w.t().to(dy.dtype) if grad_input.b is None else quantize(w.t(), grad_input.b, split)
+                    )
                 dx = matmul(dy_MN, w_KN, grad_input, dy.dtype, emulate=emulate)
             if want_w:
                 x_KM = x.t() if x_scale is None else Quantized(x, x_scale)
                 dw = matmul(dy_NM, x_KM, grad_weight, dy.dtype, emulate=emulate)
         if differentiable:
             dx, dw = (None if g is None else _once(g) for g in (dx, dw))
-        return dx, dw, *[None] * 10
+        return dx, dw, *[None] * 11
 
 
-def cast_input(x: Tensor, recipe: Recipe, *, for_grad_weight: bool) -> Casts:
+def _cast_grad_output(
+    dy: Tensor, recipe: Recipe, sharding: Sharding | None, *, want_x: bool, want_w: bool
+) -> tuple[Quantized | Tensor, Quantized | Tensor]:
+    """`dy[M, N]` as `[M, N]` for grad_input and as `[N, M]` for grad_weight, gathered if tokens are spread
+    over ranks.
+    """
+    row, col = recipe.grad_input.a, recipe.grad_weight.a if want_w else None
+    if sharding is not None and sharding.pieces is not None:
+        assert row is not None
+        first, second = cast_and_gather(
+            dy, row, col, pieces=sharding.pieces, size=sharding.size, group=sharding.group
+        )
+        assert first is not None
+        return first, dy if second is None else second
+    return quantize_both(dy, row if want_x else None, col, sharding.grad_output if sharding else None)
+
+
+def cast_input(x: Tensor, recipe: Recipe, *, for_grad_weight: bool, split: Split | None = None) -> Casts:
     """`x[M, K]` as the output's operand `[M, K]` and, if asked for, as grad_weight's `[K, M]`.
 
-    None where the operand stays in high precision or is not asked for.
+    None where the operand stays in high precision or is not asked for. `split` says how x is split over
+    ranks.
     """
     row, col = recipe.output.a, recipe.grad_weight.b if for_grad_weight else None
-    first, second = quantize_both(x, row, col)
+    first, second = quantize_both(x, row, col, split)
     return first if isinstance(first, Quantized) else None, second if isinstance(second, Quantized) else None
 
 
-def cast_weight(w: Tensor, recipe: Recipe, *, for_grad_input: bool) -> Casts:
+def cast_weight(w: Tensor, recipe: Recipe, *, for_grad_input: bool, split: Split | None = None) -> Casts:
     """`w[N, K]` as the output's operand `[N, K]` and, if asked for, as grad_input's `[K, N]`; None as
     above.
     """
     row, col = recipe.output.b, recipe.grad_input.b if for_grad_input else None
-    first, second = quantize_both(w, row, col)
+    first, second = quantize_both(w, row, col, split)
     return first if isinstance(first, Quantized) else None, second if isinstance(second, Quantized) else None
 
 
@@ -171,27 +198,39 @@ def multiply(
     emulate: bool | None = None,
     x_casts: Casts | None = None,
     w_casts: Casts | None = None,
+    sharding: Sharding | None = None,
 ) -> Tensor:
     """`x[M, K] . w[N, K]^T` as `y[M, N]` in x's dtype, differentiable in both.
 
     `x_casts` and `w_casts` are what `cast_input` and `cast_weight` give, if already made. Without `w_casts`,
     the weight is cast for the output now and for grad_input in backward, so that nothing of its size is held
-    between.
+    between. `sharding` says that x and w are one rank's parts of a tensor parallel product.
     """
     with torch.no_grad():
         if x_casts is None:
-            x_casts = cast_input(x, recipe, for_grad_weight=w.requires_grad)
+            x_casts = cast_input(
+                x, recipe, for_grad_weight=w.requires_grad, split=sharding.input if sharding else None
+            )
         if w_casts is None:
             w_casts = (
-                w.casts() if isinstance(w, Carrier) else cast_weight(w, recipe, for_grad_input=False)
+                w.casts()
+                if isinstance(w, Carrier)
+                else cast_weight(
+                    w, recipe, for_grad_input=False, split=None if sharding is None else sharding.weight
+                )
             )
     # Views, so that neither edge of the graph is a leaf: the engine answers `_wanted` for inner nodes only.
-    return Float8Matmul.apply(x.view_as(x), w.view_as(w), *_flat(x_casts), *_flat(w_casts), recipe, emulate)
+    return Float8Matmul.apply(
+        x.view_as(x), w.view_as(w), *_flat(x_casts), *_flat(w_casts), recipe, emulate, sharding
+    )
 
 
 class Float8Linear(nn.Linear):
     """`nn.Linear` whose three products run in float8, as `config` says: options, a `Recipe`, or a recipe's
     name.
+
+    `keep_input` says whether compiled code must keep the input's cast for backward; where it is False and the
+    input has two bytes an element, the compiler may rather make it again (`convert.py` decides).
 
     Parameters, state dict and signature are those of `nn.Linear`. Takes `[..., in_features]` of 1 to any
     number of dimensions, in bfloat16, float16 or float32, and returns `[..., out_features]` in the same dtype
@@ -213,6 +252,11 @@ class Float8Linear(nn.Linear):
         self.recipe, self.config = resolve(config)
         self.emulate = emulate if self.config is None or emulate is not None else self.config.emulate
         self.weight_casts: Casts | None = None
+        # Set by tensor parallel styles: whether one was applied, and what becomes of an output that is a sum
+        # over ranks.
+        self.tensor_parallel = False
+        self.output_placement: Placement | None = None
+        self.keep_input = True
 
     @classmethod
     def from_float(
@@ -228,8 +272,8 @@ class Float8Linear(nn.Linear):
             config=config,
             emulate=emulate,
         )
-        new.register_parameter("weight", mod.weight)
-        new.register_parameter("bias", mod.bias)
+        for name, parameter in mod.named_parameters(recurse=False):
+            new.register_parameter(name, parameter)
         new.training = mod.training
         warn_if_emulated(new.recipe, mod.weight.device, new.emulate)
         return new
@@ -253,19 +297,52 @@ class Float8Linear(nn.Linear):
         if not torch.compiler.is_compiling():
             warn_if_emulated(self.recipe, x.device, self.emulate)
 
-        x_MK = x.reshape(-1, self.in_features)
-        for_grad_weight = self.weight.requires_grad and torch.is_grad_enabled()
-        with torch.no_grad():
-            x_casts = shared_casts(
-                input,
-                (x.dtype, self.recipe.output.a, self.recipe.grad_weight.b if for_grad_weight else None),
-                lambda: cast_input(x_MK.detach(), self.recipe, for_grad_weight=for_grad_weight),
-            )
-        y_MN = multiply(
-            x_MK, self.weight, self.recipe, emulate=self.emulate, x_casts=x_casts, w_casts=self.weight_casts
-        )
+        if isinstance(self.weight, DTensor):
+            return self._forward_sharded(x, self.weight)
+        y_MN = self._multiply(x.reshape(-1, self.in_features), self.weight, input)
         y = y_MN.reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else add_bias(y, self.bias)
+
+    def _multiply(
+        self,
+        x_MK: Tensor,
+        weight: Tensor,
+        owner: Tensor,
+        *,
+        x_casts: Casts | None = None,
+        sharding: Sharding | None = None,
+    ) -> Tensor:
+        """`y_MN`. `owner` is the tensor whose casts those of x_MK are."""
+        for_grad_weight = weight.requires_grad and torch.is_grad_enabled()
+        split = sharding.input if sharding else None
+        if x_casts is None:
+            row, col = self.recipe.output.a, self.recipe.grad_weight.b if for_grad_weight else None
+            with torch.no_grad():
+                x_casts = shared_casts(
+                    owner,
+                    (x_MK.dtype, row, col, split),
+                    lambda: cast_input(
+                        x_MK.detach(), self.recipe, for_grad_weight=for_grad_weight, split=split
+                    ),
+                )
+                if torch.compiler.is_compiling() and (self.keep_input or x_MK.dtype == torch.float32):
+                    x_casts = keep(x_casts, one_cast=row == col and row is not None and row.square)
+        return multiply(
+            x_MK,
+            weight,
+            self.recipe,
+            emulate=self.emulate,
+            x_casts=x_casts,
+            w_casts=self.weight_casts,
+            sharding=sharding,
+        )
+
+    def _forward_sharded(self, x: Tensor | Gathered, weight: DTensor) -> Tensor:
+        tokens = x.shape[:-1]
+        sharding = scatters(sharding_of(weight, self.recipe), self.recipe, tokens, self.output_placement)
+        x_MK, owner, x_casts = local_input(x, sharding)
+        y_MN = self._multiply(x_MK, weight.to_local(), owner, x_casts=x_casts, sharding=sharding)
+        return whole_output(y_MN, self.bias, tokens, weight.device_mesh, sharding, self.output_placement)
 
     @property
     def gathers_float8(self) -> bool:
@@ -287,9 +364,15 @@ class Float8Linear(nn.Linear):
     def hold_weight_casts(self) -> None:
         """Cast the weight into `weight_casts`, which `forward` uses until it is None again."""
         weight = self.weight
-        if isinstance(weight, (DTensor, Carrier)):
+        split = None
+        if isinstance(weight, Carrier):
             return
-        self.weight_casts = cast_weight(weight.detach(), self.recipe, for_grad_input=True)
+        if isinstance(weight, DTensor):
+            if not self.tensor_parallel or weight.device_mesh.ndim != 1:  # FSDP's
+                return
+            split = sharding_of(weight, self.recipe).weight
+            weight = weight.to_local()
+        self.weight_casts = cast_weight(weight.detach(), self.recipe, for_grad_input=True, split=split)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold parameters only.

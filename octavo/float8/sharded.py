@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from octavo.float8.bias import add_bias
-from octavo.float8.gather import Gathered, can_gather, open_gathered, pieces_of
+from octavo.float8.gather import Gathered, can_gather, pieces_of
 from octavo.float8.recipe import Recipe
 from octavo.float8.shared import Casts
 from octavo.float8.split import Sharding
@@ -65,7 +65,7 @@ def scatters(sharding: Sharding, recipe: Recipe, tokens: torch.Size, output: Pla
     return replace(sharding, pieces=pieces)
 
 
-def local_input(x: Tensor, sharding: Sharding) -> tuple[Tensor, Tensor, Casts | None]:
+def local_input(x: Tensor | Gathered, sharding: Sharding) -> tuple[Tensor, Tensor, Casts | None]:
     """This rank's `x_MK`; the tensor that owns its memory; and its casts, where they came along."""
     if isinstance(x, Gathered):
         if sharding.axis == 1:
@@ -73,8 +73,7 @@ def local_input(x: Tensor, sharding: Sharding) -> tuple[Tensor, Tensor, Casts | 
                 "an input that was gathered whole, in float8, reached a Float8Linear whose weight is sharded "
                 "by input features: prepare the inputs of column-wise linears only"
             )
-        x_MK, casts = open_gathered(x)
-        return x_MK, x_MK, casts
+        return x.edge, x.edge, x.casts
     if not isinstance(x, DTensor):
         raise ValueError(
             "a Float8Linear with a sharded weight was called with an ordinary tensor: apply "

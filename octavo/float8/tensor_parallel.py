@@ -40,7 +40,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel
 
-from octavo.float8.gather import Gathered, can_gather, cast_and_gather, close_gathered, pieces_of
+from octavo.float8.gather import Gathered, can_gather, cast_and_gather, gather, pieces_of
 from octavo.float8.linear import Float8Linear
 from octavo.float8.recipe import Recipe
 from octavo.float8.sharded import group_name
@@ -90,7 +90,7 @@ def _gather(x: Any, layout: Placement, recipe: Recipe, *, for_grad_weight: bool,
             lambda: cast_and_gather(x_MK.detach(), row, col, pieces=pieces, size=size, group=group),
         )
     shape = torch.Size((*x.shape[:dim], x.shape[dim] * size, *x.shape[dim + 1 :]))
-    return close_gathered(x_MK, casts, shape, pieces=pieces, size=size, group=group)
+    return gather(x_MK, casts, shape, pieces=pieces, size=size, group=group)
 
 
 def _trains(linears: list[Float8Linear]) -> bool:
