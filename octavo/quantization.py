@@ -10,7 +10,13 @@ from torch import nn
 from octavo.components.logging import logger
 from octavo.config import ConfigError, JobConfig
 from octavo.config.schema import Float8
-from octavo.float8 import Float8Linear, Float8LinearConfig, cast_weights_once, convert_to_float8_training
+from octavo.float8 import (
+    Float8Linear,
+    Float8LinearConfig,
+    cast_weights_once,
+    convert_to_float8_training,
+    precompute_float8_dynamic_scale_for_fsdp,
+)
 from octavo.float8.matmul import describe_path
 
 DEFAULT_RECIPE = "tensorwise"
@@ -39,11 +45,21 @@ def keep_casts_under_compile() -> None:
 def weights_cast_once(model: nn.Module, job: JobConfig, *, accumulation: int) -> AbstractContextManager[None]:
     """The scope of one step's microbatches, in which float8 weights are cast once if that saves a cast.
 
-    Several microbatches would cast them again, and so would recomputation under activation checkpointing.
-    It changes no bit.
+    Several microbatches would cast them again, and so would recomputation under activation checkpointing, and
+    float8 gathers in forward and in backward. It changes no bit.
     """
-    again = accumulation > 1 or job.activation_checkpoint.mode != "none"
+    again = (
+        accumulation > 1
+        or job.activation_checkpoint.mode != "none"
+        or job.float8.enable_fsdp_float8_all_gather
+    )
     return cast_weights_once(model, enabled=again and job.float8.cast_weights_once)
+
+
+def after_optimizer_step(model: nn.Module, settings: Float8) -> None:
+    """Compute the scales of weights that FSDP gathers in float8 in one reduction, if that is asked for."""
+    if settings.enable_fsdp_float8_all_gather and settings.precompute_float8_dynamic_scale_for_fsdp:
+        precompute_float8_dynamic_scale_for_fsdp(model)
 
 
 def convert(
@@ -70,7 +86,11 @@ def convert(
             f"float8.filter_fqns = {list(settings.filter_fqns)} leaves none of the {len(linears)} linear "
             "layers to convert; take a filter out, or take float8 out of model.converters"
         )
-    config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=True if settings.emulate else None)
+    config = replace(
+        Float8LinearConfig.from_recipe_name(recipe),
+        emulate=True if settings.emulate else None,
+        enable_fsdp_float8_all_gather=settings.enable_fsdp_float8_all_gather,
+    )
     convert_to_float8_training(
         model, config=config, module_filter_fn=lambda _, name: name in linears and name not in kept
     )

@@ -272,6 +272,7 @@ class Trainer:
 
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.training.max_norm)
         self.optimizer.step()
+        quantization.after_optimizer_step(self.model, settings.float8)
         self.tokens_seen += self.global_tokens
         self.metrics.end_step()
         if not self.metrics.due(step):

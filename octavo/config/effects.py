@@ -36,6 +36,12 @@ NEEDS: tuple[Need, ...] = (
         'add --model.converters="float8"',
     ),
     Need(
+        ("float8.precompute_float8_dynamic_scale_for_fsdp",),
+        lambda job, _: job.float8.enable_fsdp_float8_all_gather,
+        "weights are not gathered in float8",
+        "add --float8.enable_fsdp_float8_all_gather",
+    ),
+    Need(
         (
             "checkpoint.folder",
             "checkpoint.interval",
@@ -98,6 +104,8 @@ NEEDS: tuple[Need, ...] = (
     ),
     Need(
         (
+            "float8.enable_fsdp_float8_all_gather",
+            "float8.precompute_float8_dynamic_scale_for_fsdp",
             "parallelism.fsdp_reshard_after_forward",
             "training.mixed_precision_reduce",
             "comm.init_timeout_seconds",

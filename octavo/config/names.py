@@ -22,6 +22,9 @@ ReduceDtype = Literal["float32", "bfloat16"]
 ReshardAfterForward = Literal["default", "always", "never"]
 
 RECIPES: tuple[str, ...] = get_args(RecipeName)
+GATHERABLE_RECIPES: tuple[str, ...] = ("tensorwise", "blockwise")
+"""Recipes whose weights FSDP can gather in float8: one cast serves both products that read the weight."""
+
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 DECAY_TYPES: tuple[str, ...] = get_args(DecayType)
 CONVERTERS: tuple[str, ...] = get_args(Converter)

@@ -37,6 +37,7 @@ def check(job: JobConfig, *, world_size: int, gpus: int | None = None) -> None:
             *_batch(job, world_size),
             *_warmup(job),
             *_model(job),
+            *_float8(job),
             *_on_disk(_dataset, job, "training.dataset"),
             *_on_disk(_tokenizer, job, "model.hf_assets_path"),
             *_on_disk(_outputs, job, "job.dump_folder"),
@@ -111,6 +112,17 @@ def _model(job: JobConfig) -> Iterator[str]:
         flavors = names.MODELS[name]
         hint = did_you_mean(flavor, flavors)
         yield f"{named(job, 'model.flavor')}: {name} has no such flavor; it has {', '.join(flavors)}{hint}"
+
+
+def _float8(job: JobConfig) -> Iterator[str]:
+    recipe = job.float8.recipe_name or names.GATHERABLE_RECIPES[0]
+    wanted = "float8" in job.model.converters and job.float8.enable_fsdp_float8_all_gather
+    if wanted and recipe not in names.GATHERABLE_RECIPES:
+        yield (
+            f"{named(job, 'float8.enable_fsdp_float8_all_gather')}: the recipe {recipe} casts a weight "
+            "differently for the output and for grad_input, so there is no one float8 weight to gather; take "
+            f"float8.recipe_name = {' or '.join(names.GATHERABLE_RECIPES)}, or gather in high precision"
+        )
 
 
 def _custom_import(job: JobConfig) -> Iterator[str]:

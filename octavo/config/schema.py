@@ -200,6 +200,10 @@ class Float8:
     """Comma-separated parts of module names to leave in high precision, e.g. output,attention.wk."""
     emulate: bool = False
     """Compute float8 matmuls in high precision from float8-rounded operands, also where hardware exists."""
+    enable_fsdp_float8_all_gather: bool = False
+    """FSDP gathers weights in float8, one byte each; for the recipes tensorwise and blockwise."""
+    precompute_float8_dynamic_scale_for_fsdp: bool = False
+    """Reduce the scales of all gathered weights at once, after the optimizer's step."""
     cast_weights_once: bool = True
     """Cast weights once per optimizer step, where accumulation or checkpointing would do it again; holds
     1 to 2 bytes a weight.

@@ -13,7 +13,6 @@ from types import MappingProxyType
 
 _DATA_PARALLEL_ONLY = "octavo parallelizes over data only (FSDP2, HSDP)"
 _NO_EXPERTS = "octavo has no mixture-of-experts models"
-_HIGH_PRECISION_GATHER = "weights are gathered in high precision and cast afterwards"
 _DYNAMIC_SCALES = "scales are always dynamic, computed from the tensor they scale"
 _OWN_FORMAT = "octavo starts from its own checkpoints only"
 _RECOMPUTE_DEFAULTS = "recomputation is not configured beyond mode and selective_ac_option"
@@ -129,8 +128,6 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
     },
     "float8": {
         "enable_float8_linear": _moved('model.converters = ["float8"]'),
-        "enable_fsdp_float8_all_gather": _HIGH_PRECISION_GATHER,
-        "precompute_float8_dynamic_scale_for_fsdp": _HIGH_PRECISION_GATHER,
         "force_recompute_fp8_weight_in_bwd": "what backward recomputes is set by activation_checkpoint.mode",
         "scaling_type_input": _DYNAMIC_SCALES,
         "scaling_type_weight": _DYNAMIC_SCALES,

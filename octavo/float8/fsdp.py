@@ -316,9 +316,9 @@ def _refuse_smaller_groups(module: nn.Module) -> None:
             mine = any(p._module_info.module is module for p in getattr(group, "fsdp_params", ()))
             if mine and getattr(group, "_use_post_forward_mesh", False):
                 raise ValueError(
-                    "reshard_after_forward is a number of ranks; FSDP2 cannot reshard weights that it gathers in "
-                    "float8 to fewer ranks. Use reshard_after_forward=True or False, or gather in high "
-                    "precision: enable_fsdp_float8_all_gather=False"
+                    "reshard_after_forward is a number of ranks; FSDP2 cannot reshard weights that it "
+                    "gathers in float8 to fewer ranks. Use reshard_after_forward=True or False, or gather in "
+                    "high precision: enable_fsdp_float8_all_gather=False"
                 )
 
 

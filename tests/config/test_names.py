@@ -13,6 +13,7 @@ def test_recipes() -> None:
     from octavo.float8.recipe import RECIPES
 
     assert tuple(RECIPES) == names.RECIPES
+    assert tuple(name for name in RECIPES if RECIPES[name].gatherable) == names.GATHERABLE_RECIPES
 
 
 def test_corpora_and_tokenizers() -> None:

@@ -289,10 +289,33 @@ def test_a_missing_package_is_told_before_the_start(monkeypatch: pytest.MonkeyPa
     assert "needs the package datasets" in problems("--training.dataset=c4")
 
 
+def test_float8_gathers_need_several_processes_and_a_square_cast() -> None:
+    float8 = "--model.converters=float8"
+    gather, precompute = (
+        f"--float8.{key}"
+        for key in ("enable_fsdp_float8_all_gather", "precompute_float8_dynamic_scale_for_fsdp")
+    )
+    assert "one process, which shares nothing" in problems(float8, gather)
+    assert "weights are not gathered in float8" in problems(float8, precompute, world_size=2)
+    for recipe in ("tensorwise", "blockwise"):
+        argv = [float8, gather, precompute, f"--float8.recipe_name={recipe}"]
+        assert problems(*argv, world_size=2) == ""
+    told = problems(float8, gather, "--float8.recipe_name=rowwise", world_size=2)
+    assert "the recipe rowwise casts a weight differently" in told
+    assert "tensorwise or blockwise" in told
+
+
 NO_EFFECT = [
     ("--float8.recipe_name=rowwise", '--model.converters="float8"', ["--model.converters=float8"], 1),
     ("--float8.filter_fqns=output", '--model.converters="float8"', ["--model.converters=float8"], 1),
     ("--float8.emulate", '--model.converters="float8"', ["--model.converters=float8"], 1),
+    ("--float8.enable_fsdp_float8_all_gather", "--model.converters", ["--model.converters=float8"], 2),
+    (
+        "--float8.precompute_float8_dynamic_scale_for_fsdp",
+        "--model.converters",
+        ["--model.converters=float8", "--float8.enable_fsdp_float8_all_gather"],
+        2,
+    ),
     ("--checkpoint.folder=x", "--checkpoint.enable", ["--checkpoint.enable_checkpoint"], 1),
     ("--checkpoint.interval=5", "--checkpoint.enable", ["--checkpoint.enable"], 1),
     ("--checkpoint.load_step=-1", "--checkpoint.enable", ["--checkpoint.enable"], 1),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from octavo.float8 import RECIPES, Float8Linear
 from octavo.float8.carrier import Carrier
 from octavo.float8.quantize import dequantize, quantize
-from tests.float8.graphs import compiles
+from tests.float8.graphs import compile_and_capture, compiles
 
 RECIPE_NAMES = ["tensorwise", "blockwise"]
 
@@ -43,19 +43,20 @@ def linears(recipe: str, dtype: torch.dtype) -> tuple[Float8Linear, Float8Linear
 def test_a_linear_multiplies_with_what_it_carries(recipe: str, dtype: torch.dtype) -> None:
     plain, carried = linears(recipe, dtype)
     x = torch.randn(3, 16, 160, generator=torch.Generator().manual_seed(1)).to(dtype)
+    results = []
     for linear in (plain, carried):
         x.grad = None
         y = linear(x.requires_grad_())
         y.sum().backward()
-        linear.results = [y.detach(), x.grad, linear.weight.grad, linear.bias.grad]
-    assert all(torch.equal(a, b) for a, b in zip(plain.results, carried.results, strict=True))
+        results.append([y.detach(), x.grad, linear.weight.grad, linear.bias.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert type(carried.weight.grad) is Tensor
     assert carried.weight.grad.dtype == carried.weight.dtype == dtype
 
 
 @compiles
 @pytest.mark.parametrize("recipe", RECIPE_NAMES)
-def test_compiled_in_one_graph_without_casting_the_weight(recipe: str) -> None:
+def test_compiled_in_one_graph(recipe: str) -> None:
     _, carried = linears(recipe, torch.float32)
     torch._dynamo.reset()
     results = []
@@ -66,6 +67,14 @@ def test_compiled_in_one_graph_without_casting_the_weight(recipe: str) -> None:
         y.square().sum().backward()
         results.append([y.detach(), x.grad, carried.weight.grad])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@compiles
+def test_compiled_code_does_not_cast_the_weight() -> None:
+    for linear, casts in zip(linears("tensorwise", torch.float32), (2, 0), strict=True):
+        graphs = compile_and_capture(linear, torch.randn(16, 160, requires_grad=True))
+        shapes = [*graphs.casts("forward"), *graphs.casts("backward")]
+        assert sum(torch.Size(shape).numel() == 192 * 160 for shape in shapes) == casts
 
 
 def test_views_that_keep_the_shape_stay_carriers() -> None:

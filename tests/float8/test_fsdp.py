@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -44,7 +43,6 @@ from octavo.float8.fsdp import Layout, ShardedWeight, cast_shard, reduce_maxima,
 from octavo.float8.quantize import quantize
 from tests import ranks
 from tests.float8.graphs import FLOAT8, compiles
-from tests.float8.llama_block import LlamaBlock
 
 WORLDS = [1, 2, 3, 4]
 RECIPES = ["tensorwise", "tensorwise, powers of two", "blockwise"]
@@ -63,7 +61,8 @@ def config(recipe: str, *, gather: bool) -> Float8LinearConfig:
     )
 
 
-# Sizes that nothing divides; 128-blocks that straddle shards of 192, 96, 64 and 48 rows; fewer rows than ranks.
+# Sizes that nothing divides; 128-blocks that straddle shards of 192, 96, 64 and 48 rows; fewer rows than
+# ranks.
 SIZES = (33, 65, 192, 3)
 
 
@@ -75,7 +74,7 @@ class Block(nn.Module):
 
     def run(self, x: Tensor) -> Tensor:
         for linear in self.linears:
-            x = F.gelu(linear(x))
+            x = linear(x).relu()
         return x
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,7 +149,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-# ------------------------------------------------------------------------------------------- gathered = ungathered
+# -------------------------------------------------------------------------------------- gathered = ungathered
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,7 @@ def test_float8_training_is_not_high_precision() -> None:
     assert not torch.equal(float8(x), high(x))
 
 
-# ----------------------------------------------------------------------------------------- shards, without ranks
+# -------------------------------------------------------------------------------------- shards, without ranks
 
 
 def shards_of(w: Tensor, dim: int, world: int) -> list[Tensor]:
@@ -268,7 +267,7 @@ def _reduced(values: list[list[float]]) -> bool:
     return torch.equal(whole.nan_to_num(-1), torch.tensor(values).nan_to_num(-1)) and rank.item() == 1
 
 
-# ------------------------------------------------------------------------------------ what is communicated and cast
+# ------------------------------------------------------------------------------ what is communicated and cast
 
 
 class Traffic(TorchDispatchMode):
@@ -318,7 +317,7 @@ def _traffic(
 
     def one_step() -> None:
         with cast_weights_once(model) if once else nullcontext():
-            for microbatch in range(3):
+            for _ in range(3):
                 model(torch.randn(tokens, sizes[0])).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -348,7 +347,7 @@ def _all_traffic() -> dict[str, Any]:
 def test_bytes_reductions_and_casts_of_a_step() -> None:
     first, second = ranks.run(2, _all_traffic)
     assert first == second
-    # 3 microbatches, each gathering 3 weights in forward and 3 in backward (the last one too, as it is asked to).
+    # 3 microbatches, each gathering 3 weights in forward and 3 in backward.
     gathers = 3 * (3 + 3)
     calls = {name: Counter(counts) for name, (counts, _) in first.items()}
     received = {name: total for name, (_, total) in first.items()}
@@ -370,7 +369,7 @@ def test_bytes_reductions_and_casts_of_a_step() -> None:
     assert reductions_and_casts("all, blockwise") == (1, 3)
 
 
-# ------------------------------------------------------------------------------------------------ stale scales
+# ----------------------------------------------------------------------------------------------- stale scales
 
 
 def _without_precompute_after_a_step() -> list[bool]:
@@ -427,7 +426,7 @@ def test_scales_are_never_older_than_the_weights() -> None:
     assert verdicts == [[True] * 8] * 2
 
 
-# ------------------------------------------------------------------------------------------ everything stays plain
+# ------------------------------------------------------------------------------------- everything stays plain
 
 
 def _is_plain(tensor: Any) -> bool:
@@ -536,7 +535,7 @@ def test_built_on_meta_then_filled() -> None:
     assert ranks.run(3, _meta_init) == [[True] * 5] * 3
 
 
-# ----------------------------------------------------------------------------------------------------- other meshes
+# ----------------------------------------------------------------------------------------------- other meshes
 
 
 def _hsdp() -> bool:
@@ -552,7 +551,9 @@ def test_replicated_groups_of_shards() -> None:
 
 
 def _tensor_parallel(recipe: str) -> list[bool]:
-    """The gathered parts of a tensor parallel weight, against casts of those parts with the scales of the whole."""
+    """The gathered parts of a tensor parallel weight, against casts of those parts with the scales of the
+    whole.
+    """
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     verdicts = []
     for style, axis in ((ColwiseParallel(), 0), (RowwiseParallel(), 1)):
@@ -604,7 +605,7 @@ def test_maxima_over_tensor_parallel_ranks_too(recipe: str) -> None:
     assert ranks.run(4, _tensor_parallel, recipe) == [[True] * 6] * 4
 
 
-# ------------------------------------------------------------------------------------------------------ odd cases
+# -------------------------------------------------------------------------------------------------- odd cases
 
 
 def _message(call: Any) -> str:
@@ -675,46 +676,37 @@ def test_bad_numbers_are_seen_on_every_rank() -> None:
     assert ranks.run(2, _not_a_number) == [[True] * 4] * 2
 
 
-# -------------------------------------------------------------------------------------------------------- compiled
+# --------------------------------------------------------------------------------------------------- compiled
 
 
-def _compiled(recipe: str) -> list[str]:
-    """Blocks compiled in one graph each, then sharded; against the same in eager mode."""
-    wrong = []
-    runs = {}
-    for name in ("eager", "compiled", "compiled once"):
+def _compiled() -> list[str]:
+    """A block compiled in one graph, then sharded; against the same in eager mode."""
+    runs: dict[str, list[Tensor]] = {}
+    for name in ("eager", "compiled", "compiled, once"):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model = nn.Sequential(*(LlamaBlock(dim=64, hidden=192) for _ in range(2)))
-        convert_to_float8_training(model, config=config(recipe, gather=True))
+        model = nn.Sequential(Block((64, 192, 64), checkpointed=False))
+        convert_to_float8_training(model, config=config("tensorwise", gather=True))
         if name != "eager":
-            for block in model:
-                block.compile(fullgraph=True)
+            model[0].compile(fullgraph=True)
         shard(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        runs[name] = kept = []
+        runs[name] = []
         for seed in range(2):
-            with cast_weights_once(model) if name == "compiled once" else nullcontext():
+            with cast_weights_once(model) if name == "compiled, once" else nullcontext():
                 for microbatch in range(2):
                     g = torch.Generator().manual_seed(10 * seed + microbatch)
-                    x = torch.randn(2, 16, 64, generator=g).requires_grad_()
+                    x = torch.randn(32, 64, generator=g).requires_grad_()
                     y = model(x)
                     y.square().mean().backward()
-                    kept += [y.detach(), x.grad]
+                    runs[name] += [y.detach(), x.grad]
             optimizer.step()
             optimizer.zero_grad()
-        kept += [p.full_tensor().detach() for p in model.parameters()]
-    for name in ("compiled", "compiled once"):
-        for got, want in zip(runs[name], runs["eager"], strict=True):
-            error = ((got - want).norm() / want.norm()).item()
-            if not error < 1e-6:
-                wrong.append(f"{name}: {tuple(got.shape)} is {error:.1e} off")
-    if not same(runs["compiled"], runs["compiled once"]):
-        wrong.append("casts kept over the step change bits")
-    return wrong
+        runs[name] += [p.full_tensor().detach() for p in model.parameters()]
+        assert any(isinstance(state, ShardedWeight) for _, state in sharded_weights(model))
+    return [name for name, kept in runs.items() if not same(kept, runs["eager"])]
 
 
 @compiles
-@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
-def test_compiled_blocks_equal_eager_ones(recipe: str) -> None:
-    assert ranks.run(2, _compiled, recipe) == [[], []]
+def test_compiled_block_equals_the_eager_one() -> None:
+    assert ranks.run(2, _compiled, timeout=300) == [[], []]
