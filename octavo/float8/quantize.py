@@ -19,6 +19,7 @@ for bit.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ _EXPONENT_MASK = 0x7F800000
 _MANTISSA_MASK = 0x007FFFFF
 _LARGEST_WITHOUT_CARRY = 0x00600000  # the mantissa of 1.75, which is that of both formats' largest number
 _E8M0_NAN = 255
+_FLOAT32_NAN = 0x7FC00000
 _ONE_BYTE = (ScaleFormat.E8M0, ScaleFormat.E8M0_FLOOR)
 
 
@@ -124,10 +126,11 @@ def _e8m0_scales(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
         # ... and one more where amax would lie above 1.75 in it.
         exponent = exponent + ((bits & _MANTISSA_MASK) > _LARGEST_WITHOUT_CARRY).int()
     exponent = exponent.clamp(min=0)  # biased by 127
-    finite = (bits & _EXPONENT_MASK) != _EXPONENT_MASK
-    scale = torch.where(finite, exponent, _E8M0_NAN).to(torch.uint8)
-    s = ((254 - exponent) << 23).view(torch.float32)
-    return torch.where(finite, s, torch.nan), scale
+    # In integers, since a scalar NaN would be a tensor of its own, which keeps the compiler from sharing equal casts.
+    infinite = ((bits & _EXPONENT_MASK) == _EXPONENT_MASK).int()
+    scale = (exponent + infinite * (_E8M0_NAN - exponent)).to(torch.uint8)
+    s = (((254 - exponent) << 23) | (infinite * _FLOAT32_NAN)).view(torch.float32)
+    return s, scale
 
 
 def cast_data(x: Tensor, s: Tensor, cast: Cast) -> Tensor:
@@ -138,18 +141,28 @@ def cast_data(x: Tensor, s: Tensor, cast: Cast) -> Tensor:
     return _untile(scaled.clamp(-limit, limit).to(cast.dtype), x.shape)
 
 
+def _lies_transposed(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.t().is_contiguous()
+
+
 def quantize(x: Tensor, cast: Cast, split: Split | None = None) -> Quantized:
     """Cast `x[rows, contraction]` (bfloat16, float16 or float32) as `cast` says. Keeps x's memory layout.
 
     `split`: x is one rank's part of the operand; the scales are then those of the whole.
     """
+    if _lies_transposed(x):
+        # Work along memory. The compiler would write transposed else: slowly, and garbage from bfloat16 on a CPU.
+        along = replace(cast, block=(cast.block[1], cast.block[0]))
+        amax = block_amax(x.t(), along.block).t()
+        s, scale = scales_from_amax(amax if split is None else split.whole_amax(amax, cast), cast)
+        return Quantized(cast_data(x.t(), s.t(), along).t(), scale)
     amax = block_amax(x, cast.block)
     s, scale = scales_from_amax(amax if split is None else split.whole_amax(amax, cast), cast)
     return Quantized(cast_data(x, s, cast), scale)
 
 
 def transposed(q: Quantized) -> Quantized:
-    """The transpose of a square cast, without copying."""
+    """The transpose, without copying. Of a square cast it is the cast of the transpose."""
     return Quantized(q.data.t(), q.scale.t())
 
 
@@ -181,7 +194,7 @@ def to_float32(data: Tensor) -> Tensor:
         return data.float()
     # PyTorch converts e4m3 one element at a time on a CPU; looking the 256 codes up is seven times faster.
     if not data.is_contiguous():
-        return to_float32(data.t()).t() if data.t().is_contiguous() else data.float()
+        return to_float32(data.t()).t() if _lies_transposed(data) else data.float()
     table = _TABLES.get(data.dtype)
     if table is None:
         table = _TABLES[data.dtype] = torch.arange(256, dtype=torch.uint8).view(data.dtype).float()
@@ -190,5 +203,7 @@ def to_float32(data: Tensor) -> Tensor:
 
 def dequantize(q: Quantized, block: tuple[int, int]) -> Tensor:
     """`data * scale` in float32, `[rows, contraction]`; `block` is the cast's."""
+    if _lies_transposed(q.data):
+        return dequantize(transposed(q), (block[1], block[0])).t()
     values = _tiles(to_float32(q.data), block) * scale_values(q.scale).unsqueeze(1).unsqueeze(3)
     return _untile(values, q.data.shape)

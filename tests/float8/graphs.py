@@ -6,15 +6,16 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, fx, nn
 
 # The compiler makes deprecated calls to PyTorch itself.
 compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+HIGH_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def saved_tensors(model: Callable[..., Tensor], x: Tensor, params: nn.Module) -> list[Tensor]:
@@ -63,29 +64,28 @@ def is_cast(node: fx.Node) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.dtype not in FLOAT8:
         return False
-    source = node.args[0] if node.args else None
-    return isinstance(source, fx.Node) and source.meta["val"].dtype in (
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-    )
+    source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    operand = source.meta.get("val") if source is not None else None
+    return isinstance(operand, Tensor) and operand.dtype in HIGH_PRECISION
 
 
 def compile_and_capture(model: nn.Module, x: Tensor) -> Graphs:
-    """Run forward and backward of `model(x).sum()` compiled by inductor, in one graph."""
+    """The graphs of `model(x)` and its backward as inductor partitions them, in one piece. No code is
+    generated.
+    """
     from torch._inductor import compile_fx
 
     graphs = Graphs()
-    inner = compile_fx.compile_fx_inner
 
     def spy(gm: fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Any:
-        which = graphs.backward if kwargs.get("is_backward") else graphs.forward
-        which.append(copy.deepcopy(gm))
-        return inner(gm, example_inputs, **kwargs)
+        (graphs.backward if kwargs.get("is_backward") else graphs.forward).append(copy.deepcopy(gm))
+        return make_boxed_func(gm.forward)
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        return compile_fx.compile_fx(gm, inputs, inner_compile=spy)
 
     torch._dynamo.reset()
-    with mock.patch.object(compile_fx, "compile_fx_inner", spy):
-        backend = lambda gm, inputs: compile_fx.compile_fx(gm, inputs, inner_compile=spy)  # noqa: E731
-        y = torch.compile(model, backend=backend, fullgraph=True)(x)
-        y.sum().backward()
+    caches = torch._functorch.config.patch(enable_autograd_cache=False)
+    with caches, torch._inductor.config.patch(fx_graph_cache=False):
+        torch.compile(model, backend=backend, fullgraph=True)(x).sum().backward()
     return graphs

@@ -1,0 +1,155 @@
+"""Compiled code: one graph, the same bits, and float8 kept for backward."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from octavo.float8 import (
+    RECIPES,
+    Float8Linear,
+    Float8LinearConfig,
+    cast_weights_once,
+    convert_to_float8_training,
+)
+from tests.float8.graphs import FLOAT8, compile_and_capture, compiles, saved_bytes
+from tests.float8.llama_block import LlamaBlock
+from tests.float8.torchao_reference import relative
+
+pytestmark = compiles
+M, DIM, KV, HIDDEN = 512, 256, 128, 768
+SAVING = [name for name in RECIPES if name != "rowwise_with_gw_hp"]
+
+
+def block(recipe: str | None, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    model = LlamaBlock(DIM, hidden=HIDDEN).to(dtype)
+    if recipe is None:
+        return model
+    return convert_to_float8_training(
+        model, config=replace(Float8LinearConfig.from_recipe_name(recipe), emulate=True)
+    )
+
+
+def batch(dtype: torch.dtype) -> Tensor:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(2, M // 2, DIM, generator=g).to(dtype).requires_grad_()
+
+
+def gradients(run: nn.Module, model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    x = x.detach().requires_grad_()
+    y = run(x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype))
+    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_linear_gives_the_same_bits_compiled(recipe: str, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Float8Linear(128, 96, config=recipe, emulate=True, dtype=dtype)
+    compiled = torch.compile(model, fullgraph=True)
+    x = torch.randn(3, 64, 128).to(dtype)
+    for got, want in zip(gradients(compiled, model, x), gradients(model, model, x), strict=True):
+        assert torch.equal(got, want)
+    if recipe in SAVING and dtype == torch.bfloat16:
+        plain = nn.Linear(128, 96, dtype=dtype)
+        x = x.requires_grad_()
+        assert saved_bytes(compiled, x * 1, model) <= 0.55 * saved_bytes(plain, x * 1, plain)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "recipe"),
+    [(torch.bfloat16, "tensorwise"), (torch.bfloat16, "rowwise"), (torch.float32, "rowwise")],
+)
+def test_a_block_computes_the_same_compiled(dtype: torch.dtype, recipe: str) -> None:
+    torch._dynamo.reset()
+    model, x = block(recipe, dtype), batch(dtype)
+    with torch._inductor.config.patch(emulate_precision_casts=True):
+        got = gradients(torch.compile(model, fullgraph=True), model, x)
+    want = gradients(model, model, x)
+    if dtype == torch.bfloat16:
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    else:
+        assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-6
+
+
+def kept(model: nn.Module, x: Tensor) -> tuple[int, Counter[int]]:
+    """Bytes that the compiled graph keeps besides parameters, and the sizes of what it keeps in float8."""
+    graphs = compile_and_capture(model, x)
+    parameters = {tuple(p.shape) for p in model.parameters()}
+    tensors = [t for t in graphs.saved() if tuple(t.shape) not in parameters and t.data_ptr is not None]
+    total = sum(t.numel() * t.element_size() for t in tensors)
+    return total, Counter(t.numel() for t in tensors if t.dtype in FLOAT8)
+
+
+@pytest.mark.parametrize("recipe", SAVING)
+def test_a_block_keeps_its_inputs_in_float8(recipe: str) -> None:
+    narrow = {M * DIM: 3}  # of wq, wk, wv; of wo; of w1 and w3
+    for dtype, inputs in ((torch.bfloat16, narrow), (torch.float32, narrow | {M * HIDDEN: 1})):
+        x = batch(dtype)
+        plain, _ = kept(block(None, dtype), x)
+        total, float8 = kept(block(recipe, dtype), x)
+        assert total <= 0.75 * plain
+        assert float8 == inputs
+
+
+@pytest.mark.parametrize("recipe", SAVING)
+def test_backward_casts_only_its_gradients(recipe: str) -> None:
+    model, x = block(recipe, torch.float32), batch(torch.float32)
+    with cast_weights_once(model):
+        cached = compile_and_capture(model, x)
+    uncached = compile_and_capture(model, x)
+    square = RECIPES[recipe].gatherable and recipe == "tensorwise"
+    gradients_cast = 1 if square else 2
+    linears = 7
+    assert len(cached.casts("backward")) == gradients_cast * linears
+    assert len(uncached.casts("backward")) == (gradients_cast + 1) * linears
+    # Forward: four distinct inputs, for both products, and each weight where it is not cached.
+    assert len(cached.casts("forward")) == (1 if square else 2) * 4
+    assert len(uncached.casts("forward")) == (1 if square else 2) * 4 + linears
+
+
+def test_without_the_guard_the_compiler_keeps_no_float8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `keep` is for: should the compiler do it by itself one day, `keep` can go."""
+    monkeypatch.setattr("octavo.float8.linear.keep", lambda casts, one_cast: casts)
+    _, float8 = kept(block("rowwise", torch.bfloat16), batch(torch.bfloat16))
+    assert not float8
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def test_checkpointing_recasts_activations_and_no_weight() -> None:
+    model, x = Checkpointed(block("rowwise", torch.bfloat16)), batch(torch.bfloat16)
+    with cast_weights_once(model):
+        graphs = compile_and_capture(model, x)
+    assert not any(t.dtype in FLOAT8 and t.numel() == M * DIM for t in graphs.saved())
+    weights = {DIM * DIM, DIM * KV, DIM * HIDDEN}
+    sizes = [torch.Size(shape).numel() for shape in (*graphs.casts("forward"), *graphs.casts("backward"))]
+    assert not weights & set(sizes) - {M * DIM}
+    assert len(graphs.casts("backward")) > 2 * 7  # activations again
+
+
+def test_shapes_may_change() -> None:
+    torch._dynamo.reset()
+    model = Float8Linear(64, 48, config="rowwise", emulate=True)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for tokens in (5, 16, 33):
+        x = torch.randn(tokens, 64)
+        got, want = gradients(compiled, model, x), gradients(copy.deepcopy(model), model, x)
+        assert torch.equal(got[0], want[0])
