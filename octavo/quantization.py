@@ -106,3 +106,5 @@ def convert(
         len(linears),
         f"; in high precision: {', '.join(kept)}" if kept else "",
     )
+    if settings.enable_fsdp_float8_all_gather:
+        logger.info("FSDP gathers the weights in float8")

@@ -102,24 +102,23 @@ def test_two_processes_train_as_one(flags, tmp_path):
     assert one.metrics[-1]["tokens"] == two.metrics[-1]["tokens"] == 4 * 8 * 64
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
-def test_gathering_in_float8_changes_no_bit(recipe, tmp_path):
-    flags = {**runs.recipe(recipe), "training.global_batch_size": 16, "activation_checkpoint.mode": "full"}
+def test_gathering_in_float8_changes_no_bit(tmp_path):
+    flags = {
+        **runs.recipe("tensorwise"),
+        "training.local_batch_size": 2,
+        "training.global_batch_size": 8,
+        "training.steps": 3,
+    }
     gather = {
         "float8.enable_fsdp_float8_all_gather": "true",
         "float8.precompute_float8_dynamic_scale_for_fsdp": "true",
     }
-    # The last steps go on from a checkpoint, which either way of gathering reads.
-    saved = {"checkpoint.enable": "true", "checkpoint.interval": 2}
     high = runs.train(tmp_path / "high", flags, world=2)
-    low = runs.train(tmp_path / "low", {**flags, **gather, **saved}, world=2)
-    assert len(high.losses) == 4
+    low = runs.train(tmp_path / "low", {**flags, **gather}, world=2)
+    assert len(high.losses) == 3
     assert low.losses == high.losses
     assert [line["grad_norm"] for line in low.metrics] == [line["grad_norm"] for line in high.metrics]
-    shutil.rmtree(tmp_path / "low" / "checkpoint" / "step-4")
-    resumed = runs.train(tmp_path / "low", {**flags, **saved}, world=2)
-    assert "Training starts at step 3." in resumed.log
-    assert resumed.losses == high.losses
+    assert "FSDP gathers the weights in float8" in low.log
 
 
 def test_replicated_and_sharded_processes_train_as_one(tmp_path):
