@@ -279,6 +279,8 @@ class ShardedWeight(Tensor):
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """The whole weight over the gathered bytes, which FSDP2 frees and fills again under it."""
         layout, scale = metadata
+        if scale is not None and scale.is_cuda:  # made in FSDP2's stream, read in this one
+            scale.record_stream(torch.cuda.current_stream())
         if out is not None:
             if scale is not None:
                 # Not written in place: what autograd saved in forward is read in backward, after this.

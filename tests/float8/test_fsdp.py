@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -41,6 +41,7 @@ from octavo.float8 import (
 from octavo.float8.carrier import Carrier
 from octavo.float8.fsdp import Layout, ShardedWeight, cast_shard, reduce_maxima, shard_amax, sharded_weights
 from octavo.float8.quantize import quantize
+from octavo.float8.tensor_parallel import Float8ColwiseParallel, Float8RowwiseParallel
 from tests import ranks
 from tests.float8.graphs import FLOAT8, compiles
 
@@ -546,6 +547,34 @@ def _hsdp() -> bool:
     return same(*results)
 
 
+def _columns() -> bool:
+    results = []
+    for gather in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(Block((130, 260, 64), checkpointed=False))
+        for linear in linears(model):
+            linear.bias = None
+        convert_to_float8_training(model, config=config("blockwise", gather=gather))
+        fully_shard(model, shard_placement_fn=lambda p: Shard(1))
+        model.set_force_sum_reduction_for_comms(True)
+        optimizer = fused(model)
+        kept = []
+        for seed in range(3):
+            y = model(torch.randn(8, 130, generator=torch.Generator().manual_seed(seed)))
+            y.square().mean().backward()
+            kept.append(y.detach())
+            optimizer.step()
+            optimizer.zero_grad()
+            if seed == 0:
+                precompute_float8_dynamic_scale_for_fsdp(model)
+        results.append(kept + [p.full_tensor().detach() for p in model.parameters()])
+    return same(*results)
+
+
+def test_weights_sharded_by_columns() -> None:
+    assert ranks.run(2, _columns) == [True, True]
+
+
 def test_replicated_groups_of_shards() -> None:
     assert ranks.run(4, _hsdp) == [True] * 4
 
@@ -598,6 +627,41 @@ def distribute_like(w: Tensor, p: DTensor) -> DTensor:
     part = w.chunk(mesh.size(1), p.placements[1].dim)[mesh.get_local_rank(1)]
     local = part.chunk(mesh.size(0), 0)[mesh.get_local_rank(0)].contiguous()
     return DTensor.from_local(local, mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def _tensor_parallel_steps() -> list[bool]:
+    results = []
+    for gather, once in ((False, False), (True, False), (True, True)):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        torch.manual_seed(0)
+        model = nn.Sequential(Block((64, 192, 64), checkpointed=False))
+        for linear in linears(model):
+            linear.bias = None
+        convert_to_float8_training(model, config=config("tensorwise", gather=gather))
+        plan = {"0.linears.0": Float8ColwiseParallel(), "0.linears.1": Float8RowwiseParallel()}
+        parallelize_module(model, mesh["tensor"], plan)
+        shard(model, mesh=mesh["data"], dtype=torch.bfloat16)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        kept = []
+        for seed in range(2):
+            with cast_weights_once(model, enabled=once):
+                for microbatch in range(2):
+                    g = torch.Generator().manual_seed(
+                        10 * seed + microbatch + 100 * mesh.get_local_rank("data")
+                    )
+                    y = model(torch.randn(32, 64, generator=g))
+                    y.square().mean().backward()
+                    kept.append(y.detach())
+            optimizer.step()
+            optimizer.zero_grad()
+            precompute_float8_dynamic_scale_for_fsdp(model)
+        results.append(kept + [p.full_tensor().detach() for p in model.parameters()])
+        assert len(sharded_weights(model)) == 2 * gather
+    return [same(results[0], other) for other in results[1:]]
+
+
+def test_tensor_parallel_linears_gathered_in_float8() -> None:
+    assert ranks.run(4, _tensor_parallel_steps) == [[True, True]] * 4
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
