@@ -133,7 +133,8 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}, {platform.processor() or platform.machine()}; "
-        f"{args.layers} layers of {args.dim}, {args.batch * args.length} tokens a step, {args.steps} steps a side"
+        f"{args.layers} layers of {args.dim}, "
+        f"{args.batch * args.length} tokens a step, {args.steps} steps a side"
     )
     print(f"{'recipe':20} {'mode':9} {'octavo ms':>16} {'torchao ms':>16} {'ratio':>6}")
     results = []
