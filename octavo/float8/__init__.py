@@ -20,6 +20,11 @@ from octavo.float8.fsdp import precompute_float8_dynamic_scale_for_fsdp
 from octavo.float8.linear import Float8Linear
 from octavo.float8.matmul import EmulationWarning, describe_path
 from octavo.float8.recipe import FULL, RECIPES, Cast, Gemm, Recipe, ScaleFormat
+from octavo.float8.tensor_parallel import (
+    Float8ColwiseParallel,
+    Float8RowwiseParallel,
+    PrepareFloat8ModuleInput,
+)
 from octavo.float8.weights import cast_weights_once
 
 __all__ = [
@@ -28,11 +33,14 @@ __all__ = [
     "Cast",
     "CastConfig",
     "EmulationWarning",
+    "Float8ColwiseParallel",
     "Float8GemmConfig",
     "Float8Linear",
     "Float8LinearConfig",
     "Float8LinearRecipeName",
+    "Float8RowwiseParallel",
     "Gemm",
+    "PrepareFloat8ModuleInput",
     "Recipe",
     "ScaleFormat",
     "ScalingGranularity",

@@ -440,3 +440,11 @@ def test_what_was_gathered_is_for_float8_linears_only() -> None:
     ):
         assert "PrepareModuleInput" in message(use)
     assert "Gathered" in message(lambda: x + gathered)
+
+
+def test_torchaos_import_path() -> None:
+    from octavo.float8 import float8_tensor_parallel as path
+
+    assert path.Float8ColwiseParallel is Float8ColwiseParallel
+    assert path.Float8RowwiseParallel is Float8RowwiseParallel
+    assert path.PrepareFloat8ModuleInput is PrepareFloat8ModuleInput

@@ -1,0 +1,9 @@
+"""The tensor parallel styles under the import path that users of torchao know."""
+
+from octavo.float8.tensor_parallel import (
+    Float8ColwiseParallel,
+    Float8RowwiseParallel,
+    PrepareFloat8ModuleInput,
+)
+
+__all__ = ["Float8ColwiseParallel", "Float8RowwiseParallel", "PrepareFloat8ModuleInput"]
