@@ -10,7 +10,7 @@ import io
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import pytest
@@ -373,6 +373,13 @@ def test_bytes_reductions_and_casts_of_a_step() -> None:
 # ----------------------------------------------------------------------------------------------- stale scales
 
 
+def reshard_all(*models: nn.Module) -> None:
+    """What backward does at its end."""
+    for module in chain(*(model.modules() for model in models)):
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _without_precompute_after_a_step() -> list[bool]:
     verdicts = []
     want = train(shard(build("blockwise", gather=True)), steps=3)
@@ -402,13 +409,17 @@ def _without_precompute_after_a_step() -> list[bool]:
         precompute_float8_dynamic_scale_for_fsdp(model)
         write()
         write_other()
-        model.reshard()
         with torch.no_grad():
             verdicts.append(torch.equal(model(x), other(x)))
-        for m in (model, other):
-            for module in m.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+        reshard_all(model, other)
+
+    with cast_weights_once(model), torch.no_grad():  # by hand, among a step's microbatches
+        for factor in (1.0, 3.0):
+            for m in (model, other):
+                for p in m.parameters():
+                    p.mul_(factor)
+            verdicts.append(torch.equal(model(x), other(x)))
+            reshard_all(model, other)
 
     precompute_float8_dynamic_scale_for_fsdp(model)
     for _, weight in sharded_weights(model):
@@ -424,7 +435,7 @@ def _without_precompute_after_a_step() -> list[bool]:
 
 def test_scales_are_never_older_than_the_weights() -> None:
     verdicts = ranks.run(2, _without_precompute_after_a_step)
-    assert verdicts == [[True] * 8] * 2
+    assert verdicts == [[True] * 10] * 2
 
 
 # ------------------------------------------------------------------------------------- everything stays plain
