@@ -14,11 +14,11 @@ For each operand, as its recipe casts it, with s what a value is multiplied by b
 `audit` measures one forward and backward. `Monitor` measures every k-th step of a training run, compiled or
 not.
 
-A compiled graph hides its tensors, and hooks on it would break it. So the numbers leave it as a gradient: a
-forward hook, compiled with the layer, passes the output through a function that also takes a *probe*, a small
-leaf tensor; and what its backward calls the gradient of the probe is the statistics of the input, kept from
-forward, and those of grad_output. The compiler fuses them with the casts, activation checkpointing counts
-them once, and a step that is not measured runs a graph without them.
+A compiled graph hides its tensors. So the numbers leave it as a gradient: a watched layer passes its output
+through a function that also takes a *probe*, a small leaf tensor; and what its backward calls the gradient of
+the probe is the statistics of the input, kept from forward, and those of grad_output. The compiler fuses them
+with the casts, activation checkpointing counts them once, and a step that is not measured runs a graph
+without them.
 
 What remains is the cost of computing them. Scales need every value, but the compiler has them from the casts
 already; the other numbers a Monitor takes from evenly spaced tokens. Weights are measured after backward.
@@ -232,15 +232,15 @@ class _Tap(torch.autograd.Function):
 
 
 class _Watch:
-    """A forward hook that measures one layer while `on`."""
+    """Measures one layer, called with its input and output."""
 
     def __init__(
         self, layer: str, linear: nn.Linear, recipes: Sequence[Recipe], sample: int | None, *, frozen: bool
     ) -> None:
         if isinstance(linear, Float8Linear) and linear.tensor_parallel:
             raise ValueError(
-                f"{layer} is sharded by tensor parallelism: one rank sees a part of its operands only. Measure "
-                "the layer before parallelize_module, or leave it out with filter_fn"
+                f"{layer} is sharded by tensor parallelism: one rank sees a part of its operands "
+                "only. Measure the layer before parallelize_module, or leave it out with filter_fn"
             )
         self.layer, self.linear, self.sample = layer, linear, sample
         slots = [slot for recipe in recipes for slot in _slots(recipe)]
@@ -249,7 +249,6 @@ class _Watch:
             for operand in ("input", "weight", "grad_output")
         )
         self.frozen = frozen  # whether to measure where no gradient is asked for
-        self.on = False
         self.probe: Tensor | None = None
         self.probes: list[Tensor] = []  # of an audit
         self.seen: list[Tensor] = []
@@ -258,7 +257,6 @@ class _Watch:
         self.seen = []
         if self.probe is None or self.probe.device != self.linear.weight.device:
             self.probe = self.new_probe(self.linear.weight.device)
-        self.on = True
 
     def new_probe(self, device: torch.device) -> Tensor:
         size = _NUMBERS * (len(self.input) + len(self.grad_output))
@@ -271,10 +269,9 @@ class _Watch:
         self.seen.append(probe.grad)
         probe.grad = None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
-        if not self.on or not torch.is_grad_enabled() or not (y.requires_grad or self.frozen):
-            return None
-        x = args[0]
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or not (y.requires_grad or self.frozen):
+            return y
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.no_grad():
@@ -290,9 +287,8 @@ class _Watch:
         whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
         return _measure(whole, () if isinstance(whole, Carrier) else self.weight, self.sample)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles of a watched model are not being measured.
-        return self.__dict__ | {"on": False, "probe": None, "probes": [], "seen": []}
+    def hook(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+        return self(args[0], y)
 
 
 def _rows(watches: Sequence[_Watch]) -> tuple[Row, ...]:
@@ -354,8 +350,7 @@ class Monitor:
     filter_fn(module, fqn): whether to measure that layer; None measures all. sample: how many evenly spaced
     tokens (rows of a weight) are counted, None for all; scales and amax are always those of the whole tensor.
 
-    Make the Monitor before compiled code first runs: code compiled without it does not have the hooks. The
-    first step of each kind, measured and not, compiles a graph. On several ranks each measures its own
+    Compiled code compiles once more on the first measured step. On several ranks each measures its own
     tokens; weights sharded by FSDP are gathered one at a time, so all ranks must take the same steps. A layer
     that compiled code calls several times for one batch shows the sum of those calls' amaxes.
 
@@ -391,7 +386,6 @@ class Monitor:
             for name, linear in chosen.items()
             if isinstance(linear, Float8Linear)
         ]
-        self._hooks = [watch.linear.register_forward_hook(watch) for watch in self._watches]
 
     @contextmanager
     def step(self) -> Iterator[bool]:
@@ -404,27 +398,20 @@ class Monitor:
         if not measuring:
             yield False
             return
-        try:
+        with ExitStack() as stack:
             for watch in self._watches:
                 watch.start()
+                watch.linear.watch = watch
+                stack.callback(setattr, watch.linear, "watch", None)
             yield True
-        finally:
-            for watch in self._watches:
-                watch.on = False
         rows = _rows(self._watches)
         for watch in self._watches:
             watch.seen = []
         if not rows:
             raise RuntimeError(
-                "no layer of this Monitor ran forward and backward inside the scope: put both inside, and make "
-                "the Monitor before compiled code first runs (or call torch.compiler.reset() after)"
+                "no layer of this Monitor ran forward and backward inside Monitor.step: put both inside"
             )
         self.table = Table(rows)
-
-    def remove(self) -> None:
-        """Take the hooks off the model."""
-        for hook in self._hooks:
-            hook.remove()
 
 
 # ------------------------------------------------------------------------------------------------ in one call
@@ -470,7 +457,7 @@ def audit(
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.enable_grad())
         for watch in watches:
-            stack.callback(watch.linear.register_forward_hook(watch).remove)
+            stack.callback(watch.linear.register_forward_hook(watch.hook).remove)
             watch.start()
         if isinstance(batch, Mapping):
             output = model(**batch)

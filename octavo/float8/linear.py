@@ -16,6 +16,7 @@ Letters as in `recipe.py`: M tokens, K input features, N output features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -252,6 +253,7 @@ class Float8Linear(nn.Linear):
         self.recipe, self.config = resolve(config)
         self.emulate = emulate if self.config is None or emulate is not None else self.config.emulate
         self.weight_casts: Casts | None = None
+        self.watch: Callable[[Tensor, Tensor], Tensor] | None = None  # set on steps that `health.py` measures
         # Set by tensor parallel styles: whether one was applied, and what becomes of an output that is a sum
         # over ranks.
         self.tensor_parallel = False
@@ -301,7 +303,8 @@ class Float8Linear(nn.Linear):
             return self._forward_sharded(x, self.weight)
         y_MN = self._multiply(x.reshape(-1, self.in_features), self.weight, input)
         y = y_MN.reshape(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else add_bias(y, self.bias)
+        y = y if self.bias is None else add_bias(y, self.bias)
+        return y if self.watch is None else self.watch(x, y)
 
     def _multiply(
         self,
@@ -376,7 +379,7 @@ class Float8Linear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold parameters only.
-        return self.__dict__ | {"weight_casts": None}
+        return self.__dict__ | {"weight_casts": None, "watch": None}
 
     def extra_repr(self) -> str:
         emulate = "" if self.emulate is None else f", emulate={self.emulate}"
