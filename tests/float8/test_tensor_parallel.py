@@ -159,6 +159,7 @@ def errors(
     dtype: torch.dtype = torch.float32,
     styles: Styles = OURS,
     tokens: int = S,
+    as_dtensor: bool = False,
 ) -> dict[str, float]:
     """Distance of the output and of every gradient from one process's, by name."""
     model = build(kind, recipe, emulate, dtype)
@@ -173,14 +174,17 @@ def errors(
     mesh = tp_mesh()
     parallelize_module(model, mesh, styles.plan(kind, sequence))
     before, after = layouts(kind, sequence)
-    part = distribute_tensor(x, mesh, [before]).to_local().clone().requires_grad_()
+    part = distribute_tensor(x, mesh, [before])
+    part = (part if as_dtensor else part.to_local().clone()).detach().requires_grad_()
     with cast_weights_once(model, enabled=cached):
         assert not cached or all(m.weight_casts for m in model.modules() if isinstance(m, Float8Linear))
         y = (torch.compile(model, fullgraph=True) if compiled else model)(part)
         y.backward(distribute_tensor(dy, mesh, [after]).to_local())
 
-    def whole(local: Tensor, layout: Any) -> Tensor:
-        return DTensor.from_local(local, mesh, [layout], run_check=False).full_tensor()
+    def whole(x: Tensor, layout: Any) -> Tensor:
+        if not isinstance(x, DTensor):
+            x = DTensor.from_local(x, mesh, [layout], run_check=False)
+        return x.full_tensor()
 
     found = {
         "y": relative(whole(y.detach(), after), want_y.detach()),
@@ -236,6 +240,14 @@ def test_torchs_own_styles_give_the_same(recipe: str) -> None:
 
 def test_weights_cast_once_give_the_same() -> None:
     check(2, [(kind, recipe, {"cached": True}) for recipe in ("tensorwise", "rowwise") for kind in KINDS])
+
+
+def test_tokens_that_do_not_divide_evenly() -> None:
+    """A DTensor knows its size: such tokens are gathered in high precision."""
+    options = {"tokens": 255, "as_dtensor": True}
+    check(
+        2, [(kind, recipe, options) for recipe in ("tensorwise", "rowwise") for kind in ("colwise", "shared")]
+    )
 
 
 def test_bfloat16() -> None:
