@@ -97,7 +97,11 @@ class Inner(nn.Module):
 
 
 def build(
-    kind: str, recipe: str | None, emulate: bool | None = True, dtype: Any = torch.float32
+    kind: str,
+    recipe: str | None,
+    emulate: bool | None = True,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> nn.Module:
     """A model, the same on every rank; recipe None is high precision."""
     model = {"shared": Two, "block": Block}.get(kind, lambda: nn.Sequential(nn.Linear(K, N)))()
@@ -105,8 +109,8 @@ def build(
         for seed, p in enumerate(model.parameters()):
             p.copy_(uneven(*p.shape, seed=seed) / 16)
     if recipe is not None:
-        options = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
-        convert_to_float8_training(model, config=options)
+        config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate, **options)
+        convert_to_float8_training(model, config=config)
     return model.to(dtype)
 
 
@@ -346,10 +350,10 @@ def test_a_nan_is_seen_by_all_that_share_its_scale() -> None:
 # ----------------------------------------------------------------------------------- with FSDP2; state dicts
 
 
-def two_dimensional(recipe: str) -> dict[str, float]:
+def two_dimensional(recipe: str, float8_gather: bool) -> dict[str, float]:
     """2 x 2 ranks: FSDP2 over groups of two, each of which shares a batch by tensor parallelism."""
-    model = build("block", recipe)
-    lone = copy.deepcopy(model)
+    model = build("block", recipe, enable_fsdp_float8_all_gather=float8_gather)
+    lone = build("block", recipe)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     parallelize_module(model, mesh["tp"], OURS.plan("block", True))
     fully_shard(model, mesh=mesh["dp"])
@@ -375,9 +379,11 @@ def two_dimensional(recipe: str) -> dict[str, float]:
     return found | {n: relative(p.grad.full_tensor(), wanted[n].grad) for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
-def test_with_fsdp(recipe: str) -> None:
-    for found in ranks.run(4, two_dimensional, recipe):
+@pytest.mark.parametrize(
+    ("recipe", "float8_gather"), [("tensorwise", False), ("tensorwise", True), ("rowwise", False)]
+)
+def test_with_fsdp(recipe: str, float8_gather: bool) -> None:
+    for found in ranks.run(4, two_dimensional, recipe, float8_gather):
         assert all(error < CLOSE for error in found.values()), found
 
 
