@@ -208,6 +208,10 @@ class ShardedWeight(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ShardedWeight({self.plain!r}, cast={self.cast})"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedWeight:
+        copied = memo[id(self)] = ShardedWeight(self.plain.detach().clone(), self.cast)
+        return copied
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.plain.__reduce_ex__(protocol)
 

@@ -6,6 +6,7 @@ verdicts travel.
 
 from __future__ import annotations
 
+import copy
 import io
 from collections import Counter
 from contextlib import nullcontext
@@ -25,7 +26,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -103,11 +110,18 @@ def shard(
     mesh: DeviceMesh | None = None,
     dtype: torch.dtype | None = torch.float32,
     reshard: bool | int = True,
+    offload: OffloadPolicy | None = None,
 ) -> nn.Module:
     mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in [*model, model]:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(
+            block,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            offload_policy=offload or OffloadPolicy(),
+        )
     for module in model.modules():
         if isinstance(module, FSDPModule):  # gloo has no average
             module.set_gradient_divide_factor(1.0)
@@ -730,6 +744,50 @@ def _tied() -> bool:
 @pytest.mark.filterwarnings("ignore:.*view tensor.*:UserWarning")
 def test_tied_weights_stay_tied_and_are_gathered_whole() -> None:
     assert ranks.run(2, _tied) == [True, True]
+
+
+def _odd_policies() -> list[bool]:
+    def results(gather: bool) -> list[list[Tensor]]:
+        # With fewer than 16 tokens, the order in which emulation's products are summed depends on strides.
+        x = torch.randn(16, SIZES[0], generator=torch.Generator().manual_seed(0))
+        half = build("tensorwise", gather=gather)
+        linears(half)[0].weight.requires_grad_(False)
+        half = shard(half, dtype=torch.float16)
+        autocast = shard(build("tensorwise", gather=gather), dtype=None)
+        offloaded = shard(build("blockwise", gather=gather), offload=CPUOffloadPolicy(pin_memory=False))
+        precompute_float8_dynamic_scale_for_fsdp(offloaded)
+        kept = []
+        for model in (half, autocast, offloaded):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=model is autocast):
+                y = model(x)
+            y.sum().backward()
+            grads = [p.grad.full_tensor() for p in model.parameters() if p.grad is not None]
+            kept.append([y.detach(), *grads])
+        assert [len(k) for k in kept] == [6, 7, 7]
+        assert [k[0].dtype for k in kept] == [torch.float16, torch.bfloat16, torch.float32]
+        return kept
+
+    return [same(a, b) for a, b in zip(results(True), results(False), strict=True)]
+
+
+def test_half_precision_frozen_autocast_and_offloaded() -> None:
+    assert ranks.run(2, _odd_policies) == [[True] * 3] * 2
+
+
+def _copied() -> list[bool]:
+    model = shard(build("tensorwise", gather=True))
+    precompute_float8_dynamic_scale_for_fsdp(model)
+    p, weight = sharded_weights(model)[0]
+    copied = copy.deepcopy(p)
+    with torch.no_grad():
+        copied.mul_(2)
+    return [torch.equal(copied.full_tensor(), 2 * p.full_tensor()), weight.known.amax is not None]
+
+
+def test_a_copy_of_a_parameter_is_its_own() -> None:
+    assert ranks.run(2, _copied) == [[True, True]] * 2
+    model = copy.deepcopy(build("tensorwise", gather=True))
+    assert all(type(linear.weight) is nn.Parameter for linear in linears(model))
 
 
 def _not_a_number() -> list[bool]:
