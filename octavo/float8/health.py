@@ -75,10 +75,22 @@ class Table:
 
     rows: tuple[Row, ...]
 
-    def worst(self, count: int = 5) -> Table:
-        """The `count` rows that lose most: lowest SQNR first, NaN before all."""
-        lossy = sorted(self.rows, key=lambda row: -math.inf if math.isnan(row.sqnr) else row.sqnr)
-        return Table(tuple(lossy[:count]))
+    def worst(self, count: int = 5, by: str = "flushed") -> Table:
+        """The `count` rows that lose most `by` "flushed", "saturated", "nonfinite" or "sqnr"; those with NaN
+        or infinite values before all.
+
+        An outlier shows in "flushed": it takes the range of its block, so that the others become zero, while
+        the outlier itself, which the SQNR is mostly made of, is cast well.
+        """
+        if by not in ("flushed", "saturated", "nonfinite", "sqnr"):
+            raise ValueError(f"by={by!r} must be flushed, saturated, nonfinite or sqnr")
+        sign = 1 if by == "sqnr" else -1
+
+        def key(row: Row) -> tuple[bool, float]:
+            finite = row.nonfinite == 0 and math.isfinite(row.amax)
+            return finite, sign * getattr(row, by) if finite else 0.0
+
+        return Table(tuple(sorted(self.rows, key=key)[:count]))
 
     def __str__(self) -> str:
         lines = [[field.name for field in fields(Row)]]
