@@ -126,7 +126,8 @@ def _e8m0_scales(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
         # ... and one more where amax would lie above 1.75 in it.
         exponent = exponent + ((bits & _MANTISSA_MASK) > _LARGEST_WITHOUT_CARRY).int()
     exponent = exponent.clamp(min=0)  # biased by 127
-    # In integers, since a scalar NaN would be a tensor of its own, which keeps the compiler from sharing equal casts.
+    # In integers, since a scalar NaN would be a tensor of its own, which keeps the compiler from sharing
+    # equal casts.
     infinite = ((bits & _EXPONENT_MASK) == _EXPONENT_MASK).int()
     scale = (exponent + infinite * (_E8M0_NAN - exponent)).to(torch.uint8)
     s = (((254 - exponent) << 23) | (infinite * _FLOAT32_NAN)).view(torch.float32)
@@ -151,7 +152,8 @@ def quantize(x: Tensor, cast: Cast, split: Split | None = None) -> Quantized:
     `split`: x is one rank's part of the operand; the scales are then those of the whole.
     """
     if _lies_transposed(x):
-        # Work along memory. The compiler would write transposed else: slowly, and garbage from bfloat16 on a CPU.
+        # Work along memory. The compiler would write transposed else: slowly, and garbage from bfloat16 on a
+        # CPU.
         along = replace(cast, block=(cast.block[1], cast.block[0]))
         amax = block_amax(x.t(), along.block).t()
         s, scale = scales_from_amax(amax if split is None else split.whole_amax(amax, cast), cast)
@@ -203,7 +205,9 @@ def to_float32(data: Tensor) -> Tensor:
 
 def dequantize(q: Quantized, block: tuple[int, int]) -> Tensor:
     """`data * scale` in float32, `[rows, contraction]`; `block` is the cast's."""
-    if _lies_transposed(q.data):
+    # Along memory, as in `quantize`. Not square casts: their dequantised values would be those that forward
+    # reads, and the compiler would keep them, in float32, for backward.
+    if _lies_transposed(q.data) and block[0] != block[1]:
         return dequantize(transposed(q), (block[1], block[0])).t()
     values = _tiles(to_float32(q.data), block) * scale_values(q.scale).unsqueeze(1).unsqueeze(3)
     return _untile(values, q.data.shape)
