@@ -261,13 +261,13 @@ class _Watch:
             for operand in ("input", "weight", "grad_output")
         )
         self.frozen = frozen  # whether to measure where no gradient is asked for
-        self.probe: Tensor | None = None
+        self.probe = self.new_probe(linear.weight.device)
         self.probes: list[Tensor] = []  # of an audit
         self.seen: list[Tensor] = []
 
     def start(self) -> None:
         self.seen = []
-        if self.probe is None or self.probe.device != self.linear.weight.device:
+        if self.probe.device != self.linear.weight.device:
             self.probe = self.new_probe(self.linear.weight.device)
 
     def new_probe(self, device: torch.device) -> Tensor:
@@ -413,7 +413,7 @@ class Monitor:
         with ExitStack() as stack:
             for watch in self._watches:
                 watch.start()
-                watch.linear.watch = watch
+                setattr(watch.linear, "watch", watch)  # noqa: B010
                 stack.callback(setattr, watch.linear, "watch", None)
             yield True
         rows = _rows(self._watches)

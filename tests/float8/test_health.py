@@ -336,9 +336,9 @@ def test_what_a_monitor_refuses() -> None:
 
 
 @compiles
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_compiled_blocks_are_measured_without_a_break(checkpointed: bool) -> None:
-    """With inductor, the numbers of eager code; and a graph of its own for measured steps only."""
+@pytest.mark.parametrize(("backend", "checkpointed"), [("inductor", False), ("aot_eager", True)])
+def test_compiled_blocks_are_measured_without_a_break(backend: str, checkpointed: bool) -> None:
+    """The numbers of eager code; and a graph of its own for measured steps only."""
     model = stack(checkpointed=checkpointed)
     xs = tokens(), 3 * tokens()
     want = Monitor(model, sample=16)
@@ -347,7 +347,7 @@ def test_compiled_blocks_are_measured_without_a_break(checkpointed: bool) -> Non
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for layer in model.layers:
-        layer.compile(fullgraph=True)
+        layer.compile(backend=backend, fullgraph=True)
     monitor = Monitor(model, every=2, sample=16, filter_fn=lambda module, fqn: "1" in fqn)
     ran = []
     for _ in range(4):
