@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +38,7 @@ from octavo.components.lr_scheduler import lr_factor, set_lr
 from octavo.components.metrics import MetricsLogger, StepReport, write_run_record
 from octavo.components.optimizer import build_optimizer
 from octavo.components.profiling import profiling
+from octavo.components.run_folder import RunFolder
 from octavo.components.tokenizer import build_tokenizer
 from octavo.config import ConfigError, JobConfig
 from octavo.config.schema import Training
@@ -90,16 +90,6 @@ def choose_param_dtype(training: Training, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def make_folder(path: str) -> Path:
-    """The folder that everything is written to; `ConfigError` if it can't be made."""
-    folder = Path(path).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"job.dump_folder = {path}: cannot make this folder: {error.strerror}") from None
-    return folder
-
-
 class Trainer:
     """One process's part of a job: everything is built here, in the order in which it depends on each
     other.
@@ -112,7 +102,7 @@ class Trainer:
             logger.info("Running with config: %s", job.to_dict())
         for note in config.notes(job):
             logger.info(note)
-        self.folder = make_folder(job.job.dump_folder)
+        self.folder = RunFolder(job.job.dump_folder, lock=os.environ.get("RANK", "0") == "0")
         if job.experimental.custom_import:
             importlib.import_module(job.experimental.custom_import)
 
@@ -145,7 +135,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, job.optimizer)
 
         self.checkpointer = Checkpointer(
-            job.checkpoint, self.folder / job.checkpoint.folder, self.model, self.optimizer
+            job.checkpoint, self.folder.path / job.checkpoint.folder, self.model, self.optimizer
         )
         peak = peak_flops(self.device)
         logger.info(
@@ -155,7 +145,7 @@ class Trainer:
         )
         self.metrics = MetricsLogger(
             job.metrics,
-            self.folder,
+            self.folder.path,
             rank=self.world.rank,
             device=self.device,
             flops_per_token=flops_per_token,
@@ -233,14 +223,17 @@ class Trainer:
         last = self.job.training.steps
         done = self._resume()
         if self.world.rank == 0:
-            write_run_record(self.folder, self._record())
+            write_run_record(self.folder.path, self._record())
         collector = GarbageCollector(self.job.training.gc_freq)
         if done < last:
             logger.info("Training starts at step %d.", done + 1)
         else:
             logger.info("All %d steps of this run are done; a larger training.steps goes on from here", done)
         self.metrics.start(done)
-        with fastest_attention(), profiling(self.job.profiling, self.folder, self.world.rank) as end_of_step:
+        with (
+            fastest_attention(),
+            profiling(self.job.profiling, self.folder.path, self.world.rank) as end_of_step,
+        ):
             for step in range(done + 1, last + 1):
                 collector.run(step)
                 self._step(step)
@@ -305,10 +298,10 @@ class Trainer:
         }
 
     def _schedule(self) -> dict[str, Any]:
-        """What the learning rate depends on beside the step."""
+        """What an update depends on beside the step and the gradients."""
         decays = self.job.lr_scheduler.decay_ratio != 0
         return {
-            "lr": self.job.optimizer.lr,
+            "optimizer": asdict(self.job.optimizer),
             "lr_scheduler": asdict(self.job.lr_scheduler),
             "steps": self.job.training.steps if decays else None,
         }
@@ -327,7 +320,7 @@ class Trainer:
         )
         if state["schedule"] != self._schedule():
             logger.warning(
-                "The learning rate goes on otherwise than the checkpoint's run would have: %s then, %s now",
+                "The optimizer goes on otherwise than the checkpoint's run would have: %s then, %s now",
                 state["schedule"],
                 self._schedule(),
             )
@@ -347,12 +340,14 @@ class Trainer:
     def _farewell(self) -> None:
         logger.info("Training completed")
         if self.world.rank == 0:
-            metrics = self.folder / "metrics.jsonl"
-            logger.info("Everything was written to %s. To look at the losses: tail %s", self.folder, metrics)
+            metrics = self.folder.path / "metrics.jsonl"
+            logger.info(
+                "Everything was written to %s. To look at the losses: tail %s", self.folder.path, metrics
+            )
             if self.job.metrics.enable_tensorboard:
                 logger.info(
                     "To see the curves: tensorboard --logdir %s",
-                    self.folder / self.job.metrics.save_tb_folder,
+                    self.folder.path / self.job.metrics.save_tb_folder,
                 )
 
 

@@ -159,7 +159,7 @@ def test_longer_run_goes_on_from_a_finished_one(tmp_path):
     runs.train(tmp_path / "parts", {**flags, "training.steps": 2})
     parts = runs.train(tmp_path / "parts", {**flags, "training.steps": 4})
     assert parts.losses == whole.losses
-    assert "learning rate goes on otherwise" not in parts.log
+    assert "optimizer goes on otherwise" not in parts.log
 
 
 def test_finished_run_has_nothing_left_to_do(tmp_path):
@@ -174,7 +174,7 @@ def test_finished_run_has_nothing_left_to_do(tmp_path):
 def test_changed_schedule_is_told(tmp_path):
     flags = {"checkpoint.enable": "true", "lr_scheduler.decay_ratio": 0.5}
     runs.train(tmp_path, {**flags, "training.steps": 2})
-    assert "learning rate goes on otherwise" in runs.train(tmp_path, {**flags, "training.steps": 3}).log
+    assert "optimizer goes on otherwise" in runs.train(tmp_path, {**flags, "training.steps": 3}).log
 
 
 def test_checkpoint_of_two_processes_goes_on_with_one(tmp_path):

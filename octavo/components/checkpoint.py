@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -137,6 +138,18 @@ class Checkpointer:
         if step not in steps:
             raise ConfigError(f"checkpoint.load_step = {step}: {self._folder} has steps {steps}")
         path = self._path(step)
+        try:
+            return self._load(path)
+        except ConfigError:
+            raise
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            earlier = [s for s in steps if s < step]
+            raise ConfigError(
+                f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}): it is damaged; "
+                f"remove it, or set checkpoint.load_step to an earlier step, of {earlier}"
+            ) from error
+
+    def _load(self, path: Path) -> dict[str, Any]:
         state: dict[str, Any] = json.loads((path / _STATE).read_text())
         if state["model_only"]:
             raise ConfigError(

@@ -112,7 +112,7 @@ def _read_json_lines(path: Path) -> Iterator[str]:
                 continue
             try:
                 record = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 end = (
                     ""
                     if line.endswith(b"\n")

@@ -7,6 +7,7 @@ mfu is tflops over the device's peak. Time spent waiting for data is measured ar
 """
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -107,6 +108,19 @@ class _TensorBoard:
         self._writer.close()
 
 
+def _step_of(line: str) -> float:
+    """The step that a line of metrics.jsonl tells of; infinite for a torn line, or one that is not ours."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, LookupError):
+        return math.inf
+
+
+def _finite(value: object) -> object:
+    """JSON has no NaN and no infinity; they become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class _Jsonl:
     """`metrics.jsonl`, one object a reported step, with full precision."""
 
@@ -119,8 +133,7 @@ class _Jsonl:
         """
         if not self._path.exists():
             return
-        lines = [line for line in self._path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
         if not kept:
             aside = datetime.fromtimestamp(self._path.stat().st_mtime).strftime("%Y%m%d-%H%M%S-%f")
             self._path.rename(self._path.with_name(f"metrics.{aside}.jsonl"))
@@ -130,8 +143,9 @@ class _Jsonl:
         partial.replace(self._path)
 
     def write(self, report: StepReport) -> None:
+        values = {name: _finite(value) for name, value in asdict(report).items()}
         with self._path.open("a") as file:
-            file.write(json.dumps(asdict(report)) + "\n")
+            file.write(json.dumps(values) + "\n")
 
 
 class MetricsLogger:
@@ -209,6 +223,8 @@ class MetricsLogger:
             interval_steps=self._steps,
         )
         logger.info(format_line(report, self._colors, grad_norm=self._settings.log_grad_norm))
+        if not math.isfinite(loss):
+            logger.warning("The loss of step %d is %s: this run has diverged", step, loss)
         if self._jsonl:
             self._jsonl.write(report)
         if self._tensorboard:

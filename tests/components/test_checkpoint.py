@@ -124,6 +124,23 @@ def test_another_model_is_refused_by_name_and_shape(folder):
     assert "0.weight is (6, 5) in it and (7, 5) in the model" in message
 
 
+@pytest.mark.parametrize("victim", ["state.json", ".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("damage", ["emptied", "removed"])
+def test_damaged_checkpoint_is_named_with_the_remedy(folder, victim, damage):
+    ranks.run(1, _save, folder, ON, (1, 2))
+    file = folder / "step-2" / victim
+    if damage == "removed":
+        file.unlink()
+        if victim == "state.json":  # without it the folder is no checkpoint, and the one before is the newest
+            assert ranks.run(1, _load, folder, ON)[0][0]["step"] == 1
+            return
+    else:
+        file.write_bytes(b"")
+    message = ranks.run(1, _load, folder, ON)[0]
+    assert "step-2 cannot be read" in message
+    assert "of [1]" in message
+
+
 def test_last_save_of_the_model_alone(folder):
     settings = Checkpoint(enable=True, last_save_model_only=True)
     ranks.run(1, _save, folder, settings, (1, 2))

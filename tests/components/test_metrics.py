@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -123,6 +124,30 @@ def test_resumed_run_tells_each_step_once(tmp_path, clock):
     resumed.start(2)
     step(resumed, clock, 3)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_lines_that_are_not_ours_are_dropped(tmp_path, clock):
+    logger = build(tmp_path, log_freq=1)
+    logger.start(0)
+    step(logger, clock, 1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"foo": 1}\ngarbage}\n[1]\n')
+    build(tmp_path, log_freq=1).start(1)
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+
+
+def test_divergence_is_told_and_json_stays_json(tmp_path, clock, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("octavo"), "propagate", True)
+    logger = build(tmp_path, log_freq=1)
+    logger.start(0)
+    logger.add_batch(1, 0.0)
+    clock.now += 1
+    logger.end_step()
+    with caplog.at_level("INFO", logger="octavo"):
+        logger.report(step=1, loss=math.nan, grad_norm=math.inf, lr=1e-3, tokens=1)
+    assert "The loss of step 1 is nan" in caplog.text
+    assert lines(tmp_path)[0]["loss"] is None
+    assert lines(tmp_path)[0]["grad_norm"] is None
 
 
 def test_new_run_puts_the_old_file_aside(tmp_path, clock):
