@@ -302,7 +302,8 @@ class Float8Linear(nn.Linear):
         if isinstance(self.weight, DTensor):
             return self._forward_sharded(x, self.weight)
         y_MN = self._multiply(x.reshape(-1, self.in_features), self.weight, input)
-        y = y_MN.reshape(*x.shape[:-1], self.out_features)
+        # Not a view to autograd, as nn.Linear's output is none: FSDP2 warns of modules that return views.
+        y = torch.ops.aten._unsafe_view(y_MN.contiguous(), (*x.shape[:-1], self.out_features))
         y = y if self.bias is None else add_bias(y, self.bias)
         return y if self.watch is None else self.watch(x, y)
 
