@@ -7,9 +7,9 @@ For each operand, as its recipe casts it, with s what a value is multiplied by b
     flushed     share of all values that are not zero, but are once cast
     saturated   share that exceeds the format's maximum once multiplied by s. Scales made from the tensor at
                 hand leave only what rounding s lifted over it; power-of-two scales leave none
-    nonfinite   share that is NaN or infinite before the cast; these are in no other number
+    nonfinite   share that is NaN or infinite before the cast
     sqnr        10 log10(sum x**2 / sum (x - x')**2) in decibels, with x' what the cast stands for: about 30
-                for values that fill the format, infinite where nothing is lost, NaN where a NaN spread
+                for values that fill the format, infinite where nothing is lost, NaN if a value is not finite
 
 `audit` measures one forward and backward. `Monitor` measures every k-th step of a training run, compiled or
 not.
@@ -40,7 +40,7 @@ from octavo.float8.carrier import Carrier
 from octavo.float8.config import Options, resolve
 from octavo.float8.fsdp import plain_parameter
 from octavo.float8.linear import Float8Linear
-from octavo.float8.quantize import block_amax, scale_values, scales_from_amax
+from octavo.float8.quantize import block_amax, scale_values, scales_from_amax, to_float32
 from octavo.float8.recipe import FULL, Cast, Recipe
 
 LayerFilter = Callable[[nn.Module, str], bool]
@@ -160,6 +160,11 @@ def _spread(blocks: Tensor, block: tuple[int, int], rows: Tensor, cols: int) -> 
     return blocks if block[1] == FULL else blocks.repeat_interleave(block[1], dim=1)[:, :cols]
 
 
+def _energy(x: Tensor) -> Tensor:
+    """The sum of squares, in float64."""
+    return torch.linalg.vector_norm(x, dtype=torch.float64).square()
+
+
 def _measure(x: Tensor, slots: Sequence[_Slot], sample: int | None) -> Tensor:
     """What each of `slots` does to `x[R, C]`: float64, `_NUMBERS` for each in a row.
 
@@ -171,8 +176,10 @@ def _measure(x: Tensor, slots: Sequence[_Slot], sample: int | None) -> Tensor:
     step = max(step + 1 - step % 2, 1)
     rows = torch.arange(0, x.shape[0], step, device=x.device)
     some = x[::step].float()
-    finite = some.isfinite()
-    signal = torch.where(finite, some, 0).double().square().sum()
+    not_zero = some != 0
+    nonfinite = torch.count_nonzero(~some.isfinite()).double()
+    values = torch.full_like(nonfinite, some.numel())
+    signal = _energy(some)
     numbers = []
     for slot in slots:
         cast, limit = slot.cast, torch.finfo(slot.cast.dtype).max
@@ -180,13 +187,13 @@ def _measure(x: Tensor, slots: Sequence[_Slot], sample: int | None) -> Tensor:
         amax = block_amax(x, block)
         s, scale = scales_from_amax(amax, cast)
         scaled = some * _spread(s, block, rows, x.shape[1])
-        data = scaled.clamp(-limit, limit).to(cast.dtype).float()
+        data = to_float32(scaled.clamp(-limit, limit).to(cast.dtype))
         back = data * _spread(scale_values(scale), block, rows, x.shape[1])
-        noise = torch.where(finite, back - some, 0).double().square().sum()
-        counts = (~finite, finite & (data == 0) & (some != 0), finite & (scaled.abs() > limit))
-        largest = amax.double().amax() if amax.numel() else amax.new_zeros((), dtype=torch.float64)
-        values = torch.full_like(noise, some.numel())
-        numbers += [largest, values, *(c.sum().double() for c in counts), signal, noise]
+        # Neither counts a value of a block that a NaN or an infinity took with it: those come back as NaN.
+        flushed = torch.count_nonzero((back == 0) & not_zero).double()
+        saturated = torch.count_nonzero(scaled.abs() > limit).double()
+        largest = amax.amax().double() if amax.numel() else torch.zeros_like(values)
+        numbers += [largest, values, nonfinite, flushed, saturated, signal, _energy(back - some)]
     return torch.stack(numbers) if numbers else x.new_zeros(0, dtype=torch.float64)
 
 
@@ -379,7 +386,7 @@ class Monitor:
         *,
         every: int = 10,
         filter_fn: LayerFilter | None = None,
-        sample: int | None = 256,
+        sample: int | None = 128,
     ) -> None:
         if every < 1 or (sample is not None and sample < 1):
             raise ValueError(f"every={every} and sample={sample} must be at least 1")

@@ -18,6 +18,7 @@ from octavo.float8 import FULL, RECIPES, Cast, Float8LinearConfig, Gemm, Recipe,
 from octavo.float8.health import Monitor, Row, Table, audit
 from octavo.float8.quantize import dequantize, quantize, scales_from_amax
 from octavo.float8.recipe import ScaleFormat
+from tests import ranks
 from tests.float8.graphs import compiles
 
 TOKENS, K, N = 150, 160, 144
@@ -368,6 +369,37 @@ def test_compiled_blocks_are_measured_without_a_break(backend: str, checkpointed
         assert got.flushed == pytest.approx(row.flushed, abs=1e-3)
         assert got.sqnr == pytest.approx(row.sqnr, abs=0.05)
     assert audit(model, xs[0]).rows[0].layer == "layers.0.up"  # a compiled model is audited as well
+
+
+def _sharded() -> list[bool]:
+    """Whether FSDP2's ranks measure what one process does: here every rank has the same tokens."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    verdicts = []
+    for gather in (False, True):
+        config = replace(
+            Float8LinearConfig.from_recipe_name("tensorwise"),
+            emulate=True,
+            enable_fsdp_float8_all_gather=gather,
+        )
+        torch.manual_seed(0)
+        whole = convert_to_float8_training(Stack(), config=config)
+        model = copy.deepcopy(whole)
+        for module in (*model.layers, model):
+            fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+            module.set_gradient_divide_factor(1.0)  # gloo has no average
+            module.set_force_sum_reduction_for_comms(True)
+        want, got = Monitor(whole, sample=None), Monitor(model, sample=None)
+        run(whole, want, tokens())
+        run(model, got, tokens())
+        verdicts += [got.table == want.table, len(got.table.rows) == 12]
+        verdicts.append(audit(model, tokens(), loss=mean_square) == want.table)
+    return verdicts
+
+
+def test_sharded_models_are_measured() -> None:
+    assert ranks.run(2, _sharded) == [[True] * 6] * 2
 
 
 @pytest.mark.gpu

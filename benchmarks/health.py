@@ -1,0 +1,122 @@
+"""What measuring the health of float8 casts costs a training step.
+
+    python benchmarks/health.py [--recipe rowwise] [--compile] [--every 10] [--steps 20] [--json FILE]
+
+One model, one process: a 6-layer Llama takes a measured and an unmeasured step (two microbatches, forward and
+backward, and AdamW) in turn, and the one that goes first changes each time, so that both meet the same state
+of the machine. The cost at k = `--every` is the median over all pairs of (measured / unmeasured - 1) / k.
+All layers are measured, and then those of one block only.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from octavo.float8 import Float8LinearConfig, convert_to_float8_training
+from octavo.float8.health import Monitor
+from tests.float8.llama_block import Llama
+
+LAYERS, WARMUP, MICROBATCHES = 6, 2, 2
+# dim, hidden, batch, tokens: of a small model on a CPU, 2,048 tokens a step; of an 8B one's on a GPU.
+SIZES = {"cpu": (256, 768, 4, 256), "cuda": (4096, 14336, 1, 4096)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", default="rowwise")
+    parser.add_argument("--compile", action="store_true", help="compile each block")
+    parser.add_argument("--every", type=int, default=10, help="k")
+    parser.add_argument("--steps", type=int, default=20, help="pairs of steps, after two that don't count")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    options = parser.parse_args()
+    if options.steps < 1 or options.every < 1:
+        parser.error("--steps and --every must be at least 1")
+    warnings.simplefilter("ignore")
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dim, hidden, batch, tokens = SIZES[device]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch.manual_seed(0)
+    model = Llama(LAYERS, dim, hidden).to(device, dtype)
+    emulate = True if device == "cpu" else None
+    config = replace(Float8LinearConfig.from_recipe_name(options.recipe), emulate=emulate)
+    convert_to_float8_training(model, config=config)
+    if options.compile:
+        for layer in model.layers:
+            layer.compile(fullgraph=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    xs = [torch.randn(batch, tokens, dim, device=device, dtype=dtype) for _ in range(MICROBATCHES)]
+
+    def seconds(monitor: Monitor | None) -> float:
+        """The time of one step."""
+        start = time.perf_counter()
+        if monitor is None:
+            forward_backward()
+        else:
+            with monitor.step():
+                forward_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def forward_backward() -> None:
+        for x in xs:
+            model(x).float().square().mean().backward()
+
+    monitors = {
+        "all layers": Monitor(model, every=1),
+        "one block": Monitor(model, every=1, filter_fn=lambda module, fqn: fqn.startswith("layers.0.")),
+    }
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    result = {
+        "torch": torch.__version__,
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg(),
+        "recipe": options.recipe,
+        "compiled": options.compile,
+        "pairs": options.steps,
+        "every": options.every,
+        "costs": {},
+    }
+    print(
+        f"torch {torch.__version__} on {name}, {result['threads']} threads, load {os.getloadavg()[0]:.1f}; "
+        f"{options.recipe}, {'compiled' if options.compile else 'eager'}, {options.steps} pairs of steps"
+    )
+    for which, monitor in monitors.items():
+        sides = {"measured": monitor, "plain": None}
+        times: dict[str, list[float]] = {side: [] for side in sides}
+        for pair in range(WARMUP + options.steps):
+            for side in sorted(sides, reverse=bool(pair % 2)):
+                times[side].append(seconds(sides[side]))
+        pairs = list(zip(times["measured"][WARMUP:], times["plain"][WARMUP:], strict=True))
+        costs = [(measured / plain - 1) / options.every for measured, plain in pairs]
+        quartiles = statistics.quantiles(costs, n=4) if len(costs) > 1 else costs * 3
+        result["costs"][which] = {"median": statistics.median(costs), "quartiles": quartiles, "all": costs}
+        plain = statistics.median(times["plain"][WARMUP:])
+        print(
+            f"{which:10}  step {plain * 1e3:7.1f} ms; measuring at k = {options.every} costs "
+            f"{statistics.median(costs):.2%} of it, quartiles {quartiles[0]:.2%} and {quartiles[2]:.2%}"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
