@@ -239,7 +239,8 @@ class _Tap(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(of_input)
         ctx.slots, ctx.sample = slots, sample
-        return y.view_as(y)
+        # Not a view, which may not be changed in place, and about which FSDP2 warns.
+        return torch.ops.aten._unsafe_view.default(y, y.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -290,6 +290,14 @@ def test_a_monitor_changes_no_gradient_and_leaves_nothing() -> None:
     copy.deepcopy(model)
 
 
+def test_a_watched_layers_output_may_be_changed_in_place() -> None:
+    model = converted(nn.Linear(64, 64))
+    with Monitor(model).step():
+        y = model(tokens())
+        y += 1
+        mean_square(y).backward()
+
+
 def test_microbatches_and_repeated_calls_are_put_together() -> None:
     torch.manual_seed(0)
     model = converted(nn.Linear(64, 48))
