@@ -7,6 +7,7 @@ message.
 
 import importlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,7 @@ def _preflight_train(argv: Sequence[str]) -> None:
 
 def _world_size() -> int:
     text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
+    if not re.fullmatch(r"0*[1-9][0-9]{0,5}", text):
         raise ConfigError(f"WORLD_SIZE={text}: expected a whole number from 1 up")
     return int(text)
 
@@ -96,6 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else _USAGE_ERROR
     name, rest = argv[0], argv[1:]
+    if name == "--version" and rest:
+        print(f"octavo: --version stands alone, but {rest[0]!r} follows it", file=sys.stderr)
+        return _USAGE_ERROR
     if name == "--version":
         print(f"octavo {__version__}")
         return 0

@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from octavo import config
-from octavo.config import ConfigError, flags
+from octavo.config import ConfigError, files, flags
+from octavo.config.ranges import shown
 
-TRAIN_CONFIGS = Path(__file__).parent / "models" / "llama3" / "train_configs"
 DEFAULT_CONFIG = "demo.toml"
+_LAST_PORT = 2**16 - 1
 
 VARIABLES = """\
 variables:
@@ -57,8 +58,12 @@ class Launch:
     shown_ranks: frozenset[int]
 
 
-def plan(argv: Sequence[str], environ: Mapping[str, str], *, gpus: int, cores: int) -> Launch:
+def plan(
+    argv: Sequence[str], environ: Mapping[str, str], *, gpus: int, cores: int, terminal: bool = False
+) -> Launch:
     """Decide what to start, for the options `argv` and the variables `environ`, on so many GPUs and cores.
+
+    `terminal`: whether standard error is one, so that log lines may have colours.
 
     Raises:
         ConfigError: for a variable, an option or a combination of them that cannot work.
@@ -84,7 +89,7 @@ def plan(argv: Sequence[str], environ: Mapping[str, str], *, gpus: int, cores: i
             *("-m", "octavo.train"),
             *options,
         ),
-        environment=_environment(environ, processes=processes, gpus=gpus, cores=cores),
+        environment=_environment(environ, processes=processes, gpus=gpus, cores=cores, terminal=terminal),
         shown_ranks=shown_ranks,
     )
 
@@ -92,15 +97,15 @@ def plan(argv: Sequence[str], environ: Mapping[str, str], *, gpus: int, cores: i
 def _number(environ: Mapping[str, str], name: str, *, default: int) -> int:
     """A positive integer from the environment; an empty variable is an unset one."""
     text = environ.get(name, "").strip() or str(default)
-    if not re.fullmatch(r"[0-9]+", text) or int(text) < 1:
-        raise ConfigError(f"{name}={text}: expected a whole number from 1 up")
+    if not re.fullmatch(r"0*[1-9][0-9]{0,5}", text):
+        raise ConfigError(f"{name}={text}: expected a whole number from 1 up (to 999999)")
     return int(text)
 
 
 def _shown_ranks(environ: Mapping[str, str], processes: int) -> frozenset[int]:
     text = environ.get("LOG_RANK", "").strip() or "0"
     ranks = text.split(",")
-    if not all(re.fullmatch(r"\s*[0-9]+\s*", rank) and int(rank) < processes for rank in ranks):
+    if not all(re.fullmatch(r"\s*[0-9]{1,6}\s*", rank) and int(rank) < processes for rank in ranks):
         allowed = "0" if processes == 1 else f"0 to {processes - 1}"
         raise ConfigError(
             f"LOG_RANK={text}: expected local ranks, comma-separated; with {_count(processes, 'process')} "
@@ -113,6 +118,13 @@ def _rendezvous(environ: Mapping[str, str]) -> tuple[int, list[str]]:
     """The number of machines, and how torchrun's agents find each other."""
     nodes = _number(environ, "NNODES", default=1)
     if nodes == 1:
+        for name in ("RDZV_ENDPOINT", "RDZV_ID", "NODE_RANK"):
+            if environ.get(name, "").strip():
+                raise ConfigError(
+                    f"{name}={environ[name]} is for several machines, and NNODES is "
+                    f"{'1' if environ.get('NNODES', '').strip() else 'not set'}: "
+                    f"set NNODES to how many there are, or unset {name}"
+                )
         # Port 0: any free one. The name of this machine need not resolve, as a laptop's often does not.
         return 1, [
             "--nnodes=1",
@@ -122,11 +134,14 @@ def _rendezvous(environ: Mapping[str, str]) -> tuple[int, list[str]]:
         ]
 
     endpoint = environ.get("RDZV_ENDPOINT", "").strip()
-    if not re.fullmatch(r".+:[0-9]+", endpoint):
+    match = re.fullmatch(r"\S+:([0-9]+)", endpoint)
+    if not match:
         raise ConfigError(
             f"RDZV_ENDPOINT={endpoint}: NNODES={nodes} needs host:port of one of the machines, "
             "the same on all, such as node0:29500"
         )
+    if not re.fullmatch(r"0*[1-9][0-9]{0,4}", match[1]) or int(match[1]) > _LAST_PORT:
+        raise ConfigError(f"RDZV_ENDPOINT={endpoint}: the port must be between 1 and {_LAST_PORT}")
     found = [
         f"--nnodes={nodes}",
         f"--rdzv-endpoint={endpoint}",
@@ -135,7 +150,7 @@ def _rendezvous(environ: Mapping[str, str]) -> tuple[int, list[str]]:
     rank = environ.get("NODE_RANK", "").strip()
     if not rank:
         return nodes, [*found, "--rdzv-backend=c10d"]
-    if not re.fullmatch(r"[0-9]+", rank) or int(rank) >= nodes:
+    if not re.fullmatch(r"[0-9]{1,6}", rank) or int(rank) >= nodes:
         raise ConfigError(f"NODE_RANK={rank}: expected 0 to {nodes - 1}, for NNODES={nodes}")
     return nodes, [*found, "--rdzv-backend=static", f"--node-rank={rank}"]
 
@@ -144,26 +159,34 @@ def _config_file(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
     """The option that names the TOML file, empty where `argv` names one itself."""
     variable = environ.get("CONFIG_FILE", "")
     option = flags.config_file(flags.scan(argv)[0])
-    if option is not None:
-        if variable and option != variable:
-            raise ConfigError(
-                f"CONFIG_FILE={variable} and --job.config_file {option} name two files; give one of them"
-            )
+    if option is not None and not variable:
         return []
-    path = Path(variable or TRAIN_CONFIGS / DEFAULT_CONFIG).expanduser()
-    if not path.exists() and (TRAIN_CONFIGS / variable).is_file():
-        path = TRAIN_CONFIGS / variable
-    if not path.is_file():
-        shipped = ", ".join(sorted(file.name for file in TRAIN_CONFIGS.glob("*.toml")))
-        raise ConfigError(f"CONFIG_FILE={variable}: no such file in {Path.cwd()}; octavo ships: {shipped}")
-    return [f"--job.config_file={path}"]
+    try:
+        path = files.find(variable) if variable else files.TRAIN_CONFIGS / DEFAULT_CONFIG
+    except ConfigError as error:
+        raise ConfigError(f"CONFIG_FILE={shown(variable)}: {error}") from None
+    if option is None:
+        return [f"--job.config_file={path}"]
+    try:
+        same = files.find(option.text).samefile(path)
+    except ConfigError:
+        same = False
+    if not same:
+        raise ConfigError(
+            f"CONFIG_FILE={variable} and {option.typed} {option.text} name two files; give one of them"
+        )
+    return []
 
 
-def _environment(environ: Mapping[str, str], *, processes: int, gpus: int, cores: int) -> dict[str, str]:
+def _environment(
+    environ: Mapping[str, str], *, processes: int, gpus: int, cores: int, terminal: bool
+) -> dict[str, str]:
     """Variables for the training processes; what the user has set stays."""
     # The working directory comes last: a model of the user's own is found there and shadows nothing.
     paths = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     wanted = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([*paths, os.getcwd()])}
+    if terminal and "FORCE_COLOR" not in environ and not environ.get("NO_COLOR"):
+        wanted["FORCE_COLOR"] = "1"  # the processes write into pipes of torchrun's, which are no terminals
     if processes > 1:
         wanted["OMP_NUM_THREADS"] = environ.get("OMP_NUM_THREADS") or str(max(1, cores // processes))
     if gpus:
@@ -289,7 +312,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.wants_help(argv):
         return _help()
     try:
-        launch = plan(argv, os.environ, gpus=count_gpus(os.environ), cores=_usable_cores())
+        launch = plan(
+            argv,
+            os.environ,
+            gpus=count_gpus(os.environ),
+            cores=_usable_cores(),
+            terminal=sys.stderr.isatty(),
+        )
     except ConfigError as error:
         print(f"octavo: {error}", file=sys.stderr)
         return 2

@@ -51,6 +51,15 @@ missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is No
 print("missing " + ", ".join(missing) if missing else "fits")
 '
 
+# Can it make .venv? Exit code 1: too old; 10: Debian has put venv, or the pip it installs, into another package.
+readonly VENV_FITNESS='
+import importlib.util, sys
+
+if sys.version_info < (3, 11):
+    sys.exit(1)
+sys.exit(0 if all(map(importlib.util.find_spec, ("venv", "ensurepip"))) else 10)
+'
+
 # verdict PYTHON MODULE...: "fits", "torchless", "unfit WHY", "missing MODULES" or "broken".
 verdict() {
   local python=$1 answer
@@ -112,19 +121,22 @@ ready() {
   if [[ $build == cpu ]] && has_nvidia_gpu; then return 1; fi
 }
 
-# A Python to make .venv with. It is started, for a name on PATH may be a shim without anything behind it.
+# A Python to make .venv with. It is started, for a name on PATH may be a shim without anything behind it; once, and
+# without its site-packages, for a start can take a second.
 base_python() {
-  local name found='' problems=()
+  local name status found='' problems=()
   for name in python3.13 python3.12 python3.11 python3 python; do
     found=$(command -v "$name") || continue
-    if ! "$found" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
-      problems+=("$found: does not start, or is older than 3.11")
-    elif ! "$found" -c 'import ensurepip, venv' >/dev/null 2>&1; then
-      problems+=("$found: has no venv module (Debian, Ubuntu: apt install python3-venv)")
-    else
-      printf '%s' "$found"
-      return
-    fi
+    status=0
+    "$found" -I -S -c "$VENV_FITNESS" >/dev/null 2>&1 || status=$?
+    case $status in
+      0)
+        printf '%s' "$found"
+        return
+        ;;
+      10) problems+=("$found: has no venv module (Debian, Ubuntu: apt install python3-venv)") ;;
+      *) problems+=("$found: does not start, or is older than 3.11") ;;
+    esac
   done
   die 2 "no Python >= 3.11 with venv on PATH." ${problems[@]+"${problems[@]}"} \
     "Install one, activate an environment with torch >= 2.11, or name its Python in OCTAVO_PYTHON."

@@ -48,6 +48,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["trian"], "octavo: no command 'trian'; did you mean 'train'?"),
         (["xyzzy"], "octavo: no command 'xyzzy' (octavo --help lists them)"),
         (["--verbose"], "octavo: no command '--verbose'"),
+        (["--version", "extra"], "octavo: --version stands alone, but 'extra' follows it"),
         (
             ["train", "--training.seq_len=0"],
             "octavo: training.seq_len = 0 (--training.seq_len) must be at least 1",
@@ -84,6 +85,8 @@ def test_the_number_of_processes_comes_from_torchrun(
     monkeypatch.setenv("WORLD_SIZE", "many")
     assert main(["train"]) == 2
     assert "WORLD_SIZE=many: expected a whole number" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "9" * 5000)
+    assert main(["train"]) == 2
 
 
 def test_a_missing_package_is_told_with_the_remedy(

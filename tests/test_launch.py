@@ -13,11 +13,14 @@ import pytest
 
 from octavo import launch
 from octavo.config import ConfigError
-from octavo.launch import TRAIN_CONFIGS, plan, visible_gpus
+from octavo.config.files import TRAIN_CONFIGS
+from octavo.launch import plan, visible_gpus
 
 
-def planned(*argv: str, gpus: int = 0, cores: int = 8, **environ: str) -> launch.Launch:
-    return plan(argv, environ, gpus=gpus, cores=cores)
+def planned(
+    *argv: str, gpus: int = 0, cores: int = 8, terminal: bool = False, **environ: str
+) -> launch.Launch:
+    return plan(argv, environ, gpus=gpus, cores=cores, terminal=terminal)
 
 
 def option(started: launch.Launch, name: str) -> str | None:
@@ -79,6 +82,20 @@ def test_shown_ranks():
         ({"NNODES": "2"}, "RDZV_ENDPOINT=: NNODES=2 needs host:port"),
         ({"NNODES": "2", "RDZV_ENDPOINT": "node0"}, "RDZV_ENDPOINT=node0: NNODES=2 needs host:port"),
         ({"NNODES": "2", "RDZV_ENDPOINT": "h:1", "NODE_RANK": "2"}, "NODE_RANK=2: expected 0 to 1"),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "x:99999999"}, "=x:99999999: the port must be between 1 and 65535"),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "x:65536"}, "the port must be between 1 and 65535"),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "x:0"}, "the port must be between 1 and 65535"),
+        ({"NODE_RANK": "0"}, "NODE_RANK=0 is .* NNODES is not set: set NNODES .* or unset NODE_RANK"),
+        ({"RDZV_ENDPOINT": "h:1"}, "RDZV_ENDPOINT=h:1 is .* or unset RDZV_ENDPOINT"),
+        (
+            {"NNODES": "1", "RDZV_ID": "mine"},
+            "RDZV_ID=mine is .* NNODES is 1: set NNODES .* or unset RDZV_ID",
+        ),
+        ({"NGPU": "9" * 5000}, "expected a whole number from 1 up"),
+        ({"LOG_RANK": "9" * 5000}, "expected local ranks"),
+        ({"CONFIG_FILE": "~nobody-of-this-name/x"}, "^CONFIG_FILE=~nobody-of-this-name/x: cannot be read: "),
+        ({"CONFIG_FILE": "a" * 300}, "^CONFIG_FILE=a{300}: cannot be read: File name too long$"),
+        ({"CONFIG_FILE": "/"}, r"^CONFIG_FILE=/: is a folder; name the \.toml file in it$"),
         ({"CONFIG_FILE": "nothing.toml"}, "CONFIG_FILE=nothing.toml: no such file .* ships: .*demo.toml"),
     ],
 )
@@ -143,6 +160,12 @@ def test_two_different_files_are_a_contradiction_and_one_named_twice_is_not(tmp_
     with pytest.raises(ConfigError, match="name two files"):
         planned(spelling, str(one), CONFIG_FILE=str(other))
     planned(spelling, str(one), CONFIG_FILE=str(one))
+    planned(spelling, str(TRAIN_CONFIGS / "demo.toml"), CONFIG_FILE="demo.toml")
+
+
+def test_an_option_that_names_a_shipped_file_is_checked_with_it():
+    with pytest.raises(ConfigError, match=r"model.hf_assets_path = \S+ \(\S+/llama3_8b.toml:\d+\): no such"):
+        planned("--job.config_file=llama3_8b.toml")
 
 
 # The environment of the training processes
@@ -160,6 +183,26 @@ def test_environment_on_a_cpu(tmp_path, monkeypatch):
     assert "PYTORCH_ALLOC_CONF" not in environment
     assert planned(NGPU="3", cores=2).environment["OMP_NUM_THREADS"] == "1"
     assert "OMP_NUM_THREADS" not in planned().environment  # torch takes every core by itself
+
+
+def test_colours_where_the_launcher_itself_has_a_terminal():
+    assert planned(terminal=True).environment["FORCE_COLOR"] == "1"
+    assert planned(terminal=True, NO_COLOR="").environment["FORCE_COLOR"] == "1"
+    assert "FORCE_COLOR" not in planned().environment
+    assert "FORCE_COLOR" not in planned(terminal=True, NO_COLOR="1").environment
+    assert "FORCE_COLOR" not in planned(terminal=True, FORCE_COLOR="").environment
+
+
+def test_main_looks_at_its_own_terminal(monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(launch, "run", lambda planned: started.append(planned) or 0)
+    for variable in ("CONFIG_FILE", "FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(variable, raising=False)
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        assert launch.main([]) == 0
+
+    assert [one.environment.get("FORCE_COLOR") for one in started] == ["1", None]
 
 
 def test_environment_on_a_gpu():
@@ -259,7 +302,10 @@ def command(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
         (["--float8.recipe_name=rowise"], {}, "rowwise"),
         (["--training.global_batch_size=16"], {"NGPU": "3"}, "global_batch_size"),
         (["--training.dataset=/no/such/corpus"], {}, "/no/such/corpus"),
-        ([], {"CONFIG_FILE": "llama3_8b.toml"}, "octavo download"),
+        ([], {"CONFIG_FILE": "llama3_8b.toml"}, " download --repo_id meta-llama/Llama-3.1-8B"),
+        (["--job.config_file=~nobody-of-this-name/x"], {}, "cannot be read"),
+        ([], {"CONFIG_FILE": "~nobody-of-this-name/x"}, "cannot be read"),
+        ([], {"CONFIG_FILE": "a" * 300}, "File name too long"),
         ([], {"NGPU": "0"}, "NGPU=0"),
     ],
 )

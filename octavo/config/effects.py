@@ -25,6 +25,17 @@ class Need:
     remedy: str
 
 
+def _profiles_nothing(job: JobConfig) -> bool:
+    return not (job.profiling.enable_profiling or job.profiling.enable_memory_snapshot)
+
+
+def _casts_again(job: JobConfig, world_size: int) -> bool:
+    """Whether a float8 weight is read several times a step; `octavo/quantization.py` decides by the same."""
+    accumulates = job.training.global_batch_size > job.training.local_batch_size * world_size
+    gathers = job.float8.enable_fsdp_float8_all_gather and world_size > 1
+    return accumulates or gathers or job.activation_checkpoint.mode != "none"
+
+
 _DECAY = ("lr_scheduler.decay_type", "lr_scheduler.min_lr_factor")
 _PROFILING = "profiling.enable_profiling"
 
@@ -40,6 +51,12 @@ NEEDS: tuple[Need, ...] = (
         lambda job, _: job.float8.enable_fsdp_float8_all_gather,
         "weights are not gathered in float8",
         "add --float8.enable_fsdp_float8_all_gather",
+    ),
+    Need(
+        ("float8.cast_weights_once",),
+        lambda job, world_size: _casts_again(job, world_size),
+        "nothing casts a weight twice in a step: no accumulation, checkpointed activations or float8 gather",
+        "leave it out",
     ),
     Need(
         (
@@ -71,6 +88,18 @@ NEEDS: tuple[Need, ...] = (
         lambda job, _: job.profiling.enable_profiling or job.profiling.enable_memory_snapshot,
         "nothing is profiled",
         f"add --{_PROFILING} or --profiling.enable_memory_snapshot",
+    ),
+    Need(
+        (
+            "profiling.enable_profiling",
+            "profiling.enable_memory_snapshot",
+            "profiling.profile_freq",
+            "profiling.save_traces_folder",
+            "profiling.save_memory_snapshot_folder",
+        ),
+        lambda job, _: _profiles_nothing(job) or job.profiling.profile_freq <= job.training.steps,
+        "profiling.profile_freq exceeds training.steps, so no step is recorded",
+        "lower --profiling.profile_freq",
     ),
     Need(
         ("metrics.save_tb_folder", "metrics.save_for_all_ranks"),

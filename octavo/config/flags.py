@@ -88,9 +88,9 @@ def scan(argv: Sequence[str]) -> tuple[list[Flag], list[str]]:
     return flags, problems
 
 
-def config_file(flags: Sequence[Flag]) -> str | None:
-    """The TOML file named on the command line; the last one where there are several."""
-    named = [flag.text for flag in flags if (flag.section, flag.key) == _CONFIG_FILE]
+def config_file(flags: Sequence[Flag]) -> Flag | None:
+    """The flag that names the TOML file; the last one where there are several."""
+    named = [flag for flag in flags if (flag.section, flag.key) == _CONFIG_FILE]
     return named[-1] if named else None
 
 

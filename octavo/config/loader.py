@@ -3,14 +3,14 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from octavo.config import flags, toml
+from octavo.config import files, flags, toml
 from octavo.config.errors import ConfigError
 from octavo.config.ranges import shown
 from octavo.config.schema import JobConfig
 
 
 def load(argv: Sequence[str], *, prog: str = "octavo train") -> JobConfig:
-    """Read a job from flags and from the TOML file that `--job.config_file` names.
+    """Read a job from flags and from the TOML file that `--job.config_file` names: a path, or a shipped name.
 
     Nothing outside that file is looked at: ranges, paths and divisibility are `check`'s. `-h` or `--help`
     among the flags prints the help and exits with 0. Of a flag given several times the last counts, so that
@@ -24,8 +24,8 @@ def load(argv: Sequence[str], *, prog: str = "octavo train") -> JobConfig:
         raise SystemExit(0)
     given_flags, flag_problems = flags.scan(argv)
     bad_values = flags.check_values(given_flags)
-    path = flags.config_file(given_flags)
-    entries, problems = _read_file(path) if path is not None else ([], [])
+    named = flags.config_file(given_flags)
+    entries, problems = _read_file(named) if named is not None else ([], [])
     problems += _contradictions((e.section, e.key, e.value, e.written, e.where) for e in entries)
     problems += flag_problems + bad_values
     if not bad_values:
@@ -46,9 +46,13 @@ def load(argv: Sequence[str], *, prog: str = "octavo train") -> JobConfig:
     return job
 
 
-def _read_file(path: str) -> tuple[list[toml.Entry], list[str]]:
+def _read_file(named: flags.Flag) -> tuple[list[toml.Entry], list[str]]:
     try:
-        return toml.read(path)
+        path = files.find(named.text)
+    except ConfigError as error:
+        return [], [f"{named.typed}={shown(named.text)}: {error}"]
+    try:
+        return toml.read(str(path))
     except ConfigError as error:
         return [], [str(error)]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from octavo.config import names
 from octavo.config.effects import without_effect
 from octavo.config.errors import ConfigError, did_you_mean
+from octavo.config.programs import download_command, missing_cxx
 from octavo.config.ranges import named, out_of_range
 from octavo.config.schema import JobConfig
 
@@ -44,6 +45,7 @@ def check(job: JobConfig, *, world_size: int, gpus: int | None = None) -> None:
             *_on_disk(_load_step, job, "checkpoint.folder"),
             *_gpu_only(job, gpus),
             *_offload(job, world_size),
+            *_compiler(job, gpus),
             *_packages(job),
         ]
     problems += without_effect(job, world_size)
@@ -197,16 +199,6 @@ def _tokenizer(job: JobConfig) -> Iterator[str]:
     yield f"{named(job, key)}: {wrong}\n  to fetch it: {download_command(given)}"
 
 
-def download_command(assets_path: str) -> str:
-    """The command that would put a tokenizer at `assets_path`, as far as the path tells which."""
-    path = Path(assets_path)
-    if path.suffix in (".json", ".model"):
-        path = path.parent.parent if path.parent.name == "original" else path.parent
-    owner = "meta-llama" if "llama" in path.name.lower() else "OWNER"
-    folder = "" if path.parent == Path("assets/hf") else f" --local_dir {path.parent}"
-    return f"octavo download --repo_id {owner}/{path.name or 'NAME'} --assets tokenizer{folder}"
-
-
 def _outputs(job: JobConfig) -> Iterator[str]:
     folder = Path(job.job.dump_folder).expanduser()
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -255,6 +247,17 @@ def _offload(job: JobConfig, world_size: int) -> Iterator[str]:
         yield (
             f"{named(job, 'training.enable_cpu_offload')} works with several processes, or with "
             "training.mixed_precision_param = bfloat16"
+        )
+
+
+def _compiler(job: JobConfig, gpus: int | None) -> Iterator[str]:
+    """torch.compile writes C++ on a CPU, and tells in the first step only that nothing can compile it."""
+    compiler = missing_cxx() if job.compile.enable and gpus == 0 else None
+    if compiler is not None:
+        yield (
+            f"{named(job, 'compile.enable')} needs a C++ compiler on a CPU, and {compiler or repr(compiler)} "
+            "does not start: install it (Debian, Ubuntu: apt install g++; macOS: xcode-select --install), "
+            "name another one in CXX, or leave compilation out (--compile.no-enable)"
         )
 
 

@@ -1,11 +1,12 @@
 """Which values make sense: one row a key, in the words that the message uses."""
 
-import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from octavo.config.schema import JobConfig
+from octavo.config.values import digits
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,29 @@ def _within(low: float, high: float) -> Callable[[float], bool]:
     return lambda value: low <= value <= high
 
 
+def _above_0(high: float) -> Callable[[float], bool]:
+    return lambda value: 0 < value <= high
+
+
+_MOST = 2**31 - 1
+"""Of every integer but the seed. No job comes near it, and products of two fit the 64 bits that torch has."""
+
+_STEEPEST = 1e3
+"""Of what multiplies a weight or its update each step: one step at this rate undoes any training."""
+
+_UNCLIPPED = 1e30
+"""A norm that never clips; clipping divides it by as little as 1e-6, which float32 must hold."""
+
+_PATHS = (
+    "job.dump_folder",
+    "checkpoint.folder",
+    "profiling.save_traces_folder",
+    "profiling.save_memory_snapshot_folder",
+    "metrics.save_tb_folder",
+    "model.hf_assets_path",
+    "training.dataset",
+)
+
 RULES: tuple[Rule, ...] = (
     Rule(
         (
@@ -35,31 +59,40 @@ RULES: tuple[Rule, ...] = (
             "comm.init_timeout_seconds",
             "comm.train_timeout_seconds",
         ),
-        lambda value: value >= 1,
-        "must be at least 1",
+        _within(1, _MOST),
+        f"must be at least 1 and at most {_MOST}",
     ),
     Rule(
         ("training.global_batch_size", "parallelism.data_parallel_shard_degree"),
-        lambda value: value == -1 or value >= 1,
-        "must be at least 1, or -1 for what the number of devices gives",
+        lambda value: value == -1 or 1 <= value <= _MOST,
+        f"must be at least 1, or -1 for what the number of devices gives, and at most {_MOST}",
     ),
     Rule(("training.seed",), _within(0, 2**63 - 1), "must be between 0 and 2^63 - 1"),
-    Rule(("lr_scheduler.warmup_steps",), lambda value: value >= 0, "must be at least 0"),
-    Rule(("checkpoint.load_step",), lambda value: value >= -1, "must be a step, or -1 for the latest"),
+    Rule(("lr_scheduler.warmup_steps",), _within(0, _MOST), f"must be at least 0 and at most {_MOST}"),
     Rule(
-        ("checkpoint.keep_latest_k",),
-        lambda value: value == 0 or value >= 2,
-        "must be 0 (keep all) or at least 2: one must be left while the next is written",
+        ("checkpoint.load_step",),
+        _within(-1, _MOST),
+        f"must be a step, or -1 for the latest, and at most {_MOST}",
     ),
     Rule(
-        ("optimizer.lr", "optimizer.eps", "training.max_norm"),
-        lambda value: math.isfinite(value) and value > 0,
-        "must be a finite number above 0",
+        ("checkpoint.keep_latest_k",),
+        lambda value: value == 0 or 2 <= value <= _MOST,
+        f"must be 0 (keep all), or at least 2 (one is left while the next is written) and at most {_MOST}",
+    ),
+    Rule(
+        ("optimizer.lr", "optimizer.eps"),
+        _above_0(_STEEPEST),
+        f"must be a finite number above 0, at most {_STEEPEST:g}",
+    ),
+    Rule(
+        ("training.max_norm",),
+        _above_0(_UNCLIPPED),
+        f"must be a finite number above 0, at most {_UNCLIPPED:g}",
     ),
     Rule(
         ("optimizer.weight_decay",),
-        lambda value: math.isfinite(value) and value >= 0,
-        "must be a finite number, at least 0",
+        _within(0, _STEEPEST),
+        f"must be a finite number, at least 0 and at most {_STEEPEST:g}",
     ),
     Rule(
         ("optimizer.beta1", "optimizer.beta2"), lambda value: 0 <= value < 1, "must be at least 0 and below 1"
@@ -69,20 +102,17 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("activation_checkpoint.selective_ac_option",),
-        lambda value: value == "op" or (value.isascii() and value.isdigit() and int(value) >= 1),
-        'must be "op" or a positive whole number, as a string',
+        lambda value: value == "op" or re.fullmatch("0*[1-9][0-9]{0,5}", value) is not None,
+        'must be "op" or a whole number from 1 to 999999, as a string',
     ),
     Rule(
-        (
-            "job.dump_folder",
-            "checkpoint.folder",
-            "profiling.save_traces_folder",
-            "profiling.save_memory_snapshot_folder",
-            "metrics.save_tb_folder",
-            "model.hf_assets_path",
-            "training.dataset",
-        ),
-        lambda value: bool(value.strip()) and "\0" not in value,
+        (*_PATHS, "training.dataset_path"),
+        lambda value: "\0" not in value,
+        "must not contain a NUL character, which no path can",
+    ),
+    Rule(
+        _PATHS,
+        lambda value: bool(value.strip()),
         "must not be empty",
     ),
     Rule(
@@ -103,6 +133,10 @@ def shown(value: Any) -> str:
     """A value as its user would write it."""
     if isinstance(value, list):
         return ",".join(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return digits(value)
+    if isinstance(value, str):
+        return value if value.isprintable() else repr(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -18,7 +18,7 @@ from octavo.config import names
 @dataclass
 class Job:
     config_file: str | None = None
-    """TOML file to read first; flags override it."""
+    """TOML file to read first, a path or a shipped name (demo.toml); flags override it."""
     dump_folder: str = "./outputs"
     """Folder that everything this run writes goes under."""
     description: str = "octavo job"

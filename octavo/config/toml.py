@@ -36,7 +36,7 @@ def read(path: str) -> tuple[list[Entry], list[str]]:
     """All valid entries of a file, and one message for each thing wrong in it.
 
     Raises:
-        ConfigError: where there is no file, or it is no TOML.
+        ConfigError: where the file cannot be read, or is no TOML.
     """
     text = _read_text(path)
     try:
@@ -115,10 +115,6 @@ def _record(tree: Any, path: tuple[str, ...], line: int, found: dict[tuple[str, 
 def _read_text(path: str) -> str:
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path!r} does not exist (looked in {Path.cwd()})") from None
-    except IsADirectoryError:
-        raise ConfigError(f"config file {path!r} is a folder; name the .toml file in it") from None
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"config file {path!r} is not UTF-8 text (byte {error.start}); is it a TOML file?"

@@ -5,6 +5,7 @@ TOML has types, a command line has text: `text=True` reads numbers and booleans 
 guessed: `1.5` is no integer, `true` is no number, `"ten"` is neither.
 """
 
+import math
 import re
 import types
 from typing import Any, Literal, Union, get_args, get_origin
@@ -12,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from octavo.config.errors import did_you_mean
 
 _INTEGER = re.compile(r"[+-]?[0-9](_?[0-9])*")
+_NUMBER = re.compile(r"[+-]?(([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?|inf|nan)", re.IGNORECASE)
 _BOOLS = {"true": True, "false": False}
 _SCALARS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 _TOML_TYPES = {
@@ -78,6 +80,13 @@ def convert(kind: Any, value: Any, *, text: bool) -> Any:
     return converted
 
 
+def digits(number: int) -> str:
+    """The number in digits, or its size where those would fill the line (and Python may refuse them)."""
+    if number.bit_length() <= 128:
+        return str(number)
+    return f"about {'-' if number < 0 else ''}10^{int(number.bit_length() * math.log10(2))}"
+
+
 def _convert_list(kind: Any, value: Any) -> list[str]:
     (item,) = get_args(kind)
     if isinstance(value, str):
@@ -106,7 +115,7 @@ def _read_text(kind: Any, value: str) -> Any:
         if kind is int:
             return int(value) if _INTEGER.fullmatch(value) else None
         if kind is float:
-            return float(value)
+            return float(value) if _NUMBER.fullmatch(value) else None
     except ValueError:
         return None
     if kind is bool:
@@ -124,10 +133,12 @@ def _read_toml(kind: Any, value: Any) -> Any:
 
 
 def _wrong_type(kind: Any, value: Any, *, text: bool) -> BadValue:
-    got = repr(value) if text else f"{_TOML_TYPES.get(type(value), 'a date or time')} ({_shown(value)})"
+    got = _shown(value) if text else f"{_TOML_TYPES.get(type(value), 'a date or time')} ({_shown(value)})"
     return BadValue(f"expected {describe(kind)}, got {got}")
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return digits(value)
     shown = str(value).lower() if isinstance(value, bool) else repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -70,6 +70,8 @@ FLAGS = [
     (["--training.steps", "1", "--training.steps", "2"], "training.steps", 2),
     (["--optimizer.lr", "3e-4"], "optimizer.lr", 3e-4),
     (["--optimizer.lr", "1"], "optimizer.lr", 1.0),
+    (["--optimizer.lr=+.5E+1"], "optimizer.lr", 5.0),
+    (["--optimizer.lr=5."], "optimizer.lr", 5.0),
     (["--lr_scheduler.decay_ratio", "None"], "lr_scheduler.decay_ratio", None),
     (["--float8.recipe_name=none"], "float8.recipe_name", None),
     (["--job.description", "two words = one value"], "job.description", "two words = one value"),

@@ -8,8 +8,8 @@ import pytest
 
 from octavo.config import ConfigError, JobConfig, check, load, notes
 from octavo.config.effects import NEEDS, without_effect
-from octavo.config.preflight import download_command
-from octavo.config.ranges import RULES
+from octavo.config.programs import octavo_command
+from octavo.config.ranges import RULES, get
 from octavo.config.schema import SECTIONS
 
 COMMON = ["--training.steps=300", "--training.seq_len=64"]
@@ -63,6 +63,15 @@ BAD_VALUES = [
     ("parallelism.data_parallel_replicate_degree", "0", "at least 1"),
     ("parallelism.data_parallel_shard_degree", "0", "at least 1, or -1"),
     ("job.dump_folder", " ", "must not be empty"),
+    ("training.local_batch_size", "99999999999999999999", "at most 2147483647"),
+    ("training.global_batch_size", str(2**31), "at most 2147483647"),
+    ("training.steps", "9" * 500, "at most 2147483647"),
+    ("training.seed", "9" * 500, "between 0 and 2^63 - 1"),
+    ("optimizer.lr", "1e40", "at most 1000"),
+    ("optimizer.eps", "1e40", "at most 1000"),
+    ("optimizer.weight_decay", "1e300", "at most 1000"),
+    ("optimizer.weight_decay", "nan", "finite"),
+    ("training.max_norm", "1e40", "at most 1e+30"),
     ("model.hf_assets_path", "", "must not be empty"),
 ]
 
@@ -84,7 +93,8 @@ ACTIVE_BAD_VALUES = [
     (["--checkpoint.enable", "--checkpoint.folder="], "checkpoint.folder = "),
     (["--profiling.enable_profiling", "--profiling.profile_freq=0"], "profiling.profile_freq = 0"),
     (["--activation_checkpoint.selective_ac_option=0"], "selective_ac_option = 0"),
-    (["--activation_checkpoint.selective_ac_option=ops"], 'must be "op" or a positive'),
+    (["--activation_checkpoint.selective_ac_option=ops"], 'must be "op" or a whole number from 1'),
+    (["--activation_checkpoint.selective_ac_option=" + "9" * 5000], 'must be "op" or a whole number from 1'),
     (["--training.compile", "--compile.components="], "must name something to compile"),
 ]
 
@@ -102,6 +112,36 @@ def test_ranges_name_keys_that_exist() -> None:
             assert name in SECTIONS[section]
 
 
+@pytest.mark.parametrize(
+    "key",
+    [f"{section}.{key}" for section, keys in SECTIONS.items() for key, kind in keys.items() if kind is int],
+)
+def test_every_whole_number_has_an_upper_bound(key: str) -> None:
+    most = 2**63 - 1 if key == "training.seed" else 2**31 - 1
+    rules = [rule for rule in RULES if key in rule.keys]
+    assert all(rule.holds(most) for rule in rules)
+    assert not all(rule.holds(most + 1) for rule in rules)
+
+
+def test_a_number_too_long_to_print_is_told_by_its_size(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(f"[training]\nsteps = 0x{'f' * 5000}\n")
+    assert problems("--config_file=x.toml", "--training.seq_len=8").count("\n") == 0
+    job = load(["--config_file=x.toml"])
+    assert get(job, "training.steps") == 16**5000 - 1
+    with pytest.raises(
+        ConfigError, match=r"^training.steps = about 10\^6020 \(x.toml:2\) must be at least 1"
+    ):
+        check(job, world_size=1)
+
+
+@pytest.mark.parametrize("key", ["job.dump_folder", "training.dataset", "training.dataset_path"])
+def test_a_path_with_a_nul_character_is_told_as_that(tmp_path: Path, key: str) -> None:
+    section, _, name = key.partition(".")
+    (tmp_path / "x.toml").write_text(f'[{section}]\n{name} = "a\\u0000b"\n')
+    told = problems("--config_file=x.toml")
+    assert told == rf"{key} = 'a\x00b' (x.toml:2) must not contain a NUL character, which no path can"
+
+
 def test_every_number_has_a_range() -> None:
     ranged = {key for rule in RULES for key in rule.keys}
     numbers = {
@@ -115,7 +155,9 @@ def test_every_number_has_a_range() -> None:
 
 def test_a_value_from_a_file_is_told_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text("[training]\nseq_len = 0\n")
-    with pytest.raises(ConfigError, match=r"^training.seq_len = 0 \(x.toml:2\) must be at least 1$"):
+    with pytest.raises(
+        ConfigError, match=r"^training.seq_len = 0 \(x.toml:2\) must be at least 1 and at most 2147483647$"
+    ):
         check(load(["--config_file=x.toml"]), world_size=1)
 
 
@@ -193,24 +235,9 @@ def test_a_path_that_cannot_be(key: str, path: str) -> None:
 def test_missing_tokenizer_is_told_with_the_command_that_fetches_it() -> None:
     told = problems("--model.hf_assets_path=./assets/hf/Llama-3.1-8B")
     assert "model.hf_assets_path = ./assets/hf/Llama-3.1-8B" in told
-    assert told.endswith("octavo download --repo_id meta-llama/Llama-3.1-8B --assets tokenizer")
-
-
-@pytest.mark.parametrize(
-    ("path", "command"),
-    [
-        ("assets/hf/Llama-3.2-1B/", "--repo_id meta-llama/Llama-3.2-1B --assets tokenizer"),
-        (
-            "./assets/hf/Llama-3.1-8B/original/tokenizer.model",
-            "--repo_id meta-llama/Llama-3.1-8B --assets tokenizer",
-        ),
-        ("./assets/hf/Llama-3.1-8B/tokenizer.json", "--repo_id meta-llama/Llama-3.1-8B --assets tokenizer"),
-        ("/data/Llama-3.1-8B", "--repo_id meta-llama/Llama-3.1-8B --assets tokenizer --local_dir /data"),
-        ("assets/hf/other", "--repo_id OWNER/other --assets tokenizer"),
-    ],
-)
-def test_download_command(path: str, command: str) -> None:
-    assert download_command(path) == f"octavo download {command}"
+    assert told.endswith(
+        f"fetch it: {octavo_command()} download --repo_id meta-llama/Llama-3.1-8B --assets tokenizer"
+    )
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "original/tokenizer.model"])
@@ -305,6 +332,8 @@ def test_float8_gathers_need_several_processes_and_a_square_cast() -> None:
     assert "tensorwise or blockwise" in told
 
 
+_PROFILE = "--profiling.enable_profiling"
+
 NO_EFFECT = [
     ("--float8.recipe_name=rowwise", '--model.converters="float8"', ["--model.converters=float8"], 1),
     ("--float8.filter_fqns=output", '--model.converters="float8"', ["--model.converters=float8"], 1),
@@ -355,12 +384,40 @@ def test_a_flag_without_effect(flag: str, remedy: str, cure: list[str], world_si
         ("--activation_checkpoint.selective_ac_option=2", "mode", ["--activation_checkpoint.mode=full"]),
         ("--lr_scheduler.decay_type=sqrt", "decay_ratio is 0", ["--lr_scheduler.decay_ratio=0"]),
         ("--lr_scheduler.min_lr_factor=0.1", "decay_ratio is 0", ["--lr_scheduler.decay_ratio=0"]),
+        ("--profiling.enable_profiling", "lower --profiling.profile_freq", ["--training.steps=9"]),
+        ("--profiling.profile_freq=300", "exceeds training.steps", [_PROFILE, "--training.steps=299"]),
+        ("--profiling.save_traces_folder=x", "no step is recorded", [_PROFILE, "--training.steps=9"]),
         ("--lr_scheduler.decay_ratio=0.5", "warm-up takes all", ["--lr_scheduler.warmup_steps=300"]),
     ],
 )
 def test_a_flag_without_effect_because_of_another(flag: str, remedy: str, context: list[str]) -> None:
-    assert problems(flag) == ""
+    prepared = [_PROFILE] if flag.startswith("--profiling") else []
+    assert problems(flag, *prepared) == ""
     assert remedy in problems(flag, *context)
+
+
+@pytest.mark.parametrize("flag", ["--float8.cast_weights_once", "--float8.no-cast_weights_once"])
+def test_casting_once_matters_only_where_weights_are_cast_again(flag: str) -> None:
+    once = [flag, "--model.converters=float8", "--activation_checkpoint.mode=none"]
+    told = problems(*once)
+    assert told.startswith(f"{flag} would have no effect: nothing casts a weight twice in a step")
+    assert "would have no effect" in problems(*once, "--training.global_batch_size=8")
+    assert "would have no effect" in problems(*once, "--training.global_batch_size=16", world_size=2)
+    assert problems(*once, "--training.global_batch_size=16") == ""
+    assert problems(*once, "--activation_checkpoint.mode=full") == ""
+    assert problems(*once, "--float8.enable_fsdp_float8_all_gather", world_size=2) == ""
+
+
+def test_compiling_on_a_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_INDUCTOR_INSTALL_GXX", raising=False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    told = problems("--training.compile", gpus=0)
+    assert told.startswith("compile.enable = true (--training.compile) needs a C++ compiler")
+    assert all(part in told for part in ("no-such-compiler", "apt install g++", "CXX", "--compile.no-enable"))
+    assert problems("--training.compile", gpus=1) == ""
+    assert problems(gpus=0) == ""
+    monkeypatch.setenv("CXX", "true")
+    assert problems("--training.compile", gpus=0) == ""
 
 
 def test_a_setting_without_effect_is_inert_in_a_file(tmp_path: Path) -> None:

@@ -87,8 +87,9 @@ def test_assets_and_configs_are_found_where_the_package_is_installed(wheel, tmp_
     wheel.extractall(tmp_path)
     program = (
         "from octavo import assets, launch\n"
+        "from octavo.config import files\n"
         "print(*(path.exists() for path in [*assets.CORPORA.values(), *assets.TOKENIZERS.values()]))\n"
-        "print((launch.TRAIN_CONFIGS / launch.DEFAULT_CONFIG).is_file(), launch.__file__)"
+        "print((files.TRAIN_CONFIGS / launch.DEFAULT_CONFIG).is_file(), launch.__file__)"
     )
     ended = subprocess.run(
         [sys.executable, "-c", program],

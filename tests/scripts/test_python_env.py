@@ -133,6 +133,25 @@ def test_no_python_is_one_message(checkout):
     assert not (checkout.root / ".venv").exists()
 
 
+def test_a_python_without_venv_is_told_as_that(checkout):
+    (checkout.tools / "python3.13").write_text("#!/usr/bin/env bash\nexit 10\n")
+    start = checkout.start()
+
+    assert start.code == 2
+    assert "python3.13: has no venv module (Debian, Ubuntu: apt install python3-venv)" in start.err
+
+
+def test_a_python_is_started_once_to_be_judged(checkout):
+    python, log = checkout.tools / "python3.13", checkout.tools / "log"
+    real, first = python.read_text(), "#!/usr/bin/env bash\n"
+    assert real.startswith(first)
+    python.write_text(real.replace(first, f"{first}echo started >>'{log}'\n", 1))
+    start = checkout.start("run_train.sh", "--help")
+
+    assert start.code == 0
+    assert log.read_text() == "started\n" * 2  # to be judged, then to print the help
+
+
 def test_help_installs_nothing(checkout):
     start = checkout.start("run_train.sh", "--help")
 
