@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from dataclasses import replace
 
@@ -80,8 +79,9 @@ def test_a_block_computes_the_same_compiled(dtype: torch.dtype, recipe: str) -> 
         assert torch.equal(got[0], want[0])
     assert relative(got[0], want[0]) < 1e-6
     # The compiler sums a norm's gradient in another order; where that moves a value across a float8 rounding
-    # boundary, one element of a gradient changes by one step.
-    assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-4
+    # boundary, an element of a gradient changes by one step, which in bfloat16 is 2**-8 of it.
+    limit = 2e-3 if dtype == torch.bfloat16 else 1e-4
+    assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < limit
 
 
 def kept(model: nn.Module, x: Tensor) -> tuple[int, Counter[int]]:
@@ -155,5 +155,5 @@ def test_shapes_may_change() -> None:
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for tokens in (5, 16, 33):
         x = torch.randn(tokens, 64)
-        got, want = gradients(compiled, model, x), gradients(copy.deepcopy(model), model, x)
+        got, want = gradients(compiled, model, x), gradients(model, model, x)
         assert torch.equal(got[0], want[0])
