@@ -152,6 +152,7 @@ def test_one_row_where_one_cast_serves_both_products() -> None:
 def test_nan_and_inf_are_counted_apart() -> None:
     plain = nn.Linear(64, 64)
     x = torch.randn(40, 64)
+    plain.weight.data[0, 0] = 1e-9
     x[3, 5], x[7, 1], x[7, 2] = math.inf, math.nan, -math.inf
     table = audit(plain, x, loss=lambda y: y[0].sum(), recipes=["rowwise", "tensorwise"])
     row = find(table, "", "input", "output", "rowwise")
@@ -159,7 +160,9 @@ def test_nan_and_inf_are_counted_apart() -> None:
     assert math.isnan(row.amax)
     assert row.saturated == 0
     assert math.isnan(row.sqnr)  # the neighbours of an infinity become NaN
-    assert table.worst(1).rows[0].operand == "input"
+    assert find(table, "", "weight", "output", "tensorwise").flushed > 0
+    for by in ("flushed", "saturated", "nonfinite", "sqnr"):
+        assert {row.operand for row in table.worst(3, by=by).rows} == {"input"}
 
 
 def test_tensors_without_loss_and_without_values() -> None:
