@@ -29,7 +29,9 @@ def find(name: str) -> Path:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"no such file in {os.getcwd()}; octavo ships: {', '.join(shipped)}") from None
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~name of nobody; ValueError: a NUL
+    except RuntimeError:
+        raise ConfigError(f"there is no home folder {Path(name).parts[0]}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL
         raise ConfigError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if stat.S_ISDIR(mode):
         raise ConfigError("is a folder; name the .toml file in it")
