@@ -9,6 +9,7 @@ from torch import nn
 
 from octavo.components.logging import logger
 from octavo.config import ConfigError, JobConfig
+from octavo.config.effects import casts_weights_again
 from octavo.config.schema import Float8
 from octavo.float8 import (
     Float8Linear,
@@ -42,18 +43,14 @@ def keep_casts_under_compile() -> None:
         inductor.emulate_precision_casts = True
 
 
-def weights_cast_once(model: nn.Module, job: JobConfig, *, accumulation: int) -> AbstractContextManager[None]:
+def weights_cast_once(model: nn.Module, job: JobConfig, world_size: int) -> AbstractContextManager[None]:
     """The scope of one step's microbatches, in which float8 weights are cast once if that saves a cast.
 
-    Several microbatches would cast them again, and so would recomputation under activation checkpointing, and
-    float8 gathers in forward and in backward. It changes no bit.
+    It changes no bit.
     """
-    again = (
-        accumulation > 1
-        or job.activation_checkpoint.mode != "none"
-        or job.float8.enable_fsdp_float8_all_gather
+    return cast_weights_once(
+        model, enabled=job.float8.cast_weights_once and casts_weights_again(job, world_size)
     )
-    return cast_weights_once(model, enabled=again and job.float8.cast_weights_once)
 
 
 def after_optimizer_step(model: nn.Module, settings: Float8) -> None:

@@ -256,7 +256,7 @@ class Trainer:
         self.optimizer.zero_grad()
 
         loss = torch.zeros((), device=self.device)
-        with quantization.weights_cast_once(self.model, settings, accumulation=self.accumulation):
+        with quantization.weights_cast_once(self.model, settings, self.world.size):
             for _ in range(self.accumulation):
                 tokens_BS, labels_BS = self._next_batch()
                 microbatch_loss = self.loss_sum(self.model(tokens_BS), labels_BS) / self.global_tokens

@@ -29,8 +29,11 @@ def _profiles_nothing(job: JobConfig) -> bool:
     return not (job.profiling.enable_profiling or job.profiling.enable_memory_snapshot)
 
 
-def _casts_again(job: JobConfig, world_size: int) -> bool:
-    """Whether a float8 weight is read several times a step; `octavo/quantization.py` decides by the same."""
+def casts_weights_again(job: JobConfig, world_size: int) -> bool:
+    """Whether a float8 weight is cast several times a step, unless its first cast is kept.
+
+    By several microbatches, by recomputation under activation checkpointing, or by gathers in float8.
+    """
     accumulates = job.training.global_batch_size > job.training.local_batch_size * world_size
     gathers = job.float8.enable_fsdp_float8_all_gather and world_size > 1
     return accumulates or gathers or job.activation_checkpoint.mode != "none"
@@ -54,7 +57,7 @@ NEEDS: tuple[Need, ...] = (
     ),
     Need(
         ("float8.cast_weights_once",),
-        lambda job, world_size: _casts_again(job, world_size),
+        lambda job, world_size: casts_weights_again(job, world_size),
         "nothing casts a weight twice in a step: no accumulation, checkpointed activations or float8 gather",
         "leave it out",
     ),
