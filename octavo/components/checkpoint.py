@@ -1,9 +1,8 @@
 """Save and resume with torch.distributed.checkpoint (DCP).
 
-    <dump_folder>/<folder>/step-20/            one checkpoint: DCP's shards and .metadata, tensors only
-                          step-20/state.json   everything that is not a tensor: step, tokens, data position,
-                          versions step-20.tmp/         one that is being written; never read, removed by
-                          the next save of that step
+    <folder>/step-20/             one checkpoint: DCP's shards and .metadata, tensors only
+    <folder>/step-20/state.json   what is not a tensor: step, tokens, data position, versions
+    <folder>/step-20.tmp/         one being written; never read, removed by the next save of that step
 
 Tensors go by their plain parameter names, so a checkpoint does not depend on compile, activation
 checkpointing, float8 or the number of processes. A folder gets its final name only after every process has

@@ -4,8 +4,8 @@ float8 has 4 or 5 bits of exponent, so a tensor must be scaled into its range fi
 elements:
 
     amax  = max |x|
-    s     = dtype_max / max(amax, 1e-12)     in float64, rounded to float32, then down to a power of two if
-    asked data  = float8(clamp(x * s))             the product in float32; round to nearest, ties to even
+    s     = dtype_max / max(amax, 1e-12)     in float64, rounded to float32; down to a power of two if asked
+    data  = float8(clamp(x * s))             the product in float32; round to nearest, ties to even
     scale = 1 / s                            so that data * scale gives the value back
 
 The float64 step makes s the same in every backend: float32 division is not correctly rounded everywhere, and

@@ -46,8 +46,9 @@ from octavo.float8 import (
     precompute_float8_dynamic_scale_for_fsdp,
 )
 from octavo.float8.carrier import Carrier
-from octavo.float8.fsdp import Layout, ShardedWeight, cast_shard, reduce_maxima, shard_amax, sharded_weights
+from octavo.float8.fsdp import ShardedWeight, sharded_weights
 from octavo.float8.quantize import quantize
+from octavo.float8.shards import Layout, cast_shard, reduce_maxima, shard_amax
 from octavo.float8.tensor_parallel import Float8ColwiseParallel, Float8RowwiseParallel
 from tests import ranks
 from tests.float8.graphs import FLOAT8, compiles
