@@ -27,6 +27,8 @@ os.environ.update(
     GOMP_SPINCOUNT="0",
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
+    # No pool of compiling threads: a forked process (tests/ranks.py) would wait for threads it has not got.
+    TORCHINDUCTOR_COMPILE_THREADS="1",
     # A test's child processes import this checkout, whatever their working directory is.
     PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
 )
