@@ -57,7 +57,7 @@ NEEDS: tuple[Need, ...] = (
     ),
     Need(
         ("float8.cast_weights_once",),
-        lambda job, world_size: casts_weights_again(job, world_size),
+        casts_weights_again,
         "nothing casts a weight twice in a step: no accumulation, checkpointed activations or float8 gather",
         "leave it out",
     ),

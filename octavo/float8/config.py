@@ -240,9 +240,7 @@ class Float8LinearConfig:
 
 
 def _block(cast: Cast | None) -> str:
-    if cast is None:
-        return "high-precision weights"
-    return "blocks of " + " x ".join("FULL" if b == FULL else str(b) for b in cast.block)
+    return "high-precision weights" if cast is None else cast.blocks
 
 
 def _named() -> tuple[Recipe, ...]:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.float8.quantize import Quantized, dequantize
-from octavo.float8.recipe import FULL, Cast, Gemm, Recipe, ScaleFormat
+from octavo.float8.recipe import FULL, Cast, Gemm, Recipe
 
 
 class EmulationWarning(UserWarning):
@@ -150,7 +150,6 @@ def _mx_mm_cuda(a: Quantized, b: Quantized, gemm: Gemm, out_dtype: torch.dtype) 
 # ----------------------------------------------------------------------------------------- the table of paths
 
 _TENSOR, _ROW, _LINE, _TILE, _MX = (FULL, FULL), (1, FULL), (1, 128), (128, 128), (1, 32)
-_ONE_BYTE = (ScaleFormat.E8M0, ScaleFormat.E8M0_FLOOR)
 
 
 class Device(NamedTuple):
@@ -179,7 +178,7 @@ class Path:
     def multiplies(self, gemm: Gemm) -> bool:
         if gemm.a is None or gemm.b is None or (gemm.a.block, gemm.b.block) not in self.blocks:
             return False
-        return all((cast.scale in _ONE_BYTE) == self.one_byte_scales for cast in (gemm.a, gemm.b))
+        return all(cast.scale.one_byte == self.one_byte_scales for cast in (gemm.a, gemm.b))
 
     def serves(self, device: Device) -> bool:
         # Block scales exist on one generation of GPUs only where the next has another unit for them.
@@ -236,16 +235,12 @@ def _missing(gemm: Gemm, device: Device) -> str:
     if not on_device:
         assert gemm.a is not None
         assert gemm.b is not None
-        return f"no {device.type} path multiplies {_block(gemm.a)} by {_block(gemm.b)}"
+        return f"no {device.type} path multiplies {gemm.a.blocks} by {gemm.b.blocks}"
     path = on_device[0]
     needs = f"{path.name} needs compute capability {_dotted(path.capability)}"
     if any(path.cuda):
         needs += f" and CUDA {_dotted(path.cuda)}"
     return f"{needs}; here are {_dotted(device.capability)} and CUDA {_dotted(device.cuda)}"
-
-
-def _block(cast: Cast) -> str:
-    return "blocks of " + " x ".join("FULL" if size == FULL else str(size) for size in cast.block)
 
 
 def _dotted(version: tuple[int, int]) -> str:

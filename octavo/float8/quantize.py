@@ -37,7 +37,6 @@ _MANTISSA_MASK = 0x007FFFFF
 _LARGEST_WITHOUT_CARRY = 0x00600000  # the mantissa of 1.75, which is that of both formats' largest number
 _E8M0_NAN = 255
 _FLOAT32_NAN = 0x7FC00000
-_ONE_BYTE = (ScaleFormat.E8M0, ScaleFormat.E8M0_FLOOR)
 
 
 class Quantized(NamedTuple):
@@ -98,7 +97,7 @@ def scales_from_amax(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
 
     `amax` is any float dtype and shape; s is float32 of that shape, scale float32 or, for E8M0, uint8 codes.
     """
-    if cast.scale in _ONE_BYTE:
+    if cast.scale.one_byte:
         return _e8m0_scales(amax.float(), cast)
     s = (torch.finfo(cast.dtype).max / amax.double().clamp(min=EPS)).float()
     if cast.scale is ScaleFormat.POW2:

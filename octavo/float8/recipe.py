@@ -52,6 +52,11 @@ class ScaleFormat(Enum):
     E8M0 = "e8m0"
     E8M0_FLOOR = "e8m0_floor"
 
+    @property
+    def one_byte(self) -> bool:
+        """Whether a scale is stored as a one-byte exponent, not as a float32."""
+        return self in (ScaleFormat.E8M0, ScaleFormat.E8M0_FLOOR)
+
 
 @dataclass(frozen=True)
 class Cast:
@@ -78,6 +83,11 @@ class Cast:
     def square(self) -> bool:
         """Whether casting commutes with transposing, so that one cast serves a tensor and its transpose."""
         return self.block[0] == self.block[1]
+
+    @property
+    def blocks(self) -> str:
+        """The block in words, for messages: "blocks of 1 x FULL"."""
+        return "blocks of " + " x ".join("FULL" if size == FULL else str(size) for size in self.block)
 
 
 @dataclass(frozen=True)
