@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from octavo import config, models
-from octavo.components.data import build_dataloader
 from octavo.components.init import init_weights
 from octavo.components.tokenizer import build_tokenizer
+from octavo.data.loader import build_dataloader
 from octavo.distributed import mesh
 from octavo.models.llama3.model import Llama
 from octavo.train import Trainer

@@ -5,7 +5,7 @@ Run it by `./run_train.sh`, by `octavo train`, or by `torchrun … -m octavo.tra
 
 Two laws hold for any number of processes. The model starts from weights that depend on the seed and the
 parameters' names alone (`components/init.py`), and step s consumes the global samples [s G, (s+1) G) of the
-data, G the global batch (`components/data.py`). The loss of a microbatch is its sum over tokens divided by
+data, G the global batch (`data/loader.py`). The loss of a microbatch is its sum over tokens divided by
 the number of tokens in the global batch, so the gradients of all microbatches of all processes simply add
 up.
 """
@@ -29,7 +29,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import octavo
 from octavo import config, models, quantization
 from octavo.components.checkpoint import Checkpointer
-from octavo.components.data import build_dataloader, merge_state_dicts
 from octavo.components.device import auto_param_dtype, peak_flops, pick_device
 from octavo.components.garbage import GarbageCollector
 from octavo.components.init import init_weights
@@ -42,6 +41,7 @@ from octavo.components.run_folder import RunFolder
 from octavo.components.tokenizer import build_tokenizer
 from octavo.config import ConfigError, JobConfig
 from octavo.config.schema import Training
+from octavo.data.loader import build_dataloader, merge_state_dicts
 from octavo.distributed import mesh
 from octavo.distributed.plan import Parallelize, Sharding
 

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
     "octavo.float8": ("octavo.float8",),
     "octavo.utils": ("octavo.float8",),  # an import path of the library's tutorial
     "octavo.quantization": ("octavo",),
-    "octavo.config": ("octavo.config", "octavo.components.data_files"),
+    "octavo.config": ("octavo.config", "octavo.data.files"),
     "octavo": None,
 }
 
@@ -81,7 +81,7 @@ def test_imports_point_one_way(file):
     ("module", "source", "breach"),
     [
         ("octavo.float8.linear", "from octavo import config", "octavo.config"),
-        ("octavo.float8.linear", "from ..components import data", "octavo.components.data"),
+        ("octavo.float8.linear", "from ..components import metrics", "octavo.components.metrics"),
         ("octavo.float8.kernels.cast", "from ..recipe import Cast", "octavo.float8.recipe.Cast"),
         ("octavo.train", "def f():\n    import octavo.float8", "octavo.float8"),
         ("octavo.train", "from octavo import float8", "octavo.float8"),

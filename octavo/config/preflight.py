@@ -154,7 +154,7 @@ def _findable(parts: Sequence[str]) -> bool:
 
 def _dataset(job: JobConfig) -> Iterator[str]:
     # Here, not above: it imports this package. It imports no torch.
-    from octavo.components.data_files import find_files
+    from octavo.data.files import find_files
 
     dataset, key = job.training.dataset, "training.dataset"
     path = Path(dataset).expanduser()

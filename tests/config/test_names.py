@@ -24,7 +24,7 @@ def test_corpora_and_tokenizers() -> None:
 
 
 def test_streamed_corpora() -> None:
-    from octavo.components import data
+    from octavo.data import loader as data
 
     assert set(names.STREAMED_DATASETS) == set(data._STREAMED)
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.components import data_stream
-from octavo.components.data import DataLoader, build_dataloader, merge_state_dicts
-from octavo.components.data_stream import StreamedCorpus, hub_files
 from octavo.components.tokenizer import Tokenizer, build_tokenizer
 from octavo.config.errors import ConfigError
+from octavo.data import stream as data_stream
+from octavo.data.loader import DataLoader, build_dataloader, merge_state_dicts
+from octavo.data.stream import StreamedCorpus, hub_files
 
 SEQ_LEN = 16
 FILES = 6
@@ -286,7 +286,7 @@ def test_needs_files(tokenizer: Tokenizer) -> None:
 
 ABANDONED = """
 import sys
-from octavo.components.data import build_dataloader
+from octavo.data.loader import build_dataloader
 from octavo.components.tokenizer import build_tokenizer
 loader = build_dataloader(
     dataset="c4", dataset_path=sys.argv[1], tokenizer=build_tokenizer("octavo_bpe_2048"),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from octavo.components.data_files import find_files, read_documents
 from octavo.config.errors import ConfigError
+from octavo.data.files import find_files, read_documents
 
 DOCUMENTS = ["Who's there?\r\n\tNay, answer me.\n", "naïve 漢字 🙂", "x", "line one\nline two"]
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.components import data
-from octavo.components.data import DataLoader, PackedCorpus, build_dataloader, merge_state_dicts
 from octavo.components.tokenizer import Tokenizer, build_tokenizer
 from octavo.config.errors import ConfigError
+from octavo.data import loader as data
+from octavo.data.loader import DataLoader, PackedCorpus, build_dataloader, merge_state_dicts
 
 SEQ_LEN = 16
 

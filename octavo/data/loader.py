@@ -10,8 +10,8 @@ batch B, takes the global samples [(k W + r) B, (k W + r + 1) B), so all ranks t
 checkpoint keeps one number, the next global sample, and another number of ranks with the same global batch
 goes on with the same batches.
 
-Two kinds of source: `PackedCorpus` (here) holds a local corpus in memory, shuffled by `data_order`;
-`StreamedCorpus` (`data_stream.py`) reads what is too large for that and never ends. A source gives any sample
+Two kinds of source: `PackedCorpus` (here) holds a local corpus in memory, shuffled by `order.py`;
+`StreamedCorpus` (`stream.py`) reads what is too large for that and never ends. A source gives any sample
 of the future; the `DataLoader` alone knows the position.
 """
 
@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 
 from octavo.assets import CORPORA
-from octavo.components.data_files import find_files, read_documents
-from octavo.components.data_order import shuffled
 from octavo.components.tokenizer import Tokenizer
 from octavo.config.errors import ConfigError, did_you_mean
+from octavo.data.files import find_files, read_documents
+from octavo.data.order import shuffled
 
 _DOCUMENTS_PER_CALL = 256
 _READ_AHEAD = 4  # microbatches that a slow source prepares while the model computes
@@ -326,7 +326,7 @@ def build_dataloader(
 
 
 def _c4(dataset_path: str | None, tokenizer: Tokenizer, seq_len: int, seed: int) -> Source:
-    from octavo.components.data_stream import StreamedCorpus, open_c4
+    from octavo.data.stream import StreamedCorpus, open_c4
 
     files = open_c4(dataset_path)
     return StreamedCorpus(files, name="c4", tokenizer=tokenizer, seq_len=seq_len, seed=seed)

@@ -3,7 +3,7 @@ ranks.
 
 The data set is a list of files. They are dealt out to V *streams* (64, or the number of files if that is
 less: a property of the data, never of the run), in an order that the seed decides. A stream is endless: its
-files one after the other, in another order in every pass; its tokens are packed and windowed as in `data.py`.
+files one after the other, in another order in every pass; its tokens are packed and cut as in `loader.py`.
 Global sample i is sample i // V of stream i % V. So what a sample holds depends on data and seed alone, and a
 rank reads only the streams in which its samples lie: where V is a multiple of W B, W ranks of local batch B
 share no stream; elsewhere a stream is tokenised by more than one rank, which costs time and changes nothing.
@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.components.data_files import TEXT_KEY, find_files, read_documents
-from octavo.components.data_order import mix64, shuffled
 from octavo.components.tokenizer import Tokenizer
 from octavo.config.errors import ConfigError
+from octavo.data.files import TEXT_KEY, find_files, read_documents
+from octavo.data.order import mix64, shuffled
 
 STREAMS = 64
 _DOCUMENTS_PER_CALL = 32
@@ -128,7 +128,7 @@ class _Stream:
 
 
 class StreamedCorpus:
-    """Samples of a data set that is read file by file. See the module's text and `data.Source`.
+    """Samples of a data set that is read file by file. See the module's text and `loader.Source`.
 
     Args:
         files: what opens each file, in an order that is the same everywhere.

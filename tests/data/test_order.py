@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octavo.components.data_order import mix64, shuffled
+from octavo.data.order import mix64, shuffled
 
 
 def order(size: int, seed: int = 0, epoch: int = 0) -> list[int]:
