@@ -292,6 +292,7 @@ class Trainer:
         return {
             "octavo": octavo.__version__,
             "torch": torch.__version__,
+            "config": self.job.to_dict(),
             "tokens_seen": self.tokens_seen,
             "data": merge_state_dicts(data_states),
             "schedule": self._schedule(),

@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from octavo.checkpoint.errors import DamagedCheckpoint
+from octavo.checkpoint.reader import Reader
 from octavo.components.logging import logger
 from octavo.config import ConfigError
 from octavo.config.schema import Checkpoint
@@ -139,9 +141,9 @@ class Checkpointer:
         path = self._path(step)
         try:
             return self._load(path)
-        except ConfigError:
-            raise
         except (Exception, CheckpointException) as error:  # the latter is no Exception
+            if isinstance(error, ConfigError) and not isinstance(error, DamagedCheckpoint):
+                raise
             earlier = [s for s in steps if s < step]
             raise ConfigError(
                 f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}): it is damaged; "
@@ -167,17 +169,18 @@ class Checkpointer:
         rank = str(dist.get_rank())
         if same_world:
             tensors["rng"] = {rank: torch.get_rng_state()}
-        _check_fit(path, tensors["model"])
-        dcp.load(tensors, checkpoint_id=path)
+        reader = Reader(path)
+        _check_fit(reader, tensors["model"])
+        dcp.load(tensors, storage_reader=reader)
         set_model_state_dict(self._model, tensors["model"])
         set_optimizer_state_dict(self._model, self._optimizer, optimizer_state)
         if same_world:
             torch.set_rng_state(tensors["rng"][rank])
 
 
-def _check_fit(path: Path, model_state: dict[str, Any]) -> None:
+def _check_fit(reader: Reader, model_state: dict[str, Any]) -> None:
     """`ConfigError` that names the first parameters which the checkpoint lacks or has in another shape."""
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    saved = reader.metadata.state_dict_metadata
     wrong = []
     for name, tensor in model_state.items():
         found = saved.get(f"model.{name}")
@@ -189,6 +192,6 @@ def _check_fit(path: Path, model_state: dict[str, Any]) -> None:
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ConfigError(
-            f"{path} does not fit this model: {'; '.join(wrong[:3])}{more}. "
+            f"{reader.folder} does not fit this model: {'; '.join(wrong[:3])}{more}. "
             "Set model.flavor and model.hf_assets_path as they were, or checkpoint.folder to a new folder"
         )
