@@ -38,7 +38,7 @@ from octavo.components.metrics import MetricsLogger, StepReport, write_run_recor
 from octavo.components.optimizer import build_optimizer
 from octavo.components.profiling import profiling
 from octavo.components.run_folder import RunFolder
-from octavo.components.tokenizer import build_tokenizer
+from octavo.components.tokenizer import Tokenizer, build_tokenizer
 from octavo.config import ConfigError, JobConfig
 from octavo.config.schema import Training
 from octavo.data.loader import build_dataloader, merge_state_dicts
@@ -112,6 +112,7 @@ class Trainer:
         self.world = mesh.init_world(self.device, job.parallelism, job.comm)
 
         tokenizer = build_tokenizer(job.model.hf_assets_path)
+        self.model_args = self._model_args(tokenizer)  # before the data: a misfit needn't wait for it
         self.data = build_dataloader(
             dataset=job.training.dataset,
             dataset_path=job.training.dataset_path,
@@ -129,7 +130,7 @@ class Trainer:
         self.global_tokens = self.global_batch_size * job.training.seq_len
 
         self.recipe = quantization.recipe_name(job.model.converters, job.float8)
-        self.model, flops_per_token = self._build_model(tokenizer.vocab_size)
+        self.model, flops_per_token = self._build_model()
         compile_loss = job.compile.enable and "loss" in job.compile.components
         self.loss_sum = torch.compile(loss_sum) if compile_loss else loss_sum
         self.optimizer = build_optimizer(self.model, job.optimizer)
@@ -164,11 +165,23 @@ class Trainer:
             job.lr_scheduler.warmup_steps,
         )
 
-    def _build_model(self, vocab_size: int) -> tuple[nn.Module, float]:
-        """The model on its device, converted, parallelised and initialised; and its FLOPs per token."""
+    def _model_args(self, tokenizer: Tokenizer) -> Any:
+        """The model's own arguments, fitted to the job; `ConfigError` where they can't be."""
         job = self.job
         spec = models.get(job.model.name)
-        args = spec.configure(spec.args(job.model.flavor), vocab_size, job.training.seq_len)
+        args = spec.configure(spec.args(job.model.flavor), tokenizer.vocab_size, job.training.seq_len)
+        if not job.training.document_mask:
+            return args
+        if spec.mask_documents is None:
+            raise ConfigError(
+                f"training.document_mask = true: the model {spec.name} has no such mask; leave it out"
+            )
+        return spec.mask_documents(args, tokenizer.eos_id)
+
+    def _build_model(self) -> tuple[nn.Module, float]:
+        """The model on its device, converted, parallelised and initialised; and its FLOPs per token."""
+        job, args = self.job, self.model_args
+        spec = models.get(job.model.name)
         logger.info("Building %s %s with %s", spec.name, job.model.flavor, args)
         with torch.device("meta"):
             model = spec.build(args)

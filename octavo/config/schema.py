@@ -122,6 +122,8 @@ class Training:
     """
     seq_len: int = 2048
     """Tokens in a sequence."""
+    document_mask: bool = False
+    """Attention stays within documents; without it, it sees across those that a sequence holds."""
     max_norm: float = 1.0
     """Gradients are clipped to this global norm."""
     steps: int = 10000

@@ -47,7 +47,7 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
     "model": {
         "norm_type": "the model uses RMSNorm",
         "use_flex_attn": "attention goes through scaled_dot_product_attention",
-        "attn_mask_type": "attention is causal",
+        "attn_mask_type": _moved("training.document_mask, for block_causal; attention is always causal"),
     },
     "optimizer": {
         "fused": _moved('optimizer.implementation = "fused"'),

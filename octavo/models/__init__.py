@@ -29,6 +29,9 @@ class ModelSpec:
         one.
     parallelize: `(model, Parallelize) -> None`, applies checkpointing, compile and sharding in place.
     flops_per_token: `(args, model, seq_len) -> float`, forward and backward, without recomputation.
+    mask_documents: `(args, id) -> args`, made to attend within documents, which end with the token `id`; None
+    where the
+        model cannot.
     """
 
     name: str
@@ -37,6 +40,7 @@ class ModelSpec:
     build: Callable[[Any], nn.Module]
     parallelize: Callable[[nn.Module, Any], None]
     flops_per_token: Callable[[Any, nn.Module, int], float]
+    mask_documents: Callable[[Any, int], Any] | None = None
 
     def args(self, flavor: str) -> Any:
         """The arguments of `flavor`; `ConfigError` if there is no such flavor."""

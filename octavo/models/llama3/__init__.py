@@ -67,5 +67,6 @@ SPEC = models.ModelSpec(
     build=Llama,
     parallelize=parallelize,
     flops_per_token=flops_per_token,
+    mask_documents=lambda args, document_end: replace(args, document_end=document_end),
 )
 models.register(SPEC)

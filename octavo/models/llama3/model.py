@@ -7,10 +7,12 @@
 Sources: Llama 3 (arXiv:2407.21783), RMSNorm (arXiv:1910.07467), RoPE (arXiv:2104.09864), grouped-query
 attention (arXiv:2305.13245), SwiGLU (arXiv:2002.05202).
 
-Three choices. Rotary pairs are interleaved, (x0, x1), (x2, x3), ..., as in Meta's own checkpoints; Hugging
+Four choices. Rotary pairs are interleaved, (x0, x1), (x2, x3), ..., as in Meta's own checkpoints; Hugging
 Face's halves are a permutation of wq and wk, done in `hf.py`. Rotation is real arithmetic in float32,
 because inductor has no code for complex numbers. Tied embeddings mean that there is no `output` module at
-all, so that a parameter has one name.
+all, so that a parameter has one name. Where attention stays within documents, positions still count from the
+start of the sequence: rotary attention depends on distances alone, so a document's logits are those it has
+anywhere else, up to rounding.
 
 Shapes: B batch, S sequence, D model width, H query heads, G key/value heads, E head width, F feed-forward
 width, V vocabulary.
@@ -40,7 +42,10 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaArgs:
-    """Sizes of one Llama. `vocab_size = 0` takes the tokenizer's; `max_seq_len` sizes the rotary table."""
+    """Sizes of one Llama. `vocab_size = 0` takes the tokenizer's; `max_seq_len` sizes the rotary table.
+
+    `document_end`: the id that ends a document; attention then stays within documents. None: it sees across.
+    """
 
     dim: int
     n_layers: int
@@ -53,6 +58,7 @@ class LlamaArgs:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     max_seq_len: int = 8192
+    document_end: int | None = None
 
     @property
     def head_dim(self) -> int:
@@ -93,8 +99,20 @@ def apply_rope(x_BSHE: Tensor, table_2SE: Tensor) -> Tensor:
     return rotated.flatten(-2).type_as(x_BSHE)
 
 
+def document_mask(tokens_BS: Tensor, document_end: int) -> Tensor:
+    """Which keys each query sees, bool [B, 1, S, S]: those of its own document, up to itself.
+
+    A document ends with the token `document_end`, which belongs to it; what a sequence begins with may be the
+    rest of a document.
+    """
+    ends_BS = (tokens_BS == document_end).long()
+    document_BS = ends_BS.cumsum(1) - ends_BS
+    same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
+    return same_BSS.tril().unsqueeze(1)
+
+
 class Attention(nn.Module):
-    """Causal grouped-query self-attention."""
+    """Causal grouped-query self-attention, over the whole sequence or over what a mask leaves."""
 
     def __init__(self, args: LlamaArgs):
         super().__init__()
@@ -104,7 +122,7 @@ class Attention(nn.Module):
         self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
 
-    def forward(self, x_BSD: Tensor, table_2SE: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, table_2SE: Tensor, mask_B1SS: Tensor | None = None) -> Tensor:
         q_BSHE = apply_rope(self.wq(x_BSD).unflatten(-1, (-1, self.head_dim)), table_2SE)
         k_BSGE = apply_rope(self.wk(x_BSD).unflatten(-1, (-1, self.head_dim)), table_2SE)
         v_BSGE = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
@@ -112,7 +130,8 @@ class Attention(nn.Module):
             q_BSHE.transpose(1, 2),
             k_BSGE.transpose(1, 2),
             v_BSGE.transpose(1, 2),
-            is_causal=True,
+            attn_mask=mask_B1SS,
+            is_causal=mask_B1SS is None,
             enable_gqa=True,
         )
         return self.wo(y_BHSE.transpose(1, 2).flatten(-2))
@@ -141,8 +160,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
 
-    def forward(self, h_BSD: Tensor, table_2SE: Tensor) -> Tensor:
-        h_BSD = h_BSD + self.attention(self.attention_norm(h_BSD), table_2SE)
+    def forward(self, h_BSD: Tensor, table_2SE: Tensor, mask_B1SS: Tensor | None = None) -> Tensor:
+        h_BSD = h_BSD + self.attention(self.attention_norm(h_BSD), table_2SE, mask_B1SS)
         return h_BSD + self.feed_forward(self.ffn_norm(h_BSD))
 
 
@@ -170,9 +189,11 @@ class Llama(nn.Module):
                 f"{tokens_BS.shape[1]} tokens in a sequence, but the rotary table has "
                 f"{self.args.max_seq_len} positions; build the model with a larger max_seq_len"
             )
+        end = self.args.document_end
+        mask_B1SS = None if end is None else document_mask(tokens_BS, end)
         h_BSD = self.tok_embeddings(tokens_BS)
         for layer in self.layers.values():
-            h_BSD = layer(h_BSD, self.rope)
+            h_BSD = layer(h_BSD, self.rope, mask_B1SS)
         h_BSD = self.norm(h_BSD)
         if self.output is None:
             return F.linear(h_BSD, self.tok_embeddings.weight)
