@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from octavo.config.schema import Training
 from octavo.data.loader import build_dataloader, merge_state_dicts
 from octavo.distributed import mesh
 from octavo.distributed.plan import Parallelize, Sharding
+from octavo.hf.training import check_exportable, export_folder, load_initial, save_final
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -111,7 +113,7 @@ class Trainer:
         self.param_dtype = choose_param_dtype(job.training, self.device)
         self.world = mesh.init_world(self.device, job.parallelism, job.comm)
 
-        tokenizer = build_tokenizer(job.model.hf_assets_path)
+        tokenizer = self.tokenizer = build_tokenizer(job.model.hf_assets_path)
         self.model_args = self._model_args(tokenizer)  # before the data: a misfit needn't wait for it
         self.data = build_dataloader(
             dataset=job.training.dataset,
@@ -170,6 +172,8 @@ class Trainer:
         job = self.job
         spec = models.get(job.model.name)
         args = spec.configure(spec.args(job.model.flavor), tokenizer.vocab_size, job.training.seq_len)
+        if job.checkpoint.last_save_in_hf:
+            check_exportable(spec)
         if not job.training.document_mask:
             return args
         if spec.mask_documents is None:
@@ -258,6 +262,8 @@ class Trainer:
                 end_of_step()
                 yield step
         self.checkpointer.wait()
+        if self.job.checkpoint.last_save_in_hf:
+            self._export(last)
         self.metrics.close()
         self.data.close()
 
@@ -324,6 +330,7 @@ class Trainer:
         """Go on from a checkpoint if there is one; returns the steps already done."""
         state = self.checkpointer.load()
         if state is None:
+            self._load_initial()
             return 0
         inexact = self.data.load_state_dict(state["data"])
         if inexact:
@@ -339,6 +346,22 @@ class Trainer:
                 self._schedule(),
             )
         return int(state["step"])
+
+    def _load_initial(self) -> None:
+        """Start from weights of another run or model, if the job names some."""
+        settings, model = self.job.checkpoint, self.job.model
+        if settings.initial_load_path is not None:
+            path, in_hf = Path(settings.initial_load_path), settings.initial_load_in_hf
+            load_initial(self.model, path, in_hf, models.get(model.name), self.model_args, model.flavor)
+
+    def _export(self, step: int) -> None:
+        """Write the trained model in Hugging Face's format, unless an earlier run of this job did."""
+        settings, spec = self.job.checkpoint, models.get(self.job.model.name)
+        out = export_folder(self.folder.path / settings.folder, step)
+        there = torch.tensor(int(out.exists()), device=self.device)
+        dist.broadcast(there, 0)  # the first process writes it, and need not share its disk with the others
+        if not there.item():
+            save_final(self.model, out, settings.export_dtype, spec, self.model_args, self.tokenizer)
 
     def _record(self) -> dict[str, Any]:
         return {

@@ -77,6 +77,7 @@ class Tokenizer:
         vocab_size: one more than the largest id; every id lies in [0, vocab_size).
         bos_id: id that opens a document, or None where the tokenizer has none.
         eos_id: id that closes a document.
+        bos, eos: the texts of these two tokens.
         source: where it was read from, for messages.
     """
 
@@ -87,6 +88,7 @@ class Tokenizer:
         self._engine = engine
         self.source = source
         self.vocab_size = 1 + max(engine.get_vocab(with_added_tokens=True).values())
+        self.bos, self.eos = bos, eos
         self.bos_id = None if bos is None else self._id(bos)
         self.eos_id = self._id(eos)
 
@@ -115,6 +117,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens appear by name. Bytes that are not UTF-8 become U+FFFD."""
         text: str = self._engine.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    def to_json(self) -> str:
+        """The content of a Hugging Face `tokenizer.json` of this tokenizer."""
+        text: str = self._engine.to_str(pretty=True)
         return text
 
     def _wrap(self, ids: list[int], *, bos: bool, eos: bool) -> list[int]:

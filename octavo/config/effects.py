@@ -69,10 +69,23 @@ NEEDS: tuple[Need, ...] = (
             "checkpoint.keep_latest_k",
             "checkpoint.last_save_model_only",
             "checkpoint.async_mode",
+            "checkpoint.last_save_in_hf",
         ),
         lambda job, _: job.checkpoint.enable,
         "no checkpoints are saved or loaded",
         "add --checkpoint.enable",
+    ),
+    Need(
+        ("checkpoint.initial_load_in_hf",),
+        lambda job, _: job.checkpoint.initial_load_path is not None,
+        "no initial weights are loaded",
+        "add --checkpoint.initial_load_path",
+    ),
+    Need(
+        ("checkpoint.export_dtype",),
+        lambda job, _: job.checkpoint.last_save_in_hf,
+        "nothing is exported",
+        "add --checkpoint.last_save_in_hf",
     ),
     Need(
         ("profiling.save_traces_folder",),

@@ -43,6 +43,7 @@ def check(job: JobConfig, *, world_size: int, gpus: int | None = None) -> None:
             *_on_disk(_tokenizer, job, "model.hf_assets_path"),
             *_on_disk(_outputs, job, "job.dump_folder"),
             *_on_disk(_load_step, job, "checkpoint.folder"),
+            *_on_disk(_initial_load, job, "checkpoint.initial_load_path"),
             *_gpu_only(job, gpus),
             *_offload(job, world_size),
             *_compiler(job, gpus),
@@ -227,6 +228,28 @@ def _load_step(job: JobConfig) -> Iterator[str]:
     if step not in steps:
         there = f"has the steps {', '.join(map(str, steps))}" if steps else "has no complete checkpoint"
         yield f"{named(job, 'checkpoint.load_step')}: {folder} {there}"
+
+
+def _initial_load(job: JobConfig) -> Iterator[str]:
+    """What the folder holds is read when the model is built; here, whether it is of the kind that is said."""
+    if job.checkpoint.initial_load_path is None:
+        return
+    folder, key = Path(job.checkpoint.initial_load_path).expanduser(), "checkpoint.initial_load_path"
+    in_hf = any(folder.glob("*.safetensors"))
+    if not folder.is_dir():
+        yield f"{named(job, key)}: no such folder"
+    elif not in_hf and (folder / "params.json").is_file():
+        yield (
+            f"{named(job, key)} holds Meta's original files: octavo import {folder} --out FOLDER, and name "
+            "that folder"
+        )
+    elif in_hf and not job.checkpoint.initial_load_in_hf:
+        yield f"{named(job, key)} is a Hugging Face folder: add --checkpoint.initial_load_in_hf"
+    elif job.checkpoint.initial_load_in_hf and not in_hf:
+        yield (
+            f"{named(job, key)}: checkpoint.initial_load_in_hf = true, but no *.safetensors is in this "
+            "folder; leave the flag out for octavo's own checkpoints"
+        )
 
 
 def _gpu_only(job: JobConfig, gpus: int | None) -> Iterator[str]:

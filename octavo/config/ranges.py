@@ -106,7 +106,7 @@ RULES: tuple[Rule, ...] = (
         'must be "op" or a whole number from 1 to 999999, as a string',
     ),
     Rule(
-        (*_PATHS, "training.dataset_path"),
+        (*_PATHS, "training.dataset_path", "checkpoint.initial_load_path"),
         lambda value: "\0" not in value,
         "must not contain a NUL character, which no path can",
     ),

@@ -176,6 +176,16 @@ class Checkpoint:
     """The last checkpoint holds the model alone; training cannot resume from it."""
     async_mode: names.AsyncMode = "disabled"
     """async: training goes on while the checkpoint is written."""
+    initial_load_path: str | None = None
+    """Start from the weights in this folder where there is no checkpoint to resume from: a checkpoint, a
+    run's folder (its newest), or a Hugging Face folder.
+    """
+    initial_load_in_hf: bool = False
+    """checkpoint.initial_load_path is a Hugging Face folder: config.json and safetensors."""
+    last_save_in_hf: bool = False
+    """After the last step also write the model as a Hugging Face folder, step-N-hf in checkpoint.folder."""
+    export_dtype: names.ExportDtype = "float32"
+    """Type of the weights that last_save_in_hf writes."""
 
 
 @dataclass

@@ -14,7 +14,6 @@ from types import MappingProxyType
 _DATA_PARALLEL_ONLY = "octavo parallelizes over data only (FSDP2, HSDP)"
 _NO_EXPERTS = "octavo has no mixture-of-experts models"
 _DYNAMIC_SCALES = "scales are always dynamic, computed from the tensor they scale"
-_OWN_FORMAT = "octavo starts from its own checkpoints only"
 _RECOMPUTE_DEFAULTS = "recomputation is not configured beyond mode and selective_ac_option"
 _FLIGHT_RECORDER = "PyTorch's flight recorder is set by its own environment variables"
 _IMAGE_MODEL = "it belongs to an image model; octavo trains language models"
@@ -102,12 +101,8 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
     "checkpoint": {
         "interval_type": "checkpoint.interval counts steps",
         "model_weights_only": _moved("checkpoint.last_save_model_only"),
-        "initial_load_path": _OWN_FORMAT,
-        "initial_load_model_only": _OWN_FORMAT,
-        "initial_load_in_hf": _OWN_FORMAT,
-        "initial_load_in_hf_quantized": _OWN_FORMAT,
-        "last_save_in_hf": "checkpoints are written in PyTorch's distributed format only",
-        "export_dtype": "weights are saved in float32, the type they are trained in",
+        "initial_load_model_only": "initial_load_path always takes the weights alone",
+        "initial_load_in_hf_quantized": "octavo reads unquantised weights only",
         "create_seed_checkpoint": "not needed: the initial weights are the same on any number of devices",
         "exclude_from_loading": "a checkpoint is resumed whole",
         "enable_first_step_checkpoint": "set checkpoint.interval = 1 in a short trial run instead",

@@ -9,9 +9,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from octavo.config import ConfigError
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """A family's form in Hugging Face's transformers: what its models are called there, and how they are laid
+    out.
+
+    model_type: what `config.json` says. to_names, from_names: `(tensors by name, args) -> tensors by name`,
+    from ours to theirs and back; called with any subset of the parameters, on any device. A name that is left
+    out carries nothing; one that is not known is a `ValueError`. to_config, from_config: args to the content
+    of `config.json` and back; `ConfigError` for what the family does not compute.
+    """
+
+    model_type: str
+    to_names: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
+    from_names: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
+    to_config: Callable[[Any], dict[str, Any]]
+    from_config: Callable[[Mapping[str, Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -32,6 +50,9 @@ class ModelSpec:
     mask_documents: `(args, id) -> args`, made to attend within documents, which end with the token `id`; None
     where the
         model cannot.
+    hugging_face: what `octavo export` and `octavo import` need, or None.
+    decoder: `(model, capacity in tokens) -> (tokens [B, S] -> logits [B, vocab] after the last)`, which keeps
+    what it has seen from call to call; None: `octavo generate` computes every position anew.
     """
 
     name: str
@@ -41,6 +62,8 @@ class ModelSpec:
     parallelize: Callable[[nn.Module, Any], None]
     flops_per_token: Callable[[Any, nn.Module, int], float]
     mask_documents: Callable[[Any, int], Any] | None = None
+    hugging_face: HuggingFace | None = None
+    decoder: Callable[[nn.Module, int], Callable[[Tensor], Tensor]] | None = None
 
     def args(self, flavor: str) -> Any:
         """The arguments of `flavor`; `ConfigError` if there is no such flavor."""
@@ -82,4 +105,4 @@ def registered() -> Mapping[str, ModelSpec]:
 
 from octavo.models import llama3  # noqa: E402  registers itself; last, because it needs the names above
 
-__all__ = ["ModelSpec", "get", "llama3", "register", "registered"]
+__all__ = ["HuggingFace", "ModelSpec", "get", "llama3", "register", "registered"]

@@ -9,7 +9,8 @@ from octavo.components.init import init_weights
 from octavo.config import ConfigError
 from octavo.models.llama3 import FLAVORS, configure
 from octavo.models.llama3.hf import from_hf, to_hf
-from octavo.models.llama3.model import Llama, LlamaArgs, RopeScaling
+from octavo.models.llama3.model import Llama, LlamaArgs
+from tests.models.small_llama import SCALING, SHAPES, small
 
 PUBLISHED_SIZES = {
     "1B": 1_235_814_400,
@@ -34,11 +35,6 @@ def test_sizes_are_the_published_ones(flavor):
 def test_rope_scaling_of_each_release(flavor, factor):
     scaling = FLAVORS[flavor].rope_scaling
     assert (scaling and scaling.factor) == factor
-
-
-def small(**changes) -> LlamaArgs:
-    args = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "hidden_dim": 96, "vocab_size": 131}
-    return LlamaArgs(**{**args, "max_seq_len": 48, **changes})
 
 
 def hf_config(args: LlamaArgs) -> LlamaConfig:
@@ -66,22 +62,7 @@ def hf_config(args: LlamaArgs) -> LlamaConfig:
     )
 
 
-# Few positions of original context, so that the low, the blended and the high frequencies all occur within
-# 48 positions.
-SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=32)
-
-
-@pytest.mark.parametrize(
-    "args",
-    [
-        small(),
-        small(n_kv_heads=8),
-        small(rope_scaling=SCALING),
-        small(tie_embeddings=True, rope_scaling=SCALING),
-        small(n_heads=4, n_kv_heads=1, rope_theta=10_000.0),
-    ],
-    ids=["gqa", "mha", "3.1", "tied", "mqa"],
-)
+@pytest.mark.parametrize("args", SHAPES.values(), ids=SHAPES)
 def test_logits_equal_hugging_face(args):
     torch.manual_seed(0)
     theirs = LlamaForCausalLM(hf_config(args)).eval()

@@ -10,6 +10,9 @@ from torch import nn
 
 from octavo import models
 from octavo.config import ConfigError
+from octavo.models.llama3.decode import Decoder
+from octavo.models.llama3.hf import from_hf, to_hf
+from octavo.models.llama3.hf_config import from_config, to_config
 from octavo.models.llama3.model import Llama, LlamaArgs, RopeScaling
 from octavo.models.llama3.parallelize import parallelize
 
@@ -68,5 +71,7 @@ SPEC = models.ModelSpec(
     parallelize=parallelize,
     flops_per_token=flops_per_token,
     mask_documents=lambda args, document_end: replace(args, document_end=document_end),
+    hugging_face=models.HuggingFace("llama", to_hf, from_hf, to_config, from_config),
+    decoder=Decoder,
 )
 models.register(SPEC)

@@ -1,0 +1,49 @@
+"""Command lines of the commands that are no training job: argparse, with octavo's manner of failing."""
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from octavo.config import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are one `ConfigError`; flags are whole words, in which `-` and `_` are the same."""
+
+    def __init__(self, prog: str, description: str, epilog: str = ""):
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} ({self.prog} --help)")
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The options in `argv`."""
+        words = []
+        for word in argv:
+            name, equals, value = word.partition("=")
+            if name.startswith("--") and len(name) > 2:
+                word = "--" + name[2:].replace("-", "_") + equals + value
+            words.append(word)
+        return self.parse_args(words)
+
+
+def whole(low: int) -> "_Whole":
+    """A converter for argparse: whole numbers from `low` up."""
+    return _Whole(low)
+
+
+class _Whole:
+    def __init__(self, low: int):
+        self.low = low
+
+    def __call__(self, text: str) -> int:
+        value = int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else -1
+        if value < self.low:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {self.low} up, got {text!r}")
+        return value

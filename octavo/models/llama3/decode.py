@@ -1,0 +1,64 @@
+"""Llama 3 one token at a time: attention that remembers keys and values.
+
+Training needs no memory of earlier calls, so `model.py` has none. Here the same modules, with the same
+weights, are walked through in the same order, and each layer keeps the keys (rotated) and values of the
+positions seen so far. The price is a second description of the layer's data flow; a test holds the two
+equal.
+
+Shapes as in `model.py`; T is the number of positions seen, this call's included.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from octavo.models.llama3.model import Attention, Llama, TransformerBlock, apply_rope
+
+
+class Decoder:
+    """Logits of the next token, position by position, for a batch of sequences of equal length.
+
+    `capacity` is the number of positions that the cache has room for, at most the model's `max_seq_len`.
+    """
+
+    def __init__(self, model: nn.Module, capacity: int, batch: int = 1):
+        assert isinstance(model, Llama)
+        assert model.args.document_end is None  # a mask would need the documents seen; text goes on in one
+        assert capacity <= model.args.max_seq_len
+        self._model = model
+        self._seen = 0
+        weight = model.tok_embeddings.weight
+        shape = (2, model.args.n_layers, batch, model.args.n_kv_heads, capacity, model.args.head_dim)
+        self._cache_2LBGTE = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+
+    @torch.no_grad()
+    def __call__(self, tokens_BS: Tensor) -> Tensor:
+        """Take S more tokens; logits [B, V] after the last of them, in the model's dtype."""
+        model, start = self._model, self._seen
+        self._seen += tokens_BS.shape[1]
+        table = model.rope[:, start : self._seen]
+        h_BSD = model.tok_embeddings(tokens_BS)
+        for number, layer in enumerate(model.layers.values()):
+            assert isinstance(layer, TransformerBlock)
+            h_BSD = h_BSD + self._attend(layer.attention, number, layer.attention_norm(h_BSD), table, start)
+            h_BSD = h_BSD + layer.feed_forward(layer.ffn_norm(h_BSD))
+        h_BD = model.norm(h_BSD[:, -1])
+        return F.linear(h_BD, model.tok_embeddings.weight) if model.output is None else model.output(h_BD)
+
+    def _attend(self, attention: Attention, layer: int, x_BSD: Tensor, table: Tensor, start: int) -> Tensor:
+        heads = (-1, attention.head_dim)
+        q_BSHE = apply_rope(attention.wq(x_BSD).unflatten(-1, heads), table)
+        k_BSGE = apply_rope(attention.wk(x_BSD).unflatten(-1, heads), table)
+        v_BSGE = attention.wv(x_BSD).unflatten(-1, heads)
+        keys, values = self._cache_2LBGTE[0, layer], self._cache_2LBGTE[1, layer]
+        keys[:, :, start : self._seen] = k_BSGE.transpose(1, 2)
+        values[:, :, start : self._seen] = v_BSGE.transpose(1, 2)
+        positions = torch.arange(self._seen, device=x_BSD.device)
+        y_BHSE = F.scaled_dot_product_attention(
+            q_BSHE.transpose(1, 2),
+            keys[:, :, : self._seen],
+            values[:, :, : self._seen],
+            attn_mask=positions <= positions[start:, None],  # [S, T]
+            enable_gqa=True,
+        )
+        return attention.wo(y_BHSE.transpose(1, 2).flatten(-2))

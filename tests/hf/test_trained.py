@@ -1,0 +1,141 @@
+"""A trained model in and out of Hugging Face's format: the same logits, the same text, the same next loss."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+from octavo.cli import main
+from octavo.hf.sources import find_checkpoint, open_source
+from octavo.hf.weights import load
+from octavo.sampling import Recompute, Sampling, generate
+from tests import runs
+
+CONTEXT = 128
+FLAGS = {
+    **runs.recipe("rowwise"),
+    "checkpoint.enable": True,
+    "training.seq_len": CONTEXT,
+    "training.local_batch_size": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A float8 run of 4 steps on two processes, with its checkpoint and its final export in bfloat16."""
+    folder = tmp_path_factory.mktemp("trained")
+    final = {"checkpoint.last_save_in_hf": True, "checkpoint.export_dtype": "bfloat16"}
+    run = runs.train(folder, {**FLAGS, **final}, world=2)
+    assert run.exit_codes == [0, 0], run.log
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported") / "model"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transformers
+        assert main(["export", str(trained), "--out", str(out), "--shard-size", "8MB"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def theirs(exported):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(str(exported)).float().eval()
+
+
+def own_model(path):
+    source = open_source(path)
+    return source, load(source.build(source.context), source.weights, torch.float32, "cpu")
+
+
+def text_ids(source, length):
+    text = runs.small_corpus().read_text()[:2000]
+    return source.tokenizer.encode(text, bos=True)[:length]
+
+
+def test_transformers_computes_the_same_logits(trained, theirs):
+    source, ours = own_model(trained)
+    tokens = torch.tensor([text_ids(source, CONTEXT)])
+    with torch.no_grad():
+        difference = (theirs(tokens).logits - ours(tokens)).abs().max()
+    assert difference < 1e-4
+
+
+@pytest.mark.parametrize("words", [3, 30])
+def test_greedy_text_is_that_of_transformers(trained, theirs, words):
+    source, model = own_model(trained)
+    prompt = text_ids(source, words)
+    decode = source.spec.decoder(model, CONTEXT)
+    ours = list(generate(decode, prompt, Sampling(0.0), most=64, seed=0))
+    again = list(generate(Recompute(model), prompt, Sampling(0.0), most=64, seed=0))
+    expected = theirs.generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=64, min_new_tokens=64, eos_token_id=None
+    )
+    assert ours == again == expected[0, len(prompt) :].tolist()
+
+
+def test_the_exported_tokenizer_and_ends_are_transformers_too(trained, exported):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    source = open_source(trained)
+    tokenizer = AutoTokenizer.from_pretrained(str(exported))
+    text = "HAMLET. Words, words, words. \u6f22"
+    assert tokenizer.encode(text, add_special_tokens=False) == source.tokenizer.encode(text)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
+    ends = GenerationConfig.from_pretrained(str(exported))
+    assert (ends.bos_token_id, ends.eos_token_id) == (0, 1)
+
+
+def test_an_export_is_cut_into_files_that_together_have_all(exported):
+    index = json.loads((exported / "model.safetensors.index.json").read_text())
+    shards = sorted(path.name for path in exported.glob("*.safetensors"))
+    assert shards == [f"model-0000{n}-of-00004.safetensors" for n in (1, 2, 3, 4)]
+    assert set(index["weight_map"].values()) == set(shards)
+    assert sorted(path.name for path in exported.parent.iterdir()) == ["model"]
+
+
+def test_the_final_save_is_the_checkpoint_rounded(trained):
+    _, ours = own_model(trained)
+    source, rounded = own_model(trained / "checkpoint" / "step-4-hf")
+    for (name, kept), other in zip(ours.named_parameters(), rounded.parameters(), strict=True):
+        assert torch.equal(kept.to(torch.bfloat16).float(), other), name
+    assert source.weights.read("norm.weight").dtype is torch.bfloat16
+    assert find_checkpoint(trained).name == "step-4"
+
+
+def test_training_goes_on_from_an_import_with_the_same_loss(trained, exported, tmp_path):
+    """The next loss of three ways on: the checkpoint's weights, its export, and the import of its export."""
+    imported = tmp_path / "imported"
+    assert main(["import", str(exported), "--out", str(imported)]) == 0
+    flags = {**FLAGS, "checkpoint.enable": False, "training.steps": 2}
+    two = {"training.local_batch_size": 1, "checkpoint.initial_load_in_hf": True}
+    ways = {
+        "checkpoint": ({"checkpoint.initial_load_path": trained}, 1),
+        "export": ({"checkpoint.initial_load_path": exported, **two}, 2),  # the same global batch
+        "import": ({"checkpoint.initial_load_path": imported}, 1),
+        "anew": ({}, 1),
+    }
+    losses = {}
+    for way, (more, world) in ways.items():
+        run = runs.train(tmp_path / way, {**flags, **more}, world=world)
+        assert run.exit_codes == [0] * world, run.log
+        losses[way] = run.losses
+    assert losses["checkpoint"] == losses["import"]
+    assert losses["export"][0] == pytest.approx(losses["import"][0], rel=1e-6)
+    assert losses["export"] == pytest.approx(
+        losses["import"], rel=1e-4
+    )  # float8 rounds sums in another order
+    assert losses["anew"][0] > losses["import"][0] + 0.1
+
+
+def test_an_existing_folder_is_not_written_over(trained, exported, tmp_path, capsys):
+    for argv in (
+        ["export", str(trained), "--out", str(exported)],
+        ["import", str(exported), "--out", str(trained)],
+    ):
+        assert main(argv) == 2
+        assert "is there already, and not empty" in capsys.readouterr().err

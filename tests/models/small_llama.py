@@ -1,0 +1,33 @@
+"""Llamas small enough to compute in milliseconds, of every shape that the family has."""
+
+import torch
+
+from octavo.models.llama3.model import Llama, LlamaArgs, RopeScaling
+
+# Few positions of original context, so that the low, the blended and the high frequencies all occur within
+# 48 positions.
+SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=32)
+
+
+def small(**changes) -> LlamaArgs:
+    args = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "hidden_dim": 96, "vocab_size": 131}
+    return LlamaArgs(**{**args, "max_seq_len": 48, **changes})
+
+
+SHAPES = {
+    "gqa": small(),
+    "mha": small(n_kv_heads=8),
+    "3.1": small(rope_scaling=SCALING),
+    "tied": small(tie_embeddings=True, rope_scaling=SCALING),
+    "mqa": small(n_heads=4, n_kv_heads=1, rope_theta=10_000.0),
+}
+
+
+def noisy(args: LlamaArgs, seed: int = 0) -> Llama:
+    """A model whose attention matters: all weights far from their usual small start."""
+    torch.manual_seed(seed)
+    model = Llama(args)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    return model.eval()
