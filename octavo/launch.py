@@ -5,27 +5,20 @@ and comes out of torchrun as exit code 1 under a traceback of torchrun's own. So
 configuration and the paths are judged here first, without torch, in a fraction of a second: one message, exit
 code 2.
 
-torchrun then runs inside this process rather than in a new one. That lets the exit code of the first process
-that failed be ours (torchrun alone always says 1), and lets us show the last lines of a failed process whose
-output LOG_RANK had hidden. Signals reach torchrun directly, which passes them on.
+What runs then is in `torchrun.py`.
 """
 
 import importlib.metadata
-import logging
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from octavo import config
 from octavo.config import ConfigError, files, flags
 from octavo.config.ranges import shown
+from octavo.torchrun import Launch, run
 
 DEFAULT_CONFIG = "demo.toml"
 _LAST_PORT = 2**16 - 1
@@ -46,16 +39,13 @@ variables:
   RDZV_ID        a name that tells one job from another (default: octavo)
   NODE_RANK      this machine's number from 0, where ranks must follow the machines' order; RDZV_ENDPOINT's
                  host is number 0
+
+SIGTERM, SIGUSR1 or Ctrl-C: all processes finish the step, save (with --checkpoint.enable) and exit with code
+75; the same command goes on. Ctrl-C again ends at once.
+exit codes:
+  0 done, 2 wrong option, 3 no checkpoint verifies, 4 a loss or gradient was not finite,
+  75 stopped and saved: run it again, 128 + n ended by signal n with nothing saved, 1 anything else
 """
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One start of torchrun: its arguments, and what the environment must hold before torch is imported."""
-
-    torchrun: tuple[str, ...]
-    environment: Mapping[str, str]
-    shown_ranks: frozenset[int]
 
 
 def plan(
@@ -85,12 +75,14 @@ def plan(
             f"--nproc-per-node={processes}",
             f"--local-ranks-filter={','.join(map(str, sorted(shown_ranks)))}",
             "--role=rank",
+            "--signals-to-handle=SIGQUIT",  # the others are the supervisor's
             "--tee=3",
             *("-m", "octavo.train"),
             *options,
         ),
         environment=_environment(environ, processes=processes, gpus=gpus, cores=cores, terminal=terminal),
         shown_ranks=shown_ranks,
+        dump_folder=job.job.dump_folder,
     )
 
 
@@ -253,59 +245,6 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def run(launch: Launch) -> int:
-    """Run torchrun in this process until training ends.
-
-    Returns 0, or the exit code of the first process that failed (128 + the signal that ended it).
-    """
-    os.environ.update(launch.environment)
-
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
-    # It reports each failed process as we do below, in words for torchrun's developers.
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-
-    logs = Path(tempfile.mkdtemp(prefix="octavo-logs-"))
-    keep_logs = False
-    try:
-        torchrun([f"--log-dir={logs}", *launch.torchrun])
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-        if failure.local_rank not in launch.shown_ranks:
-            print(_tail(logs, failure.local_rank), end="", file=sys.stderr)
-        # 2: the process has said what is wrong with the job, and there is no more to say.
-        keep_logs = code != 2
-        if keep_logs:
-            print(
-                f"octavo: rank {rank} ended with {_ending(failure.exitcode)}; output of all ranks: {logs}",
-                file=sys.stderr,
-            )
-        return code
-    except SignalException as error:
-        return 128 + int(error.sigval)
-    finally:
-        if not keep_logs:
-            shutil.rmtree(logs, ignore_errors=True)
-    return 0
-
-
-def _ending(exitcode: int) -> str:
-    if exitcode >= 0:
-        return f"exit code {exitcode}"
-    killed = " (out of memory?)" if exitcode == -9 else ""
-    return f"signal {-exitcode}{killed}"
-
-
-def _tail(logs: Path, local_rank: int, lines: int = 30) -> str:
-    """The last lines that a process wrote to its standard error."""
-    files = sorted(logs.glob(f"*/attempt_*/{local_rank}/stderr.log"))
-    written = files[-1].read_text(errors="replace").splitlines() if files else []
-    return "".join(f"[rank{local_rank}]:{line}\n" for line in written[-lines:])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Train by the command line and the environment's variables; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -322,10 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"octavo: {error}", file=sys.stderr)
         return 2
-    try:
-        return run(launch)
-    except KeyboardInterrupt:  # before torchrun handles signals
-        return 128 + signal.SIGINT
+    return run(launch)
 
 
 def _help() -> int:

@@ -14,8 +14,8 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,30 +24,31 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import octavo
 from octavo import config, models, quantization
 from octavo.components.checkpoint import Checkpointer
-from octavo.components.device import auto_param_dtype, peak_flops, pick_device
+from octavo.components.device import DTYPES, choose_param_dtype, fastest_attention, peak_flops, pick_device
+from octavo.components.diagnosis import first_non_finite
 from octavo.components.garbage import GarbageCollector
-from octavo.components.init import init_weights
-from octavo.components.logging import init_logger, logger
+from octavo.components.guard import Action, BadNumbers, Guard, Verdict
+from octavo.components.init import init_weights, set_determinism
+from octavo.components.logging import init_logger, logger, wants_color
 from octavo.components.lr_scheduler import lr_factor, set_lr
-from octavo.components.metrics import MetricsLogger, StepReport, write_run_record
-from octavo.components.optimizer import build_optimizer
+from octavo.components.metrics import MetricsLogger
+from octavo.components.optimizer import build_optimizer, clip_gradients
 from octavo.components.profiling import profiling
 from octavo.components.run_folder import RunFolder
+from octavo.components.run_record import farewell, write_run_record
+from octavo.components.signals import Signals, Stopped
 from octavo.components.tokenizer import Tokenizer, build_tokenizer
 from octavo.config import ConfigError, JobConfig
-from octavo.config.schema import Training
 from octavo.data.loader import build_dataloader, merge_state_dicts
 from octavo.distributed import mesh
 from octavo.distributed.plan import Parallelize, Sharding
+from octavo.distributed.watchdog import Watchdog
+from octavo.ending import exit_code_of
 from octavo.hf.training import check_exportable, export_folder, load_initial, save_final
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def loss_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
@@ -55,50 +56,14 @@ def loss_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     return F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), reduction="sum")
 
 
-def fastest_attention() -> AbstractContextManager[None]:
-    """Let scaled_dot_product_attention choose in this order whatever the device and shapes allow."""
-    order = [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
-    return sdpa_kernel(order, set_priority=True)
-
-
-def wants_color() -> bool:
-    """Colours on a terminal; torchrun's workers have none, so the launcher sets FORCE_COLOR for them."""
-    wanted = sys.stderr.isatty() or bool(os.environ.get("FORCE_COLOR"))
-    return wanted and not os.environ.get("NO_COLOR")
-
-
-def set_determinism(training: Training) -> None:
-    """Seed torch's own generators, and allow deterministic algorithms only if asked to."""
-    torch.manual_seed(training.seed)
-    if training.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-
-
-def choose_param_dtype(training: Training, device: torch.device) -> torch.dtype:
-    """The dtype that layers compute in, logged with its reason."""
-    if training.mixed_precision_param == "auto":
-        dtype, reason = auto_param_dtype(device)
-    else:
-        dtype = _DTYPES[training.mixed_precision_param]
-        reason = "training.mixed_precision_param asks for it"
-    logger.info("High precision is %s here: %s", str(dtype).removeprefix("torch."), reason)
-    return dtype
-
-
 class Trainer:
     """One process's part of a job: everything is built here, in the order in which it depends on each
     other.
     """
 
-    def __init__(self, job: JobConfig):
+    def __init__(self, job: JobConfig, signals: Signals | None = None, watchdog: Watchdog | None = None):
         self.job = job
+        self.signals, self.watchdog = signals or Signals(), watchdog or Watchdog()
         logger.info("Starting job: %s", job.job.description)
         if job.job.print_config:
             logger.info("Running with config: %s", job.to_dict())
@@ -109,8 +74,8 @@ class Trainer:
             importlib.import_module(job.experimental.custom_import)
 
         self.device = pick_device()
-        set_determinism(job.training)
-        self.param_dtype = choose_param_dtype(job.training, self.device)
+        set_determinism(job.training.seed, deterministic=job.training.deterministic)
+        self.param_dtype = choose_param_dtype(job.training.mixed_precision_param, self.device)
         self.world = mesh.init_world(self.device, job.parallelism, job.comm)
 
         tokenizer = self.tokenizer = build_tokenizer(job.model.hf_assets_path)
@@ -155,6 +120,7 @@ class Trainer:
             peak=peak,
             color=wants_color(),
         )
+        self.guard = Guard(job.fault_tolerance)
         self.tokens_seen = 0
         logger.info(
             "Trainer is initialized with local batch size %d, global batch size %d, "
@@ -219,7 +185,7 @@ class Trainer:
             sharding = Sharding(
                 mesh=self.world.mesh,
                 param_dtype=self.param_dtype,
-                reduce_dtype=_DTYPES[job.training.mixed_precision_reduce],
+                reduce_dtype=DTYPES[job.training.mixed_precision_reduce],
                 reshard=job.parallelism.fsdp_reshard_after_forward != "never",
                 cpu_offload=job.training.enable_cpu_offload,
             )
@@ -233,14 +199,23 @@ class Trainer:
         """Run the steps that are left, and say where everything is."""
         for _ in self.steps():
             pass
-        self._farewell()
+        logger.info("Training completed")
+        if self.world.rank == 0:
+            farewell(self.folder.path, self.job)
 
     def steps(self) -> Iterator[int]:
         """Run the steps that are left, yielding the number of each one when it is done."""
         last = self.job.training.steps
         done = self._resume()
         if self.world.rank == 0:
-            write_run_record(self.folder.path, self._record())
+            write_run_record(
+                self.folder.path,
+                self.job,
+                device=self.device,
+                processes=self.world.size,
+                recipe=self.recipe,
+                dtype=self.param_dtype,
+            )
         collector = GarbageCollector(self.job.training.gc_freq)
         if done < last:
             logger.info("Training starts at step %d.", done + 1)
@@ -248,54 +223,100 @@ class Trainer:
             logger.info("All %d steps of this run are done; a larger training.steps goes on from here", done)
         self.metrics.start(done)
         with (
+            closing(self.data),
+            closing(self.metrics),
             fastest_attention(),
             profiling(self.job.profiling, self.folder.path, self.world.rank) as end_of_step,
         ):
-            for step in range(done + 1, last + 1):
+            step, timeout = done, self.job.comm.init_timeout_seconds
+            self._stop_if_asked(
+                self._sum_over_ranks(torch.tensor(self.signals.asked, device=self.device)), step, saved=True
+            )
+            while step < last:
+                step += 1
                 collector.run(step)
-                self._step(step)
-                if self.checkpointer.due(step, last):
-                    self.checkpointer.save(step, last, self._state())
+                self.watchdog.begin(step, timeout)
+                verdict, asked = self._step(step)
+                self.watchdog.pause()  # a save takes its time
+                if verdict.action is Action.REWIND:
+                    step = self._rewind(step, verdict)
+                    continue
+                saves = self.checkpointer.due(step, last)
+                if saves:
+                    self._save(step)
                 self.checkpointer.poll()
-                if step == done + 1:
-                    mesh.set_timeout(self.job.comm.train_timeout_seconds)
+                if timeout != self.job.comm.train_timeout_seconds:
+                    timeout = self.job.comm.train_timeout_seconds
+                    mesh.set_timeout(timeout)
                 end_of_step()
                 yield step
-        self.checkpointer.wait()
-        if self.job.checkpoint.last_save_in_hf:
-            self._export(last)
-        self.metrics.close()
-        self.data.close()
+                if step < last:
+                    self._stop_if_asked(asked, step, saved=saves)
+            self.checkpointer.wait()
+            if self.job.checkpoint.last_save_in_hf:
+                self._export(last)
 
-    def _step(self, step: int) -> StepReport | None:
-        """One optimizer step; its report if it is one that is reported."""
+    def _step(self, step: int) -> tuple[Verdict, float]:
+        """One optimizer step. Returns what the guard made of it, and whether any process was asked to stop
+        (above 0); `BadNumbers` if the run stops for it.
+        """
         settings = self.job
         lr = settings.optimizer.lr * lr_factor(step, settings.training.steps, settings.lr_scheduler)
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad()
 
-        loss = torch.zeros((), device=self.device)
-        with quantization.weights_cast_once(self.model, settings, self.world.size):
-            for _ in range(self.accumulation):
-                tokens_BS, labels_BS = self._next_batch()
-                microbatch_loss = self.loss_sum(self.model(tokens_BS), labels_BS) / self.global_tokens
-                microbatch_loss.backward()
-                loss += microbatch_loss.detach()
+        batches: list[tuple[Tensor, Tensor]] = []  # kept until the step is known to be sound
+        local_loss = self._gradients(self._next_batches(batches))
+        norm = clip_gradients(self.model, settings.training.max_norm)
+        # The one place where the host waits for the device: no update without finite numbers.
+        both = self._sum_over_ranks(torch.stack([local_loss, local_loss.new_tensor(self.signals.asked)]))
+        loss, asked, grad_norm = torch.cat([both, norm.to(both).view(1)]).tolist()
 
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.training.max_norm)
-        self.optimizer.step()
-        quantization.after_optimizer_step(self.model, settings.float8)
+        verdict = self.guard.judge(step, loss, grad_norm)
+        if verdict.action is Action.UPDATE:
+            self.optimizer.step()
+            quantization.after_optimizer_step(self.model, settings.float8)
         self.tokens_seen += self.global_tokens
         self.metrics.end_step()
-        if not self.metrics.due(step):
-            return None
+        if self.metrics.due(step) or verdict.reason:
+            self.metrics.report(
+                step=step,
+                loss=loss,
+                grad_norm=grad_norm,
+                lr=lr,
+                tokens=self.tokens_seen,
+                counts=self.guard.counts(),
+            )
+        if verdict.action is Action.STOP:
+            raise BadNumbers(self._diagnosis(step, verdict, batches))
+        return verdict, asked
+
+    def _gradients(
+        self, batches: Iterable[tuple[Tensor, Tensor]], look: Callable[[Tensor], None] = lambda loss: None
+    ) -> Tensor:
+        """Add up the gradients of microbatches. Returns the sum of their losses on this process, a scalar;
+        `look` is called with each.
+        """
+        total = torch.zeros((), device=self.device)
+        with quantization.weights_cast_once(self.model, self.job, self.world.size):
+            for tokens_BS, labels_BS in batches:
+                loss = self.loss_sum(self.model(tokens_BS), labels_BS) / self.global_tokens
+                look(loss)
+                loss.backward()
+                total += loss.detach()
+                self.watchdog.progress()
+        return total
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
         if self.world.size > 1:
-            dist.all_reduce(loss)
-        if isinstance(grad_norm, DTensor):
-            grad_norm = grad_norm.full_tensor()
-        return self.metrics.report(
-            step=step, loss=loss.item(), grad_norm=grad_norm.item(), lr=lr, tokens=self.tokens_seen
-        )
+            dist.all_reduce(values)
+        return values
+
+    def _next_batches(self, keep: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The microbatches of one step, which are also put into `keep`."""
+        for _ in range(self.accumulation):
+            keep.append(self._next_batch())
+            yield keep[-1]
 
     def _next_batch(self) -> tuple[Tensor, Tensor]:
         """The next microbatch on the device: tokens and labels, int64 [B, S]."""
@@ -303,6 +324,50 @@ class Trainer:
         tokens_BS, labels_BS = self.data.next_batch()
         self.metrics.add_batch(tokens_BS.numel(), time.perf_counter() - start)
         return tokens_BS.to(self.device, non_blocking=True), labels_BS.to(self.device, non_blocking=True)
+
+    def _diagnosis(self, step: int, verdict: Verdict, batches: Sequence[tuple[Tensor, Tensor]]) -> str:
+        """What to tell about a step that ends the run."""
+        told = f"Step {step} stops the run before it updates anything: {verdict.reason}"
+        if verdict.non_finite:
+            self.watchdog.pause()
+            self.optimizer.zero_grad()
+            told += f"; {first_non_finite(self.model, lambda look: self._gradients(batches, look))}"
+        return (
+            f"{told}. The same command would come here again: lower optimizer.lr, or get past it with "
+            "--fault_tolerance.non_finite=skip or rewind"
+        )
+
+    def _save(self, step: int) -> None:
+        self.checkpointer.save(step, self.job.training.steps, self._state())
+        self.guard.saved()
+
+    def _rewind(self, step: int, verdict: Verdict) -> int:
+        """Go back to the last checkpoint, but not in the data; returns the steps that are done then."""
+        self.checkpointer.wait()
+        state = self.checkpointer.load()
+        if state is None:
+            raise BadNumbers(f"Step {step}: {verdict.reason}, and there is no checkpoint yet to go back to")
+        done = int(state["step"])
+        self.tokens_seen = state["tokens_seen"]
+        self.guard.rewound(state["guard"])
+        self.metrics.start(done)
+        logger.warning(
+            "Step %d: %s. Back to the checkpoint of step %d; the data goes on after step %d, so that what "
+            "was read since is skipped",
+            *(step, verdict.reason, done, step),
+        )
+        return done
+
+    def _stop_if_asked(self, asked: float | Tensor, step: int, *, saved: bool) -> None:
+        """Save and raise `Stopped`, if any process was `asked` to, `step` steps being done."""
+        if not asked:
+            return
+        self.checkpointer.wait()
+        enabled = self.job.checkpoint.enable
+        if enabled and not saved:
+            self._save(step)
+            self.checkpointer.wait()
+        raise Stopped.after(step, self.signals.gather(), saved=enabled)
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors; the same on every process."""
@@ -315,6 +380,7 @@ class Trainer:
             "tokens_seen": self.tokens_seen,
             "data": merge_state_dicts(data_states),
             "schedule": self._schedule(),
+            "guard": self.guard.state_dict(),
         }
 
     def _schedule(self) -> dict[str, Any]:
@@ -336,6 +402,8 @@ class Trainer:
         if inexact:
             logger.warning("The data does not go on where the checkpoint's run stood: %s", inexact)
         self.tokens_seen = state["tokens_seen"]
+        if "guard" in state:
+            self.guard.load_state_dict(state["guard"])
         logger.info(
             "Resumed from the checkpoint of step %d (%s tokens)", state["step"], f"{self.tokens_seen:,}"
         )
@@ -363,48 +431,17 @@ class Trainer:
         if not there.item():
             save_final(self.model, out, settings.export_dtype, spec, self.model_args, self.tokenizer)
 
-    def _record(self) -> dict[str, Any]:
-        return {
-            "octavo": octavo.__version__,
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "processes": self.world.size,
-            "precision": self.recipe or str(self.param_dtype).removeprefix("torch."),
-            "high_precision_dtype": str(self.param_dtype).removeprefix("torch."),
-            "config": self.job.to_dict(),
-        }
-
-    def _farewell(self) -> None:
-        logger.info("Training completed")
-        if self.world.rank == 0:
-            metrics = self.folder.path / "metrics.jsonl"
-            logger.info(
-                "Everything was written to %s. To look at the losses: tail %s", self.folder.path, metrics
-            )
-            if self.job.metrics.enable_tensorboard:
-                logger.info(
-                    "To see the curves: tensorboard --logdir %s",
-                    self.folder.path / self.job.metrics.save_tb_folder,
-                )
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as `argv` (default: the command line) says; returns the exit code, 2 for an error of the
-    user's.
-    """
+    """Train as `argv` (default: the command line) says; returns the exit code (see `exits`)."""
     init_logger()
-    try:
+
+    def train(signals: Signals, watchdog: Watchdog) -> None:
         job = config.load(sys.argv[1:] if argv is None else argv)
         config.check(job, world_size=int(os.environ.get("WORLD_SIZE", "1")), gpus=torch.cuda.device_count())
-        Trainer(job).train()
-    except ConfigError as error:
-        print(f"octavo: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        logger.info("Interrupted")
-        return 130
-    mesh.finish()
-    return 0
+        Trainer(job, signals, watchdog).train()
+
+    return exit_code_of(train)
 
 
 if __name__ == "__main__":

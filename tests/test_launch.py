@@ -350,12 +350,30 @@ sys.exit(launch.run(dataclasses.replace(planned, torchrun=(*own, *sys.argv[1:]))
 
 TRAINING = """
 import os, signal, sys, time
+from pathlib import Path
+from octavo.distributed.status import StatusFile
+
+def leave(number, frame):
+    time.sleep(1.5)  # a save
+    status.write(7, ended=True)
+    sys.exit(75)
+
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+status = StatusFile(Path(os.environ["OCTAVO_STATUS"]), rank)
+if sys.argv[1] == "save":
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGUSR1, leave)
+if sys.argv[1] in ("hang", "deaf"):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+status.write(7)
 print(f"rank {rank} of {world}", flush=True)
 match sys.argv[1], rank:
     case "fail", 1:
         print("the reason", file=sys.stderr)
-        sys.exit(3)
+        sys.exit(9)
+    case "hang", 1:
+        os._exit(0)
     case "misuse", _:
         print("octavo: what is wrong", file=sys.stderr)
         sys.exit(2)
@@ -400,11 +418,11 @@ def test_the_exit_code_and_the_last_words_of_a_failed_process_come_through(begin
     process = begin("fail")
     out, err = process.communicate(timeout=60)
 
-    assert process.returncode == 3
+    assert process.returncode == 9, err
     assert out == "[rank0]:rank 0 of 2\n"
     (logs,) = kept_logs(tmp_path)
     assert err == (
-        f"[rank1]:the reason\noctavo: rank 1 ended with exit code 3; output of all ranks: {logs}\n"
+        f"[rank1]:the reason\noctavo: rank 1 ended with exit code 9 in step 7; output of all ranks: {logs}\n"
     )
 
 
@@ -422,7 +440,48 @@ def test_a_killed_process_is_told(begin):
     _, err = process.communicate(timeout=60)
 
     assert process.returncode == 128 + signal.SIGKILL
-    assert "rank 1 ended with signal 9 (out of memory?)" in err
+    assert "rank 1 ended with signal 9 (out of memory?) in step 7" in err
+
+
+def test_a_process_that_goes_without_a_word_ends_the_others_within_10_s(begin):
+    process = begin("hang")
+    process.stdout.readline()
+    began = time.monotonic()
+    _, err = process.communicate(timeout=60)
+
+    assert time.monotonic() - began < 10
+    assert process.returncode == 1
+    assert "octavo: rank 1 ended with exit code 0 before the run was over in step 7; " in err
+    assert "still there and killed: rank 0 in step 7; " in err
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_passed_on_and_saving_waited_for(begin, sent, tmp_path):
+    process = begin("save")
+    process.stdout.readline()
+    process.send_signal(sent)
+    process.send_signal(sent)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)  # which must not end a save either
+    _, err = process.communicate(timeout=60)
+
+    assert process.returncode == 75
+    assert err == f"octavo: {sent.name}: training stops after this step\n"
+    assert kept_logs(tmp_path) == []
+
+
+def test_a_second_ctrl_c_ends_at_once(begin, tmp_path):
+    process = begin("deaf")
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=5)
+
+    assert process.returncode == 130
+    assert "octavo: a second Ctrl-C: ending at once" in err
+    assert kept_logs(tmp_path) == []
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])

@@ -10,10 +10,16 @@ import os
 import resource
 import sys
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from octavo.components.logging import logger
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # substring of the device's name -> dense bf16 FLOP/s; the first match counts, so special cases come first
 _PEAKS = (
@@ -84,6 +90,27 @@ def auto_param_dtype(device: torch.device) -> tuple[torch.dtype, str]:
         "this CPU has no bfloat16 matrix units, so bfloat16 would be slower; "
         "--training.mixed_precision_param=bfloat16 asks for it all the same",
     )
+
+
+def choose_param_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype that layers compute in, for `training.mixed_precision_param`; logged with its reason."""
+    if wanted == "auto":
+        dtype, reason = auto_param_dtype(device)
+    else:
+        dtype, reason = DTYPES[wanted], "training.mixed_precision_param asks for it"
+    logger.info("High precision is %s here: %s", str(dtype).removeprefix("torch."), reason)
+    return dtype
+
+
+def fastest_attention() -> AbstractContextManager[None]:
+    """Let scaled_dot_product_attention choose in this order whatever the device and shapes allow."""
+    order = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    return sdpa_kernel(order, set_priority=True)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ different values from one seed; two machines of a kind don't.
 """
 
 import hashlib
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,15 @@ class Ones:
 
 
 InitRule = Normal | Ones
+
+
+def set_determinism(seed: int, *, deterministic: bool) -> None:
+    """Seed torch's own generators, and allow deterministic algorithms only if asked to."""
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
 
 
 def plain_name(name: str) -> str:

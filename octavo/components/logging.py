@@ -1,6 +1,7 @@
 """One logger for the trainer; its lines begin with `[octavo]`."""
 
 import logging
+import os
 import sys
 
 logger = logging.getLogger("octavo")
@@ -13,3 +14,9 @@ def init_logger() -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def wants_color() -> bool:
+    """Colours on a terminal; torchrun's workers have none, so the launcher sets FORCE_COLOR for them."""
+    wanted = sys.stderr.isatty() or bool(os.environ.get("FORCE_COLOR"))
+    return wanted and not os.environ.get("NO_COLOR")

@@ -9,10 +9,11 @@ mfu is tflops over the device's peak. Time spent waiting for data is measured ar
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import torch
 
@@ -28,7 +29,8 @@ class StepReport:
     them).
 
     tokens: seen by all devices since the run began. seconds: per step. data_seconds: waited for data, per
-    step. mfu: percent, None where the device's peak is unknown.
+    step. mfu: percent, None where the device's peak is unknown. skipped_steps, spikes, rewinds: since the
+    run began.
     """
 
     step: int
@@ -44,6 +46,9 @@ class StepReport:
     seconds: float
     data_seconds: float
     interval_steps: int
+    skipped_steps: int = 0
+    spikes: int = 0
+    rewinds: int = 0
 
 
 # TensorBoard's names, which existing dashboards know -> our fields
@@ -59,6 +64,9 @@ _TENSORBOARD = {
     "time_metrics/end_to_end(s)": "seconds",
     "time_metrics/data_loading(s)": "data_seconds",
     "n_tokens_seen": "tokens",
+    "fault_tolerance/skipped_steps": "skipped_steps",
+    "fault_tolerance/spikes": "spikes",
+    "fault_tolerance/rewinds": "rewinds",
 }
 
 
@@ -200,8 +208,19 @@ class MetricsLogger:
         """Count one optimizer step."""
         self._steps += 1
 
-    def report(self, *, step: int, loss: float, grad_norm: float, lr: float, tokens: int) -> StepReport:
-        """Report the steps since the last report; the device must have finished them."""
+    def report(
+        self,
+        *,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        tokens: int,
+        counts: Mapping[str, int] = MappingProxyType({}),
+    ) -> StepReport:
+        """Report the steps since the last report; the device must have finished them. `counts`: the last
+        fields of a `StepReport`.
+        """
         now = time.perf_counter()
         seconds = now - self._since
         tps = self._tokens / seconds
@@ -221,10 +240,9 @@ class MetricsLogger:
             seconds=seconds / self._steps,
             data_seconds=self._data_seconds / self._steps,
             interval_steps=self._steps,
+            **counts,
         )
         logger.info(format_line(report, self._colors, grad_norm=self._settings.log_grad_norm))
-        if not math.isfinite(loss):
-            logger.warning("The loss of step %d is %s: this run has diverged", step, loss)
         if self._jsonl:
             self._jsonl.write(report)
         if self._tensorboard:
@@ -236,8 +254,3 @@ class MetricsLogger:
         """Flush what is buffered."""
         if self._tensorboard:
             self._tensorboard.close()
-
-
-def write_run_record(folder: Path, record: dict[str, Any]) -> None:
-    """`run.json`: what this run was started with."""
-    (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n")

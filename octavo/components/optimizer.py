@@ -3,7 +3,8 @@ as in its peers.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from octavo.config.schema import Optimizer
 
@@ -26,3 +27,16 @@ def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimi
         weight_decay=settings.weight_decay,
         **_IMPLEMENTATIONS[settings.implementation],
     )
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients of `model` so that their global norm is `max_norm` at most.
+
+    Returns the norm before that, over all processes, a scalar that is the same on each.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

@@ -29,6 +29,10 @@ def _profiles_nothing(job: JobConfig) -> bool:
     return not (job.profiling.enable_profiling or job.profiling.enable_memory_snapshot)
 
 
+def _policies(job: JobConfig) -> tuple[str, str]:
+    return job.fault_tolerance.non_finite, job.fault_tolerance.spike
+
+
 def casts_weights_again(job: JobConfig, world_size: int) -> bool:
     """Whether a float8 weight is cast several times a step, unless its first cast is kept.
 
@@ -86,6 +90,24 @@ NEEDS: tuple[Need, ...] = (
         lambda job, _: job.checkpoint.last_save_in_hf,
         "nothing is exported",
         "add --checkpoint.last_save_in_hf",
+    ),
+    Need(
+        ("fault_tolerance.spike_threshold", "fault_tolerance.spike_window"),
+        lambda job, _: job.fault_tolerance.spike != "off",
+        "nothing looks for spikes of the loss",
+        "add --fault_tolerance.spike=warn",
+    ),
+    Need(
+        ("fault_tolerance.max_skips",),
+        lambda job, _: "skip" in _policies(job),
+        "no step is ever skipped",
+        "add --fault_tolerance.non_finite=skip or --fault_tolerance.spike=skip",
+    ),
+    Need(
+        ("fault_tolerance.max_rewinds",),
+        lambda job, _: "rewind" in _policies(job),
+        "no checkpoint is ever gone back to",
+        "add --fault_tolerance.non_finite=rewind or --fault_tolerance.spike=rewind",
     ),
     Need(
         ("profiling.save_traces_folder",),

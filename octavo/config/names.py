@@ -21,6 +21,8 @@ ExportDtype = Literal["float32", "bfloat16"]
 ParamDtype = Literal["auto", "bfloat16", "float32"]
 ReduceDtype = Literal["float32", "bfloat16"]
 ReshardAfterForward = Literal["default", "always", "never"]
+NonFinitePolicy = Literal["stop", "skip", "rewind"]
+SpikePolicy = Literal["off", "warn", "skip", "rewind"]
 
 RECIPES: tuple[str, ...] = get_args(RecipeName)
 GATHERABLE_RECIPES: tuple[str, ...] = ("tensorwise", "blockwise")

@@ -17,7 +17,7 @@ from octavo.config import names
 from octavo.config.effects import without_effect
 from octavo.config.errors import ConfigError, did_you_mean
 from octavo.config.programs import download_command, missing_cxx
-from octavo.config.ranges import named, out_of_range
+from octavo.config.ranges import get, named, out_of_range
 from octavo.config.schema import JobConfig
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
@@ -47,6 +47,7 @@ def check(job: JobConfig, *, world_size: int, gpus: int | None = None) -> None:
             *_gpu_only(job, gpus),
             *_offload(job, world_size),
             *_compiler(job, gpus),
+            *_rewind(job),
             *_packages(job),
         ]
     problems += without_effect(job, world_size)
@@ -271,6 +272,12 @@ def _offload(job: JobConfig, world_size: int) -> Iterator[str]:
             f"{named(job, 'training.enable_cpu_offload')} works with several processes, or with "
             "training.mixed_precision_param = bfloat16"
         )
+
+
+def _rewind(job: JobConfig) -> Iterator[str]:
+    for key in ("fault_tolerance.non_finite", "fault_tolerance.spike"):
+        if get(job, key) == "rewind" and not job.checkpoint.enable:
+            yield f"{named(job, key)} goes back to a checkpoint, and none is saved: add --checkpoint.enable"
 
 
 def _compiler(job: JobConfig, gpus: int | None) -> Iterator[str]:

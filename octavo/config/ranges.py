@@ -58,6 +58,8 @@ RULES: tuple[Rule, ...] = (
             "parallelism.data_parallel_replicate_degree",
             "comm.init_timeout_seconds",
             "comm.train_timeout_seconds",
+            "fault_tolerance.max_skips",
+            "fault_tolerance.max_rewinds",
         ),
         _within(1, _MOST),
         f"must be at least 1 and at most {_MOST}",
@@ -69,6 +71,16 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(("training.seed",), _within(0, 2**63 - 1), "must be between 0 and 2^63 - 1"),
     Rule(("lr_scheduler.warmup_steps",), _within(0, _MOST), f"must be at least 0 and at most {_MOST}"),
+    Rule(
+        ("fault_tolerance.spike_window",),
+        _within(5, _MOST),
+        f"must be at least 5, for statistics, and at most {_MOST}",
+    ),
+    Rule(
+        ("fault_tolerance.spike_threshold",),
+        _above_0(_STEEPEST),
+        f"must be a finite number above 0, at most {_STEEPEST:g}",
+    ),
     Rule(
         ("checkpoint.load_step",),
         _within(-1, _MOST),

@@ -225,9 +225,9 @@ class Float8:
 @dataclass
 class Comm:
     init_timeout_seconds: int = 300
-    """How long a collective may take until the first step is done."""
+    """How long a collective, and the first step, may take until the first step is done."""
     train_timeout_seconds: int = 100
-    """How long a collective may take afterwards."""
+    """How long a collective, or a process between two signs of progress, may take afterwards."""
 
 
 @dataclass
@@ -242,7 +242,20 @@ class MemoryEstimation:
 
 @dataclass
 class FaultTolerance:
-    """No keys yet."""
+    non_finite: names.NonFinitePolicy = "stop"
+    """A step whose loss or gradient is not finite, before any update: stop (exit code 4, naming the first
+    layer), skip the update, or rewind (load the last checkpoint, go on with the data after that step).
+    """
+    spike: names.SpikePolicy = "warn"
+    """A step whose loss is far above those before it: off, warn, skip the update, or rewind."""
+    spike_threshold: float = 8.0
+    """Deviations above the running median of the loss from which it is a spike."""
+    spike_window: int = 100
+    """Losses that the running median and deviation cover."""
+    max_skips: int = 10
+    """Steps skipped in a row before the run stops."""
+    max_rewinds: int = 3
+    """Rewinds to one checkpoint before the run stops."""
 
 
 @dataclass

@@ -70,8 +70,9 @@ def init_world(device: torch.device, parallelism: Parallelism, comm: Comm) -> Wo
 
 
 def set_timeout(seconds: int) -> None:
-    """From now on a collective that takes longer than `seconds` is an error."""
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+    """From now on a collective of any group that takes longer than `seconds` is an error."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def finish() -> None:

@@ -1,0 +1,52 @@
+"""How a training process ends: every way out of the trainer becomes an exit code and, where the cause is
+known, one message instead of a traceback.
+"""
+
+import sys
+from collections.abc import Callable
+
+from torch._dynamo.exc import BackendCompilerFailed
+
+from octavo import exits
+from octavo.components.guard import BadNumbers
+from octavo.components.logging import logger
+from octavo.components.signals import Signals, Stopped
+from octavo.config import ConfigError
+from octavo.distributed import mesh
+from octavo.distributed.watchdog import Watchdog
+
+
+def exit_code_of(train: Callable[[Signals, Watchdog], None]) -> int:
+    """Call `train` with the process's signals taken and its watchdog on; returns the exit code.
+
+    An error whose cause is not known is raised on, for its traceback.
+    """
+    with Signals() as signals, Watchdog() as watchdog:
+        if watchdog.asked_to_stop is not None:
+            signals.ask(watchdog.asked_to_stop)
+        try:
+            train(signals, watchdog)
+            code = exits.DONE
+        except Stopped as stopped:
+            logger.info(stopped)
+            code = stopped.exit_code
+        except BadNumbers as error:
+            logger.error(error)
+            code = exits.BAD_NUMBERS
+        except ConfigError as error:
+            print(f"octavo: {error}", file=sys.stderr)
+            return int(getattr(error, "exit_code", exits.USER_ERROR))
+        except BackendCompilerFailed as error:
+            # The terminal's Ctrl-C goes to the C++ compiler, too. No step was done, so nothing is lost.
+            if signals.received is None:
+                raise
+            logger.info("The signal also ended the compiler: %s", str(error).strip().partition("\n")[0])
+            return exits.REQUEUE
+        except Exception as error:
+            reason = watchdog.explain(error)
+            if reason is None:
+                raise
+            logger.error(reason)
+            return exits.FAILED
+        mesh.finish()
+    return code

@@ -1,0 +1,127 @@
+"""Run torchrun within this process, and tell how it ended.
+
+In this process rather than in a new one: that lets the exit code of the first process that failed be ours
+(torchrun alone always says 1), and lets us show the last lines of a failed process whose output LOG_RANK had
+hidden. Signals and deaths are the `Supervisor`'s, who knows what a save needs. torch is imported only when
+the job starts.
+"""
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from octavo import exits
+from octavo.distributed.status import FOLDER_VARIABLE, Status, asked_to_stop, read_all, stacks_path
+from octavo.supervisor import Supervisor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start of torchrun: its arguments, and what the environment must hold before torch is imported."""
+
+    torchrun: tuple[str, ...]
+    environment: Mapping[str, str]
+    shown_ranks: frozenset[int]
+    dump_folder: str
+
+
+def run(launch: Launch) -> int:
+    """Run torchrun in this process until training ends.
+
+    Returns 0, or the exit code of the first process that failed (128 + the signal that ended it).
+    """
+    logs = Path(tempfile.mkdtemp(prefix="octavo-logs-"))
+    os.environ.update(launch.environment)
+    os.environ[FOLDER_VARIABLE] = str(logs)
+    keep_logs = False
+    try:
+        with Supervisor(logs) as supervisor:
+            failures = _torchrun([f"--log-dir={logs}", *launch.torchrun])
+        if supervisor.ended_at_once is not None:
+            return exits.of_signal(supervisor.ended_at_once)
+        if not failures:
+            return exits.DONE
+        # One that has gone with exit code 0 is no failure to torchrun; those that missed it are.
+        left = [one.rank for one in supervisor.deaths if one.rank not in failures]
+        rank = next(iter([*left, *failures]))
+        local_rank, exitcode = failures.get(rank, (None, 0))
+        code = exitcode if exitcode > 0 else 128 - exitcode if exitcode < 0 else exits.FAILED
+        if local_rank is not None and local_rank not in launch.shown_ranks:
+            print(_tail(logs, local_rank), end="", file=sys.stderr)
+        keep_logs = code not in exits.SAID and not _stopped_by_signal(code, logs)
+        if keep_logs:
+            _tell(rank, exitcode, supervisor.killed, logs, Path(launch.dump_folder).expanduser())
+        return code
+    finally:
+        if not keep_logs:
+            shutil.rmtree(logs, ignore_errors=True)
+
+
+def _torchrun(arguments: list[str]) -> dict[int, tuple[int, int]]:
+    """Run it; returns, for each process that failed, the first one first: rank -> local rank, exit code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    # It reports each failed process as we do below, in words for torchrun's developers.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    try:
+        torchrun(arguments)
+    except ChildFailedError as error:
+        first, _ = error.get_first_failure()
+        ranks = sorted(error.failures, key=lambda rank: rank != first)
+        return {rank: (error.failures[rank].local_rank, error.failures[rank].exitcode) for rank in ranks}
+    except SignalException as error:  # SIGQUIT
+        raise SystemExit(exits.of_signal(int(error.sigval))) from None
+    return {}
+
+
+def _stopped_by_signal(code: int, logs: Path) -> bool:
+    """Whether the processes left on a signal that the launcher passed on, having saved nothing."""
+    number = asked_to_stop(logs)
+    return number is not None and code == exits.of_signal(number)
+
+
+def _tell(rank: int, exitcode: int, killed: Sequence[Status], logs: Path, dump_folder: Path) -> None:
+    """How the run came to its end, in one message; stacks are copied to where the run's files are."""
+    said = next((status for status in read_all(logs) if status.rank == rank), None)
+    where = f" {said.place}" if said else ""
+    own = stacks_path(logs, rank)
+    hung = own.exists() and own.read_text().startswith("Timeout (")
+    told = [f"octavo: rank {rank} ended with {_ending(exitcode)}{where}"]
+    if hung:
+        told.append(
+            "no progress within comm.train_timeout_seconds (in the first step: comm.init_timeout_seconds)"
+        )
+    if killed:
+        told.append(f"still there and killed: {', '.join(map(str, killed))}")
+    stacks = [path for path in logs.glob("rank*.stacks") if path.stat().st_size]
+    if stacks:
+        folder = dump_folder / "stacks"
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in stacks:
+            shutil.copy(path, folder / path.with_suffix(".txt").name)
+        told.append(f"Python stacks: {folder}")
+    told.append(f"output of all ranks: {logs}")
+    print("; ".join(told), file=sys.stderr)
+
+
+def _ending(exitcode: int) -> str:
+    if exitcode == 0:
+        return "exit code 0 before the run was over"
+    if exitcode >= 0:
+        return f"exit code {exitcode}"
+    killed = " (out of memory?)" if exitcode == -9 else ""
+    return f"signal {-exitcode}{killed}"
+
+
+def _tail(logs: Path, local_rank: int, lines: int = 30) -> str:
+    """The last lines that a process wrote to its standard error."""
+    files = sorted(logs.glob(f"*/attempt_*/{local_rank}/stderr.log"))
+    written = files[-1].read_text(errors="replace").splitlines() if files else []
+    return "".join(f"[rank{local_rank}]:{line}\n" for line in written[-lines:])
