@@ -112,8 +112,6 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(
             f"--{idle[0]} would have no effect: with temperature 0 the likeliest token is always taken"
         )
-    if options.seed is not None and options.seed >= 2**63:
-        raise ConfigError(f"--seed {options.seed}: must be below 2^63")
     if not options.prompt:
         raise ConfigError("--prompt is empty; give the model a word to go on from")
     return options

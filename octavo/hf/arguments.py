@@ -1,7 +1,7 @@
 """Command lines of the commands that are no training job: argparse, with octavo's manner of failing."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from octavo.config import ConfigError
@@ -33,17 +33,13 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args(words)
 
 
-def whole(low: int) -> "_Whole":
-    """A converter for argparse: whole numbers from `low` up."""
-    return _Whole(low)
+def whole(low: int) -> Callable[[str], int]:
+    """A converter for argparse: whole numbers from `low` to 2^63 - 1."""
 
-
-class _Whole:
-    def __init__(self, low: int):
-        self.low = low
-
-    def __call__(self, text: str) -> int:
-        value = int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else -1
-        if value < self.low:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {self.low} up, got {text!r}")
+    def convert(text: str) -> int:
+        value = int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else -1
+        if not low <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to 2^63 - 1, got {text!r}")
         return value
+
+    return convert

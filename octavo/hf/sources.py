@@ -161,6 +161,7 @@ def _open_hf(path: Path, tokenizer: str | None) -> Source:
     spec, args = hf_model(path)
     tokens = open_tokenizer(tokenizer or str(path), "the folder has no other")
     weights = hf_weights(path, spec, args, model="the model of its config.json")
+    args = spec.configure(args, tokens.vocab_size, args.max_seq_len)
     return Source(path, spec, args, args.max_seq_len, tokens, weights)
 
 

@@ -42,20 +42,21 @@ def merge(name: str, pieces: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor
     Raises:
         ConfigError: the pieces do not give that shape, or copies differ.
     """
-    dim = cut_dim(name)
-    if dim is None or len(pieces) == 1:
-        whole, copies = pieces[0], list(pieces[1:])
-    else:
-        rows = sum(piece.shape[dim] for piece in pieces)
-        repeats = (
-            rows // shape[dim] if rows % shape[dim] == 0 and len(pieces) % (rows // shape[dim]) == 0 else 1
+    repeats = _repeats(name, pieces, shape)  # how many neighbouring files have the same piece
+    try:
+        whole, *copies = (
+            torch.cat(list(pieces[first::repeats]), cut_dim(name) or 0)
+            if len(pieces) > repeats
+            else pieces[first]
+            for first in range(repeats)
         )
-        whole, copies = torch.cat(list(pieces[::repeats]), dim), []
-        for offset in range(1, repeats):
-            copies.append(torch.cat(list(pieces[offset::repeats]), dim))
-    if tuple(whole.shape) != shape:
+        fits = tuple(whole.shape) == shape
+    except RuntimeError:  # pieces that do not stand side by side
+        fits = False
+    if not fits:
+        there = ", ".join(str(tuple(piece.shape)) for piece in pieces)
         raise ConfigError(
-            f"{name} is {tuple(whole.shape)} out of {len(pieces)} files, and {shape} by params.json; are all "
+            f"{name} is {there} in {len(pieces)} file(s), and {shape} by params.json; are all "
             "consolidated.NN.pth of the model in the folder?"
         )
     if any(not torch.equal(whole, copy) for copy in copies):
@@ -63,12 +64,24 @@ def merge(name: str, pieces: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor
     return whole
 
 
+def _repeats(name: str, pieces: Sequence[Tensor], shape: tuple[int, ...]) -> int:
+    dim = cut_dim(name)
+    if dim is None:
+        return len(pieces)
+    rows = sum(piece.shape[dim] if piece.ndim > dim else 0 for piece in pieces)
+    repeats = max(1, rows // shape[dim])
+    return repeats if len(pieces) % repeats == 0 else 1
+
+
 def flavor_of(params: Mapping[str, Any], flavors: Mapping[str, LlamaArgs]) -> str:
     """The flavor that `params.json` describes; `ConfigError` if there is none."""
     told = _told(params)
     scaled = params.get("use_scaled_rope", False) is True
     for name, args in flavors.items():
-        same = all(getattr(args, key) == value for key, value in told.items())
+        same = all(
+            getattr(args, key) == value or (key == "vocab_size" and not args.vocab_size)
+            for key, value in told.items()
+        )
         if same and (args.rope_scaling is not None) == scaled:
             return name
     sizes = ", ".join(f"{key} {value}" for key, value in told.items())
