@@ -30,7 +30,7 @@ from torch import nn
 from octavo import config, models
 from octavo.components.init import init_weights
 from octavo.components.tokenizer import build_tokenizer
-from octavo.data.loader import build_dataloader
+from octavo.data.build import build_dataloader
 from octavo.distributed import mesh
 from octavo.models.llama3.model import Llama
 from octavo.train import Trainer

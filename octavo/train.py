@@ -42,8 +42,11 @@ from octavo.components.run_folder import RunFolder
 from octavo.components.run_record import farewell, write_run_record
 from octavo.components.signals import Signals, Stopped
 from octavo.components.tokenizer import Tokenizer, build_tokenizer
+from octavo.components.validation import build_validator
 from octavo.config import ConfigError, JobConfig
-from octavo.data.loader import build_dataloader, merge_state_dicts
+from octavo.data.build import build_dataloader
+from octavo.data.loader import merge_state_dicts
+from octavo.data.records import BadRecords
 from octavo.distributed import mesh
 from octavo.distributed.plan import Parallelize, Sharding
 from octavo.distributed.watchdog import Watchdog
@@ -80,6 +83,7 @@ class Trainer:
 
         tokenizer = self.tokenizer = build_tokenizer(job.model.hf_assets_path)
         self.model_args = self._model_args(tokenizer)  # before the data: a misfit needn't wait for it
+        self.bad_records = BadRecords(job.training.max_bad_records)
         self.data = build_dataloader(
             dataset=job.training.dataset,
             dataset_path=job.training.dataset_path,
@@ -89,9 +93,25 @@ class Trainer:
             dp_rank=self.world.data_rank,
             dp_degree=self.world.data_size,
             seed=job.training.seed,
+            workers=job.training.num_workers,
+            pin_memory=self.device.type == "cuda",
+            held_out_fraction=job.validation.fraction,
+            bad=self.bad_records,
+            verify=job.training.verify_data,
+        )
+        self.validator = build_validator(
+            job,
+            tokenizer,
+            self.data.source,
+            rank=self.world.data_rank,
+            ranks=self.world.data_size,
+            device=self.device,
+            bad=self.bad_records,
         )
         one_pass = job.training.local_batch_size * self.world.data_size
         logger.info("Data: %s", self.data.description)
+        if self.validator is not None:
+            logger.info("Validation: %s", self.validator.description)
         self.global_batch_size = max(job.training.global_batch_size, one_pass)
         self.accumulation = self.global_batch_size // one_pass
         self.global_tokens = self.global_batch_size * job.training.seq_len
@@ -199,6 +219,8 @@ class Trainer:
         """Run the steps that are left, and say where everything is."""
         for _ in self.steps():
             pass
+        if self.bad_records.found:
+            logger.warning("Data: %s", self.bad_records.summary())
         logger.info("Training completed")
         if self.world.rank == 0:
             farewell(self.folder.path, self.job)
@@ -241,6 +263,8 @@ class Trainer:
                 if verdict.action is Action.REWIND:
                     step = self._rewind(step, verdict)
                     continue
+                if not asked:  # who asks to stop does not wait for a measurement
+                    self._validate(step, last)
                 saves = self.checkpointer.due(step, last)
                 if saves:
                     self._save(step)
@@ -317,6 +341,12 @@ class Trainer:
         for _ in range(self.accumulation):
             keep.append(self._next_batch())
             yield keep[-1]
+
+    def _validate(self, step: int, last: int) -> None:
+        """Measure the loss on held-out text, where that is due after `step`."""
+        freq = self.job.validation.freq
+        if self.validator is not None and (step % freq == 0 or step == last):
+            self.metrics.report_validation(step, self.validator.run(self.model, self.loss_sum))
 
     def _next_batch(self) -> tuple[Tensor, Tensor]:
         """The next microbatch on the device: tokens and labels, int64 [B, S]."""

@@ -40,10 +40,15 @@ class Run:
     exit_codes: list[int]
     log: str
     metrics: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
 
     @property
     def losses(self) -> list[float]:
         return [line["loss"] for line in self.metrics]
+
+    @property
+    def validation_losses(self) -> list[float]:
+        return [line["validation_loss"] for line in self.validations]
 
 
 @cache
@@ -88,4 +93,10 @@ def train(folder: Path, flags: dict[str, Any], *, world: int = 1) -> Run:
         raise AssertionError(f"{error}\n{logs[0].read_text()}") from None
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return Run(codes, logs[0].read_text(), [json.loads(line) for line in lines])
+    told = [json.loads(line) for line in lines]
+    return Run(
+        codes,
+        logs[0].read_text(),
+        [line for line in told if "loss" in line],
+        [line for line in told if "validation_loss" in line],
+    )

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
     "octavo.float8": ("octavo.float8",),
     "octavo.utils": ("octavo.float8",),  # an import path of the library's tutorial
     "octavo.quantization": ("octavo",),
-    "octavo.config": ("octavo.config", "octavo.data.files"),
+    "octavo.config": ("octavo.config", "octavo.data.files", "octavo.data.spec", "octavo.data.shards"),
     "octavo": None,
 }
 

@@ -19,6 +19,7 @@ import torch
 
 from octavo.components.device import Peak, memory_in_use
 from octavo.components.logging import logger
+from octavo.components.validation import ValidationReport
 from octavo.config import ConfigError
 from octavo.config.schema import Metrics
 
@@ -112,6 +113,11 @@ class _TensorBoard:
         waited = 100 * report.data_seconds / report.seconds
         self._writer.add_scalar("time_metrics/data_loading(%)", waited, report.step)
 
+    def write_validation(self, step: int, found: ValidationReport) -> None:
+        self._writer.add_scalar("validation_metrics/global_avg_loss", found.loss, step)
+        if found.bits_per_byte is not None:
+            self._writer.add_scalar("validation_metrics/bits_per_byte", found.bits_per_byte, step)
+
     def close(self) -> None:
         self._writer.close()
 
@@ -150,8 +156,8 @@ class _Jsonl:
         partial.write_text("".join(f"{line}\n" for line in kept))
         partial.replace(self._path)
 
-    def write(self, report: StepReport) -> None:
-        values = {name: _finite(value) for name, value in asdict(report).items()}
+    def write(self, values: Mapping[str, Any]) -> None:
+        values = {name: _finite(value) for name, value in values.items()}
         with self._path.open("a") as file:
             file.write(json.dumps(values) + "\n")
 
@@ -244,11 +250,32 @@ class MetricsLogger:
         )
         logger.info(format_line(report, self._colors, grad_norm=self._settings.log_grad_norm))
         if self._jsonl:
-            self._jsonl.write(report)
+            self._jsonl.write(asdict(report))
         if self._tensorboard:
             self._tensorboard.write(report)
         self._restart(now)  # not the time after writing: what reporting costs counts in the next interval
         return report
+
+    def report_validation(self, step: int, found: ValidationReport) -> None:
+        """Report a validation after `step`; its time is no part of the training's rates."""
+        bits = "n/a" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
+        logger.info(
+            f"{self._colors.step}validate step: {step:2}  {self._colors.loss}loss: {found.loss:7.4f}  "
+            f"{self._colors.tps}bits per byte: {bits}{self._colors.reset}  tokens: {found.tokens:,}  "
+            f"seconds: {found.seconds:.1f}"
+        )
+        values = {
+            "step": step,
+            "validation_loss": found.loss,
+            "validation_bits_per_byte": found.bits_per_byte,
+            "validation_tokens": found.tokens,
+            "validation_seconds": found.seconds,
+        }
+        if self._jsonl:
+            self._jsonl.write(values)
+        if self._tensorboard:
+            self._tensorboard.write_validation(step, found)
+        self._since += found.seconds
 
     def close(self) -> None:
         """Flush what is buffered."""

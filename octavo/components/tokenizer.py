@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +81,8 @@ class Tokenizer:
         eos_id: id that closes a document.
         bos, eos: the texts of these two tokens.
         source: where it was read from, for messages.
+        fingerprint: SHA-256 of what the ids mean: every token with its id, and which open and close a
+            document. The same for one vocabulary in two file formats.
     """
 
     def __init__(self, engine: tokenizers.Tokenizer, *, bos: str | None, eos: str, source: str) -> None:
@@ -87,10 +91,13 @@ class Tokenizer:
         engine.encode_special_tokens = True  # special tokens written out in a text stay text
         self._engine = engine
         self.source = source
-        self.vocab_size = 1 + max(engine.get_vocab(with_added_tokens=True).values())
+        vocabulary = engine.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocabulary.values())
         self.bos, self.eos = bos, eos
         self.bos_id = None if bos is None else self._id(bos)
         self.eos_id = self._id(eos)
+        meaning = [self.bos_id, self.eos_id, sorted(vocabulary.items())]
+        self.fingerprint = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
 
     def _id(self, token: str) -> int:
         found: int | None = self._engine.token_to_id(token)
@@ -113,6 +120,26 @@ class Tokenizer:
         """`encode` of each text; on several cores where there are several texts."""
         encoded = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
         return [self._wrap(one.ids, bos=bos, eos=eos) for one in encoded]
+
+    def byte_lengths(self) -> list[int]:
+        """Bytes of text that each id stands for, [vocab_size]; 0 for special tokens.
+
+        Exact for byte-level vocabularies and for byte-fallback ones; where a tokenizer normalises text, these
+        are the bytes of the normalised text.
+        """
+        lengths = [0] * self.vocab_size
+        added = self._engine.get_added_tokens_decoder()
+        byte_level = '"ByteLevel"' in json.dumps(json.loads(self._engine.to_str())["decoder"])
+        for token, id in self._engine.get_vocab(with_added_tokens=True).items():
+            if id in added and added[id].special:
+                continue
+            if byte_level and id not in added:
+                lengths[id] = len(token)  # one letter a byte
+            elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+                lengths[id] = 1
+            else:
+                lengths[id] = len(token.replace("\u2581", " ").encode())  # SentencePiece's space
+        return lengths
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens appear by name. Bytes that are not UTF-8 become U+FFFD."""

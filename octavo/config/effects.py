@@ -10,6 +10,7 @@ import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from octavo.config import names
 from octavo.config.schema import JobConfig
 
 
@@ -43,6 +44,13 @@ def casts_weights_again(job: JobConfig, world_size: int) -> bool:
     return accumulates or gathers or job.activation_checkpoint.mode != "none"
 
 
+def _streams_only(job: JobConfig) -> bool:
+    return job.training.dataset in names.STREAMED_DATASETS
+
+
+_VALIDATION = tuple(
+    f"validation.{key}" for key in ("dataset", "dataset_path", "freq", "steps", "local_batch_size", "seq_len")
+)
 _DECAY = ("lr_scheduler.decay_type", "lr_scheduler.min_lr_factor")
 _PROFILING = "profiling.enable_profiling"
 
@@ -144,6 +152,24 @@ NEEDS: tuple[Need, ...] = (
         lambda job, _: job.metrics.enable_tensorboard,
         "no TensorBoard events are written",
         "add --metrics.enable_tensorboard",
+    ),
+    Need(
+        _VALIDATION,
+        lambda job, _: job.validation.enable,
+        "nothing is validated",
+        "add --validation.enable",
+    ),
+    Need(
+        ("training.num_workers",),
+        lambda job, _: job.training.num_workers <= 1 or not _streams_only(job),
+        "a stream is read by one thread",
+        "set it to 1, or to 0",
+    ),
+    Need(
+        ("training.verify_data",),
+        lambda job, _: job.training.dataset not in names.DATASETS,
+        "only folders made by octavo prepare have checksums",
+        "leave it out",
     ),
     Need(
         ("compile.components",),

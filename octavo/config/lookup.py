@@ -71,7 +71,10 @@ def _everywhere(section: str, key: str) -> list[str]:
 
 def _homes(key: str) -> list[str]:
     """The same key in other sections, e.g. warmup_steps written under [training]."""
-    return [f"{section}.{key}" for section in SECTIONS if key in spellings(section)]
+    found = [f"{section}.{key}" for section in SECTIONS if key in spellings(section)]
+    if f"training.{key}" in found:  # validation has training's keys once more
+        return [home for home in found if home != f"validation.{key}"]
+    return found
 
 
 def _all_keys() -> list[str]:

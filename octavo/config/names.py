@@ -37,10 +37,10 @@ MODELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Model name -> its flavours."""
 
-DATASETS: tuple[str, ...] = ("shakespeare", "c4")
+DATASETS: tuple[str, ...] = ("shakespeare", "c4", "c4_validation")
 """Corpora known by name; anything else is a local file or folder."""
 
-STREAMED_DATASETS: tuple[str, ...] = ("c4",)
+STREAMED_DATASETS: tuple[str, ...] = ("c4", "c4_validation")
 """The part of `DATASETS` that is fetched, and for which `training.dataset_path` may name a local copy."""
 
 TOKENIZERS: tuple[str, ...] = ("octavo_bpe_2048",)

@@ -43,6 +43,7 @@ _PATHS = (
     "metrics.save_tb_folder",
     "model.hf_assets_path",
     "training.dataset",
+    "validation.dataset",
 )
 
 RULES: tuple[Rule, ...] = (
@@ -55,6 +56,9 @@ RULES: tuple[Rule, ...] = (
             "metrics.log_freq",
             "profiling.profile_freq",
             "checkpoint.interval",
+            "validation.freq",
+            "validation.local_batch_size",
+            "validation.seq_len",
             "parallelism.data_parallel_replicate_degree",
             "comm.init_timeout_seconds",
             "comm.train_timeout_seconds",
@@ -70,7 +74,18 @@ RULES: tuple[Rule, ...] = (
         f"must be at least 1, or -1 for what the number of devices gives, and at most {_MOST}",
     ),
     Rule(("training.seed",), _within(0, 2**63 - 1), "must be between 0 and 2^63 - 1"),
-    Rule(("lr_scheduler.warmup_steps",), _within(0, _MOST), f"must be at least 0 and at most {_MOST}"),
+    Rule(
+        ("lr_scheduler.warmup_steps", "training.max_bad_records"),
+        _within(0, _MOST),
+        f"must be at least 0 and at most {_MOST}",
+    ),
+    Rule(("training.num_workers",), _within(0, 64), "must be at least 0 and at most 64"),
+    Rule(
+        ("validation.steps",),
+        lambda value: value == -1 or 1 <= value <= _MOST,
+        f"must be at least 1, or -1 for every sample once, and at most {_MOST}",
+    ),
+    Rule(("validation.fraction",), _within(0, 0.5), "must be between 0 and 0.5"),
     Rule(
         ("fault_tolerance.spike_window",),
         _within(5, _MOST),
@@ -118,7 +133,12 @@ RULES: tuple[Rule, ...] = (
         'must be "op" or a whole number from 1 to 999999, as a string',
     ),
     Rule(
-        (*_PATHS, "training.dataset_path", "checkpoint.initial_load_path"),
+        (
+            *_PATHS,
+            "training.dataset_path",
+            "validation.dataset_path",
+            "checkpoint.initial_load_path",
+        ),
         lambda value: "\0" not in value,
         "must not contain a NUL character, which no path can",
     ),

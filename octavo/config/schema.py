@@ -109,11 +109,21 @@ class LRScheduler:
 @dataclass
 class Training:
     dataset: str = "shakespeare"
-    """Corpus: shakespeare (shipped), c4 (streamed), or a local folder or file of .txt, .jsonl, .json or
-    .parquet.
+    """Corpus: shakespeare (shipped), c4 (streamed), local .txt, .jsonl, .json or .parquet, file or folder,
+    a folder made by octavo prepare; or a mixture, books:0.7,web:0.3.
     """
     dataset_path: str | None = None
     """Read c4 from this local copy, not from the hub."""
+    num_workers: int = 1
+    """Threads that make batches ahead of their need; 0 makes them when they are asked for. It changes no
+    batch.
+    """
+    max_bad_records: int = 0
+    """Bad records of text (not UTF-8, torn JSON, no text) to pass over and count; one more is an error."""
+    verify_data: bool = False
+    """Compare the checksums of all prepared shards at start, which reads them whole; sizes are always
+    compared.
+    """
     local_batch_size: int = 8
     """Sequences per device in one forward pass (also --training.batch_size)."""
     global_batch_size: int = -1
@@ -232,7 +242,26 @@ class Comm:
 
 @dataclass
 class Validation:
-    """No keys yet."""
+    enable: bool = False
+    """Measure the loss on held-out text during training; it changes no bit of the training."""
+    dataset: str | None = None
+    """Corpus to validate on, as in training.dataset; None: the validation split of prepared folders, or what
+    validation.fraction holds out.
+    """
+    dataset_path: str | None = None
+    """Read a streamed validation.dataset from this local copy, not from the hub."""
+    fraction: float = 0.0
+    """Share of the training corpus's samples that is held out, and never trained on; also while
+    validation.enable is off.
+    """
+    freq: int = 100
+    """Steps from one validation to the next; the last step is always validated."""
+    steps: int = -1
+    """Batches of a validation; -1: every sample once."""
+    local_batch_size: int | None = None
+    """Sequences per device in one batch; None: training.local_batch_size."""
+    seq_len: int | None = None
+    """Tokens in a sequence; None: training.seq_len."""
 
 
 @dataclass

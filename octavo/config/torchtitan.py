@@ -20,7 +20,6 @@ _IMAGE_MODEL = "it belongs to an image model; octavo trains language models"
 _NO_EXTENSIONS = (
     "the configuration has no extensions; a model of your own comes by experimental.custom_import"
 )
-_LOADER = "samples are made in the training process, without worker processes"
 
 
 def _moved(to: str) -> str:
@@ -68,7 +67,7 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
         "enable_compiled_autograd": "the backward pass is compiled together with the forward",
         "dtype": "master weights are float32; the type computed in is training.mixed_precision_param",
         "gc_debug": "garbage collection has no debug mode",
-        "dataloader": _LOADER,
+        "dataloader": _moved("training.num_workers, threads that make batches ahead"),
         "debug_moe_force_load_balance": _NO_EXPERTS,
         "classifier_free_guidance_prob": _IMAGE_MODEL,
         "img_size": _IMAGE_MODEL,
@@ -135,20 +134,10 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
         "save_traces_file_prefix": _FLIGHT_RECORDER,
         "mode": "collectives are real; gloo runs them on a CPU, so N processes need no GPU",
     },
-    "validation": dict.fromkeys(
-        (
-            "enable",
-            "enabled",
-            "dataset",
-            "dataset_path",
-            "local_batch_size",
-            "seq_len",
-            "freq",
-            "steps",
-            "dataloader",
-        ),
-        "octavo has no validation loop",
-    ),
+    "validation": {
+        "enabled": _moved("validation.enable"),
+        "dataloader": _moved("training.num_workers, which serves training; validation reads in line"),
+    },
     "memory_estimation": dict.fromkeys(
         ("enable", "enabled", "disable_fake_mode"),
         "the trainer has no estimation mode",

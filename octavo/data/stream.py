@@ -30,8 +30,9 @@ from torch import Tensor
 
 from octavo.components.tokenizer import Tokenizer
 from octavo.config.errors import ConfigError
-from octavo.data.files import TEXT_KEY, find_files, read_documents
+from octavo.data.files import find_files
 from octavo.data.order import mix64, shuffled
+from octavo.data.records import TEXT_KEY, BadRecords, read_documents
 
 STREAMS = 64
 _DOCUMENTS_PER_CALL = 32
@@ -135,7 +136,7 @@ class StreamedCorpus:
         name: the data set, for messages.
     """
 
-    slow = True
+    forward_only = True
 
     def __init__(
         self, files: Sequence[OpenFile], *, name: str, tokenizer: Tokenizer, seq_len: int, seed: int
@@ -183,19 +184,20 @@ class StreamedCorpus:
         return self._streams[number]
 
 
-def local_files(root: Path) -> list[OpenFile]:
-    """What opens the files of a local copy: `.json`, `.jsonl` (compressed or not) and `.parquet`, at or "
-    "below `root`."""
+def local_files(root: Path, bad: BadRecords | None = None) -> list[OpenFile]:
+    """What opens the files of a local copy: `.json`, `.jsonl` (compressed or not) and `.parquet`, at or
+    below `root`. Bad records are `bad`'s matter.
+    """
     formats = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
     def opener(path: Path) -> OpenFile:
-        return lambda start: islice(read_documents(path), start, None)
+        return lambda start: islice(read_documents(path, bad, pass_empty=True), start, None)
 
     return [opener(path) for path in find_files(root, formats)]
 
 
-def hub_files(repository: str, config: str) -> list[OpenFile]:
-    """What opens the files of the train split of a data set on the Hugging Face hub, streamed by `datasets`.
+def hub_files(repository: str, config: str, split: str = "train") -> list[OpenFile]:
+    """What opens the files of a split of a data set on the Hugging Face hub, streamed by `datasets`.
 
     Raises:
         ConfigError: `datasets` is missing, or the hub cannot be reached or does not know the data set.
@@ -208,8 +210,8 @@ def hub_files(repository: str, config: str) -> list[OpenFile]:
         ) from error
     remedy = "check the network and HF_ENDPOINT, or name a local copy by training.dataset_path"
     try:
-        train = datasets.load_dataset(repository, config, split="train", streaming=True)
-        whole = train.select_columns([TEXT_KEY])
+        rows = datasets.load_dataset(repository, config, split=split, streaming=True)
+        whole = rows.select_columns([TEXT_KEY])
         count: int = whole.num_shards
     except Exception as error:  # of many kinds, by the libraries below
         kind = type(error).__name__
@@ -233,12 +235,12 @@ def hub_files(repository: str, config: str) -> list[OpenFile]:
     return [opener(index) for index in range(count)]
 
 
-def open_c4(dataset_path: str | None) -> list[OpenFile]:
-    """The English part of C4: from the hub, or from a local copy of its files.
+def open_c4(dataset_path: str | None, split: str = "train", bad: BadRecords | None = None) -> list[OpenFile]:
+    """A split of the English part of C4: from the hub, or from a local copy of the split's files.
 
     Raises:
         ConfigError: the copy does not exist or holds no data files; or see `hub_files`.
     """
     if dataset_path is None:
-        return hub_files("allenai/c4", "en")
-    return local_files(Path(dataset_path).expanduser())
+        return hub_files("allenai/c4", "en", split)
+    return local_files(Path(dataset_path).expanduser(), bad)

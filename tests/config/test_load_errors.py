@@ -99,7 +99,7 @@ TOML = [
     ("[quantize.linear.float8]\nemulate = true", f"job.toml:1: [quantize]: {TITAN}"),
     ("[debug]\nseed = 1", f"job.toml:2: debug.seed: {TITAN}here it is training.seed"),
     ("[training.dataloader]\nnum_workers = 4", f"job.toml:1: training.dataloader: {TITAN}"),
-    ("[validation]\nenable = false", f"job.toml:2: validation.enable: {TITAN}"),
+    ("[fault_tolerance]\nenable = false", f"job.toml:2: fault_tolerance.enable: {TITAN}"),
 ]
 
 

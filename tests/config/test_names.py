@@ -24,9 +24,9 @@ def test_corpora_and_tokenizers() -> None:
 
 
 def test_streamed_corpora() -> None:
-    from octavo.data import loader as data
+    from octavo.data import build
 
-    assert set(names.STREAMED_DATASETS) == set(data._STREAMED)
+    assert set(names.STREAMED_DATASETS) == set(build._STREAMED)
 
 
 def test_optimizers() -> None:

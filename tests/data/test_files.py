@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from octavo.config.errors import ConfigError
-from octavo.data.files import find_files, read_documents
+from octavo.data.files import find_files
+from octavo.data.records import read_documents
 
 DOCUMENTS = ["Who's there?\r\n\tNay, answer me.\n", "naïve 漢字 🙂", "x", "line one\nline two"]
 
@@ -33,9 +34,7 @@ def test_a_text_file_is_one_document(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz"])
 def test_json_lines_hold_one_document_a_line(tmp_path: Path, name: str) -> None:
-    path = write(
-        tmp_path, name, json_lines() + b"\n  \n" + b'{"text": ""}\n{"text": "no line end", "url": 1}'
-    )
+    path = write(tmp_path, name, json_lines() + b"\n  \n" + b'{"text": "no line end", "url": 1}')
     assert list(read_documents(path)) == [*DOCUMENTS, "no line end"]
 
 
@@ -43,11 +42,11 @@ def test_parquet_holds_one_document_a_row(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(
-        pyarrow.table({"n": [1, 2, 3, 4, 5], "text": [*DOCUMENTS, ""]}), tmp_path / "a.parquet"
+        pyarrow.table({"n": [1, 2, 3, 4, 5], "text": [*DOCUMENTS, "y"]}), tmp_path / "a.parquet"
     )
-    assert list(read_documents(tmp_path / "a.parquet")) == DOCUMENTS
+    assert list(read_documents(tmp_path / "a.parquet")) == [*DOCUMENTS, "y"]
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "b.parquet")
-    with pytest.raises(ConfigError, match=r"b\.parquet, row 1: 'text' holds a NoneType"):
+    with pytest.raises(ConfigError, match=r"b\.parquet, row 1: 'text' holds a null"):
         list(read_documents(tmp_path / "b.parquet"))
     parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "c.parquet")
     with pytest.raises(ConfigError, match=r"c\.parquet: no column 'text' \(there: body\)"):
@@ -60,17 +59,31 @@ def test_parquet_holds_one_document_a_row(tmp_path: Path) -> None:
 
 BAD: list[tuple[str, bytes, str]] = [
     ("a.txt", b"caf\xe9 au lait", r"a\.txt: byte 3 \(0xe9\) is not UTF-8; .*iconv"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl, line 2: byte 10 \(0xff\) is not UTF-8"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "b', r"a\.jsonl, line 2: not a JSON object .*last line.*cut short"),
+    (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "\xff"}\n',
+        r"line 2 \(offset 14\): byte 10 \(0xff\) is not UTF-8",
+    ),
+    (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "b',
+        r"line 2 \(offset 14\): not a JSON .*last line.*cut short",
+    ),
     (
         "a.jsonl",
         b'{"text": "a"\n{"text": "b"}\n',
-        r"a\.jsonl, line 1: not a JSON object on one line \((?!.*cut short)",
+        r"a\.jsonl, line 1 \(offset 0\): not a JSON object on one line \((?!.*cut short)",
     ),
-    ("a.jsonl.gz", b'{"body": "a", "id": 1}\n', r"a\.jsonl\.gz, line 1: no key 'text' \(there: body, id\)"),
-    ("a.jsonl", b'"a"\n', r"line 1: holds a str, not an object"),
-    ("a.jsonl", b'{"text": 5}\n', r"line 1: 'text' holds a int, not a string"),
-    ("a.jsonl", b'{"text": "\\ud83d"}\n', r"line 1: 'text' holds half a surrogate pair"),
+    (
+        "a.jsonl.gz",
+        b'{"body": "a", "id": 1}\n',
+        r"gz, line 1 \(offset 0\): no key 'text' \(there: body, id\)",
+    ),
+    ("a.jsonl", b'"a"\n', r"line 1 \(offset 0\): holds a str, not an object"),
+    ("a.jsonl", b'{"text": 5}\n', r"line 1 \(offset 0\): 'text' holds a int, not a string"),
+    ("a.jsonl", b'{"text": "a"}\n\n{"text": ""}\n', r"line 3 \(offset 15\): the document is empty"),
+    ("a.txt", b"", r"a\.txt: the document is empty"),
+    ("a.jsonl", b'{"text": "\\ud83d"}\n', r"line 1 \(offset 0\): 'text' holds half a surrogate pair"),
 ]
 
 

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from octavo.components.tokenizer import Tokenizer, build_tokenizer
 from octavo.config.errors import ConfigError
-from octavo.data import loader as data
-from octavo.data.loader import DataLoader, PackedCorpus, build_dataloader, merge_state_dicts
+from octavo.data import prefetch
+from octavo.data.build import build_dataloader
+from octavo.data.corpus import PackedCorpus
+from octavo.data.loader import DataLoader, merge_state_dicts
 
 SEQ_LEN = 16
 
@@ -50,7 +52,7 @@ def loader(
 
 
 def source(folder: Path, tokenizer: Tokenizer, seed: int = 3) -> PackedCorpus:
-    found = loader(folder, tokenizer, seed=seed)._source
+    found = loader(folder, tokenizer, seed=seed).source
     assert isinstance(found, PackedCorpus)
     return found
 
@@ -200,7 +202,10 @@ def test_refuses_an_empty_batch() -> None:
     ("arguments", "message"),
     [
         ({"dataset": "shakespear"}, r"'shakespear'.*did you mean 'shakespeare'"),
-        ({"dataset": "/no/such/folder"}, r"/no/such/folder.*neither a known corpus \(shakespeare, c4\) nor"),
+        (
+            {"dataset": "/no/such/folder"},
+            r"/no/such/folder.*neither a known corpus \(shakespeare, c4, c4_",
+        ),
         ({"dataset": "shakespeare", "dataset_path": "/x"}, r"dataset_path = '/x' has no effect"),
         ({"dataset": "shakespeare", "seq_len": 0}, r"training\.seq_len is 0"),
         ({"dataset": "c4", "dataset_path": "/no/such/copy"}, r"/no/such/copy: no such file or folder"),
@@ -222,7 +227,7 @@ def test_what_cannot_be_loaded(tokenizer: Tokenizer, arguments: dict[str, Any], 
 class Counting:
     """A slow source whose sample i holds the number i, and which notes what was read."""
 
-    description, slow, identity = "counting", True, {"seq_len": 1}
+    description, forward_only, identity = "counting", True, {"seq_len": 1}
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.fails_at, self.reads, self.place = fails_at, 0, 0
@@ -278,11 +283,11 @@ def test_reading_ahead_is_bounded_and_ends_with_its_loader() -> None:
     ahead = DataLoader(counting, local_batch_size=1, dp_rank=0, dp_degree=1)
     ahead.next_batch()
     for _ in range(100):
-        if counting.reads > data._READ_AHEAD + 1:
+        if counting.reads > prefetch._AHEAD + 1:
             break
         threading.Event().wait(0.01)
     threading.Event().wait(0.1)
-    assert counting.reads <= data._READ_AHEAD + 2  # handed out, in the queue, in the thread's hand
+    assert counting.reads <= prefetch._AHEAD + 2  # handed out, in the queue, in the thread's hand
     assert len(threads()) == 1
 
 

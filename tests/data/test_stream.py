@@ -16,7 +16,8 @@ from torch import Tensor
 from octavo.components.tokenizer import Tokenizer, build_tokenizer
 from octavo.config.errors import ConfigError
 from octavo.data import stream as data_stream
-from octavo.data.loader import DataLoader, build_dataloader, merge_state_dicts
+from octavo.data.build import build_dataloader
+from octavo.data.loader import DataLoader, merge_state_dicts
 from octavo.data.stream import StreamedCorpus, hub_files
 
 SEQ_LEN = 16
@@ -205,7 +206,7 @@ def test_a_damaged_file_ends_the_run_with_its_name(
 ) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"text": "word " * 100}) + '\n{"text": "cut')
     opened.append(make(tmp_path, tokenizer, batch=1))
-    with pytest.raises(ConfigError, match=r"a\.json, line 2: not a JSON object"):
+    with pytest.raises(ConfigError, match=r"a\.json, line 2 \(offset 513\): not a JSON object"):
         steps(opened, 100)
 
 
@@ -286,7 +287,7 @@ def test_needs_files(tokenizer: Tokenizer) -> None:
 
 ABANDONED = """
 import sys
-from octavo.data.loader import build_dataloader
+from octavo.data.build import build_dataloader
 from octavo.components.tokenizer import build_tokenizer
 loader = build_dataloader(
     dataset="c4", dataset_path=sys.argv[1], tokenizer=build_tokenizer("octavo_bpe_2048"),
