@@ -104,7 +104,19 @@ def scales_from_amax(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
         s = _keep_nan(s, (s.view(torch.int32) & _EXPONENT_MASK).view(torch.float32))
     # A float64 quotient rounded to float32 is the correctly rounded float32 quotient; GPU code would give
     # less.
-    return s, (1.0 / s.double()).float()
+    return written_out(s), written_out((1.0 / s.double()).float())
+
+
+def written_out(x: Tensor) -> Tensor:
+    """`x`, which code compiled for a CPU is to write to memory once, not to compute again at each use.
+
+    Left alone the compiler puts the arithmetic of a column's scale into the loop over its elements, and
+    computes what is cast once for each pass over it: two maxima, two casts. Taking the memory of a tensor, as
+    `as_strided` does, needs it to be there.
+    """
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        return x.as_strided(x.shape, x.stride())
+    return x
 
 
 def scale_values(scale: Tensor) -> Tensor:
@@ -176,6 +188,7 @@ def quantize_both(
     transpose) in high precision. One square cast serves both. `split` says which axis of x is split, if one
     is.
     """
+    x = written_out(x)
     first = x if row is None else quantize(x, row, split)
     if col is None:
         return first, x.t()
