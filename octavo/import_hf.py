@@ -23,7 +23,7 @@ from torch import nn
 
 import octavo
 from octavo import models
-from octavo.components.checkpoint import Checkpointer
+from octavo.checkpoint.checkpointer import Checkpointer
 from octavo.components.logging import init_logger
 from octavo.components.tokenizer import Tokenizer
 from octavo.config import ConfigError, JobConfig

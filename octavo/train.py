@@ -12,6 +12,7 @@ up.
 
 import importlib
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 
 import octavo
 from octavo import config, models, quantization
-from octavo.components.checkpoint import Checkpointer
+from octavo.checkpoint.checkpointer import Checkpointer
+from octavo.checkpoint.resume import resumed
 from octavo.components.device import DTYPES, choose_param_dtype, fastest_attention, peak_flops, pick_device
 from octavo.components.diagnosis import first_non_finite
 from octavo.components.garbage import GarbageCollector
@@ -269,6 +271,7 @@ class Trainer:
                 if saves:
                     self._save(step)
                 self.checkpointer.poll()
+                self.metrics.add_saving(self.checkpointer.take_lost_seconds())
                 if timeout != self.job.comm.train_timeout_seconds:
                     timeout = self.job.comm.train_timeout_seconds
                     mesh.set_timeout(timeout)
@@ -406,7 +409,9 @@ class Trainer:
         return {
             "octavo": octavo.__version__,
             "torch": torch.__version__,
+            "python": platform.python_version(),
             "config": self.job.to_dict(),
+            "layout": dict(zip(self.world.mesh.mesh_dim_names or (), self.world.mesh.shape, strict=True)),
             "tokens_seen": self.tokens_seen,
             "data": merge_state_dicts(data_states),
             "schedule": self._schedule(),
@@ -428,15 +433,12 @@ class Trainer:
         if state is None:
             self._load_initial()
             return 0
-        inexact = self.data.load_state_dict(state["data"])
-        if inexact:
-            logger.warning("The data does not go on where the checkpoint's run stood: %s", inexact)
+        data = self.data.load_state_dict(state["data"])
         self.tokens_seen = state["tokens_seen"]
+        not_exact = {"data position": data, **state["not_exact"]}
         if "guard" in state:
             self.guard.load_state_dict(state["guard"])
-        logger.info(
-            "Resumed from the checkpoint of step %d (%s tokens)", state["step"], f"{self.tokens_seen:,}"
-        )
+        logger.info("%s", resumed(state["step"], self.tokens_seen, not_exact))
         if state["schedule"] != self._schedule():
             logger.warning(
                 "The optimizer goes on otherwise than the checkpoint's run would have: %s then, %s now",

@@ -145,7 +145,7 @@ def test_resumed_run_goes_on_bit_for_bit(flags, world, tmp_path):
     assert len(whole.losses) == 4
     shutil.rmtree(tmp_path / "checkpoint" / "step-4")
     resumed = runs.train(tmp_path, flags, world=world)
-    assert "Resumed from the checkpoint of step 2" in resumed.log
+    assert "resumed step 2, " in resumed.log
     assert "Training starts at step 3." in resumed.log
     assert "step:  2" not in resumed.log
     assert resumed.losses == whole.losses

@@ -19,3 +19,7 @@ class NoCheckpointVerifies(ConfigError):
     """
 
     exit_code = 3
+
+
+class SavesFailed(ConfigError):
+    """Too many saves in a row failed, or the last one of a run did; the message says why."""

@@ -31,8 +31,9 @@ class StepReport:
     them).
 
     tokens: seen by all devices since the run began. seconds: per step. data_seconds: waited for data, per
-    step. mfu: percent, None where the device's peak is unknown. skipped_steps, spikes, rewinds: since the
-    run began.
+    step. saving_seconds: that training stood still for checkpoints, in all these steps together.
+    mfu: percent, None where the device's peak is unknown. skipped_steps, spikes, rewinds: since the run
+    began.
     """
 
     step: int
@@ -47,6 +48,7 @@ class StepReport:
     mfu: float | None
     seconds: float
     data_seconds: float
+    saving_seconds: float
     interval_steps: int
     skipped_steps: int = 0
     spikes: int = 0
@@ -201,6 +203,7 @@ class MetricsLogger:
         self._tokens = 0
         self._steps = 0
         self._data_seconds = 0.0
+        self._saving_seconds = 0.0
 
     def due(self, step: int) -> bool:
         """Whether `step` is reported: the first one, and every `log_freq`-th."""
@@ -210,6 +213,10 @@ class MetricsLogger:
         """Count one microbatch of this device: its tokens, and the seconds waited for it."""
         self._tokens += tokens
         self._data_seconds += data_seconds
+
+    def add_saving(self, seconds: float) -> None:
+        """Count time that training stood still for a checkpoint."""
+        self._saving_seconds += seconds
 
     def end_step(self) -> None:
         """Count one optimizer step."""
@@ -246,6 +253,7 @@ class MetricsLogger:
             mfu=None if self._peak.flops is None else 100 * rate / self._peak.flops,
             seconds=seconds / self._steps,
             data_seconds=self._data_seconds / self._steps,
+            saving_seconds=self._saving_seconds,
             interval_steps=self._steps,
             **counts,
         )

@@ -320,6 +320,7 @@ def _gpu_only(job: JobConfig, gpus: int | None) -> Iterator[str]:
     for key, wanted in (
         ("training.enable_cpu_offload", job.training.enable_cpu_offload),
         ("profiling.enable_memory_snapshot", job.profiling.enable_memory_snapshot),
+        ("checkpoint.async_mode", job.checkpoint.async_mode == "async_with_pinned_mem"),
     ):
         if wanted:
             yield f"{named(job, key)} needs a GPU, and there is none here"

@@ -59,6 +59,7 @@ RULES: tuple[Rule, ...] = (
             "validation.freq",
             "validation.local_batch_size",
             "validation.seq_len",
+            "checkpoint.max_failed_saves",
             "parallelism.data_parallel_replicate_degree",
             "comm.init_timeout_seconds",
             "comm.train_timeout_seconds",

@@ -177,15 +177,23 @@ class Checkpoint:
     interval: int = 500
     """Steps from one checkpoint to the next; the last step is always saved."""
     load_step: int = -1
-    """Resume from this step; -1: the latest."""
+    """Resume from this step; -1: the latest that verifies."""
+    load_only: bool = False
+    """Resume, and save nothing."""
     keep_latest_k: int = 10
-    """Delete all but this many; 0 keeps all. At least 2, so that one complete checkpoint exists while
-    another is written.
+    """Delete all but this many that verify; 0 keeps all. At least 2, so that one complete checkpoint exists
+    while another is written.
     """
     last_save_model_only: bool = False
     """The last checkpoint holds the model alone; training cannot resume from it."""
     async_mode: names.AsyncMode = "disabled"
-    """async: training goes on while the checkpoint is written."""
+    """async: training goes on while the checkpoint is written; async_with_pinned_mem copies it from the GPU
+    into pinned memory, which stays taken (needs a GPU).
+    """
+    hash: names.CheckpointHash = "crc32"
+    """How files are hashed when they are written and checked when they are loaded; none: sizes only."""
+    max_failed_saves: int = 3
+    """End the run when this many saves in a row have failed, as on a full disk."""
     initial_load_path: str | None = None
     """Start from the weights in this folder where there is no checkpoint to resume from: a checkpoint, a
     run's folder (its newest), or a Hugging Face folder.

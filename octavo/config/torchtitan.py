@@ -106,7 +106,6 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
         "exclude_from_loading": "a checkpoint is resumed whole",
         "enable_first_step_checkpoint": "set checkpoint.interval = 1 in a short trial run instead",
         "enable_ft_dataloader_checkpoints": "the data's position is always part of a checkpoint",
-        "load_only": "a run that loads checkpoints also saves them",
     },
     "activation_checkpoint": {
         "per_op_sac_force_recompute_mm_shapes_by_fqns": _RECOMPUTE_DEFAULTS,

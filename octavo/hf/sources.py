@@ -20,8 +20,9 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from octavo import models
+from octavo.checkpoint import DamagedCheckpoint, latest
 from octavo.checkpoint.reader import STATE, Reader, read_state
-from octavo.components.checkpoint import saved_steps
+from octavo.checkpoint.store import problems, published, told
 from octavo.components.tokenizer import Tokenizer, build_tokenizer
 from octavo.config import ConfigError
 from octavo.hf import files
@@ -85,10 +86,12 @@ def open_source(path: Path, *, tokenizer: str | None = None, custom_import: str 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint in `path`: `path` itself, or the newest that verifies in it or in its `checkpoint`."""
     if (path / STATE).is_file():
+        if wrong := problems(path):
+            raise DamagedCheckpoint(f"{path} does not verify: {told(wrong)}")
         return path
     for folder in (path, path / _checkpoint_folder(path)):
-        if steps := saved_steps(folder):
-            return folder / f"step-{steps[-1]}"
+        if published(folder):
+            return latest(folder)
     raise ConfigError(
         f"{path}: neither a checkpoint (step-N), nor a folder with some, nor a Hugging Face folder; runs "
         "save checkpoints with --checkpoint.enable"

@@ -27,6 +27,7 @@ def report(**changes):
         "mfu": 2.2,
         "seconds": 0.5,
         "data_seconds": 0.01,
+        "saving_seconds": 0.2,
         "interval_steps": 1,
     }
     return StepReport(**{**values, **changes})
@@ -95,6 +96,18 @@ def test_rates_count_the_steps_since_the_last_report(tmp_path, clock):
         assert made.mfu == pytest.approx(10)
         assert made.seconds == pytest.approx(2)
         assert made.data_seconds == pytest.approx(0.5)
+        assert made.saving_seconds == 0
+
+
+def test_time_for_saves_is_told_once(tmp_path, clock):
+    logger = build(tmp_path, log_freq=2)
+    logger.start(0)
+    step(logger, clock, 1)
+    for seconds in (0.25, 0.5):
+        logger.add_saving(seconds)
+    assert step(logger, clock, 2).saving_seconds == 0.75
+    step(logger, clock, 3)
+    assert step(logger, clock, 4).saving_seconds == 0
 
 
 def test_time_before_the_start_does_not_count(tmp_path, clock):

@@ -76,7 +76,7 @@ TOML = [
     ('[float8]\nrecipe_name = "rowise"', "; did you mean 'rowwise'?"),
     ('[optimizer]\nname = "adamw"', "'adamw' is not one of Adam, AdamW; did you mean 'AdamW'?"),
     ('[model]\nconverters = "float8,mx"', "'mx' is not float8"),
-    ('[checkpoint]\nasync_mode = "async_with_pinned_mem"', "is not one of disabled, async"),
+    ('[checkpoint]\nasync_mode = "async_with_pinned"', "is not one of disabled, async"),
     # TOML itself
     ("[training]\nsteps = ", "job.toml:2: not valid TOML at column 9"),
     ("[float8]\n\nfilter_fqns = [\n  1,\n", "job.toml:3: not valid TOML: "),

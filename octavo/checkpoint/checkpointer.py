@@ -1,0 +1,371 @@
+"""What the trainer calls: when to save, saving, and going on from what was saved.
+
+    <folder>/step-20/                a checkpoint: DCP's shards and .metadata, tensors only
+    <folder>/step-20/state.json      what is not a tensor: step, tokens, data position, config, versions
+    <folder>/step-20/manifest.json   sizes and hashes of all files; see `manifest.py`
+
+Tensors go by their plain parameter names, so a checkpoint does not depend on compile, activation
+checkpointing, float8 or the number of processes. `store.py` has the protocol that makes a checkpoint whole or
+absent, `saving.py` one save, `reader.py` how it is read without running anything of it.
+
+An asynchronous save copies the tensors and does the rest, by the same code, in a thread with a process group
+of its own, so that its collectives and training's never wait for each other.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from octavo.checkpoint import disk, manifest, points, rng
+from octavo.checkpoint.errors import DamagedCheckpoint, SavesFailed
+from octavo.checkpoint.hashing import differences
+from octavo.checkpoint.reader import Reader, read_state
+from octavo.checkpoint.saving import Outcome, Save, from_rank_0, write
+from octavo.checkpoint.store import Store, none_verifies, path_of, published, told
+from octavo.components.logging import logger
+from octavo.config import ConfigError
+from octavo.config.schema import Checkpoint
+
+
+class Checkpointer:
+    """Saves `model` and `optimizer` into `folder` and loads them back.
+
+    What else a run needs is passed as `state`, a dict that JSON can hold, the same on every process.
+    """
+
+    def __init__(
+        self, settings: Checkpoint, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    ):
+        self._settings = settings
+        self._folder = folder
+        self._model = model
+        self._optimizer = optimizer
+        self._store = Store(folder, keep=settings.keep_latest_k, algorithm=settings.hash)
+        self._stagers: dict[str, BlockingAsyncStager] = {}
+        self._pending: _Pending | None = None
+        self._failed = 0
+        self._lost = 0.0
+        self._entered = 0.0
+        self.last_saved: int | None = None
+        """The step that was published last by this process, None before the first."""
+        if settings.enable and dist.is_initialized():
+            self._control = dist.new_group(backend="gloo")
+            self._writing = dist.new_group(backend="gloo")
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether `step` ends with a save: at the interval, and at the end of the run."""
+        saves = self._settings.enable and not self._settings.load_only
+        return saves and (step % self._settings.interval == 0 or step == last_step)
+
+    def save(self, step: int, last_step: int, state: dict[str, Any]) -> None:
+        """Write step `step`. An asynchronous one returns when the tensors are copied; see `poll`.
+
+        Raises `SavesFailed` after `checkpoint.max_failed_saves` failures in a row, or if the last step's save
+        failed. A failure before that is logged.
+        """
+        with self._losing_time():
+            self._await_pending()
+            save = self._collect(step, last_step, state)
+            final = step == last_step
+            if self._settings.async_mode == "disabled":
+                self._conclude(step, final, write(save, self._store, self._writing))
+            else:
+                staged = self._staged(save)
+                seconds = time.perf_counter() - self._entered
+                self._pending = _Pending(staged, final, seconds, self._store, self._writing)
+
+    def poll(self) -> None:
+        """Conclude an asynchronous save if it is through on every process. Raises as `save` does."""
+        if self._pending is None:
+            return
+        with self._losing_time():
+            done = torch.tensor(int(self._pending.done()))
+            dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self._control)
+            if done.item():
+                self._await_pending()
+
+    def wait(self) -> None:
+        """Finish a save that is under way. Raises as `save` does."""
+        with self._losing_time():
+            self._await_pending()
+
+    def take_lost_seconds(self) -> float:
+        """The seconds that training stood still for saves since this was last asked."""
+        lost, self._lost = self._lost, 0.0
+        return lost
+
+    @contextmanager
+    def _losing_time(self) -> Iterator[None]:
+        self._entered = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._lost += time.perf_counter() - self._entered
+
+    def _collect(self, step: int, last_step: int, state: dict[str, Any]) -> Save:
+        model_only = step == last_step and self._settings.last_save_model_only
+        tensors: dict[str, Any] = {"model": get_model_state_dict(self._model)}
+        if not model_only:
+            tensors["optimizer"] = get_optimizer_state_dict(self._model, self._optimizer)["state"]
+            tensors["rng"] = {str(dist.get_rank()): rng.capture()}
+        state = {"step": step, "model_only": model_only, "world_size": dist.get_world_size(), **state}
+        return Save(step, tensors, state)
+
+    def _staged(self, save: Save) -> Save:
+        pinned = self._settings.async_mode == "async_with_pinned_mem"
+        staged = {}
+        for part, tensors in save.tensors.items():
+            stager = self._stagers.setdefault(part, BlockingAsyncStager(cache_staged_state_dict=pinned))
+            staged[part] = stager.stage(tensors)
+            points.reach("during staging")
+        return Save(save.step, staged, save.state)
+
+    def _await_pending(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._conclude(pending.step, pending.final, pending.outcome(), pending.lost)
+
+    def _conclude(self, step: int, final: bool, outcome: Outcome, lost: float = 0.0) -> None:
+        """Tell how a save ended, and count failures; the same on every rank.
+
+        `lost`: seconds that training stood still for it in earlier calls.
+        """
+        path = path_of(self._folder, step)
+        if outcome.problem is None:
+            self._failed, self.last_saved = 0, step
+            if dist.get_rank() == 0:
+                logger.info(
+                    "Saved checkpoint %s: %s in %.2f s, for which training stood still %.2f s",
+                    path,
+                    disk.size(outcome.bytes),
+                    outcome.seconds,
+                    lost + time.perf_counter() - self._entered,
+                )
+                for note in outcome.notes:
+                    logger.info("Checkpoints: %s", note)
+            return
+        self._failed += 1
+        limit = self._settings.max_failed_saves
+        message = f"{path} was not saved: {outcome.problem}"
+        if final:
+            raise SavesFailed(
+                f"{message}. It was the last of this run; the steps since the one before are lost"
+            )
+        if self._failed >= limit:
+            raise SavesFailed(
+                f"{message}. That is failure {self._failed} in a row (checkpoint.max_failed_saves)"
+            )
+        if dist.get_rank() == 0:
+            logger.warning(
+                "%s. Training goes on; %d more in a row end the run (checkpoint.max_failed_saves = %d)",
+                message,
+                limit - self._failed,
+                limit,
+            )
+
+    def load(self) -> dict[str, Any] | None:
+        """Go on from `checkpoint.load_step`, or where it is -1 from the newest step that verifies.
+
+        Model, optimizer and random numbers are set in place. Returns the state that was saved, with
+        "not_exact": what of this process is not as it was then, and why. None where there is no checkpoint,
+        or `checkpoint.enable` is false.
+
+        Raises:
+            NoCheckpointVerifies: there are checkpoints, and none can be relied on.
+            ConfigError: the step asked for is not there, does not verify, cannot be continued, or does not
+                fit the model.
+        """
+        if not self._settings.enable:
+            return None
+        self.wait()
+        steps = from_rank_0(self._look(), self._control)
+        wanted = self._settings.load_step
+        if wanted >= 0:
+            return self._load_step(wanted, steps)
+        wrong: dict[int, list[str]] = {}
+        for step in reversed(steps):
+            state, wrong[step] = self._try(step)
+            if state is not None:
+                return state
+            if dist.get_rank() == 0:
+                logger.warning(
+                    "%s does not verify and is passed over: %s",
+                    path_of(self._folder, step),
+                    told(wrong[step]),
+                )
+        if wrong:
+            raise none_verifies(self._folder, wrong)
+        return None
+
+    def _look(self) -> list[int]:
+        """On rank 0: clean up after an ended run; the steps that are there."""
+        if dist.get_rank() != 0:
+            return []
+        for name in self._store.clean():
+            logger.info("Removed %s, which an earlier run left unfinished", self._folder / name)
+        return published(self._folder)
+
+    def _load_step(self, step: int, steps: list[int]) -> dict[str, Any]:
+        if step not in steps:
+            raise ConfigError(f"checkpoint.load_step = {step}: {self._folder} has steps {steps}")
+        state, wrong = self._try(step)
+        if state is None:
+            raise DamagedCheckpoint(
+                f"checkpoint.load_step = {step}: {path_of(self._folder, step)} does not verify: {told(wrong)}"
+            )
+        return state
+
+    def _try(self, step: int) -> tuple[dict[str, Any] | None, list[str]]:
+        """Load a step if it verifies; else what is wrong with it. The same on every rank."""
+        path = path_of(self._folder, step)
+        wrong = self._problems(path, step)
+        if wrong:
+            return None, wrong
+        try:
+            state = self._load(path)
+        except CheckpointException as error:
+            return None, [disk.why(error, self._folder, 0)]
+        except DamagedCheckpoint as error:
+            return None, [str(error)]
+        self._store.good.add(step)
+        return state, []
+
+    def _problems(self, path: Path, step: int) -> list[str]:
+        """What is wrong with a checkpoint. Each rank reads its share of the files."""
+        found: dict[str, Any] | str = ""
+        if dist.get_rank() == 0:
+            try:
+                found = manifest.read(path, step)
+            except DamagedCheckpoint as error:
+                found = str(error)
+        found = from_rank_0(found, self._control)
+        if isinstance(found, str):
+            return [found]
+        rank, world = dist.get_rank(), dist.get_world_size()
+        mine = sorted(found["files"])[rank::world]
+        wrong: list[Any] = [None] * world
+        share = differences(path, {name: found["files"][name] for name in mine}, found["hash"])
+        dist.all_gather_object(wrong, share, group=self._control)
+        return [problem for share in wrong for problem in share]
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        opened = self._opened(path)
+        state = opened.state
+        if state["model_only"]:
+            raise ConfigError(
+                f"{path} holds the model only (checkpoint.last_save_model_only): training cannot go on "
+                "from it; set checkpoint.load_step to an earlier step, or checkpoint.folder to a new folder"
+            )
+        optimizer_state = get_optimizer_state_dict(self._model, self._optimizer)
+        tensors: dict[str, Any] = {
+            "model": get_model_state_dict(self._model),
+            "optimizer": optimizer_state["state"],
+        }
+        _check_fit(opened.reader, tensors["model"])
+        dcp.load(tensors, storage_reader=opened.reader, process_group=self._control)
+        set_model_state_dict(self._model, tensors["model"])
+        set_optimizer_state_dict(self._model, self._optimizer, optimizer_state)
+        return {**state, "not_exact": _restore_rng(opened)}
+
+    def _opened(self, path: Path) -> "_Opened":
+        """What each rank reads by itself; an error on one rank is one on all."""
+        opened, problem = None, None
+        try:
+            reader, state = Reader(path), read_state(path)
+            prefix = f"rng.{dist.get_rank()}."
+            names = [name for name in reader.metadata.state_dict_metadata if name.startswith(prefix)]
+            random = {name.removeprefix(prefix): reader.whole(name) for name in names}
+            opened = _Opened(reader, state, random)
+        except DamagedCheckpoint as error:
+            problem = str(error)
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem, group=self._control)
+        for problem in problems:
+            if problem is not None:
+                raise DamagedCheckpoint(problem)
+        assert opened is not None
+        return opened
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint of which all but the shards is read. random: the generators' states of this rank."""
+
+    reader: Reader
+    state: dict[str, Any]
+    random: dict[str, Tensor]
+
+
+def _restore_rng(opened: _Opened) -> dict[str, str]:
+    """Set the generators as they were; why they are not, if they are not."""
+    now, then = dist.get_world_size(), opened.state["world_size"]
+    if now != then:
+        return {"RNG": f"{then} processes then, {now} now"}
+    missing = rng.restore(opened.random)
+    return {"RNG": f"nothing was saved of {', '.join(missing)}"} if missing else {}
+
+
+class _Pending:
+    """An asynchronous save: a thread that writes what was copied."""
+
+    def __init__(self, save: Save, final: bool, lost: float, store: Store, group: dist.ProcessGroup):
+        self.step, self.final, self.lost = save.step, final, lost
+        self._result: Outcome | BaseException | None = None
+        self._thread = threading.Thread(
+            target=self._run, args=(save, store, group), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, save: Save, store: Store, group: dist.ProcessGroup) -> None:
+        try:
+            self._result = write(save, store, group)
+        except BaseException as error:  # handed on to the trainer
+            self._result = error
+
+    def done(self) -> bool:
+        """Whether this process has written and knows the outcome."""
+        return not self._thread.is_alive()
+
+    def outcome(self) -> Outcome:
+        """How it ended, when it has."""
+        self._thread.join()
+        if isinstance(self._result, BaseException):
+            raise self._result
+        assert self._result is not None
+        return self._result
+
+
+def _check_fit(reader: Reader, model_state: dict[str, Any]) -> None:
+    """`ConfigError` that names the first parameters which the checkpoint lacks or has in another shape."""
+    saved = reader.metadata.state_dict_metadata
+    wrong = []
+    for name, tensor in model_state.items():
+        found = saved.get(f"model.{name}")
+        if found is None:
+            wrong.append(f"{name} is not in it")
+        elif isinstance(found, TensorStorageMetadata) and tuple(found.size) != tuple(tensor.shape):
+            wrong.append(f"{name} is {tuple(found.size)} in it and {tuple(tensor.shape)} in the model")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ConfigError(
+            f"{reader.folder} does not fit this model: {'; '.join(wrong[:3])}{more}. "
+            "Set model.flavor and model.hf_assets_path as they were, or checkpoint.folder to a new folder"
+        )

@@ -1,0 +1,134 @@
+"""One save, from tensors to a published folder, on every rank together.
+
+Each rank writes its shards; rank 0 makes the folder, writes the state and the manifest, and publishes. Every
+rank learns the same outcome. A failure is an outcome, not an exception: training goes on after it.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from octavo.checkpoint import disk, manifest, points
+from octavo.checkpoint.hashing import Content, write_synced
+from octavo.checkpoint.reader import STATE
+from octavo.checkpoint.store import Store, path_of
+from octavo.checkpoint.writer import Writer
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Save:
+    """What one save writes: `tensors`, a nested dict, and `state`, which JSON can hold."""
+
+    step: int
+    tensors: Mapping[str, Any]
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended. problem: why it failed, or None. notes: what is worth telling."""
+
+    problem: str | None
+    notes: tuple[str, ...] = ()
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+def from_rank_0(value: _T, group: dist.ProcessGroup) -> _T:
+    """Rank 0's `value`, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=group)
+    return box[0]
+
+
+def write(save: Save, store: Store, group: dist.ProcessGroup) -> Outcome:
+    """Write and publish `save`; the same outcome on every rank."""
+    began = time.perf_counter()
+    world = dist.get_world_size(group)
+    need = disk.estimate(save.tensors, world)
+    points.reach("before write")
+    partial, problem = from_rank_0(_begin(save.step, store, need), group)
+    if partial is None:
+        return Outcome(problem)
+
+    contents: dict[str, Content] = {}
+    try:
+        writer = Writer(partial, store.algorithm)
+        dcp.save(dict(save.tensors), storage_writer=writer, process_group=group)
+        contents = writer.contents
+    except (Exception, CheckpointException) as error:
+        problem = disk.why(error, store.folder, need)
+    told: list[Any] = [None] * world
+    dist.all_gather_object(told, (problem, contents), group=group)
+
+    outcome = Outcome(None)
+    if dist.get_rank() == 0:
+        problem = next((problem for problem, _ in told if problem), None)
+        files = {name: content for _, written in told for name, content in written.items()}
+        outcome = _publish(save, store, partial, files, problem, need, began)
+    return from_rank_0(outcome, group)
+
+
+def _begin(step: int, store: Store, need: int) -> tuple[Path | None, str | None]:
+    """On rank 0: the new folder, or why there is none."""
+    if dist.get_rank() != 0:
+        return None, None
+    try:
+        have = disk.free(store.folder)
+        if have < need:
+            return None, disk.too_small(store.folder, need, have)
+        return store.begin(step), None
+    except OSError as error:
+        return None, disk.why(error, store.folder, need)
+
+
+def _publish(
+    save: Save,
+    store: Store,
+    partial: Path,
+    files: dict[str, Content],
+    problem: str | None,
+    need: int,
+    began: float,
+) -> Outcome:
+    """On rank 0, when all have written: give the folder its name, then delete what is too old."""
+    if problem is not None:
+        store.discard(partial)
+        return Outcome(problem)
+    try:
+        state = json.dumps(save.state, indent=1).encode()
+        files[STATE] = write_synced(partial / STATE, state, store.algorithm)
+        notes = store.commit(partial, save.step, files, _about(save.state))
+    except OSError as error:
+        problem = disk.why(error, store.folder, need)
+        store.discard(partial)
+        if not path_of(store.folder, save.step).exists():
+            return Outcome(problem)
+        notes = [f"after it was published: {problem}"]
+    try:
+        gone = store.purge()
+    except OSError as error:
+        notes.append(f"an older checkpoint was not deleted: {error}")
+    else:
+        notes += [f"deleted step {step}, as checkpoint.keep_latest_k asks" for step in gone]
+    total = sum(content.bytes for content in files.values())
+    return Outcome(None, tuple(notes), total, time.perf_counter() - began)
+
+
+def _about(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest tells about where a checkpoint comes from."""
+    return {
+        "world_size": state["world_size"],
+        "layout": state.get("layout", {}),
+        "config_sha256": manifest.config_hash(state.get("config", {})),
+        "versions": {name: state[name] for name in ("octavo", "torch", "python") if name in state},
+    }
