@@ -4,13 +4,23 @@ import logging
 import os
 import sys
 
+from octavo.config.secrets import redact
+
 logger = logging.getLogger("octavo")
+
+
+class _Formatter(logging.Formatter):
+    """Without tokens, in messages and in the tracebacks below them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text: str = redact(super().format(record))
+        return text
 
 
 def init_logger() -> None:
     """Send the log to standard error, once, whatever other libraries did to the root logger."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("[octavo] %(asctime)s - %(levelname)s - %(message)s"))
+    handler.setFormatter(_Formatter("[octavo] %(asctime)s - %(levelname)s - %(message)s"))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -5,11 +5,17 @@ meant.
 import difflib
 from collections.abc import Iterable
 
+from octavo.config.secrets import redact
+
 
 class ConfigError(Exception):
     """A configuration that cannot run. `str(error)` is the whole message, ready to print; the exit code is
-    2.
+    2. Tokens are cut out of it.
     """
+
+    def __str__(self) -> str:
+        text: str = redact(super().__str__())
+        return text
 
 
 def nearest(name: str, valid: Iterable[str], *, cutoff: float = 0.6) -> str | None:

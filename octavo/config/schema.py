@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from octavo.config import names
+from octavo.config.secrets import redact
 
 
 @dataclass
@@ -331,8 +332,8 @@ class JobConfig:
         """Where they did: "section.key" -> the flag as typed, or "file.toml:12"."""
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Sections and keys as plain values, as they would stand in TOML."""
-        return {section: dataclasses.asdict(getattr(self, section)) for section in SECTIONS}
+        """Sections and keys as plain values, as they would stand in TOML; without tokens that strayed in."""
+        return {section: redact(dataclasses.asdict(getattr(self, section))) for section in SECTIONS}
 
 
 def _keys(section_type: type) -> Mapping[str, Any]:

@@ -1,0 +1,39 @@
+"""Keeps access tokens out of logs, messages and dumps.
+
+A token comes from the environment, but may stray: into a path that holds a URL, a description, an error of a
+library. So whatever octavo logs, says or writes of its configuration goes through `redact`, which cuts out
+the values of the variables that hold tokens, and what looks like a Hugging Face token wherever it came
+from.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+"""Environment variables whose values are secret."""
+
+SHOWN = "***"
+
+_SHORTEST = 8  # a shorter value is no token, and cutting out each of its letters would leave nothing to read
+_LOOKS_LIKE_ONE = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+
+
+def redact(value: Any) -> Any:
+    """`value` without tokens: text, and the texts in lists and dicts (keys too); anything else as it is."""
+    if isinstance(value, str):
+        return _redact_text(value)
+    if isinstance(value, Mapping):
+        return {redact(key): redact(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(redact(item) for item in value)
+    return value
+
+
+def _redact_text(text: str) -> str:
+    for variable in VARIABLES:
+        token = os.environ.get(variable, "").strip()
+        if len(token) >= _SHORTEST:
+            text = text.replace(token, SHOWN)
+    return _LOOKS_LIKE_ONE.sub(SHOWN, text)
