@@ -66,11 +66,17 @@ class HashingFile(io.RawIOBase):
         self._hash = self._new_hash() if self._new_hash else None
         self._blocks: list[str] = []
         self._size = 0
+        self.error: OSError | None = None
+        """What went wrong in a write, for those who write through something that hides it."""
 
     def write(self, data: Any, /) -> int:
         """Append bytes."""
         view = memoryview(data).cast("B")
-        self._file.write(view)
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.error = error
+            raise
         if self._hash is not None:
             self._update(view)
         self._size += len(view)

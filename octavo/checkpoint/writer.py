@@ -31,7 +31,10 @@ class _HashingFileSystem(FileSystem):
         assert mode == "wb", mode
         with HashingFile(Path(path), self._algorithm) as stream:
             points.reach("during write")
-            yield cast(Any, stream)
+            try:
+                yield cast(Any, stream)
+            except Exception as error:  # torch's writer says of a full disk that it is at an unexpected place
+                raise stream.error or error from None
         self.contents[Path(path).name] = stream.content()
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:

@@ -1,0 +1,109 @@
+"""Runs that are killed at a named point, and what must be true of what they leave."""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+from octavo.checkpoint import latest, points
+from octavo.checkpoint.reader import read_tensors
+from tests import runs
+
+# A small model that the package does not know: 0.3 MiB a checkpoint, 10 ms a step.
+FLAGS = {
+    "experimental.custom_import": "tests.models.custom_model",
+    "model.name": "bigram",
+    "model.flavor": "small",
+    "training.seq_len": 16,
+    "training.local_batch_size": 2,
+    "training.steps": 26,
+    "checkpoint.enable": "true",
+    "checkpoint.interval": 3,
+    "checkpoint.keep_latest_k": 2,
+}
+
+_killed = multiprocessing.get_context("fork").Value("i", 0)
+
+
+def kill_at(point: str, *, visit: int, rank: int | None = None) -> Any:
+    """A hook for `points`: SIGKILL at the `visit`-th time that a process is at `point`; on `rank` only, or
+    on any.
+    """
+    visits = 0
+    lock = threading.Lock()
+
+    def hook(name: str) -> None:
+        nonlocal visits
+        if name != point or (rank is not None and os.environ.get("RANK") != str(rank)):
+            return
+        with lock:
+            visits += 1
+            if visits == visit:
+                _killed.value = 1
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return hook
+
+
+def crashes(folder: Path, flags: dict[str, Any], world: int, hook: Any) -> bool:
+    """Train with `hook` at the points; whether a process was killed."""
+    points.hook, _killed.value = hook, 0
+    try:
+        runs.train(folder, flags, world=world)
+    except AssertionError:
+        if not _killed.value:  # it ended for another reason
+            raise
+        return True
+    finally:
+        points.hook = None
+    return False
+
+
+def final_hash(folder: Path) -> str:
+    """A hash of the newest checkpoint's parameters and optimizer state."""
+    found = latest(folder / "checkpoint")
+    digest = hashlib.sha256(found.name.encode())
+    for prefix in ("model.", "optimizer."):
+        for name, tensor in sorted(read_tensors(found, prefix).items()):
+            digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def crashes_after(
+    folder: Path, flags: dict[str, Any], world: int, seconds: float, victim: int | None
+) -> bool:
+    """Train, and SIGKILL one process (or all: None) after `seconds`; whether that came before the end."""
+    killed = []
+
+    def kill() -> None:
+        children = sorted(multiprocessing.active_children(), key=lambda child: child.pid or 0)
+        for child in children if victim is None else children[victim : victim + 1]:
+            killed.append(child.pid)
+            child.kill()
+
+    timer = threading.Timer(seconds, kill)
+    timer.start()
+    try:
+        runs.train(folder, flags, world=world)
+    except AssertionError:
+        assert killed
+        return True
+    finally:
+        timer.cancel()
+        timer.join()
+    return False
+
+
+def last_step(folder: Path) -> int:
+    """The last step that a run told of."""
+    file = folder / "metrics.jsonl"
+    steps = [0]
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError):  # the line that was being written
+            steps.append(json.loads(line)["step"])
+    return max(steps)
