@@ -253,7 +253,7 @@ class Float8Linear(nn.Linear):
         self.recipe, self.config = resolve(config)
         self.emulate = emulate if self.config is None or emulate is not None else self.config.emulate
         self.weight_casts: Casts | None = None
-        self.watch: Callable[[Tensor, Tensor], Tensor] | None = None  # set on steps that `health.py` measures
+        self.watch: Callable[[Tensor, Tensor], Tensor] | None = None  # set on steps that `health` measures
         # Set by tensor parallel styles: whether one was applied, and what becomes of an output that is a sum
         # over ranks.
         self.tensor_parallel = False
@@ -369,13 +369,13 @@ class Float8Linear(nn.Linear):
         """Cast the weight into `weight_casts`, which `forward` uses until it is None again."""
         weight = self.weight
         split = None
-        if isinstance(weight, Carrier):
-            return
         if isinstance(weight, DTensor):
             if not self.tensor_parallel or weight.device_mesh.ndim != 1:  # FSDP's
                 return
             split = sharding_of(weight, self.recipe).weight
             weight = weight.to_local()
+        if isinstance(weight, Carrier):  # gathered in float8: its casts are at hand
+            return
         self.weight_casts = cast_weight(weight.detach(), self.recipe, for_grad_input=True, split=split)
 
     def __getstate__(self) -> dict[str, Any]:

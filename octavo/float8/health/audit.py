@@ -1,0 +1,104 @@
+"""Health in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.float8.config import Options, resolve
+from octavo.float8.health.table import Table
+from octavo.float8.health.watch import Watch, linears_of, rows_of
+from octavo.float8.linear import Float8Linear
+
+
+def audit(
+    model: nn.Module,
+    batch: Any,
+    *,
+    loss: Callable[[Any], Tensor] | None = None,
+    recipes: Sequence[Options] | None = None,
+) -> Table:
+    """What casting does to every operand of every linear layer, in one forward and backward of `batch`.
+
+    batch: a tensor, a tuple or list of arguments, or a mapping of keyword arguments, for the model.
+    loss(output): a scalar to differentiate. None takes the output's `loss`, the output itself if it is a
+    scalar, or else the mean of its squares, whose gradients have the real loss's place but not its values.
+    recipes: names, `Recipe`s or `Float8LinearConfig`s to try on the same tensors, beside each layer's own;
+    with them, linears that were not converted are measured too.
+
+    Every value is measured, in eager mode, as though no parameter were frozen. Layers that the loss does not
+    depend on are left out. Parameters, buffers, gradients, modes and the state of random number generators
+    are as before.
+
+    Raises ValueError if there is nothing to measure, the loss is not a scalar, or a layer is sharded by
+    tensor parallelism.
+    """
+    others = [resolve(recipe)[0] for recipe in recipes or ()]
+    linears = linears_of(model, nn.Linear if others else Float8Linear)
+    if not linears:
+        raise ValueError(
+            "the model has no linear layers"
+            if others
+            else 'the model has no Float8Linear: convert it, or name recipes to try, as recipes=["rowwise"]'
+        )
+    watches = []
+    for name, linear in linears.items():
+        own = [linear.recipe] if isinstance(linear, Float8Linear) else []
+        watches.append(Watch(name, linear, list(dict.fromkeys(own + others)), None, frozen=True))
+
+    with ExitStack() as stack:
+        stack.enter_context(_undisturbed(model))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.enable_grad())
+        for watch in watches:
+            stack.callback(watch.linear.register_forward_hook(watch.hook).remove)
+            watch.start()
+        if isinstance(batch, Mapping):
+            output = model(**batch)
+        elif isinstance(batch, (tuple, list)):
+            output = model(*batch)
+        else:
+            output = model(batch)
+        value = _default_loss(output) if loss is None else loss(output)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise ValueError(f"the loss is {_describe(value)}; it must be one number: give loss=")
+        # Only the probes' gradients, so that no parameter's is touched and none of its hooks runs.
+        probes = [probe for watch in watches for probe in watch.probes]
+        if probes and value.requires_grad:
+            value.backward(inputs=probes)
+        rows = rows_of(watches)
+    return Table(rows)
+
+
+def _default_loss(output: Any) -> Any:
+    value = getattr(output, "loss", None)
+    value = output if value is None else value
+    if isinstance(value, Tensor) and value.numel() != 1:
+        return value.float().square().mean()
+    return value
+
+
+def _describe(value: Any) -> str:
+    return (
+        f"a tensor of shape {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"a {type(value).__name__}"
+    )
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Puts the model's buffers and the random number generators back."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng([d.index for d in devices]):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)

@@ -1,0 +1,91 @@
+"""Health while training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import nn
+
+from octavo.float8.health.table import Table
+from octavo.float8.health.watch import Watch, linears_of, rows_of
+from octavo.float8.linear import Float8Linear
+
+LayerFilter = Callable[[nn.Module, str], bool]
+
+
+class Monitor:
+    """Measures the `Float8Linear`s of `model` on every `every`-th step.
+
+        monitor = Monitor(model, every=10, filter_fn=lambda module, fqn: fqn.startswith("layers.0."))
+        for batch in data:
+            with monitor.step() as measuring:
+                loss(model(batch)).backward()
+            if measuring:
+                print(monitor.table.worst())
+
+    filter_fn(module, fqn): whether to measure that layer; None measures all. sample: how many evenly spaced
+    tokens (rows of a weight) are counted, None for all; scales and amax are always those of the whole tensor.
+
+    Compiled code compiles once more on the first measured step. On several ranks each measures its own
+    tokens; weights sharded by FSDP are gathered one at a time, so all ranks must take the same steps. A layer
+    that compiled code calls several times for one batch shows the sum of those calls' amaxes.
+
+    Raises ValueError if no layer is chosen, `every` or `sample` is less than 1, or a chosen layer is sharded
+    by tensor parallelism.
+    """
+
+    table: Table
+    """What the last measured step gave; empty before."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every: int = 10,
+        filter_fn: LayerFilter | None = None,
+        sample: int | None = 128,
+    ) -> None:
+        if every < 1 or (sample is not None and sample < 1):
+            raise ValueError(f"every={every} and sample={sample} must be at least 1")
+        linears = linears_of(model, Float8Linear)
+        chosen = {n: m for n, m in linears.items() if filter_fn is None or filter_fn(m, n)}
+        if not chosen:
+            some = ", ".join(list(linears)[:3])
+            raise ValueError(
+                f"filter_fn chose none of the {len(linears)} Float8Linears ({some}, ...)"
+                if linears
+                else "the model has no Float8Linear: convert it first"
+            )
+        self.every, self.steps, self.table = every, 0, Table(())
+        self._watches = [
+            Watch(name, linear, [linear.recipe], sample, frozen=False)
+            for name, linear in chosen.items()
+            if isinstance(linear, Float8Linear)
+        ]
+
+    @contextmanager
+    def step(self) -> Iterator[bool]:
+        """A scope around all forwards and backwards of one step; gives whether it is measured. The first is.
+
+        Raises RuntimeError at its end if it was to be measured and no layer ran backward.
+        """
+        measuring = self.steps % self.every == 0
+        self.steps += 1
+        if not measuring:
+            yield False
+            return
+        with ExitStack() as stack:
+            for watch in self._watches:
+                watch.start()
+                setattr(watch.linear, "watch", watch)  # noqa: B010
+                stack.callback(setattr, watch.linear, "watch", None)
+            yield True
+        rows = rows_of(self._watches)
+        for watch in self._watches:
+            watch.seen = []
+        if not rows:
+            raise RuntimeError(
+                "no layer of this Monitor ran forward and backward inside Monitor.step: put both inside"
+            )
+        self.table = Table(rows)

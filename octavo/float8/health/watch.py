@@ -1,0 +1,172 @@
+"""Watching one layer: its numbers leave a compiled graph as the gradient of a probe (see `health`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from octavo.float8.carrier import Carrier
+from octavo.float8.fsdp import plain_parameter
+from octavo.float8.health.measure import NUMBERS, Slot, measure, slots_of
+from octavo.float8.health.table import Row
+from octavo.float8.linear import Float8Linear
+from octavo.float8.recipe import Recipe
+
+
+class _Tap(torch.autograd.Function):
+    """Identity on y. The gradient of the probe is the statistics of the input, then those of grad_output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, of_input: Tensor, probe: Tensor, slots: tuple[Slot, ...], sample: int | None
+    ) -> Tensor:
+        ctx.save_for_backward(of_input)
+        ctx.slots, ctx.sample = slots, sample
+        # Not a view, which may not be changed in place, and about which FSDP2 warns.
+        return torch.ops.aten._unsafe_view.default(y, y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        (of_input,) = ctx.saved_tensors
+        with torch.no_grad():
+            of_dy = measure(dy.reshape(-1, dy.shape[-1]), ctx.slots, ctx.sample)
+        return dy, None, torch.cat([of_input, of_dy]), None, None
+
+
+class Watch:
+    """Measures one layer, called with its input and output."""
+
+    def __init__(
+        self, layer: str, linear: nn.Linear, recipes: Sequence[Recipe], sample: int | None, *, frozen: bool
+    ) -> None:
+        if isinstance(linear, Float8Linear) and linear.tensor_parallel:
+            raise ValueError(
+                f"{layer} is sharded by tensor parallelism: one rank sees a part of its operands "
+                "only. Measure the layer before parallelize_module, or leave it out with filter_fn"
+            )
+        self.layer, self.linear, self.sample = layer, linear, sample
+        slots = [slot for recipe in recipes for slot in slots_of(recipe)]
+        self.input, self.weight, self.grad_output = (
+            tuple(slot for slot in slots if slot.operand == operand)
+            for operand in ("input", "weight", "grad_output")
+        )
+        self.frozen = frozen  # whether to measure where no gradient is asked for
+        self.probe = self.new_probe(linear.weight.device)
+        self.probes: list[Tensor] = []  # of an audit
+        self.seen: list[Tensor] = []
+
+    def start(self) -> None:
+        self.seen = []
+        if self.probe.device != self.linear.weight.device:
+            self.probe = self.new_probe(self.linear.weight.device)
+
+    def new_probe(self, device: torch.device) -> Tensor:
+        size = NUMBERS * (len(self.input) + len(self.grad_output))
+        probe = torch.zeros(size, dtype=torch.float64, device=device, requires_grad=True)
+        probe.register_post_accumulate_grad_hook(self.take)
+        return probe
+
+    def take(self, probe: Tensor) -> None:
+        assert probe.grad is not None
+        self.seen.append(probe.grad)
+        probe.grad = None
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or not (y.requires_grad or self.frozen):
+            return y
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        with torch.no_grad():
+            of_input = measure(x.detach().reshape(-1, x.shape[-1]), self.input, self.sample)
+        # The gradients of one probe are added up; maxima should not be. A graph has one probe a layer.
+        probe = self.probe if torch.compiler.is_compiling() else self.new_probe(y.device)
+        if self.frozen:
+            self.probes.append(probe)
+        return _Tap.apply(y, of_input, probe, self.grad_output, self.sample)
+
+    def of_weight(self) -> Tensor:
+        weight = plain_parameter(self.linear.weight.detach())
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        return measure(whole, () if isinstance(whole, Carrier) else self.weight, self.sample)
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+        return self(args[0], y)
+
+
+def rows_of(watches: Sequence[Watch]) -> tuple[Row, ...]:
+    """What `watches` saw, brought from the device in one piece."""
+    watches = [watch for watch in watches if watch.seen]
+    with torch.no_grad():
+        pieces = [piece for watch in watches for piece in (watch.of_weight(), *watch.seen)]
+    if not pieces:
+        return ()
+    numbers = iter(torch.cat([piece.to(pieces[0].device) for piece in pieces]).tolist())
+
+    def take(slots: Sequence[Slot]) -> list[list[float]]:
+        return [[next(numbers) for _ in range(NUMBERS)] for _ in slots]
+
+    rows = []
+    for watch in watches:
+        has_weight = not isinstance(watch.linear.weight, Carrier)
+        of_weight = (
+            [(slot, [n]) for slot, n in zip(watch.weight, take(watch.weight), strict=True)]
+            if has_weight
+            else []
+        )
+        moving = watch.input + watch.grad_output
+        calls = [take(moving) for _ in watch.seen]
+        of_moving = [(slot, [call[i] for call in calls]) for i, slot in enumerate(moving)]
+        k = len(watch.input)
+        ordered = [*of_moving[:k], *of_weight, *of_moving[k:]]
+        rows += [_row(watch.layer, slot, seen) for slot, seen in ordered]
+    return tuple(rows)
+
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def linears_of(model: nn.Module, kind: type[nn.Linear]) -> dict[str, nn.Linear]:
+    """The linears of `model` by name, without what compiling and checkpointing add to names."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, kind):
+            for wrapper in _WRAPPERS:
+                name = name.replace(wrapper, "")
+            found[name] = module
+    return found
+
+
+def _row(layer: str, slot: Slot, seen: Sequence[Sequence[float]]) -> Row:
+    """The row of what was measured in several calls."""
+    amaxes = [numbers[0] for numbers in seen]
+    values, nonfinite, flushed, saturated, signal, noise = (
+        math.fsum(column) if all(map(math.isfinite, column)) else sum(column)
+        for column in list(zip(*seen, strict=True))[1:]
+    )
+    share = 1 / values if values else 0.0
+    return Row(
+        layer=layer,
+        recipe=slot.recipe,
+        operand=slot.operand,
+        gemms=slot.gemms,
+        values=int(values),
+        amax=math.nan if any(map(math.isnan, amaxes)) else max(amaxes),
+        flushed=flushed * share,
+        saturated=saturated * share,
+        nonfinite=nonfinite * share,
+        sqnr=_decibels(signal, noise),
+    )
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if math.isnan(noise):
+        return math.nan
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
