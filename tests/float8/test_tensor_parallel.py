@@ -350,8 +350,11 @@ def test_a_nan_is_seen_by_all_that_share_its_scale() -> None:
 # ----------------------------------------------------------------------------------- with FSDP2; state dicts
 
 
-def two_dimensional(recipe: str, float8_gather: bool) -> dict[str, float]:
-    """2 x 2 ranks: FSDP2 over groups of two, each of which shares a batch by tensor parallelism."""
+def two_dimensional(recipe: str, float8_gather: bool, once: bool) -> dict[str, float]:
+    """2 x 2 ranks: FSDP2 over groups of two, each of which shares a batch by tensor parallelism.
+
+    `once`: in a scope that casts weights once, entered while they are gathered.
+    """
     model = build("block", recipe, enable_fsdp_float8_all_gather=float8_gather)
     lone = build("block", recipe)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
@@ -366,13 +369,16 @@ def two_dimensional(recipe: str, float8_gather: bool) -> dict[str, float]:
 
     mine = mesh["dp"].get_local_rank()
     found = {}
+    if once:
+        model.unshard()
     for batch in range(2):
         x, dy = uneven(B, S, K, seed=batch), uneven(B, S, K, seed=10 + batch)
         want = lone(x)
         want.backward(dy)
         if batch == mine:
-            y = model(distribute_tensor(x, mesh["tp"], [Shard(1)]).to_local())
-            y.backward(distribute_tensor(dy, mesh["tp"], [Shard(1)]).to_local())
+            with cast_weights_once(model, enabled=once):
+                y = model(distribute_tensor(x, mesh["tp"], [Shard(1)]).to_local())
+                y.backward(distribute_tensor(dy, mesh["tp"], [Shard(1)]).to_local())
             whole = DTensor.from_local(y.detach(), mesh["tp"], [Shard(1)], run_check=False).full_tensor()
             found["y"] = relative(whole, want.detach())
     wanted = dict(lone.named_parameters())
@@ -380,10 +386,17 @@ def two_dimensional(recipe: str, float8_gather: bool) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "float8_gather"), [("tensorwise", False), ("tensorwise", True), ("rowwise", False)]
+    ("recipe", "float8_gather", "once"),
+    [
+        ("tensorwise", False, False),
+        ("tensorwise", True, False),
+        ("tensorwise", True, True),
+        ("rowwise", False, False),
+        ("rowwise", False, True),
+    ],
 )
-def test_with_fsdp(recipe: str, float8_gather: bool) -> None:
-    for found in ranks.run(4, two_dimensional, recipe, float8_gather):
+def test_with_fsdp(recipe: str, float8_gather: bool, once: bool) -> None:
+    for found in ranks.run(4, two_dimensional, recipe, float8_gather, once):
         assert all(error < CLOSE for error in found.values()), found
 
 
