@@ -56,6 +56,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "train": Command(
             "octavo.train", "train a model in this process (./run_train.sh starts several)", _preflight_train
         ),
+        "prepare": Command("octavo.prepare", "tokenise text into shards that training reads"),
         "export": Command("octavo.export", "write a trained model as a Hugging Face folder"),
         "import": Command(
             "octavo.import_hf", "make a checkpoint from a Hugging Face or an original Llama model"

@@ -2,7 +2,7 @@
 
     FOLDER/index.json                 everything below, with sizes and checksums
     FOLDER/train-00000.tokens         ids, uint16 or uint32, little-endian, one document after the other
-    FOLDER/train-00000.documents      where each document begins in it, int64, little-endian, and its length
+    FOLDER/train-00000.documents      where each document begins in it, and the last one ends; int64, likewise
     FOLDER/validation-00000.tokens    …
 
 Ids are stored as the model reads them, between the ids that open and close a document, so that a shard needs
@@ -108,9 +108,9 @@ def is_prepared(path: Path) -> bool:
     return (path / INDEX).is_file()
 
 
-def write_index(path: Path, index: Index) -> None:
-    """Write `index` as JSON."""
-    path.write_text(json.dumps({"format": FORMAT, **asdict(index)}, indent=1) + "\n")
+def to_json(index: Index) -> str:
+    """What `index.json` holds."""
+    return json.dumps({"format": FORMAT, **asdict(index)}, indent=1) + "\n"
 
 
 def read_index(folder: Path) -> Index:

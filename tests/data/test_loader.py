@@ -17,6 +17,7 @@ from octavo.data import prefetch
 from octavo.data.build import build_dataloader
 from octavo.data.corpus import PackedCorpus
 from octavo.data.loader import DataLoader, merge_state_dicts
+from tests import ranks as forks
 
 SEQ_LEN = 16
 
@@ -37,7 +38,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loader(
-    folder: Path, tokenizer: Tokenizer, *, rank: int = 0, ranks: int = 1, batch: int = 8, seed: int = 3
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    batch: int = 8,
+    seed: int = 3,
+    workers: int = 1,
 ) -> DataLoader:
     return build_dataloader(
         dataset=str(folder),
@@ -48,6 +56,7 @@ def loader(
         dp_rank=rank,
         dp_degree=ranks,
         seed=seed,
+        workers=workers,
     )
 
 
@@ -299,6 +308,96 @@ def test_a_failure_in_the_thread_is_raised_where_the_batch_is_asked_for() -> Non
     for _ in range(2):
         with pytest.raises(ConfigError, match="third shard"):
             ahead.next_batch()
+
+
+@pytest.mark.usefixtures("no_threads_left")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_any_number_of_workers_gives_the_same_batches(folder: Path, tokenizer: Tokenizer, ranks: int) -> None:
+    """Also where a run saved with one number goes on with another."""
+    inline = loader(folder, tokenizer, rank=ranks - 1, ranks=ranks, workers=0)
+    expected = [inline.next_batch() for _ in range(40)]
+    state = None
+    for start, workers in ((0, 1), (9, 2), (18, 3), (27, 0)):
+        resumed = loader(folder, tokenizer, rank=ranks - 1, ranks=ranks, workers=workers)
+        if state is not None:
+            assert resumed.load_state_dict(state) is None
+        for step in range(start, start + 9):
+            for found, wanted in zip(resumed.next_batch(), expected[step], strict=True):
+                assert torch.equal(found, wanted)
+        state = resumed.state_dict()
+        resumed.close()
+
+
+@pytest.mark.usefixtures("no_threads_left")
+def test_a_batch_is_waited_for_and_not_made_by_the_main_thread(folder: Path, tokenizer: Tokenizer) -> None:
+    made_by = []
+    ahead = loader(folder, tokenizer, workers=2)
+    read = ahead.source.read
+    ahead.source.read = lambda *place: made_by.append(threading.current_thread().name) or read(*place)  # type: ignore[method-assign]
+    for _ in range(20):
+        ahead.next_batch()
+    assert set(made_by) == {"octavo-data"}
+    ahead.close()
+
+
+@pytest.mark.usefixtures("no_threads_left")
+def test_skipping_passes_over_samples(folder: Path, tokenizer: Tokenizer) -> None:
+    whole, jumping = loader(folder, tokenizer), loader(folder, tokenizer, workers=0)
+    batches = [whole.next_batch()[0] for _ in range(9)]
+    jumping.next_batch()
+    jumping.skip(3 * 8)
+    assert torch.equal(jumping.next_batch()[0], batches[4])
+    jumping.skip(0)
+    assert torch.equal(jumping.next_batch()[0], batches[5])
+    whole.close()
+    with pytest.raises(ValueError, match="-1"):
+        jumping.skip(-1)
+
+
+@pytest.mark.usefixtures("no_threads_left")
+def test_a_forked_process_goes_on_by_itself(folder: Path, tokenizer: Tokenizer) -> None:
+    """The threads stay behind in the parent; the child makes its own, at the same place."""
+    ahead = loader(folder, tokenizer)
+    expected = [ahead.next_batch()[0] for _ in range(3)]
+    state = ahead.state_dict()
+
+    def child() -> list[Tensor]:
+        return [ahead.next_batch()[0] for _ in range(3)]
+
+    (found,) = forks.fork([(child, ())], timeout=30)
+    assert ahead.state_dict() == state
+    for one in found:
+        expected.append(ahead.next_batch()[0])
+        assert torch.equal(one, expected[-1])
+    ahead.close()
+
+
+def test_held_out_samples_are_never_trained_on(folder: Path, tokenizer: Tokenizer) -> None:
+    def windows(held_out_fraction: float, seed: int) -> tuple[set[Any], set[Any]]:
+        made = build_dataloader(
+            dataset=str(folder),
+            dataset_path=None,
+            tokenizer=tokenizer,
+            seq_len=SEQ_LEN,
+            local_batch_size=1,
+            dp_rank=0,
+            dp_degree=1,
+            seed=seed,
+            held_out_fraction=held_out_fraction,
+        ).source
+        assert isinstance(made, PackedCorpus)
+        trained = {tuple(row) for row in made.read(0, 2 * made.samples).tolist()}
+        if not held_out_fraction:
+            return trained, set()
+        part = made.held_out(seed=0)
+        return trained, {tuple(row) for row in part.read(0, part.samples).tolist()}
+
+    everything, _ = windows(0.0, 1)
+    trained, held_out = windows(0.1, 1)
+    assert trained | held_out == everything
+    assert not trained & held_out
+    assert len(held_out) == -(-len(everything) // 10)
+    assert windows(0.1, 2)[1] == held_out  # whatever the run's seed is
 
 
 def test_merging_keeps_the_furthest_bookmark() -> None:

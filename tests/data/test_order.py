@@ -3,11 +3,12 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octavo.data.order import mix64, shuffled
+from octavo.data.order import mix64, shuffled, shuffled_many, shuffled_range
 
 
 def order(size: int, seed: int = 0, epoch: int = 0) -> list[int]:
@@ -17,6 +18,18 @@ def order(size: int, seed: int = 0, epoch: int = 0) -> list[int]:
 @given(st.integers(1, 400), st.integers(-(2**63), 2**64), st.integers(0, 2**40))
 def test_is_a_permutation(size: int, seed: int, epoch: int) -> None:
     assert sorted(order(size, seed, epoch)) == list(range(size))
+
+
+@given(st.integers(1, 3000), st.integers(-(2**63), 2**64), st.integers(0, 2**40))
+def test_many_at_once_are_the_same(size: int, seed: int, epoch: int) -> None:
+    start, stop = size // 3, min(size, size // 3 + 50)
+    one_by_one = [shuffled(index, size, seed=seed, epoch=epoch) for index in range(start, stop)]
+    assert shuffled_range(start, stop, size, seed=seed, epoch=epoch).tolist() == one_by_one
+
+
+def test_many_of_a_huge_corpus() -> None:
+    found = shuffled_many(np.array([10**12, 0, 10**13 - 1]), 10**13, seed=1, epoch=2).tolist()
+    assert found == [shuffled(index, 10**13, seed=1, epoch=2) for index in (10**12, 0, 10**13 - 1)]
 
 
 def test_stays_what_it_is() -> None:
