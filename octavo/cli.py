@@ -1,8 +1,8 @@
 """The console command `octavo`: a table of subcommands, each in a module that is imported only when it is
 called.
 
-Exit codes: what the subcommand returns; 2 for a mistake in the command line or the configuration, with one
-message.
+Exit codes: what the subcommand returns; 2 for a mistake in the command line or the configuration, or what
+the error itself says (3: no checkpoint verifies), with one message.
 """
 
 import importlib
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _prepare(COMMANDS[name], rest)(rest)
     except ConfigError as error:
         print(f"octavo: {error}", file=sys.stderr)
-        return _USAGE_ERROR
+        return int(getattr(error, "exit_code", _USAGE_ERROR))
     except BrokenPipeError:  # octavo train --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

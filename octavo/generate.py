@@ -62,9 +62,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--temperature",
         type=_number(0, 100),
-        default=0.8,
+        default=0.7,
         metavar="T",
-        help="how bold: 0 takes the likeliest token each time, 1 the model's own distribution (default: 0.8)",
+        help="how bold: 0 takes the likeliest token each time, 1 the model's own distribution (default: 0.7)",
     )
     parser.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
     parser.add_argument(

@@ -42,7 +42,7 @@ def initial_weights(
         if wrong := wrong or differences(found, args):
             raise ConfigError(f"{path} is not {model}: {'; '.join(wrong)}. {_REMEDY}")
         return path, hf_weights(path, spec, args, model=model, remedy=_REMEDY)
-    folder = find_checkpoint(path)
+    folder = _found(path)
     weights = checkpoint_weights(folder)
     with torch.device("meta"):
         expected = shapes_of(spec.build(args))
@@ -51,6 +51,21 @@ def initial_weights(
     if theirs != flavor:
         logger.warning("%s is of flavor %s, and fits %s: only its weights are taken", folder, theirs, flavor)
     return folder, weights
+
+
+def _found(path: Path) -> Path:
+    """`find_checkpoint`, which reads every file to verify it, by the first process for all."""
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            box = [find_checkpoint(path)]
+        except ConfigError as error:
+            box = [error]
+    dist.broadcast_object_list(box)
+    if isinstance(box[0], ConfigError):
+        raise box[0]
+    folder: Path = box[0]
+    return folder
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from octavo.assets import TOKENIZERS
+from octavo.cli import main
 from octavo.components.tokenizer import build_tokenizer
 from octavo.config import ConfigError, JobConfig
 from octavo.hf import files
@@ -139,6 +140,19 @@ def test_a_runs_folder_its_checkpoints_and_one_of_them_are_the_same_model(run_fo
     assert open_source(run_folder).context == 32
 
 
+def test_a_checkpoint_that_does_not_verify_is_refused(run_folder, tmp_path, capsys):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    step = run / "checkpoint" / "step-0"
+    shard = next(step.glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert shard.name in refused(step)
+    assert "none of them verifies" in refused(run)
+    assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 3
+    assert shard.name in capsys.readouterr().err
+
+
 def test_a_run_that_kept_its_checkpoints_elsewhere(run_folder, tmp_path):
     shutil.copytree(run_folder / "checkpoint", tmp_path / "kept")
     (tmp_path / "run.json").write_text(json.dumps({"config": {"checkpoint": {"folder": "kept"}}}))
@@ -146,8 +160,9 @@ def test_a_run_that_kept_its_checkpoints_elsewhere(run_folder, tmp_path):
 
 
 @pytest.fixture
-def step(run_folder, tmp_path):
-    """A checkpoint that a test may change, without the manifest that would tell."""
+def step(run_folder, tmp_path, monkeypatch):
+    """A checkpoint that a test may change, and nothing tells that it did."""
+    monkeypatch.setattr("octavo.hf.sources.problems", lambda path: [])
     return shutil.copytree(run_folder / "checkpoint" / "step-0", tmp_path / "step-0")
 
 
