@@ -15,8 +15,11 @@ NO_CHECKPOINT_VERIFIES = 3
 BAD_NUMBERS = 4
 REQUEUE = 75
 
-SAID = frozenset({USER_ERROR, NO_CHECKPOINT_VERIFIES, BAD_NUMBERS, REQUEUE})
+SAID = frozenset({USER_ERROR, NO_CHECKPOINT_VERIFIES})
 """Codes of a process that has told its reason itself."""
+
+AGREED = frozenset({BAD_NUMBERS, REQUEUE})
+"""Codes that all processes end with, having told the same reason."""
 
 
 def of_signal(number: int) -> int:

@@ -51,9 +51,10 @@ def run(launch: Launch) -> int:
         rank = next(iter([*left, *failures]))
         local_rank, exitcode = failures.get(rank, (None, 0))
         code = exitcode if exitcode > 0 else 128 - exitcode if exitcode < 0 else exits.FAILED
-        if local_rank is not None and local_rank not in launch.shown_ranks:
+        agreed = code in exits.AGREED or _stopped_by_signal(code, logs)
+        if local_rank is not None and local_rank not in launch.shown_ranks and not agreed:
             print(_tail(logs, local_rank), end="", file=sys.stderr)
-        keep_logs = code not in exits.SAID and not _stopped_by_signal(code, logs)
+        keep_logs = code not in exits.SAID and not agreed
         if keep_logs:
             _tell(rank, exitcode, supervisor.killed, logs, Path(launch.dump_folder).expanduser())
         return code

@@ -1,0 +1,107 @@
+"""Accidents at a given rank and step, for runs within tests, which import it by `experimental.custom_import`.
+
+What happens stands in the variable OCTAVO_TEST_FAULT, as JSON: {"kind", "rank", "step", …}. A test must not
+import it: the forked processes of its runs would have it already, without their variable.
+"""
+
+import json
+import os
+import signal
+import time
+
+import torch
+
+import __main__
+from octavo import train
+from octavo.components.checkpoint import Checkpointer
+
+Trainer = getattr(__main__, "Trainer", train.Trainer)  # python -m octavo.train
+FAULT = json.loads(os.environ.get("OCTAVO_TEST_FAULT", "{}"))
+KIND = FAULT.get("kind")
+MINE = FAULT.get("rank", 0) == int(os.environ.get("RANK", "0"))
+now = 0  # the step that runs
+
+
+def _strikes() -> bool:
+    return MINE and FAULT["step"] <= now < FAULT["step"] + FAULT.get("steps", 1)
+
+
+def _send() -> None:
+    os.kill(os.getpid(), getattr(signal, FAULT.get("signal", "SIGTERM")))
+
+
+def _accident() -> None:
+    match KIND:
+        case "exit":
+            os._exit(FAULT["code"])
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "hang":
+            time.sleep(600)
+        case "signal":
+            _send()
+        case "weight":
+            with torch.no_grad():
+                weight = trainer.model.get_parameter(FAULT["module"] + ".weight")
+                weight = weight.to_local() if hasattr(weight, "to_local") else weight
+                weight.view(-1)[0] = torch.nan
+
+
+trainer: train.Trainer
+_step, _save, _build_model = Trainer._step, Checkpointer.save, Trainer._build_model
+
+
+def step(self, number):
+    """Trainer._step, with the accident before it."""
+    global now, trainer
+    now, trainer = number, self
+    if _strikes():
+        _accident()
+    return _step(self, number)
+
+
+def save(self, number, *args, **kwargs):
+    """Checkpointer.save, with a signal within."""
+    if KIND == "signal in save" and MINE and number == FAULT["step"]:
+        _send()
+    result = _save(self, number, *args, **kwargs)
+    if KIND == "signal in save" and MINE and number == FAULT["step"]:
+        _send()
+    return result
+
+
+class _Times(torch.autograd.Function):
+    """The identity, with factors for the value and for its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, forward, backward):
+        ctx.factor = backward
+        return x * forward
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None, None
+
+
+def build_model(self):
+    """Trainer._build_model, with a hook on the module FAULT["module"]."""
+    model, flops = _build_model(self)
+    if KIND in ("activation", "gradient"):
+        factors = (torch.nan, 1.0) if KIND == "activation" else (1.0, torch.nan)
+        module = model.get_submodule(FAULT["module"])
+        module.register_forward_hook(
+            lambda _, inputs, output: _Times.apply(output, *factors) if _strikes() else None
+        )
+    if KIND == "spike":
+        own = self.__class__._gradients
+
+        def gradients(batches, look=lambda loss: None):
+            loss = own(self, batches, look)
+            return loss * FAULT["factor"] if _strikes() else loss
+
+        self._gradients = gradients
+    return model, flops
+
+
+if FAULT:
+    Trainer._step, Checkpointer.save, Trainer._build_model = step, save, build_model
