@@ -255,6 +255,8 @@ def test_hung_rank_ends_the_job_within_the_timeout_and_leaves_stacks(tmp_path):
     _, err = process.communicate(timeout=120)
     assert time.time() - last_line_at(tmp_path) < 4 + 10
     assert process.returncode == 1
+    assert "Step 3: a collective timed out, since another process hangs or has died" in err
+    assert "octavo: rank 0 ended with exit code 1 in step 3; still there and killed: rank 1 in step 3" in err
     assert "Traceback" not in err
     assert f"Python stacks: {tmp_path / 'stacks'}" in err
     waited, hung = ((tmp_path / "stacks" / f"rank{rank}.txt").read_text() for rank in range(2))

@@ -11,6 +11,7 @@ Where a step of one process alone takes its time nobody waits, so a job of one p
 
 import faulthandler
 import os
+import re
 import signal
 import traceback
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from octavo.distributed.status import FOLDER_VARIABLE, StatusFile, asked_to_stop, stacks_path
 
+_LATER = 5.0  # seconds: those who wait in a collective for this process come first, and say so
 _STANDARD_ERROR = 2
 _open_till_the_end: list[IO[str]] = []  # faulthandler keeps a file's number, and writes whatever has it
 
@@ -70,7 +72,7 @@ class Watchdog:
     def progress(self) -> None:
         """A sign of progress: the timer starts anew."""
         if self._timed and self._seconds is not None:
-            faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._file)
+            faulthandler.dump_traceback_later(self._seconds + _LATER, exit=True, file=self._file)
 
     def pause(self) -> None:
         """What comes may take its time (a save, a validation); the next sign of progress ends the pause."""
@@ -86,11 +88,14 @@ class Watchdog:
         if self._stacks is not None:
             traceback.print_exception(error, file=self._stacks)
             self._stacks.flush()
-        text = str(error).strip() or type(error).__name__
+        text = str(error).strip().partition("\n")[0] or type(error).__name__
+        text = re.sub(r"^\[[^]]*\] ", "", text).partition(" This is typically")[
+            0
+        ]  # gloo's file, and its advice
         slow = "timed out" in text.lower()
         return (
             f"Step {self.step}: a collective {'timed out' if slow else 'broke off'}, since another process "
-            f"{'hangs or has died' if slow else 'has ended'}: {text.splitlines()[0][:300]}"
+            f"{'hangs or has died' if slow else 'has ended'}: {text[:300]}"
         )
 
 
