@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -253,9 +253,9 @@ class Trainer:
             profiling(self.job.profiling, self.folder.path, self.world.rank) as end_of_step,
         ):
             step, timeout = done, self.job.comm.init_timeout_seconds
-            self._stop_if_asked(
-                self._sum_over_ranks(torch.tensor(self.signals.asked, device=self.device)), step, saved=True
-            )
+            asked_before = self._sum_over_ranks(torch.tensor(self.signals.asked, device=self.device))
+            if asked_before:
+                self._stop(step, began=step)
             while step < last:
                 step += 1
                 collector.run(step)
@@ -267,18 +267,18 @@ class Trainer:
                     continue
                 if not asked:  # who asks to stop does not wait for a measurement
                     self._validate(step, last)
-                saves = self.checkpointer.due(step, last)
-                if saves:
-                    self._save(step)
+                if self.checkpointer.due(step, last):
+                    self.checkpointer.save(step, last, self._state())
                 self.checkpointer.poll()
+                self.guard.saved(self.checkpointer.last_saved)
                 self.metrics.add_saving(self.checkpointer.take_lost_seconds())
                 if timeout != self.job.comm.train_timeout_seconds:
                     timeout = self.job.comm.train_timeout_seconds
                     mesh.set_timeout(timeout)
                 end_of_step()
                 yield step
-                if step < last:
-                    self._stop_if_asked(asked, step, saved=saves)
+                if asked and step < last:
+                    self._stop(step, began=done)
             self.checkpointer.wait()
             if self.job.checkpoint.last_save_in_hf:
                 self._export(last)
@@ -370,13 +370,8 @@ class Trainer:
             "--fault_tolerance.non_finite=skip or rewind"
         )
 
-    def _save(self, step: int) -> None:
-        self.checkpointer.save(step, self.job.training.steps, self._state())
-        self.guard.saved()
-
     def _rewind(self, step: int, verdict: Verdict) -> int:
         """Go back to the last checkpoint, but not in the data; returns the steps that are done then."""
-        self.checkpointer.wait()
         state = self.checkpointer.load()
         if state is None:
             raise BadNumbers(f"Step {step}: {verdict.reason}, and there is no checkpoint yet to go back to")
@@ -391,16 +386,16 @@ class Trainer:
         )
         return done
 
-    def _stop_if_asked(self, asked: float | Tensor, step: int, *, saved: bool) -> None:
-        """Save and raise `Stopped`, if any process was `asked` to, `step` steps being done."""
-        if not asked:
-            return
+    def _stop(self, step: int, *, began: int) -> NoReturn:
+        """Save `step`, unless the run `began` with it, and raise `Stopped`; all processes have agreed to."""
+        settings = self.job.checkpoint
+        saves = settings.enable and not settings.load_only
         self.checkpointer.wait()
-        enabled = self.job.checkpoint.enable
-        if enabled and not saved:
-            self._save(step)
+        if saves and self.checkpointer.last_saved != step > began:
+            self.checkpointer.save(step, self.job.training.steps, self._state())
             self.checkpointer.wait()
-        raise Stopped.after(step, self.signals.gather(), saved=enabled)
+        saved = self.checkpointer.last_saved if step > began else step
+        raise Stopped.after(step, self.signals.gather(), saves=saves, saved=saved)
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors; the same on every process."""

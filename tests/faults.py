@@ -13,7 +13,7 @@ import torch
 
 import __main__
 from octavo import train
-from octavo.components.checkpoint import Checkpointer
+from octavo.checkpoint.checkpointer import Checkpointer
 
 Trainer = getattr(__main__, "Trainer", train.Trainer)  # python -m octavo.train
 FAULT = json.loads(os.environ.get("OCTAVO_TEST_FAULT", "{}"))

@@ -232,19 +232,13 @@ def last_line_at(folder):
     return (folder / "metrics.jsonl").stat().st_mtime
 
 
-@pytest.mark.parametrize(
-    ("kind", "code", "told"),
-    [
-        ("kill", 137, r"rank 1 ended with signal 9 \(out of memory\?\) in step 3; "),
-        ("exit", 1, "rank 1 ended with exit code 0 before the run was over in step 3; "),
-    ],
-)
-def test_death_of_a_rank_ends_the_job_soon_and_is_named(kind, code, told, tmp_path):
-    process = launch(tmp_path, FLAG, variable(kind, rank=1, step=3, code=0))
+def test_death_of_a_rank_ends_the_job_soon_and_is_named(tmp_path):
+    """`os._exit(0)` is the hardest to notice: to torchrun it is a success."""
+    process = launch(tmp_path, FLAG, variable("exit", rank=1, step=3, code=0))
     _, err = process.communicate(timeout=120)
     assert time.time() - last_line_at(tmp_path) < 10
-    assert process.returncode == code
-    assert re.search(told, err), err
+    assert process.returncode == 1
+    assert "octavo: rank 1 ended with exit code 0 before the run was over in step 3; " in err
     assert "Step 3: a collective broke off, since another process has ended" in err
     assert "Traceback" not in err
 
@@ -264,8 +258,8 @@ def test_hung_rank_ends_the_job_within_the_timeout_and_leaves_stacks(tmp_path):
     assert "_gradients" in waited or "all_reduce" in waited
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_signal_to_the_launcher_during_steps(sent, tmp_path):
+def test_signal_to_the_launcher_during_steps(tmp_path):
+    sent = signal.SIGTERM
     process = launch(tmp_path, {**SAVES, "training.steps": 1000}, {})
     while process.poll() is None and not (tmp_path / "metrics.jsonl").exists():
         time.sleep(0.05)

@@ -182,7 +182,8 @@ class Checkpointer:
             )
 
     def load(self) -> dict[str, Any] | None:
-        """Go on from `checkpoint.load_step`, or where it is -1 from the newest step that verifies.
+        """Go on from `checkpoint.load_step`, or where it is -1 from the newest step that verifies. A run that
+        has saved since goes back to what it saved last.
 
         Model, optimizer and random numbers are set in place. Returns the state that was saved, with
         "not_exact": what of this process is not as it was then, and why. None where there is no checkpoint,
@@ -198,6 +199,8 @@ class Checkpointer:
         self.wait()
         steps = from_rank_0(self._look(), self._control)
         wanted = self._settings.load_step
+        if wanted >= 0 and self.last_saved is not None:  # this run has gone on from there
+            wanted = self.last_saved
         if wanted >= 0:
             return self._load_step(wanted, steps)
         wrong: dict[int, list[str]] = {}

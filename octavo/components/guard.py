@@ -56,6 +56,7 @@ class Guard:
         self._detector = SpikeDetector(settings.spike_window, settings.spike_threshold)
         self._skipped_in_a_row = 0
         self._rewound_here = 0  # since a checkpoint was saved last
+        self._saved: int | None = None
         self.skipped: list[int] = []
         self.spikes = 0
         self.rewinds = 0
@@ -102,9 +103,10 @@ class Guard:
             logger.warning("%d spikes in a row are a new level: its statistics start anew", LASTING)
             self._detector.restart()
 
-    def saved(self) -> None:
-        """A checkpoint was saved, so a rewind would get further than the last one."""
-        self._rewound_here = 0
+    def saved(self, step: int | None) -> None:
+        """`step` is what was saved last. A new one means that a rewind gets further than the one before."""
+        if step != self._saved:
+            self._saved, self._rewound_here = step, 0
 
     def rewound(self, state: dict[str, Any]) -> None:
         """Training goes on from an earlier checkpoint with this `state`; what was counted stays counted."""

@@ -31,19 +31,20 @@ class Stopped(Exception):
         self.exit_code = exit_code
 
     @classmethod
-    def after(cls, step: int, received: Mapping[int, int], *, saved: bool) -> "Stopped":
-        """`received`: rank -> signal. saved: whether a checkpoint has the `step` steps that are done."""
+    def after(cls, step: int, received: Mapping[int, int], *, saves: bool, saved: int | None) -> "Stopped":
+        """After `step` steps. received: rank -> signal. saves: whether the run saves checkpoints. saved: the
+        step that the newest has, None where there is none; 0 before the first step.
+        """
         by = ", ".join(f"{signal.Signals(number).name} on rank {rank}" for rank, number in received.items())
-        if saved:
-            went = f"after step {step}, which is saved" if step else "before the first step"
-            told = f"Stopped by {by} {went}. The same command goes on with step {step + 1}"
-            return cls(f"{told}; exit code {exits.REQUEUE} asks for it", exits.REQUEUE)
-        code = exits.of_signal(min(received.values()))
-        return cls(
-            f"Stopped by {by} after step {step}. Nothing was saved, for checkpoint.enable is false: "
-            f"the same command begins at step 1 (exit code {code})",
-            code,
-        )
+        told = f"Stopped by {by} {f'after step {step}' if step else 'before the first step'}"
+        if not saves:
+            code = exits.of_signal(min(received.values()))
+            return cls(f"{told}. Nothing was saved, since the job saves no checkpoints (exit code {code})", code)
+        if saved == step:
+            told += f"{', which is saved' if step else ''}. The same command goes on with step {step + 1}"
+        else:
+            told += ", which could not be saved. The same command goes on from the checkpoint before it"
+        return cls(f"{told} (exit code {exits.REQUEUE})", exits.REQUEUE)
 
 
 class Signals:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from octavo.distributed.status import FOLDER_VARIABLE, StatusFile, asked_to_stop, stacks_path
 
-_LATER = 5.0  # seconds: those who wait in a collective for this process come first, and say so
+_LATER = 10.0  # seconds: those who wait in a collective for this process come first, and say so
 _STANDARD_ERROR = 2
 _open_till_the_end: list[IO[str]] = []  # faulthandler keeps a file's number, and writes whatever has it
 
