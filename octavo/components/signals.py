@@ -39,7 +39,7 @@ class Stopped(Exception):
         told = f"Stopped by {by} {f'after step {step}' if step else 'before the first step'}"
         if not saves:
             code = exits.of_signal(min(received.values()))
-            return cls(f"{told}. Nothing was saved, since the job saves no checkpoints (exit code {code})", code)
+            return cls(f"{told}. Nothing was saved: the job saves no checkpoints (exit code {code})", code)
         if saved == step:
             told += f"{', which is saved' if step else ''}. The same command goes on with step {step + 1}"
         else:
