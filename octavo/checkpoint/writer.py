@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from octavo.checkpoint import points
 from octavo.checkpoint.hashing import Content, HashingFile
@@ -42,6 +43,17 @@ class _HashingFileSystem(FileSystem):
         self.contents[Path(new_path).name] = self.contents.pop(Path(path).name)
 
 
+@contextmanager
+def _without_zip_checksums() -> Iterator[None]:
+    """torch.save would checksum each tensor for zip tools, slowly; torch.load never looks at it."""
+    wanted = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(wanted)
+
+
 class Writer(FileSystemWriter):
     """Writes into `folder`, which is there and empty; `algorithm` is one of `hashing.ALGORITHMS`."""
 
@@ -56,6 +68,7 @@ class Writer(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's tensors and sync them."""
-        done = super().write_data(plan, planner)
+        with _without_zip_checksums():
+            done = super().write_data(plan, planner)
         points.reach("after shard")
         return done
