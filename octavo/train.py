@@ -456,6 +456,7 @@ class Trainer:
         there = torch.tensor(int(out.exists()), device=self.device)
         dist.broadcast(there, 0)  # the first process writes it, and need not share its disk with the others
         if not there.item():
+            mesh.set_timeout(self.job.comm.init_timeout_seconds)  # the others wait while one writes
             save_final(self.model, out, settings.export_dtype, spec, self.model_args, self.tokenizer)
 
 

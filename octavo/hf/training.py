@@ -22,8 +22,9 @@ from octavo.config import ConfigError
 from octavo.hf import files
 from octavo.hf.sources import checkpoint_weights, differences, find_checkpoint, hf_model, hf_weights
 from octavo.hf.weights import Weights, check_fit, shapes_of
-from octavo.hf.writer import DEFAULT_SHARD, DTYPES, HfLayout, write_folder
+from octavo.hf.writer import DTYPES, HfLayout, write_folder
 
+_SHARD_BYTES = 2 * 10**9  # the other processes wait while one file is written
 _REMEDY = "Set model.flavor, and model.hf_assets_path, to that model's own"
 
 
@@ -106,7 +107,7 @@ def save_final(
     weights = Weights(
         "the model", {name: tuple(tensor.shape) for name, tensor in state.items()}, lambda n: _whole(state[n])
     )
-    layout = HfLayout(spec, args, weights, DTYPES[dtype], files.bytes_of(DEFAULT_SHARD))
+    layout = HfLayout(spec, args, weights, DTYPES[dtype], _SHARD_BYTES)
     if dist.get_rank() == 0:
         write_folder(out, layout, tokenizer)
         logger.info("Exported the model, in Hugging Face's format, to %s", out)

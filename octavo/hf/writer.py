@@ -5,7 +5,6 @@ has the name is whole. A folder that holds anything is never written over.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -71,8 +70,9 @@ def write_folder(
     """
     out = out.expanduser().absolute()
     check_free(out)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial = out.with_name(f".{out.name}.partial")
     try:
+        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
         partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
         if free < layout.total:

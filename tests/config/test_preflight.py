@@ -298,6 +298,31 @@ def test_load_step_that_does_not_exist(tmp_path: Path) -> None:
     assert problems(*argv) == ""
 
 
+@pytest.mark.parametrize(
+    ("files", "in_hf", "told"),
+    [
+        (None, False, "no such folder"),
+        ([], False, ""),
+        (["step-1/state.json"], True, "but no *.safetensors is in this folder"),
+        (["model.safetensors"], True, ""),
+        (["model.safetensors"], False, "is a Hugging Face folder: add --checkpoint.initial_load_in_hf"),
+        (["params.json"], False, "octavo import start --out FOLDER"),
+    ],
+)
+def test_initial_weights_are_of_the_kind_that_is_said(
+    tmp_path: Path, files: list[str] | None, in_hf: bool, told: str
+) -> None:
+    for file in files or []:
+        (tmp_path / "start" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "start" / file).write_text("")
+    if files is not None:
+        (tmp_path / "start").mkdir(exist_ok=True)
+    flags = ["--checkpoint.initial_load_in_hf"] if in_hf else []
+    message = problems("--checkpoint.initial_load_path=start", *flags)
+    assert told in message
+    assert bool(told) == bool(message)
+
+
 @pytest.mark.parametrize("flag", ["training.enable_cpu_offload", "profiling.enable_memory_snapshot"])
 def test_what_needs_a_gpu(flag: str) -> None:
     assert problems(f"--{flag}", gpus=0) == f"{flag} = true (--{flag}) needs a GPU, and there is none here"
@@ -350,6 +375,13 @@ NO_EFFECT = [
     ("--checkpoint.load_step=-1", "--checkpoint.enable", ["--checkpoint.enable"], 1),
     ("--checkpoint.keep_latest_k=3", "--checkpoint.enable", ["--checkpoint.enable"], 1),
     ("--checkpoint.last_save_model_only", "--checkpoint.enable", ["--checkpoint.enable"], 1),
+    ("--checkpoint.last_save_in_hf", "--checkpoint.enable", ["--checkpoint.enable"], 1),
+    (
+        "--checkpoint.export_dtype=bfloat16",
+        "--checkpoint.last_save_in_hf",
+        ["--checkpoint.enable", "--checkpoint.last_save_in_hf"],
+        1,
+    ),
     ("--checkpoint.async_mode=async", "--checkpoint.enable", ["--checkpoint.enable"], 1),
     ("--profiling.save_traces_folder=x", "enable_profiling", ["--profiling.enable_profiling"], 1),
     ("--profiling.profile_freq=5", "enable_profiling", ["--profiling.enable_profiling"], 1),
@@ -406,6 +438,12 @@ def test_casting_once_matters_only_where_weights_are_cast_again(flag: str) -> No
     assert problems(*once, "--training.global_batch_size=16") == ""
     assert problems(*once, "--activation_checkpoint.mode=full") == ""
     assert problems(*once, "--float8.enable_fsdp_float8_all_gather", world_size=2) == ""
+
+
+def test_a_format_matters_only_where_something_is_loaded() -> None:
+    told = problems("--checkpoint.initial_load_in_hf")
+    assert told.startswith("--checkpoint.initial_load_in_hf would have no effect: no initial weights")
+    assert "add --checkpoint.initial_load_path" in told
 
 
 def test_compiling_on_a_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
