@@ -17,43 +17,42 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import octavo
 from octavo import config, models, quantization
+from octavo.building import build_model, model_args
 from octavo.checkpoint.checkpointer import Checkpointer
 from octavo.checkpoint.resume import resumed
-from octavo.components.device import DTYPES, choose_param_dtype, fastest_attention, peak_flops, pick_device
+from octavo.components.device import choose_param_dtype, fastest_attention, peak_flops, pick_device
 from octavo.components.diagnosis import first_non_finite
 from octavo.components.garbage import GarbageCollector
 from octavo.components.guard import Action, BadNumbers, Guard, Verdict
-from octavo.components.init import init_weights, set_determinism
+from octavo.components.init import set_determinism
 from octavo.components.logging import init_logger, logger, wants_color
-from octavo.components.lr_scheduler import lr_factor, set_lr
+from octavo.components.lr_scheduler import lr_factor, schedule_of, set_lr
 from octavo.components.metrics import MetricsLogger
 from octavo.components.optimizer import build_optimizer, clip_gradients
 from octavo.components.profiling import profiling
 from octavo.components.run_folder import RunFolder
 from octavo.components.run_record import farewell, write_run_record
 from octavo.components.signals import Signals, Stopped
-from octavo.components.tokenizer import Tokenizer, build_tokenizer
+from octavo.components.tokenizer import build_tokenizer
 from octavo.components.validation import build_validator
-from octavo.config import ConfigError, JobConfig
+from octavo.config import JobConfig
 from octavo.data.build import build_dataloader
 from octavo.data.loader import merge_state_dicts
 from octavo.data.records import BadRecords
 from octavo.distributed import mesh
-from octavo.distributed.plan import Parallelize, Sharding
 from octavo.distributed.watchdog import Watchdog
 from octavo.ending import exit_code_of
-from octavo.hf.training import check_exportable, export_folder, load_initial, save_final
+from octavo.hf.training import export_folder, load_initial, save_final
 
 
 def loss_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
@@ -84,7 +83,7 @@ class Trainer:
         self.world = mesh.init_world(self.device, job.parallelism, job.comm)
 
         tokenizer = self.tokenizer = build_tokenizer(job.model.hf_assets_path)
-        self.model_args = self._model_args(tokenizer)  # before the data: a misfit needn't wait for it
+        self.model_args = model_args(job, tokenizer)  # before the data: a misfit needn't wait for it
         self.bad_records = BadRecords(job.training.max_bad_records)
         self.data = build_dataloader(
             dataset=job.training.dataset,
@@ -119,10 +118,18 @@ class Trainer:
         self.global_tokens = self.global_batch_size * job.training.seq_len
 
         self.recipe = quantization.recipe_name(job.model.converters, job.float8)
-        self.model, flops_per_token = self._build_model()
+        self.model, flops_per_token = build_model(
+            job,
+            self.model_args,
+            self.recipe,
+            device=self.device,
+            param_dtype=self.param_dtype,
+            world=self.world,
+        )
         compile_loss = job.compile.enable and "loss" in job.compile.components
         self.loss_sum = torch.compile(loss_sum) if compile_loss else loss_sum
         self.optimizer = build_optimizer(self.model, job.optimizer)
+        self.schedule = schedule_of(job.optimizer, job.lr_scheduler, job.training.steps)
 
         self.checkpointer = Checkpointer(
             job.checkpoint, self.folder.path / job.checkpoint.folder, self.model, self.optimizer
@@ -153,68 +160,6 @@ class Trainer:
             job.training.seq_len,
             job.training.steps,
             job.lr_scheduler.warmup_steps,
-        )
-
-    def _model_args(self, tokenizer: Tokenizer) -> Any:
-        """The model's own arguments, fitted to the job; `ConfigError` where they can't be."""
-        job = self.job
-        spec = models.get(job.model.name)
-        args = spec.configure(spec.args(job.model.flavor), tokenizer.vocab_size, job.training.seq_len)
-        if job.checkpoint.last_save_in_hf:
-            check_exportable(spec)
-        if not job.training.document_mask:
-            return args
-        if spec.mask_documents is None:
-            raise ConfigError(
-                f"training.document_mask = true: the model {spec.name} has no such mask; leave it out"
-            )
-        return spec.mask_documents(args, tokenizer.eos_id)
-
-    def _build_model(self) -> tuple[nn.Module, float]:
-        """The model on its device, converted, parallelised and initialised; and its FLOPs per token."""
-        job, args = self.job, self.model_args
-        spec = models.get(job.model.name)
-        logger.info("Building %s %s with %s", spec.name, job.model.flavor, args)
-        with torch.device("meta"):
-            model = spec.build(args)
-        if self.recipe is not None:
-            if job.compile.enable:
-                quantization.keep_casts_under_compile()
-            quantization.convert(
-                model,
-                self.recipe,
-                job.float8,
-                self.device,
-                filters_given_on_cli=job.given.get("float8.filter_fqns") == "cli",
-            )
-        if job.model.print_after_conversion:
-            logger.info("Model after conversion: %s", model)
-        size = sum(p.numel() for p in model.parameters())
-        logger.info("Model %s %s size: %s total parameters", spec.name, job.model.flavor, f"{size:,}")
-        flops_per_token = spec.flops_per_token(args, model, job.training.seq_len)
-
-        spec.parallelize(model, self._plan())
-        model.to_empty(device="cpu" if job.training.enable_cpu_offload else self.device)
-        init_weights(model, job.training.seed)
-        return model.train(), flops_per_token
-
-    def _plan(self) -> Parallelize:
-        job = self.job
-        sharding = None
-        # One process in float32 needs no wrapper; FSDP2 also casts to param_dtype, and offloads.
-        alone = self.world.size == 1 and self.param_dtype is torch.float32
-        if not alone or job.training.enable_cpu_offload:
-            sharding = Sharding(
-                mesh=self.world.mesh,
-                param_dtype=self.param_dtype,
-                reduce_dtype=DTYPES[job.training.mixed_precision_reduce],
-                reshard=job.parallelism.fsdp_reshard_after_forward != "never",
-                cpu_offload=job.training.enable_cpu_offload,
-            )
-        return Parallelize(
-            activation_checkpoint=job.activation_checkpoint,
-            compile_model=job.compile.enable and "model" in job.compile.components,
-            sharding=sharding,
         )
 
     def train(self) -> None:
@@ -409,17 +354,8 @@ class Trainer:
             "layout": dict(zip(self.world.mesh.mesh_dim_names or (), self.world.mesh.shape, strict=True)),
             "tokens_seen": self.tokens_seen,
             "data": merge_state_dicts(data_states),
-            "schedule": self._schedule(),
+            "schedule": self.schedule,
             "guard": self.guard.state_dict(),
-        }
-
-    def _schedule(self) -> dict[str, Any]:
-        """What an update depends on beside the step and the gradients."""
-        decays = self.job.lr_scheduler.decay_ratio != 0
-        return {
-            "optimizer": asdict(self.job.optimizer),
-            "lr_scheduler": asdict(self.job.lr_scheduler),
-            "steps": self.job.training.steps if decays else None,
         }
 
     def _resume(self) -> int:
@@ -434,11 +370,11 @@ class Trainer:
         if "guard" in state:
             self.guard.load_state_dict(state["guard"])
         logger.info("%s", resumed(state["step"], self.tokens_seen, not_exact))
-        if state["schedule"] != self._schedule():
+        if state["schedule"] != self.schedule:
             logger.warning(
                 "The optimizer goes on otherwise than the checkpoint's run would have: %s then, %s now",
                 state["schedule"],
-                self._schedule(),
+                self.schedule,
             )
         return int(state["step"])
 

@@ -7,6 +7,7 @@ import it: the forked processes of its runs would have it already, without their
 import json
 import os
 import signal
+import sys
 import time
 
 import torch
@@ -48,7 +49,9 @@ def _accident() -> None:
 
 
 trainer: train.Trainer
-_step, _save, _build_model = Trainer._step, Checkpointer.save, Trainer._build_model
+_module = sys.modules[Trainer.__module__]
+_step, _save, _gradients = Trainer._step, Checkpointer.save, Trainer._gradients
+_build_model = _module.build_model
 
 
 def step(self, number):
@@ -83,25 +86,24 @@ class _Times(torch.autograd.Function):
         return grad * ctx.factor, None, None
 
 
-def build_model(self):
-    """Trainer._build_model, with a hook on the module FAULT["module"]."""
-    model, flops = _build_model(self)
+def build_model(*args, **kwargs):
+    """The trainer's build_model, with a hook on the module FAULT["module"]."""
+    model, flops = _build_model(*args, **kwargs)
     if KIND in ("activation", "gradient"):
         factors = (torch.nan, 1.0) if KIND == "activation" else (1.0, torch.nan)
         module = model.get_submodule(FAULT["module"])
         module.register_forward_hook(
             lambda _, inputs, output: _Times.apply(output, *factors) if _strikes() else None
         )
-    if KIND == "spike":
-        own = self.__class__._gradients
-
-        def gradients(batches, look=lambda loss: None):
-            loss = own(self, batches, look)
-            return loss * FAULT["factor"] if _strikes() else loss
-
-        self._gradients = gradients
     return model, flops
 
 
+def gradients(self, *args):
+    """Trainer._gradients, with another loss than was computed."""
+    loss = _gradients(self, *args)
+    return loss * FAULT["factor"] if KIND == "spike" and _strikes() else loss
+
+
 if FAULT:
-    Trainer._step, Checkpointer.save, Trainer._build_model = step, save, build_model
+    Trainer._step, Checkpointer.save, Trainer._gradients = step, save, gradients
+    _module.build_model = build_model

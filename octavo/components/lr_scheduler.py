@@ -6,10 +6,12 @@ with it.
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
-from octavo.config.schema import LRScheduler
+from octavo.config.schema import LRScheduler, Optimizer
 
 # decay progress in (0, 1] -> the factor that is left, before min_lr_factor
 _DECAYS: dict[str, Callable[[float], float]] = {
@@ -42,3 +44,12 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every parameter group the rate `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def schedule_of(optimizer: Optimizer, lr_scheduler: LRScheduler, training_steps: int) -> dict[str, Any]:
+    """What an update depends on beside the step and the gradients."""
+    return {
+        "optimizer": asdict(optimizer),
+        "lr_scheduler": asdict(lr_scheduler),
+        "steps": training_steps if lr_scheduler.decay_ratio != 0 else None,
+    }
