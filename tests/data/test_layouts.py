@@ -1,0 +1,44 @@
+"""A run that changes its number of processes and of workers on the way sees the text of one that does not."""
+
+import pytest
+
+from octavo.prepare import prepare
+from tests import runs
+
+
+def test_world_and_workers_change_on_the_way(tmp_path):
+    """Two ranks, then one, then four; no worker, then two, then one: from prepared shards, through the trainer.
+
+    Losses of different batches differ by far more than rounding makes those of the same batch differ.
+    """
+    folder = tmp_path / "prepared"
+    prepare([str(runs.small_corpus())], tokenizer="octavo_bpe_2048", out=folder, workers=1)
+    common = {
+        "training.dataset": folder,
+        "training.global_batch_size": 8,
+        "training.seq_len": 32,
+        "lr_scheduler.warmup_steps": 0,
+    }
+    alone = runs.train(
+        tmp_path / "alone", {**common, "training.local_batch_size": 8, "training.steps": 6}
+    ).losses
+    assert min(abs(a - b) for k, a in enumerate(alone) for b in alone[:k]) > 4e-4
+
+    found = []
+    for steps, world, workers in ((2, 2, 0), (4, 1, 2), (6, 4, 1)):
+        run = runs.train(
+            tmp_path / "changing",
+            {
+                **common,
+                "training.local_batch_size": 8 // world,
+                "training.steps": steps,
+                "training.num_workers": workers,
+                "checkpoint.enable": "true",
+                "checkpoint.interval": 2,
+            },
+            world=world,
+        )
+        found = run.losses
+        if steps > 2:
+            assert "The data does not go on" not in run.log
+    assert found == pytest.approx(alone, rel=2e-5)
