@@ -2,7 +2,8 @@
 
     python benchmarks/data.py [--megabytes 20] [--rounds 3] [--workers 2] [--json FILE] [--smoke]
 
-Preparing, three sides on the same JSON lines, in rotated order, tokens per second:
+Preparing, three sides on the same JSON lines, in rotated order, tokens per second, and per
+second of processor time, which others on the machine disturb less:
 
 - raw: `encode_batch_fast` of the Rust library on texts in memory, on as many threads, ids taken; no file is
   read, none written
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import sys
@@ -140,14 +142,22 @@ def rotated(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, lis
     return found
 
 
-def timed(work: Callable[[], int]) -> Callable[[], float]:
-    """Tokens a second of `work`, which returns its tokens."""
+def timed(work: Callable[[], int], cpu_rates: list[float]) -> Callable[[], float]:
+    """Tokens a second of `work`, which returns its tokens; those per second of processor time are noted."""
 
     def run() -> float:
-        start = time.perf_counter()
-        return work() / (time.perf_counter() - start)
+        start, cpu = time.perf_counter(), cpu_seconds()
+        tokens = work()
+        cpu_rates.append(tokens / (cpu_seconds() - cpu))
+        return tokens / (time.perf_counter() - start)
 
     return run
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def table(title: str, rates: dict[str, list[float]], reference: str) -> dict[str, Any]:
@@ -195,14 +205,13 @@ def main() -> int:
             f"{options.megabytes:g} MB, {len(texts):,} documents, {kept['tokens']:,} tokens; "
             f"{workers} workers; {options.rounds} rounds"
         )
-        preparing = rotated(
-            {
-                "raw encode_batch_fast": timed(lambda: raw(texts)),
-                "octavo prepare": timed(lambda: prepare(source, out, workers)),
-                "datasets map": timed(with_datasets),
-            },
-            options.rounds,
-        )
+        works = {
+            "raw encode_batch_fast": lambda: raw(texts),
+            "octavo prepare": lambda: prepare(source, out, workers),
+            "datasets map": with_datasets,
+        }
+        cpu: dict[str, list[float]] = {name: [] for name in works}
+        preparing = rotated({name: timed(work, cpu[name]) for name, work in works.items()}, options.rounds)
         few = max(20, options.batches // 50)
         loading = rotated(
             {
@@ -217,6 +226,9 @@ def main() -> int:
         "cores": os.cpu_count(),
         "options": {key: str(value) for key, value in vars(options).items()},
         "preparing": table("Preparing", preparing, "raw encode_batch_fast"),
+        "preparing, per second of processor time": table(
+            "Preparing, per second of processor time", cpu, "raw encode_batch_fast"
+        ),
         "loading": table("Loading", loading, "datasets"),
     }
     if options.json:

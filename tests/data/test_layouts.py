@@ -7,7 +7,7 @@ from tests import runs
 
 
 def test_world_and_workers_change_on_the_way(tmp_path):
-    """Two ranks, then one, then four; no worker, then two, then one: from prepared shards, through the trainer.
+    """Two ranks, then one, then four; no worker, then two, then one: prepared shards, through the trainer.
 
     Losses of different batches differ by far more than rounding makes those of the same batch differ.
     """

@@ -126,6 +126,9 @@ class Attention(nn.Module):
         q_BSHE = apply_rope(self.wq(x_BSD).unflatten(-1, (-1, self.head_dim)), table_2SE)
         k_BSGE = apply_rope(self.wk(x_BSD).unflatten(-1, (-1, self.head_dim)), table_2SE)
         v_BSGE = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
+        if mask_B1SS is not None:  # fused kernels that take a mask know no groups
+            groups = q_BSHE.shape[2] // k_BSGE.shape[2]
+            k_BSGE, v_BSGE = (x.repeat_interleave(groups, dim=2) for x in (k_BSGE, v_BSGE))
         y_BHSE = F.scaled_dot_product_attention(
             q_BSHE.transpose(1, 2),
             k_BSGE.transpose(1, 2),
