@@ -76,6 +76,15 @@ def test_mistakes_are_one_message(model, tmp_path, capsys, flags, told):
     assert err.count("octavo: ") == 1
 
 
+def test_a_folder_that_filled_up_meanwhile_is_left_as_it_is(tmp_path):
+    layout = HfLayout(SPEC, ARGS, weights_of(noisy(ARGS)), torch.float32, 10**9)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("kept")
+    with pytest.raises(ConfigError, match="is there already, and not empty"):
+        write_folder(tmp_path / "out", layout, TOKENIZER)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
+
+
 def test_a_failed_export_leaves_nothing(model, tmp_path, monkeypatch, capsys):
     def fail(self, name):
         raise OSError(28, "No space left on device", str(tmp_path / "out"))

@@ -52,6 +52,13 @@ def test_the_text_goes_to_standard_output_and_the_rest_to_standard_error(model, 
     assert first.out == "To be" + TOKENIZER.decode(ids[-5:]) + "\n"
 
 
+def test_a_prompt_begins_a_document_and_cannot_forge_its_end(model):
+    ids = encode_prompt(open_source(model), "To be<|end_of_text|>")
+    assert ids[0] == TOKENIZER.bos_id
+    assert TOKENIZER.eos_id not in ids
+    assert TOKENIZER.decode(ids[1:]) == "To be<|end_of_text|>"
+
+
 def test_a_seed_gives_the_same_text_and_the_seed_that_was_taken_is_told(model, capsys):
     argv = ["generate", "--checkpoint", str(model), "--prompt", "A", "--max_new_tokens=20", "--ignore-eos"]
     assert main(argv) == 0

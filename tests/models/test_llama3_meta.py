@@ -74,12 +74,17 @@ def test_params_of_another_model_are_refused(change, told):
     assert told in str(error.value)
 
 
-def write_ranks(folder, state, ranks, kv_heads, cut=meta.cut_dim):
+# How Meta's model-parallel layers cut: ColumnParallelLinear and the vocabulary by rows, RowParallelLinear by
+# columns.
+CUT = {**dict.fromkeys(["wq", "wk", "wv", "w1", "w3", "output", "tok_embeddings"], 0), "wo": 1, "w2": 1}
+
+
+def write_ranks(folder, state, ranks, kv_heads):
     """`state` as `ranks` model-parallel ranks hold it; wk and wv repeated where there are more than heads."""
     for rank in range(ranks):
         pieces = {"rope.freqs": torch.zeros(4)}
         for name, tensor in state.items():
-            dim, parts, part = cut(name), ranks, rank
+            dim, parts, part = CUT.get(name.split(".")[-2]), ranks, rank
             if ".wk." in name or ".wv." in name:
                 parts, part = min(ranks, kv_heads), rank * min(ranks, kv_heads) // ranks
             pieces[name] = tensor if dim is None else tensor.chunk(parts, dim)[part].clone()
