@@ -52,7 +52,7 @@ from octavo.data.records import BadRecords
 from octavo.distributed import mesh
 from octavo.distributed.watchdog import Watchdog
 from octavo.ending import exit_code_of
-from octavo.hf.training import export_folder, load_initial, save_final
+from octavo.hf.training import export_folder, find_for_all, load_initial, save_final
 
 
 def loss_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
@@ -164,6 +164,9 @@ class Trainer:
 
     def train(self) -> None:
         """Run the steps that are left, and say where everything is."""
+        if self.job.checkpoint.create_seed_checkpoint:
+            self._save_seed()
+            return
         for _ in self.steps():
             pass
         if self.bad_records.found:
@@ -362,9 +365,10 @@ class Trainer:
         """Go on from a checkpoint if there is one; returns the steps already done."""
         state = self.checkpointer.load()
         if state is None:
-            self._load_initial()
+            state = self._load_initial()
+        if state is None:
             return 0
-        data = self.data.load_state_dict(state["data"])
+        data = self.data.load_state_dict(state["data"]) if "data" in state else "it starts anew"
         self.tokens_seen = state["tokens_seen"]
         not_exact = {"data position": data, **state["not_exact"]}
         if "guard" in state:
@@ -378,12 +382,32 @@ class Trainer:
             )
         return int(state["step"])
 
-    def _load_initial(self) -> None:
-        """Start from weights of another run or model, if the job names some."""
+    def _load_initial(self) -> dict[str, Any] | None:
+        """Start from the weights of another run or model, if the job names one; or go on from all of it, and
+        return its state.
+        """
         settings, model = self.job.checkpoint, self.job.model
-        if settings.initial_load_path is not None:
-            path, in_hf = Path(settings.initial_load_path), settings.initial_load_in_hf
-            load_initial(self.model, path, in_hf, models.get(model.name), self.model_args, model.flavor)
+        if settings.initial_load_path is None:
+            return None
+        path, in_hf = Path(settings.initial_load_path), settings.initial_load_in_hf
+        if not settings.initial_load_model_only:
+            return self.checkpointer.load_initial(find_for_all(path.expanduser()))
+        load_initial(self.model, path, in_hf, models.get(model.name), self.model_args, model.flavor)
+        return None
+
+    def _save_seed(self) -> None:
+        """Write step 0, which runs on any number of processes can start from."""
+        folder = self.folder.path / self.job.checkpoint.folder
+        if self._resume() or self.checkpointer.found:
+            raise ConfigError(
+                f"checkpoint.create_seed_checkpoint = true: {folder} holds checkpoints; name another folder, "
+                "or leave it out"
+            )
+        with closing(self.data), closing(self.metrics):
+            self.checkpointer.save(0, self.job.training.steps, self._state())
+            self.checkpointer.wait()
+        if self.checkpointer.last_saved is None:
+            raise ConfigError(f"{folder}: the seed checkpoint was not saved")
 
     def _export(self, step: int) -> None:
         """Write the trained model in Hugging Face's format, unless an earlier run of this job did."""

@@ -38,6 +38,7 @@ from octavo.checkpoint import disk, manifest, points, rng
 from octavo.checkpoint.errors import DamagedCheckpoint, SavesFailed
 from octavo.checkpoint.hashing import differences
 from octavo.checkpoint.reader import Reader, read_state
+from octavo.checkpoint.resume import without
 from octavo.checkpoint.saving import Outcome, Save, from_rank_0, write
 from octavo.checkpoint.store import Store, none_verifies, path_of, published, told
 from octavo.components.logging import logger
@@ -66,7 +67,9 @@ class Checkpointer:
         self._entered = 0.0
         self.last_saved: int | None = None
         """The step that was published last by this process, None before the first."""
-        if settings.enable and dist.is_initialized():
+        self.found = False
+        """Whether `load` found checkpoints in the folder."""
+        if dist.is_initialized():
             self._control = dist.new_group(backend="gloo")
             self._writing = dist.new_group(backend="gloo")
 
@@ -104,6 +107,8 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Finish a save that is under way. Raises as `save` does."""
+        if self._pending is None:
+            return
         with self._losing_time():
             self._await_pending()
 
@@ -124,7 +129,8 @@ class Checkpointer:
         model_only = step == last_step and self._settings.last_save_model_only
         tensors: dict[str, Any] = {"model": get_model_state_dict(self._model)}
         if not model_only:
-            tensors["optimizer"] = get_optimizer_state_dict(self._model, self._optimizer)["state"]
+            if step > 0:  # before its first step an optimizer has no state, and asking would make it some
+                tensors["optimizer"] = get_optimizer_state_dict(self._model, self._optimizer)["state"]
             tensors["rng"] = {str(dist.get_rank()): rng.capture()}
         state = {"step": step, "model_only": model_only, "world_size": dist.get_world_size(), **state}
         return Save(step, tensors, state)
@@ -198,14 +204,17 @@ class Checkpointer:
             return None
         self.wait()
         steps = from_rank_0(self._look(), self._control)
+        self.found = bool(steps)
         wanted = self._settings.load_step
         if wanted >= 0 and self.last_saved is not None:  # this run has gone on from there
             wanted = self.last_saved
         if wanted >= 0:
-            return self._load_step(wanted, steps)
+            return self._load_step(
+                wanted, steps, self._excluded() if self.last_saved is None else frozenset()
+            )
         wrong: dict[int, list[str]] = {}
         for step in reversed(steps):
-            state, wrong[step] = self._try(step)
+            state, wrong[step] = self._try(path_of(self._folder, step), step)
             if state is not None:
                 return state
             if dist.get_rank() == 0:
@@ -226,32 +235,48 @@ class Checkpointer:
             logger.info("Removed %s, which an earlier run left unfinished", self._folder / name)
         return published(self._folder)
 
-    def _load_step(self, step: int, steps: list[int]) -> dict[str, Any]:
+    def load_initial(self, path: Path) -> dict[str, Any]:
+        """Go on from the checkpoint in `path`, of another run, but for `checkpoint.exclude_from_loading`; see
+        `load`.
+        """
+        state, wrong = self._try(path, None, self._excluded())
+        if state is None:
+            raise DamagedCheckpoint(f"checkpoint.initial_load_path: {path} does not verify: {told(wrong)}")
+        return state
+
+    def _excluded(self) -> frozenset[str]:
+        return frozenset(self._settings.exclude_from_loading)
+
+    def _load_step(self, step: int, steps: list[int], excluded: frozenset[str]) -> dict[str, Any]:
         if step not in steps:
             raise ConfigError(f"checkpoint.load_step = {step}: {self._folder} has steps {steps}")
-        state, wrong = self._try(step)
+        state, wrong = self._try(path_of(self._folder, step), step, excluded)
         if state is None:
             raise DamagedCheckpoint(
                 f"checkpoint.load_step = {step}: {path_of(self._folder, step)} does not verify: {told(wrong)}"
             )
         return state
 
-    def _try(self, step: int) -> tuple[dict[str, Any] | None, list[str]]:
-        """Load a step if it verifies; else what is wrong with it. The same on every rank."""
-        path = path_of(self._folder, step)
+    def _try(
+        self, path: Path, step: int | None, excluded: frozenset[str] = frozenset()
+    ) -> tuple[dict[str, Any] | None, list[str]]:
+        """Load a checkpoint if it verifies; else what is wrong with it. The same on every rank. `step`: of
+        this run's own.
+        """
         wrong = self._problems(path, step)
         if wrong:
             return None, wrong
         try:
-            state = self._load(path)
+            state = self._load(path, excluded)
         except CheckpointException as error:
             return None, [disk.why(error, self._folder, 0)]
         except DamagedCheckpoint as error:
             return None, [str(error)]
-        self._store.good.add(step)
+        if step is not None:
+            self._store.good.add(step)
         return state, []
 
-    def _problems(self, path: Path, step: int) -> list[str]:
+    def _problems(self, path: Path, step: int | None) -> list[str]:
         """What is wrong with a checkpoint. Each rank reads its share of the files."""
         found: dict[str, Any] | str = ""
         if dist.get_rank() == 0:
@@ -269,7 +294,7 @@ class Checkpointer:
         dist.all_gather_object(wrong, share, group=self._control)
         return [problem for share in wrong for problem in share]
 
-    def _load(self, path: Path) -> dict[str, Any]:
+    def _load(self, path: Path, excluded: frozenset[str]) -> dict[str, Any]:
         opened = self._opened(path)
         state = opened.state
         if state["model_only"]:
@@ -277,16 +302,17 @@ class Checkpointer:
                 f"{path} holds the model only (checkpoint.last_save_model_only): training cannot go on "
                 "from it; set checkpoint.load_step to an earlier step, or checkpoint.folder to a new folder"
             )
-        optimizer_state = get_optimizer_state_dict(self._model, self._optimizer)
-        tensors: dict[str, Any] = {
-            "model": get_model_state_dict(self._model),
-            "optimizer": optimizer_state["state"],
-        }
+        tensors: dict[str, Any] = {"model": get_model_state_dict(self._model)}
+        optimizer_state: dict[str, Any] = {}
+        if state["step"] > 0 and "optimizer" not in excluded:
+            optimizer_state = get_optimizer_state_dict(self._model, self._optimizer)
+            tensors["optimizer"] = optimizer_state["state"]
         _check_fit(opened.reader, tensors["model"])
         dcp.load(tensors, storage_reader=opened.reader, process_group=self._control)
         set_model_state_dict(self._model, tensors["model"])
-        set_optimizer_state_dict(self._model, self._optimizer, optimizer_state)
-        return {**state, "not_exact": _restore_rng(opened)}
+        if optimizer_state:
+            set_optimizer_state_dict(self._model, self._optimizer, optimizer_state)
+        return without({**state, "not_exact": _restore_rng(opened)}, excluded)
 
     def _opened(self, path: Path) -> "_Opened":
         """What each rank reads by itself; an error on one rank is one on all."""

@@ -1,6 +1,21 @@
-"""What a run says when it goes on from a checkpoint."""
+"""What a run takes up of a checkpoint, and what it says when it goes on from one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from typing import Any
+
+
+def without(state: Mapping[str, Any], excluded: Set[str]) -> dict[str, Any]:
+    """A checkpoint's state less what `checkpoint.exclude_from_loading` names, which "not_exact" tells.
+
+    Without train_state the run begins at step 0; without dataloader at the start of the data.
+    """
+    left = {**state, "not_exact": {**state["not_exact"], **dict.fromkeys(sorted(excluded), "excluded")}}
+    if "dataloader" in excluded:
+        del left["data"]
+    if "train_state" in excluded:
+        left |= {"step": 0, "tokens_seen": 0}
+        left.pop("guard", None)
+    return left
 
 
 def resumed(step: int, tokens: int, not_exact: Mapping[str, str | None]) -> str:

@@ -51,6 +51,14 @@ def _streams_only(job: JobConfig) -> bool:
 _VALIDATION = tuple(
     f"validation.{key}" for key in ("dataset", "dataset_path", "freq", "steps", "local_batch_size", "seq_len")
 )
+
+
+def _loads_by_name(job: JobConfig, _: int) -> bool:
+    settings = job.checkpoint
+    whole = settings.initial_load_path is not None and not settings.initial_load_model_only
+    return whole or (settings.enable and settings.load_step >= 0)
+
+
 _DECAY = ("lr_scheduler.decay_type", "lr_scheduler.min_lr_factor")
 _PROFILING = "profiling.enable_profiling"
 
@@ -84,11 +92,25 @@ NEEDS: tuple[Need, ...] = (
             "checkpoint.last_save_in_hf",
             "checkpoint.hash",
             "checkpoint.load_only",
+            "checkpoint.create_seed_checkpoint",
             "checkpoint.max_failed_saves",
         ),
         lambda job, _: job.checkpoint.enable,
         "no checkpoints are saved or loaded",
         "add --checkpoint.enable",
+    ),
+    Need(
+        ("checkpoint.exclude_from_loading",),
+        _loads_by_name,
+        "a run that resumes takes up everything, so that it goes on exactly",
+        "name what to load: --checkpoint.load_step, or --checkpoint.initial_load_path with "
+        "--checkpoint.no-initial_load_model_only",
+    ),
+    Need(
+        ("checkpoint.initial_load_model_only",),
+        lambda job, _: job.checkpoint.initial_load_path is not None and not job.checkpoint.initial_load_in_hf,
+        "no checkpoint of another run is loaded",
+        "add --checkpoint.initial_load_path",
     ),
     Need(
         ("checkpoint.initial_load_in_hf",),
@@ -127,6 +149,7 @@ NEEDS: tuple[Need, ...] = (
             "checkpoint.last_save_model_only",
             "checkpoint.async_mode",
             "checkpoint.hash",
+            "checkpoint.create_seed_checkpoint",
             "checkpoint.max_failed_saves",
         ),
         lambda job, _: not job.checkpoint.load_only,

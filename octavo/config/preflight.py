@@ -49,6 +49,7 @@ def check(job: JobConfig, *, world_size: int, gpus: int | None = None) -> None:
             *_offload(job, world_size),
             *_compiler(job, gpus),
             *_rewind(job),
+            *_seed(job, world_size),
             *_packages(job),
         ]
     problems += without_effect(job, world_size)
@@ -334,6 +335,14 @@ def _offload(job: JobConfig, world_size: int) -> Iterator[str]:
             f"{named(job, 'training.enable_cpu_offload')} works with several processes, or with "
             "training.mixed_precision_param = bfloat16"
         )
+
+
+def _seed(job: JobConfig, world_size: int) -> Iterator[str]:
+    key = "checkpoint.create_seed_checkpoint"
+    if job.checkpoint.create_seed_checkpoint and world_size > 1:
+        yield f"{named(job, key)} is for one process, and there are {world_size}: set NGPU=1"
+    if job.checkpoint.create_seed_checkpoint and job.checkpoint.initial_load_path is not None:
+        yield f"{named(job, key)} writes the initial weights; leave checkpoint.initial_load_path out"
 
 
 def _rewind(job: JobConfig) -> Iterator[str]:

@@ -191,6 +191,12 @@ class Checkpoint:
     """async: training goes on while the checkpoint is written; async_with_pinned_mem copies it from the GPU
     into pinned memory, which stays taken (needs a GPU).
     """
+    exclude_from_loading: list[names.Excludable] = field(default_factory=list)
+    """Comma-separated parts not to take up from checkpoint.load_step or checkpoint.initial_load_path:
+    optimizer, dataloader, train_state (step and tokens seen).
+    """
+    create_seed_checkpoint: bool = False
+    """Write the initial weights as step 0 and end; one process only."""
     hash: names.CheckpointHash = "crc32"
     """How files are hashed when they are written and checked when they are loaded; none: sizes only."""
     max_failed_saves: int = 3
@@ -199,6 +205,8 @@ class Checkpoint:
     """Start from the weights in this folder where there is no checkpoint to resume from: a checkpoint, a
     run's folder (its newest), or a Hugging Face folder.
     """
+    initial_load_model_only: bool = True
+    """Of checkpoint.initial_load_path take the weights; if not, go on from there: optimizer, step, data."""
     initial_load_in_hf: bool = False
     """checkpoint.initial_load_path is a Hugging Face folder: config.json and safetensors."""
     last_save_in_hf: bool = False

@@ -100,10 +100,7 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
     "checkpoint": {
         "interval_type": "checkpoint.interval counts steps",
         "model_weights_only": _moved("checkpoint.last_save_model_only"),
-        "initial_load_model_only": "initial_load_path always takes the weights alone",
         "initial_load_in_hf_quantized": "octavo reads unquantised weights only",
-        "create_seed_checkpoint": "not needed: the initial weights are the same on any number of devices",
-        "exclude_from_loading": "a checkpoint is resumed whole",
         "enable_first_step_checkpoint": "set checkpoint.interval = 1 in a short trial run instead",
         "enable_ft_dataloader_checkpoints": "the data's position is always part of a checkpoint",
     },

@@ -43,7 +43,7 @@ def initial_weights(
         if wrong := wrong or differences(found, args):
             raise ConfigError(f"{path} is not {model}: {'; '.join(wrong)}. {_REMEDY}")
         return path, hf_weights(path, spec, args, model=model, remedy=_REMEDY)
-    folder = _found(path)
+    folder = find_for_all(path)
     weights = checkpoint_weights(folder)
     with torch.device("meta"):
         expected = shapes_of(spec.build(args))
@@ -54,7 +54,7 @@ def initial_weights(
     return folder, weights
 
 
-def _found(path: Path) -> Path:
+def find_for_all(path: Path) -> Path:
     """`find_checkpoint`, which reads every file to verify it, by the first process for all."""
     box: list[Any] = [None]
     if dist.get_rank() == 0:

@@ -77,25 +77,32 @@ def final_hash(folder: Path) -> str:
 def crashes_after(
     folder: Path, flags: dict[str, Any], world: int, seconds: float, victim: int | None
 ) -> bool:
-    """Train, and SIGKILL one process (or all: None) after `seconds`; whether that came before the end."""
+    """Train, and SIGKILL one process (or all: None) `seconds` after the first step began; whether that came
+    before the end.
+    """
     killed = []
+    over = threading.Event()
 
     def kill() -> None:
+        while not (folder / "run.json").exists() and not over.is_set():
+            over.wait(0.005)
+        if over.wait(seconds):
+            return
         children = sorted(multiprocessing.active_children(), key=lambda child: child.pid or 0)
         for child in children if victim is None else children[victim : victim + 1]:
             killed.append(child.pid)
             child.kill()
 
-    timer = threading.Timer(seconds, kill)
-    timer.start()
+    killer = threading.Thread(target=kill)
+    killer.start()
     try:
         runs.train(folder, flags, world=world)
     except AssertionError:
         assert killed
         return True
     finally:
-        timer.cancel()
-        timer.join()
+        over.set()
+        killer.join()
     return False
 
 

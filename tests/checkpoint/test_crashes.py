@@ -127,9 +127,8 @@ def test_killed_at_random_times(world, mode, whole, tmp_path):
     """Fifty kills; each run is started again by the same command. Prints how many steps each lost."""
     flags = {**FLAGS, **mode}
     dice = random.Random(17 * world + len(mode))
-    started = time.perf_counter()
     runs.train(tmp_path / "timed", flags, world=world)
-    seconds = time.perf_counter() - started
+    seconds = time.time() - (tmp_path / "timed" / "run.json").stat().st_mtime
     lost = []
     for number in range(50 if world == 1 else 25):
         folder = tmp_path / str(number)
