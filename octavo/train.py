@@ -45,7 +45,7 @@ from octavo.components.run_record import farewell, write_run_record
 from octavo.components.signals import Signals, Stopped
 from octavo.components.tokenizer import build_tokenizer
 from octavo.components.validation import build_validator
-from octavo.config import JobConfig
+from octavo.config import ConfigError, JobConfig
 from octavo.data.build import build_dataloader
 from octavo.data.loader import merge_state_dicts
 from octavo.data.records import BadRecords

@@ -44,6 +44,7 @@ from octavo.checkpoint.store import Store, none_verifies, path_of, published, to
 from octavo.components.logging import logger
 from octavo.config import ConfigError
 from octavo.config.schema import Checkpoint
+from octavo.distributed.mesh import disk_group
 
 
 class Checkpointer:
@@ -70,8 +71,8 @@ class Checkpointer:
         self.found = False
         """Whether `load` found checkpoints in the folder."""
         if dist.is_initialized():
-            self._control = dist.new_group(backend="gloo")
-            self._writing = dist.new_group(backend="gloo")
+            self._control = disk_group()
+            self._writing = disk_group()
 
     def due(self, step: int, last_step: int) -> bool:
         """Whether `step` ends with a save: at the interval, and at the end of the run."""

@@ -11,6 +11,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from octavo.config.schema import Comm, Parallelism
 
+WAITS_FOR_A_DISK = "waits for a disk"
+_DISK_TIMEOUT = timedelta(hours=6)
+
+
+def disk_group() -> dist.ProcessGroup:
+    """A group of all processes for collectives that wait until one of them has read or written files. A dead
+    process is found by its lost connection; there is no other timeout to speak of.
+    """
+    return dist.new_group(backend="gloo", timeout=_DISK_TIMEOUT, group_desc=WAITS_FOR_A_DISK)
+
 
 @dataclass(frozen=True)
 class World:
@@ -70,8 +80,12 @@ def init_world(device: torch.device, parallelism: Parallelism, comm: Comm) -> Wo
 
 
 def set_timeout(seconds: int) -> None:
-    """From now on a collective of any group that takes longer than `seconds` is an error."""
+    """From now on a collective of any group that takes longer than `seconds` is an error; but for groups that
+    wait for a disk.
+    """
     for group in list(dist.distributed_c10d._world.pg_map):
+        if group.group_desc == WAITS_FOR_A_DISK:
+            continue
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 

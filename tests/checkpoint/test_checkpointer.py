@@ -28,6 +28,7 @@ from octavo.checkpoint.store import published as saved_steps
 from octavo.components.logging import logger
 from octavo.config import ConfigError
 from octavo.config.schema import Checkpoint
+from octavo.distributed import mesh
 from tests import ranks
 
 
@@ -318,3 +319,18 @@ def test_saves_at_the_interval_and_at_the_end():
         assert [step for step in range(1, 11) if checkpointer.due(step, 10)] == [4, 8, 10]
         off = Checkpointer(Checkpoint(enable=False, interval=4), Path(folder), nn.Linear(1, 1), None)
         assert not any(off.due(step, 10) for step in range(1, 11))
+
+
+def _timeouts(folder):
+    model, optimizer = build()
+    checkpointer = Checkpointer(ON, folder, model, optimizer)
+    mesh.set_timeout(7)
+    groups = (dist.group.WORLD, checkpointer._control, checkpointer._writing)
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+def test_a_slow_disk_is_no_hang(folder):
+    """Training's timeout, which finds hung ranks in seconds, is not that of a save."""
+    default, *ours = ranks.run(1, _timeouts, folder)[0]
+    assert default == 7
+    assert min(ours) >= 3600
