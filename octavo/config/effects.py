@@ -205,6 +205,14 @@ NEEDS: tuple[Need, ...] = (
         "set it to 1, or to 0",
     ),
     Need(
+        ("training.max_bad_records",),
+        lambda job, _: any(
+            d not in (None, "shakespeare") for d in (job.training.dataset, job.validation.dataset)
+        ),
+        "the shipped corpus has no bad records",
+        "leave it out",
+    ),
+    Need(
         ("training.verify_data",),
         lambda job, _: job.training.dataset not in names.DATASETS,
         "only folders made by octavo prepare have checksums",

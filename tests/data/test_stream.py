@@ -18,6 +18,7 @@ from octavo.config.errors import ConfigError
 from octavo.data import stream as data_stream
 from octavo.data.build import build_dataloader
 from octavo.data.loader import DataLoader, merge_state_dicts
+from octavo.data.records import BadRecords
 from octavo.data.stream import StreamedCorpus, hub_files
 
 SEQ_LEN = 16
@@ -303,3 +304,62 @@ def test_a_process_ends_cleanly_while_it_reads_ahead(copy: Path) -> None:
         [sys.executable, "-c", ABANDONED, str(copy)], capture_output=True, text=True, timeout=60, check=False
     )
     assert (run.returncode, run.stderr) == (7, "")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_mixture_with_a_stream_goes_on_exactly(
+    copy: Path, tokenizer: Tokenizer, tmp_path: Path, ranks: int, opened: list[DataLoader]
+) -> None:
+    """Saved by two ranks with a worker each, resumed by one or two, inline."""
+    (tmp_path / "a.txt").write_text(" ".join(f"a{word}" for word in range(300)))
+
+    def loaders(count: int, workers: int) -> list[DataLoader]:
+        made = [
+            build_dataloader(
+                dataset=f"c4:0.6,{tmp_path / 'a.txt'}:0.4",
+                dataset_path=str(copy),
+                tokenizer=tokenizer,
+                seq_len=SEQ_LEN,
+                local_batch_size=8 // count,
+                dp_rank=rank,
+                dp_degree=count,
+                seed=1,
+                workers=workers,
+            )
+            for rank in range(count)
+        ]
+        opened.extend(made)
+        return made
+
+    expected = steps(loaders(1, 0), 40)
+    saving = loaders(2, 1)
+    assert torch.equal(steps(saving, 25), expected[:25])
+    state = json.loads(json.dumps(merge_state_dicts([one.state_dict() for one in saving])))
+    assert state["source"]["mixture"][0]["streams"]
+    resumed = loaders(ranks, 0)
+    assert [one.load_state_dict(state) for one in resumed] == [None] * ranks
+    assert torch.equal(steps(resumed, 15), expected[25:])
+
+
+def test_bad_records_of_a_stream_are_passed_over_and_counted_once(
+    tokenizer: Tokenizer, tmp_path: Path, opened: list[DataLoader]
+) -> None:
+    """Though every pass meets them again."""
+    good = json.dumps({"text": "word " * 40})
+    (tmp_path / "a.json").write_text(f'{good}\n{{"text": "cut\n{good}\n{{"body": "x"}}\n')
+    bad = BadRecords(2)
+    one = build_dataloader(
+        dataset="c4",
+        dataset_path=str(tmp_path),
+        tokenizer=tokenizer,
+        seq_len=SEQ_LEN,
+        local_batch_size=1,
+        dp_rank=0,
+        dp_degree=1,
+        seed=1,
+        bad=bad,
+    )
+    opened.append(one)
+    steps([one], 60)
+    assert len(bad.found) == 2
+    assert "2 bad records were passed over" in bad.summary()
