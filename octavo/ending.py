@@ -37,11 +37,11 @@ def exit_code_of(train: Callable[[Signals, Watchdog], None]) -> int:
             print(f"octavo: {error}", file=sys.stderr)
             return int(getattr(error, "exit_code", exits.USER_ERROR))
         except BackendCompilerFailed as error:
-            # The terminal's Ctrl-C goes to the C++ compiler, too. No step was done, so nothing is lost.
+            # The terminal's Ctrl-C goes to the C++ compiler, too. What the step before left is saved or not.
             if signals.received is None:
                 raise
             logger.info("The signal also ended the compiler: %s", str(error).strip().partition("\n")[0])
-            return exits.REQUEUE
+            return exits.REQUEUE if signals.saves else exits.of_signal(signals.received)
         except Exception as error:
             reason = watchdog.explain(error)
             if reason is None:

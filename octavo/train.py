@@ -427,6 +427,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def train(signals: Signals, watchdog: Watchdog) -> None:
         job = config.load(sys.argv[1:] if argv is None else argv)
         config.check(job, world_size=int(os.environ.get("WORLD_SIZE", "1")), gpus=torch.cuda.device_count())
+        signals.saves = job.checkpoint.enable
         Trainer(job, signals, watchdog).train()
 
     return exit_code_of(train)

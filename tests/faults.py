@@ -51,6 +51,7 @@ def _accident() -> None:
 trainer: train.Trainer
 _module = sys.modules[Trainer.__module__]
 _step, _save, _gradients = Trainer._step, Checkpointer.save, Trainer._gradients
+_validate = Trainer._validate
 _build_model = _module.build_model
 
 
@@ -71,6 +72,13 @@ def save(self, number, *args, **kwargs):
     if KIND == "signal in save" and MINE and number == FAULT["step"]:
         _send()
     return result
+
+
+def validate(self, *args):
+    """Trainer._validate, with a signal before it."""
+    if KIND == "signal in validation" and _strikes():
+        _send()
+    return _validate(self, *args)
 
 
 class _Times(torch.autograd.Function):
@@ -106,4 +114,5 @@ def gradients(self, *args):
 
 if FAULT:
     Trainer._step, Checkpointer.save, Trainer._gradients = step, save, gradients
+    Trainer._validate = validate
     _module.build_model = build_model

@@ -91,6 +91,15 @@ def test_signalled_run_saves_and_goes_on_bit_for_bit(kind, world, rank, sent, fa
     same(read_model(tmp_path / "checkpoint" / "step-4"), parameters)
 
 
+def test_signal_in_a_validation(fault, tmp_path):
+    fault("signal in validation", step=2, rank=0)
+    validation = {"enable": "true", "freq": 2, "fraction": 0.1, "steps": 1}
+    run = runs.train(tmp_path, {**SAVES, **{f"validation.{key}": value for key, value in validation.items()}})
+    assert run.exit_codes == [75]
+    assert "after step 3, which is saved" in run.log
+    assert len(re.findall("validate step:", run.log)) == 1
+
+
 def test_signal_in_the_last_step_changes_nothing(fault, tmp_path):
     fault("signal", step=4)
     run = runs.train(tmp_path, SAVES)

@@ -48,10 +48,13 @@ class Stopped(Exception):
 
 
 class Signals:
-    """`received` is the first signal that asked to stop, or None. Handlers stand within `with`."""
+    """`received` is the first signal that asked to stop, or None. Handlers stand within `with`. `saves`:
+    whether the run saves checkpoints, so that the same command would go on.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.saves = False
         self._at = 0.0
         self._former: dict[int, Any] = {}
 
