@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -157,6 +160,27 @@ def test_an_interrupted_run_does_not_tokenise_again(
         prepare([str(corpus)], tokenizer=TOKENIZER, out=out, workers=1, shard_tokens=2000)
     with pytest.raises(ConfigError, match=r"an interrupted run with other shard_tokens; give the same"):
         prepare([str(corpus)], tokenizer=TOKENIZER, out=out, workers=1, shard_tokens=3000)
+
+
+def test_a_killed_command_is_gone_on_with_and_leaves_no_process(tmp_path: Path) -> None:
+    """SIGKILL to the main process alone, as the kernel does it when memory is short."""
+    source = tmp_path / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 100))
+    arguments = ["prepare", str(source), "--tokenizer", TOKENIZER, "--workers=2", "--shard-tokens=20000"]
+    command = [sys.executable, "-m", "octavo.cli", *arguments]
+    partial = tmp_path / "out.partial"
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE)
+    while not (partial / "progress.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=60)  # ends when nobody holds stderr any more, the workers neither
+    assert not (tmp_path / "out").exists()
+    done = json.loads((partial / "progress.json").read_bytes())["number"]
+    assert done >= 1
+    for out in ("out", "whole"):
+        subprocess.run([*command, "--out", str(tmp_path / out)], check=True, capture_output=True, timeout=200)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_a_share_of_the_documents_is_for_validation(corpus: Path, tmp_path: Path) -> None:
