@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -52,7 +51,7 @@ from octavo.data.records import BadRecords
 from octavo.distributed import mesh
 from octavo.distributed.watchdog import Watchdog
 from octavo.ending import exit_code_of
-from octavo.hf.training import export_folder, find_for_all, load_initial, save_final
+from octavo.hf.training import export_folder, open_initial, save_final
 
 
 def loss_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
@@ -84,6 +83,9 @@ class Trainer:
 
         tokenizer = self.tokenizer = build_tokenizer(job.model.hf_assets_path)
         self.model_args = model_args(job, tokenizer)  # before the data: a misfit needn't wait for it
+        self.initial = open_initial(
+            job.checkpoint, self.folder.path / job.checkpoint.folder, job.model, self.model_args
+        )
         self.bad_records = BadRecords(job.training.max_bad_records)
         self.data = build_dataloader(
             dataset=job.training.dataset,
@@ -386,13 +388,11 @@ class Trainer:
         """Start from the weights of another run or model, if the job names one; or go on from all of it, and
         return its state.
         """
-        settings, model = self.job.checkpoint, self.job.model
-        if settings.initial_load_path is None:
+        if self.initial is None:
             return None
-        path, in_hf = Path(settings.initial_load_path), settings.initial_load_in_hf
-        if not settings.initial_load_model_only:
-            return self.checkpointer.load_initial(find_for_all(path.expanduser()))
-        load_initial(self.model, path, in_hf, models.get(model.name), self.model_args, model.flavor)
+        if not self.job.checkpoint.initial_load_model_only:
+            return self.checkpointer.load_initial(self.initial.folder)
+        self.initial.load(self.model)
         return None
 
     def _save_seed(self) -> None:

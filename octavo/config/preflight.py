@@ -295,8 +295,9 @@ def _load_step(job: JobConfig) -> Iterator[str]:
 
 def _initial_load(job: JobConfig) -> Iterator[str]:
     """What the folder holds is read when the model is built; here, whether it is of the kind that is said."""
-    if job.checkpoint.initial_load_path is None:
-        return
+    own = Path(job.job.dump_folder).expanduser() / job.checkpoint.folder
+    if job.checkpoint.initial_load_path is None or (job.checkpoint.enable and any(own.glob("step-*"))):
+        return  # a run that resumes does not look at it again
     folder, key = Path(job.checkpoint.initial_load_path).expanduser(), "checkpoint.initial_load_path"
     in_hf = any(folder.glob("*.safetensors"))
     if not folder.is_dir():

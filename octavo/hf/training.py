@@ -4,6 +4,8 @@ Both go parameter by parameter. At the start every process reads a whole paramet
 shard; at the end the processes gather one parameter at a time, and the first writes it.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from octavo import models
 from octavo.checkpoint.reader import read_state
+from octavo.checkpoint.store import published
 from octavo.components.init import plain_name
 from octavo.components.logging import logger
 from octavo.components.tokenizer import Tokenizer
 from octavo.config import ConfigError
+from octavo.config.schema import Checkpoint, Model
 from octavo.hf import files
-from octavo.hf.sources import checkpoint_weights, differences, find_checkpoint, hf_model, hf_weights
+from octavo.hf.sources import build, checkpoint_weights, differences, find_checkpoint, hf_model, hf_weights
 from octavo.hf.weights import Weights, check_fit, shapes_of
 from octavo.hf.writer import DTYPES, HfLayout, write_folder
 
@@ -28,60 +32,78 @@ _SHARD_BYTES = 2 * 10**9  # the other processes wait while one file is written
 _REMEDY = "Set model.flavor, and model.hf_assets_path, to that model's own"
 
 
-def initial_weights(
-    path: Path, in_hf: bool, spec: models.ModelSpec, args: Any, flavor: str
-) -> tuple[Path, Weights]:
-    """The weights in `path`, found to fit the model of `args`, and the folder that they are in.
+@dataclass(frozen=True)
+class Initial:
+    """Weights to start from, found to fit the model; and the folder that they are in."""
+
+    folder: Path
+    weights: Weights
+
+    @torch.no_grad()
+    def load(self, model: nn.Module) -> None:
+        """Replace the weights of `model`, sharded or not."""
+        for name, parameter in model.named_parameters():
+            whole = self.weights.read(plain_name(name)).to(device=parameter.device, dtype=parameter.dtype)
+            if isinstance(parameter, DTensor):
+                # src_data_rank=None: every process has read the same values, so nothing needs to be sent
+                mesh, placements = parameter.device_mesh, parameter.placements
+                whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+            parameter.copy_(whole)
+        logger.info("Training starts from the weights in %s", self.folder)
+
+
+def open_initial(settings: Checkpoint, checkpoints: Path, which: Model, args: Any) -> Initial | None:
+    """The weights that `settings.initial_load_path` names; None where it is unset, or where the run has
+    checkpoints of its own in the folder `checkpoints`, from which it resumes. Called by every process.
+
+    `which` and `args` are the run's model. Only shapes are read yet, so that a misfit is told before anything
+    large is built.
 
     Raises:
-        ConfigError: they are missing, damaged, or of another model.
+        ConfigError: the weights are missing, damaged, or of another model.
     """
+    if settings.initial_load_path is None:
+        return None
+    path = Path(settings.initial_load_path).expanduser()
+    folder = _decide(lambda: _find(path, settings, checkpoints))
+    if folder is None:
+        return None
+    spec, flavor = models.get(which.name), which.flavor
     model = f"{spec.name} {flavor}"
-    if in_hf:
-        found_spec, found = hf_model(path)
+    if settings.initial_load_in_hf:
+        found_spec, found = hf_model(folder)
         wrong = [] if found_spec is spec else [f"it is a {found_spec.name}"]
         if wrong := wrong or differences(found, args):
-            raise ConfigError(f"{path} is not {model}: {'; '.join(wrong)}. {_REMEDY}")
-        return path, hf_weights(path, spec, args, model=model, remedy=_REMEDY)
-    folder = find_for_all(path)
+            raise ConfigError(f"{folder} is not {model}: {'; '.join(wrong)}. {_REMEDY}")
+        return Initial(folder, hf_weights(folder, spec, args, model=model, remedy=_REMEDY))
     weights = checkpoint_weights(folder)
-    with torch.device("meta"):
-        expected = shapes_of(spec.build(args))
+    expected = shapes_of(build(spec, args))
     check_fit(weights.shapes, expected, where=str(folder), model=model, remedy=_REMEDY)
     theirs = read_state(folder).get("config", {}).get("model", {}).get("flavor", flavor)
     if theirs != flavor:
         logger.warning("%s is of flavor %s, and fits %s: only its weights are taken", folder, theirs, flavor)
-    return folder, weights
+    return Initial(folder, weights)
 
 
-def find_for_all(path: Path) -> Path:
-    """`find_checkpoint`, which reads every file to verify it, by the first process for all."""
+def _find(path: Path, settings: Checkpoint, checkpoints: Path) -> Path | None:
+    if settings.enable and published(checkpoints):
+        return None
+    return path if settings.initial_load_in_hf else find_checkpoint(path)
+
+
+def _decide(choose: Callable[[], Path | None]) -> Path | None:
+    """What `choose` returns or raises on the first process, which alone calls it: it may read every file."""
     box: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            box = [find_checkpoint(path)]
+            box = [choose()]
         except ConfigError as error:
             box = [error]
     dist.broadcast_object_list(box)
     if isinstance(box[0], ConfigError):
         raise box[0]
-    folder: Path = box[0]
-    return folder
-
-
-@torch.no_grad()
-def load_initial(
-    model: nn.Module, path: Path, in_hf: bool, spec: models.ModelSpec, args: Any, flavor: str
-) -> None:
-    """Replace the initial weights of `model`, sharded or not, by those in `path`; see `initial_weights`."""
-    folder, weights = initial_weights(path.expanduser(), in_hf, spec, args, flavor)
-    for name, parameter in model.named_parameters():
-        whole = weights.read(plain_name(name)).to(device=parameter.device, dtype=parameter.dtype)
-        if isinstance(parameter, DTensor):
-            # src_data_rank=None: every process has read the same values, so nothing needs to be sent
-            whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(whole)
-    logger.info("Training starts from the weights in %s", folder)
+    chosen: Path | None = box[0]
+    return chosen
 
 
 def export_folder(checkpoints: Path, step: int) -> Path:

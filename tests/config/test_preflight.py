@@ -318,9 +318,12 @@ def test_initial_weights_are_of_the_kind_that_is_said(
     if files is not None:
         (tmp_path / "start").mkdir(exist_ok=True)
     flags = ["--checkpoint.initial_load_in_hf"] if in_hf else []
-    message = problems("--checkpoint.initial_load_path=start", *flags)
+    argv = ["--checkpoint.initial_load_path=start", *flags, "--job.dump_folder=out", "--checkpoint.enable"]
+    message = problems(*argv)
     assert told in message
     assert bool(told) == bool(message)
+    (tmp_path / "out/checkpoint/step-5").mkdir(parents=True)  # it resumes, and does not look at it again
+    assert problems(*argv) == ""
 
 
 @pytest.mark.parametrize("flag", ["training.enable_cpu_offload", "profiling.enable_memory_snapshot"])

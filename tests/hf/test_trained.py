@@ -1,6 +1,7 @@
 """A trained model in and out of Hugging Face's format: the same logits, the same text, the same next loss."""
 
 import json
+import shutil
 import warnings
 
 import pytest
@@ -130,6 +131,30 @@ def test_training_goes_on_from_an_import_with_the_same_loss(trained, exported, t
         losses["import"], rel=1e-4
     )  # float8 rounds sums in another order
     assert losses["anew"][0] > losses["import"][0] + 0.1
+
+
+def test_a_misfit_is_told_before_the_corpus_is_read(trained, exported, tmp_path):
+    for flags, told in (
+        ({"checkpoint.initial_load_path": trained}, "layers.6.attention.wq.weight is not in it"),
+        (
+            {"checkpoint.initial_load_path": exported, "checkpoint.initial_load_in_hf": True},
+            "is not llama3 1B: dim is 256, not 2048",
+        ),
+    ):
+        run = runs.train(tmp_path, {**FLAGS, "model.flavor": "1B", **flags}, world=2)
+        assert run.exit_codes == [2, 2]
+        assert told in run.log
+        assert "Set model.flavor, and model.hf_assets_path" in run.log
+        assert "Building" not in run.log
+        assert "Traceback" not in run.log
+
+
+def test_a_run_that_resumes_needs_its_initial_weights_no_more(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    gone = {"checkpoint.initial_load_path": tmp_path / "gone", "training.steps": 5}
+    run = runs.train(tmp_path / "run", {**FLAGS, **gone}, world=2)
+    assert run.exit_codes == [0, 0], run.log
+    assert "Training starts at step 5" in run.log
 
 
 def test_an_existing_folder_is_not_written_over(trained, exported, tmp_path, capsys):
