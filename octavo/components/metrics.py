@@ -6,8 +6,10 @@ tps is tokens per second and device since the last line; tflops is tps times the
 mfu is tflops over the device's peak. Time spent waiting for data is measured around the wait itself.
 """
 
+import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -160,9 +162,16 @@ class _Jsonl:
         partial.replace(self._path)
 
     def write(self, values: Mapping[str, Any]) -> None:
-        values = {name: _finite(value) for name, value in values.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        """Append a line. A full disk costs the line, not the run."""
+        line = json.dumps({name: _finite(value) for name, value in values.items()}) + "\n"
+        whole = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a") as file:
+                file.write(line)
+        except OSError as error:
+            logger.warning("%s: a line could not be written: %s", self._path, error.strerror)
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, whole)  # no half lines
 
 
 class MetricsLogger:

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,3 +200,14 @@ def test_colors_can_be_turned_off(tmp_path, clock, caplog, monkeypatch):
         step(logger, clock, 1)
     assert "\033[" not in caplog.text
     assert "step:  1" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, clock, caplog):
+    logger = build(tmp_path, log_freq=1)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    assert step(logger, clock, 1) is not None
+    assert "metrics.jsonl: a line could not be written: No space left on device" in caplog.text
+    (tmp_path / "metrics.jsonl").unlink()
+    step(logger, clock, 2)
+    assert [line["step"] for line in lines(tmp_path)] == [2]
