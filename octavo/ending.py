@@ -5,8 +5,6 @@ known, one message instead of a traceback.
 import sys
 from collections.abc import Callable
 
-from torch._dynamo.exc import BackendCompilerFailed
-
 from octavo import exits
 from octavo.components.guard import BadNumbers
 from octavo.components.logging import logger
@@ -36,13 +34,11 @@ def exit_code_of(train: Callable[[Signals, Watchdog], None]) -> int:
         except ConfigError as error:
             print(f"octavo: {error}", file=sys.stderr)
             return int(getattr(error, "exit_code", exits.USER_ERROR))
-        except BackendCompilerFailed as error:
-            # The terminal's Ctrl-C goes to the C++ compiler, too. What the step before left is saved or not.
-            if signals.received is None:
-                raise
-            logger.info("The signal also ended the compiler: %s", str(error).strip().partition("\n")[0])
-            return exits.REQUEUE if signals.saves else exits.of_signal(signals.received)
         except Exception as error:
+            # The terminal's Ctrl-C goes to the C++ compiler, too.
+            if signals.received is not None and _is_of_the_compiler(error):
+                logger.info("The signal also ended the compiler: %s", str(error).strip().partition("\n")[0])
+                return exits.REQUEUE if signals.saves else exits.of_signal(signals.received)
             reason = watchdog.explain(error)
             if reason is None:
                 raise
@@ -50,3 +46,8 @@ def exit_code_of(train: Callable[[Signals, Watchdog], None]) -> int:
             return exits.FAILED
         mesh.finish()
     return code
+
+
+def _is_of_the_compiler(error: Exception) -> bool:
+    """Told by the class's name: to import the class takes a second, which only compiled runs need."""
+    return any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__)
