@@ -7,7 +7,6 @@ over random times is slow: `pytest -m slow tests/checkpoint/test_crashes.py`.
 import random
 import re
 import shutil
-import time
 
 import pytest
 
@@ -128,8 +127,10 @@ def test_killed_at_random_times(world, mode, whole, tmp_path):
     flags = {**FLAGS, **mode}
     dice = random.Random(17 * world + len(mode))
     runs.train(tmp_path / "timed", flags, world=world)
-    seconds = time.time() - (tmp_path / "timed" / "run.json").stat().st_mtime
-    lost = []
+    timed = tmp_path / "timed"
+    ended = (latest(timed / "checkpoint") / "manifest.json").stat().st_mtime
+    seconds = ended - (timed / "run.json").stat().st_mtime
+    killed, lost = [], []
     for number in range(50 if world == 1 else 25):
         folder = tmp_path / str(number)
         while not crashes_after(
@@ -141,7 +142,10 @@ def test_killed_at_random_times(world, mode, whole, tmp_path):
         assert (run.losses, final_hash(folder)) == whole(world), number
         resumed = re.search(r"resumed step (\d+), .* data position exact, RNG exact", run.log)
         lost.append(done - (int(resumed[1]) if resumed else 0))
+        killed.append(done)
         shutil.rmtree(folder)
     # Asynchronously, one more may be in flight.
     assert max(lost) <= FLAGS["checkpoint.interval"] * (2 if mode else 1)
-    print(f"\nworld {world}, {mode or 'sync'}: {len(lost)} kills, steps lost: {sorted(lost)}")
+    print(
+        f"\nworld {world}, {mode or 'sync'}: killed after step {sorted(killed)}, steps lost: {sorted(lost)}"
+    )
