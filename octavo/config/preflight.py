@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from octavo.config import names
+from octavo.config import data_checks, names
 from octavo.config.effects import without_effect
 from octavo.config.errors import ConfigError, did_you_mean
 from octavo.config.programs import download_command, missing_cxx
@@ -39,8 +39,8 @@ def check(job: JobConfig, *, world_size: int, gpus: int | None = None) -> None:
             *_warmup(job),
             *_model(job),
             *_float8(job),
-            *_on_disk(_dataset, job, "training.dataset"),
-            *_on_disk(_validation, job, "validation.dataset"),
+            *_on_disk(data_checks.dataset, job, "training.dataset"),
+            *_on_disk(data_checks.validation, job, "validation.dataset"),
             *_on_disk(_tokenizer, job, "model.hf_assets_path"),
             *_on_disk(_outputs, job, "job.dump_folder"),
             *_on_disk(_load_step, job, "checkpoint.folder"),
@@ -154,100 +154,6 @@ def _findable(parts: Sequence[str]) -> bool:
         folders = list(spec.submodule_search_locations)
         spec = importlib.machinery.PathFinder.find_spec(".".join(parts[:depth]), folders)
     return spec is not None
-
-
-def _dataset(job: JobConfig) -> Iterator[str]:
-    yield from _sources(job, "training", job.training.dataset, job.training.dataset_path)
-
-
-def _validation(job: JobConfig) -> Iterator[str]:
-    settings = job.validation
-    if settings.dataset is not None:
-        yield from _sources(job, "validation", settings.dataset, settings.dataset_path)
-        if settings.fraction:
-            yield (
-                f"{named(job, 'validation.fraction')}: validation.dataset = {settings.dataset} is given, "
-                "so nothing need be held out; unset one of the two"
-            )
-    elif settings.dataset_path is not None:
-        yield f"{named(job, 'validation.dataset_path')} has no effect without validation.dataset"
-    elif settings.enable and not settings.fraction:
-        yield from _validation_split(job)
-    if (
-        settings.fraction
-        and settings.dataset is None
-        and settings.seq_len not in (None, job.training.seq_len)
-    ):
-        yield (
-            f"{named(job, 'validation.seq_len')}: what validation.fraction holds out are samples of "
-            f"training.seq_len = {job.training.seq_len}; leave it out, or name a validation.dataset"
-        )
-    long = settings.seq_len is not None and settings.seq_len > job.training.seq_len
-    if long:
-        yield (
-            f"{named(job, 'validation.seq_len')} exceeds training.seq_len = {job.training.seq_len}, all "
-            "that the model has positions for"
-        )
-
-
-def _validation_split(job: JobConfig) -> Iterator[str]:
-    from octavo.data import shards
-    from octavo.data.spec import parse_dataset
-
-    for name, _ in parse_dataset(job.training.dataset, names.DATASETS):
-        folder = Path(name).expanduser()
-        prepared = name not in names.DATASETS and shards.is_prepared(folder)
-        if not prepared or shards.VALIDATION not in shards.read_index(folder).splits:
-            yield (
-                f"{named(job, 'validation.enable')}: {name} has no validation split; name a "
-                "validation.dataset, or hold a share of the samples out with validation.fraction"
-            )
-
-
-def _sources(job: JobConfig, section: str, dataset: str, dataset_path: str | None) -> Iterator[str]:
-    """What is wrong with `section`.dataset, one source or a mixture, and with its dataset_path."""
-    # Here, not above: they import this package. They import no torch.
-    from octavo.data.spec import parse_dataset
-
-    key = f"{section}.dataset"
-    try:
-        parts = [name for name, _ in parse_dataset(dataset, names.DATASETS)]
-    except ConfigError as error:
-        yield f"{named(job, key)}: {error}"
-        return
-    for name in parts:
-        yield from _source(job, key, name, "" if name == dataset else f"{name} is ")
-    if dataset_path is None:
-        return
-    if not any(name in names.STREAMED_DATASETS for name in parts):
-        streamed = ", ".join(names.STREAMED_DATASETS)
-        yield (
-            f"{named(job, f'{section}.dataset_path')} has no effect with {key} = {dataset}: "
-            f"only {streamed} are read from elsewhere. Name a path of your own in {key}, "
-            f"or unset this one (--{section}.dataset_path=None)"
-        )
-    elif not Path(dataset_path).expanduser().exists():
-        yield f"{named(job, f'{section}.dataset_path')} does not exist"
-
-
-def _source(job: JobConfig, key: str, name: str, subject: str) -> Iterator[str]:
-    from octavo.data import shards
-    from octavo.data.files import find_files
-
-    path = Path(name).expanduser()
-    if name in names.DATASETS:
-        return
-    if not path.exists():
-        known, hint = ", ".join(names.DATASETS), did_you_mean(name, names.DATASETS)
-        yield f"{named(job, key)}: {subject}neither a known corpus ({known}) nor an existing path{hint}"
-        return
-    try:
-        if shards.is_prepared(path):
-            shards.check_sizes(path, shards.read_index(path))
-        else:
-            find_files(path)
-    except ConfigError as error:
-        yield f"{named(job, key)}: {error}"
 
 
 def _tokenizer(job: JobConfig) -> Iterator[str]:

@@ -1,0 +1,119 @@
+"""Whether the data that a job names is there and fits together, as far as files can tell without torch.
+
+Paths, mixtures, the sizes of prepared shards. Whether the tokenizer is the one that shards were made with,
+the loader finds out.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from octavo.config import names
+from octavo.config.errors import ConfigError, did_you_mean
+from octavo.config.ranges import named
+from octavo.config.schema import JobConfig
+
+
+def dataset(job: JobConfig) -> Iterator[str]:
+    """What is wrong with training.dataset and its path."""
+    yield from _sources(job, "training", job.training.dataset, job.training.dataset_path)
+
+
+def validation(job: JobConfig) -> Iterator[str]:
+    """What is wrong with [validation]: nothing to validate on, or settings that contradict each other."""
+    settings = job.validation
+    if settings.dataset is not None:
+        yield from _sources(job, "validation", settings.dataset, settings.dataset_path)
+        if settings.fraction:
+            yield (
+                f"{named(job, 'validation.fraction')}: validation.dataset = {settings.dataset} is given, "
+                "so nothing need be held out; unset one of the two"
+            )
+    elif settings.dataset_path is not None:
+        yield f"{named(job, 'validation.dataset_path')} has no effect without validation.dataset"
+    elif settings.enable and not settings.fraction:
+        yield from _validation_split(job)
+    if (
+        settings.fraction
+        and settings.dataset is None
+        and settings.seq_len not in (None, job.training.seq_len)
+    ):
+        yield (
+            f"{named(job, 'validation.seq_len')}: what validation.fraction holds out are samples of "
+            f"training.seq_len = {job.training.seq_len}; leave it out, or name a validation.dataset"
+        )
+    long = settings.seq_len is not None and settings.seq_len > job.training.seq_len
+    if long:
+        yield (
+            f"{named(job, 'validation.seq_len')} exceeds training.seq_len = {job.training.seq_len}, all "
+            "that the model has positions for"
+        )
+
+
+def _validation_split(job: JobConfig) -> Iterator[str]:
+    from octavo.data.spec import parse_dataset
+
+    try:
+        parts = [name for name, _ in parse_dataset(job.training.dataset, names.DATASETS)]
+        lacking = [name for name in parts if not _has_validation_split(name)]
+    except ConfigError:  # said of training.dataset already
+        return
+    for name in lacking:
+        yield (
+            f"{named(job, 'validation.enable')}: {name} has no validation split; name a "
+            "validation.dataset, or hold a share of the samples out with validation.fraction"
+        )
+
+
+def _has_validation_split(name: str) -> bool:
+    from octavo.data import shards
+
+    folder = Path(name).expanduser()
+    if name in names.DATASETS or not shards.is_prepared(folder):
+        return False
+    return shards.VALIDATION in shards.read_index(folder).splits
+
+
+def _sources(job: JobConfig, section: str, dataset: str, dataset_path: str | None) -> Iterator[str]:
+    """What is wrong with `section`.dataset, one source or a mixture, and with its dataset_path."""
+    # Here, not above: they import this package. They import no torch.
+    from octavo.data.spec import parse_dataset
+
+    key = f"{section}.dataset"
+    try:
+        parts = [name for name, _ in parse_dataset(dataset, names.DATASETS)]
+    except ConfigError as error:
+        yield f"{named(job, key)}: {error}"
+        return
+    for name in parts:
+        yield from _source(job, key, name, "" if name == dataset else f"{name} is ")
+    if dataset_path is None:
+        return
+    if not any(name in names.STREAMED_DATASETS for name in parts):
+        streamed = ", ".join(names.STREAMED_DATASETS)
+        yield (
+            f"{named(job, f'{section}.dataset_path')} has no effect with {key} = {dataset}: "
+            f"only {streamed} are read from elsewhere. Name a path of your own in {key}, "
+            f"or unset this one (--{section}.dataset_path=None)"
+        )
+    elif not Path(dataset_path).expanduser().exists():
+        yield f"{named(job, f'{section}.dataset_path')} does not exist"
+
+
+def _source(job: JobConfig, key: str, name: str, subject: str) -> Iterator[str]:
+    from octavo.data import shards
+    from octavo.data.files import find_files
+
+    path = Path(name).expanduser()
+    if name in names.DATASETS:
+        return
+    if not path.exists():
+        known, hint = ", ".join(names.DATASETS), did_you_mean(name, names.DATASETS)
+        yield f"{named(job, key)}: {subject}neither a known corpus ({known}) nor an existing path{hint}"
+        return
+    try:
+        if shards.is_prepared(path):
+            shards.check_sizes(path, shards.read_index(path))
+        else:
+            find_files(path)
+    except ConfigError as error:
+        yield f"{named(job, key)}: {error}"
