@@ -6,26 +6,24 @@
 
 Tensors go by their plain parameter names, so a checkpoint does not depend on compile, activation
 checkpointing, float8 or the number of processes. `store.py` has the protocol that makes a checkpoint whole or
-absent, `saving.py` one save, `reader.py` how it is read without running anything of it.
+absent, `saving.py` one save, `loading.py` what the ranks do together to load, `reader.py` how a checkpoint is
+read without running anything of it.
 
 An asynchronous save copies the tensors and does the rest, by the same code, in a thread with a process group
 of its own, so that its collectives and training's never wait for each other.
 """
 
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -34,12 +32,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from octavo.checkpoint import disk, manifest, points, rng
+from octavo.checkpoint import disk, points, rng
 from octavo.checkpoint.errors import DamagedCheckpoint, SavesFailed
-from octavo.checkpoint.hashing import differences
-from octavo.checkpoint.reader import Reader, read_state
+from octavo.checkpoint.loading import check_fit, open_by_ranks, problems_by_ranks, restore_rng
 from octavo.checkpoint.resume import without
-from octavo.checkpoint.saving import Outcome, Save, from_rank_0, write
+from octavo.checkpoint.saving import Outcome, Pending, Save, from_rank_0, write
 from octavo.checkpoint.store import Store, none_verifies, path_of, published, told
 from octavo.components.logging import logger
 from octavo.config import ConfigError
@@ -62,7 +59,7 @@ class Checkpointer:
         self._optimizer = optimizer
         self._store = Store(folder, keep=settings.keep_latest_k, algorithm=settings.hash)
         self._stagers: dict[str, BlockingAsyncStager] = {}
-        self._pending: _Pending | None = None
+        self._pending: Pending | None = None
         self._failed = 0
         self._lost = 0.0
         self._entered = 0.0
@@ -94,7 +91,7 @@ class Checkpointer:
             else:
                 staged = self._staged(save)
                 seconds = time.perf_counter() - self._entered
-                self._pending = _Pending(staged, final, seconds, self._store, self._writing)
+                self._pending = Pending(staged, final, seconds, self._store, self._writing)
 
     def poll(self) -> None:
         """Conclude an asynchronous save if it is through on every process. Raises as `save` does."""
@@ -264,7 +261,7 @@ class Checkpointer:
         """Load a checkpoint if it verifies; else what is wrong with it. The same on every rank. `step`: of
         this run's own.
         """
-        wrong = self._problems(path, step)
+        wrong = problems_by_ranks(path, step, self._control)
         if wrong:
             return None, wrong
         try:
@@ -277,26 +274,8 @@ class Checkpointer:
             self._store.good.add(step)
         return state, []
 
-    def _problems(self, path: Path, step: int | None) -> list[str]:
-        """What is wrong with a checkpoint. Each rank reads its share of the files."""
-        found: dict[str, Any] | str = ""
-        if dist.get_rank() == 0:
-            try:
-                found = manifest.read(path, step)
-            except DamagedCheckpoint as error:
-                found = str(error)
-        found = from_rank_0(found, self._control)
-        if isinstance(found, str):
-            return [found]
-        rank, world = dist.get_rank(), dist.get_world_size()
-        mine = sorted(found["files"])[rank::world]
-        wrong: list[Any] = [None] * world
-        share = differences(path, {name: found["files"][name] for name in mine}, found["hash"])
-        dist.all_gather_object(wrong, share, group=self._control)
-        return [problem for share in wrong for problem in share]
-
     def _load(self, path: Path, excluded: frozenset[str]) -> dict[str, Any]:
-        opened = self._opened(path)
+        opened = open_by_ranks(path, self._control)
         state = opened.state
         if state["model_only"]:
             raise ConfigError(
@@ -308,94 +287,9 @@ class Checkpointer:
         if state["step"] > 0 and "optimizer" not in excluded:
             optimizer_state = get_optimizer_state_dict(self._model, self._optimizer)
             tensors["optimizer"] = optimizer_state["state"]
-        _check_fit(opened.reader, tensors["model"])
+        check_fit(opened.reader, tensors["model"])
         dcp.load(tensors, storage_reader=opened.reader, process_group=self._control)
         set_model_state_dict(self._model, tensors["model"])
         if optimizer_state:
             set_optimizer_state_dict(self._model, self._optimizer, optimizer_state)
-        return without({**state, "not_exact": _restore_rng(opened)}, excluded)
-
-    def _opened(self, path: Path) -> "_Opened":
-        """What each rank reads by itself; an error on one rank is one on all."""
-        opened, problem = None, None
-        try:
-            reader, state = Reader(path), read_state(path)
-            prefix = f"rng.{dist.get_rank()}."
-            names = [name for name in reader.metadata.state_dict_metadata if name.startswith(prefix)]
-            random = {name.removeprefix(prefix): reader.whole(name) for name in names}
-            opened = _Opened(reader, state, random)
-        except DamagedCheckpoint as error:
-            problem = str(error)
-        problems: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem, group=self._control)
-        for problem in problems:
-            if problem is not None:
-                raise DamagedCheckpoint(problem)
-        assert opened is not None
-        return opened
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A checkpoint of which all but the shards is read. random: the generators' states of this rank."""
-
-    reader: Reader
-    state: dict[str, Any]
-    random: dict[str, Tensor]
-
-
-def _restore_rng(opened: _Opened) -> dict[str, str]:
-    """Set the generators as they were; why they are not, if they are not."""
-    now, then = dist.get_world_size(), opened.state["world_size"]
-    if now != then:
-        return {"RNG": f"{then} processes then, {now} now"}
-    missing = rng.restore(opened.random)
-    return {"RNG": f"nothing was saved of {', '.join(missing)}"} if missing else {}
-
-
-class _Pending:
-    """An asynchronous save: a thread that writes what was copied."""
-
-    def __init__(self, save: Save, final: bool, lost: float, store: Store, group: dist.ProcessGroup):
-        self.step, self.final, self.lost = save.step, final, lost
-        self._result: Outcome | BaseException | None = None
-        self._thread = threading.Thread(
-            target=self._run, args=(save, store, group), name="checkpoint", daemon=True
-        )
-        self._thread.start()
-
-    def _run(self, save: Save, store: Store, group: dist.ProcessGroup) -> None:
-        try:
-            self._result = write(save, store, group)
-        except BaseException as error:  # handed on to the trainer
-            self._result = error
-
-    def done(self) -> bool:
-        """Whether this process has written and knows the outcome."""
-        return not self._thread.is_alive()
-
-    def outcome(self) -> Outcome:
-        """How it ended, when it has."""
-        self._thread.join()
-        if isinstance(self._result, BaseException):
-            raise self._result
-        assert self._result is not None
-        return self._result
-
-
-def _check_fit(reader: Reader, model_state: dict[str, Any]) -> None:
-    """`ConfigError` that names the first parameters which the checkpoint lacks or has in another shape."""
-    saved = reader.metadata.state_dict_metadata
-    wrong = []
-    for name, tensor in model_state.items():
-        found = saved.get(f"model.{name}")
-        if found is None:
-            wrong.append(f"{name} is not in it")
-        elif isinstance(found, TensorStorageMetadata) and tuple(found.size) != tuple(tensor.shape):
-            wrong.append(f"{name} is {tuple(found.size)} in it and {tuple(tensor.shape)} in the model")
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ConfigError(
-            f"{reader.folder} does not fit this model: {'; '.join(wrong[:3])}{more}. "
-            "Set model.flavor and model.hf_assets_path as they were, or checkpoint.folder to a new folder"
-        )
+        return without({**state, "not_exact": restore_rng(opened)}, excluded)

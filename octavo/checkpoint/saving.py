@@ -5,6 +5,7 @@ rank learns the same outcome. A failure is an outcome, not an exception: trainin
 """
 
 import json
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,6 +77,36 @@ def write(save: Save, store: Store, group: dist.ProcessGroup) -> Outcome:
         files = {name: content for _, written in told for name, content in written.items()}
         outcome = _publish(save, store, partial, files, problem, need, began)
     return from_rank_0(outcome, group)
+
+
+class Pending:
+    """An asynchronous save: a thread that writes what was copied."""
+
+    def __init__(self, save: Save, final: bool, lost: float, store: Store, group: dist.ProcessGroup):
+        self.step, self.final, self.lost = save.step, final, lost
+        self._result: Outcome | BaseException | None = None
+        self._thread = threading.Thread(
+            target=self._run, args=(save, store, group), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, save: Save, store: Store, group: dist.ProcessGroup) -> None:
+        try:
+            self._result = write(save, store, group)
+        except BaseException as error:  # handed on to the trainer
+            self._result = error
+
+    def done(self) -> bool:
+        """Whether this process has written and knows the outcome."""
+        return not self._thread.is_alive()
+
+    def outcome(self) -> Outcome:
+        """How it ended, when it has."""
+        self._thread.join()
+        if isinstance(self._result, BaseException):
+            raise self._result
+        assert self._result is not None
+        return self._result
 
 
 def _begin(step: int, store: Store, need: int) -> tuple[Path | None, str | None]:

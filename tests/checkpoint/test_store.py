@@ -26,9 +26,9 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.fixture(params=["crc32", "sha256"])
-def store(tmp_path, request):
-    return Store(tmp_path, keep=2, algorithm=request.param)
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path, keep=2, algorithm="crc32")
 
 
 @pytest.fixture
@@ -128,8 +128,9 @@ def test_latest_names_everything_that_is_wrong(store, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "__0_0.distcp"])
-def test_every_bit_of_every_file_matters(store, tmp_path, name):
-    write(store, 1)
+@pytest.mark.parametrize("algorithm", ["crc32", "sha256"])
+def test_every_bit_of_every_file_matters(tmp_path, name, algorithm):
+    write(Store(tmp_path, keep=2, algorithm=algorithm), 1)
     path = tmp_path / "step-1" / name
     content = path.read_bytes()
     for bit in range(0, 8 * len(content), 1 if len(content) < 200 else 7):
