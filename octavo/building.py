@@ -71,18 +71,23 @@ def build_model(
 
 def _plan(job: JobConfig, param_dtype: torch.dtype, world: World) -> Parallelize:
     sharding = None
-    # One process in float32 needs no wrapper; FSDP2 also casts to param_dtype, and offloads.
-    alone = world.size == 1 and param_dtype is torch.float32
+    # Whole parameters in float32 need no wrapper; FSDP2 also casts to param_dtype, and offloads.
+    alone = world.sharding.size() == 1 and param_dtype is torch.float32
     if not alone or job.training.enable_cpu_offload:
         sharding = Sharding(
-            mesh=world.mesh,
+            mesh=world.sharding,
             param_dtype=param_dtype,
             reduce_dtype=DTYPES[job.training.mixed_precision_reduce],
             reshard=job.parallelism.fsdp_reshard_after_forward != "never",
             cpu_offload=job.training.enable_cpu_offload,
         )
+    tensor = None
+    if world.tensor is not None:
+        tensor = quantization.tensor_parallel(world.tensor, loss_parallel=world.loss_parallel)
     return Parallelize(
         activation_checkpoint=job.activation_checkpoint,
         compile_model=job.compile.enable and "model" in job.compile.components,
         sharding=sharding,
+        tensor=tensor,
+        context=world.context,
     )

@@ -3,14 +3,24 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+)
 
 from octavo.components.logging import logger
 from octavo.config import ConfigError, JobConfig
 from octavo.config.effects import casts_weights_again
 from octavo.config.schema import Float8
+from octavo.distributed.plan import TensorParallel
 from octavo.float8 import (
     Float8Linear,
     Float8LinearConfig,
@@ -19,6 +29,11 @@ from octavo.float8 import (
     precompute_float8_dynamic_scale_for_fsdp,
 )
 from octavo.float8.matmul import describe_path
+from octavo.float8.tensor_parallel import (
+    Float8ColwiseParallel,
+    Float8RowwiseParallel,
+    PrepareFloat8ModuleInput,
+)
 
 DEFAULT_RECIPE = "tensorwise"
 
@@ -50,6 +65,35 @@ def weights_cast_once(model: nn.Module, job: JobConfig, world_size: int) -> Abst
     """
     return cast_weights_once(
         model, enabled=job.float8.cast_weights_once and casts_weights_again(job, world_size)
+    )
+
+
+def tensor_parallel(mesh: DeviceMesh, *, loss_parallel: bool) -> TensorParallel:
+    """The styles for a model whose products are shared over `mesh`: float8 layers send float8."""
+    return TensorParallel(mesh, loss_parallel, columns=_columns, rows=_rows, gather=_gather)
+
+
+def _columns(linear: nn.Module, **layouts: Any) -> ParallelStyle:
+    style = Float8ColwiseParallel if isinstance(linear, Float8Linear) else ColwiseParallel
+    return style(**layouts)
+
+
+def _rows(linear: nn.Module, **layouts: Any) -> ParallelStyle:
+    style = Float8RowwiseParallel if isinstance(linear, Float8Linear) else RowwiseParallel
+    return style(**layouts)
+
+
+def _gather(
+    linears: Sequence[nn.Module], *, given: Placement, wanted: Placement, inputs: int
+) -> ParallelStyle:
+    rest = (None,) * (inputs - 1)
+    before, after = (given, *rest), (wanted, *rest)
+    recipes = {linear.recipe if isinstance(linear, Float8Linear) else None for linear in linears}
+    recipe = recipes.pop()
+    if recipes or recipe is None or recipe.output.a is None:  # somebody needs the tensor itself
+        return PrepareModuleInput(input_layouts=before, desired_input_layouts=after)
+    return PrepareFloat8ModuleInput(
+        input_layouts=before, desired_input_layouts=after, float8_dtype=recipe.output.a.dtype
     )
 
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import octavo
 from octavo import config, models, quantization
@@ -49,14 +50,16 @@ from octavo.data.build import build_dataloader
 from octavo.data.loader import merge_state_dicts
 from octavo.data.records import BadRecords
 from octavo.distributed import mesh
+from octavo.distributed.tensor_parallel import loss_context
 from octavo.distributed.watchdog import Watchdog
 from octavo.ending import exit_code_of
 from octavo.hf.training import export_folder, open_initial, save_final
 
 
 def loss_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Cross entropy in float32, summed over the tokens; a scalar."""
-    return F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), reduction="sum")
+    """Cross entropy in float32, summed over the tokens; a scalar. Logits may be sharded by vocabulary."""
+    loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), reduction="sum")
+    return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
 
 class Trainer:
@@ -94,7 +97,7 @@ class Trainer:
             seq_len=job.training.seq_len,
             local_batch_size=job.training.local_batch_size,
             dp_rank=self.world.data_rank,
-            dp_degree=self.world.data_size,
+            dp_degree=self.world.layout.data,
             seed=job.training.seed,
             workers=job.training.num_workers,
             pin_memory=self.device.type == "cuda",
@@ -106,12 +109,11 @@ class Trainer:
             job,
             tokenizer,
             self.data.source,
-            rank=self.world.data_rank,
-            ranks=self.world.data_size,
+            world=self.world,
             device=self.device,
             bad=self.bad_records,
         )
-        one_pass = job.training.local_batch_size * self.world.data_size
+        one_pass = job.training.local_batch_size * self.world.layout.data
         logger.info("Data: %s", self.data.description)
         if self.validator is not None:
             logger.info("Validation: %s", self.validator.description)
@@ -203,7 +205,7 @@ class Trainer:
             profiling(self.job.profiling, self.folder.path, self.world.rank) as end_of_step,
         ):
             step, timeout = done, self.job.comm.init_timeout_seconds
-            asked_before = self._sum_over_ranks(torch.tensor(self.signals.asked, device=self.device))
+            asked_before = self.world.sum(torch.tensor(float(self.signals.asked), device=self.device))
             if asked_before:
                 self._stop(step, began=step)
             while step < last:
@@ -246,7 +248,7 @@ class Trainer:
         local_loss = self._gradients(self._next_batches(batches))
         norm = clip_gradients(self.model, settings.training.max_norm)
         # The one place where the host waits for the device: no update without finite numbers.
-        both = self._sum_over_ranks(torch.stack([local_loss, local_loss.new_tensor(self.signals.asked)]))
+        both = self.world.sum(torch.stack([local_loss, local_loss.new_tensor(self.signals.asked)]))
         loss, asked, grad_norm = torch.cat([both, norm.to(both).view(1)]).tolist()
 
         verdict = self.guard.judge(step, loss, grad_norm)
@@ -277,17 +279,13 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         with quantization.weights_cast_once(self.model, self.job, self.world.size):
             for tokens_BS, labels_BS in batches:
-                loss = self.loss_sum(self.model(tokens_BS), labels_BS) / self.global_tokens
-                look(loss)
-                loss.backward()
+                with loss_context(parallel=self.world.loss_parallel):
+                    loss = self.loss_sum(self.model(tokens_BS), labels_BS) / self.global_tokens
+                    look(loss)
+                    loss.backward()
                 total += loss.detach()
                 self.watchdog.progress()
         return total
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        if self.world.size > 1:
-            dist.all_reduce(values)
-        return values
 
     def _next_batches(self, keep: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """The microbatches of one step, which are also put into `keep`."""
@@ -299,13 +297,16 @@ class Trainer:
         """Measure the loss on held-out text, where that is due after `step`."""
         freq = self.job.validation.freq
         if self.validator is not None and (step % freq == 0 or step == last):
-            self.metrics.report_validation(step, self.validator.run(self.model, self.loss_sum))
+            with loss_context(parallel=self.world.loss_parallel):
+                report = self.validator.run(self.model, self.loss_sum)
+            self.metrics.report_validation(step, report)
 
     def _next_batch(self) -> tuple[Tensor, Tensor]:
         """The next microbatch on the device: tokens and labels, int64 [B, S]."""
         start = time.perf_counter()
         tokens_BS, labels_BS = self.data.next_batch()
-        self.metrics.add_batch(tokens_BS.numel(), time.perf_counter() - start)
+        self.metrics.add_batch(tokens_BS.numel() // self.world.tokens_shared, time.perf_counter() - start)
+        labels_BS = self.world.local_labels(labels_BS)
         return tokens_BS.to(self.device, non_blocking=True), labels_BS.to(self.device, non_blocking=True)
 
     def _diagnosis(self, step: int, verdict: Verdict, batches: Sequence[tuple[Tensor, Tensor]]) -> str:
@@ -356,7 +357,7 @@ class Trainer:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "config": self.job.to_dict(),
-            "layout": dict(zip(self.world.mesh.mesh_dim_names or (), self.world.mesh.shape, strict=True)),
+            "layout": self.world.layout.degrees,
             "tokens_seen": self.tokens_seen,
             "data": merge_state_dicts(data_states),
             "schedule": self.schedule,

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
@@ -67,6 +68,21 @@ def draw(rule: InitRule, shape: torch.Size, device: torch.device, seed: int) -> 
     return nn.init.trunc_normal_(full, std=rule.std, a=-bound, b=bound, generator=generator)
 
 
+def local_part(full: Tensor, sharded: DTensor) -> Tensor:
+    """This process's part of `full`, laid out as `sharded` is.
+
+    Where FSDP2 cuts what tensor parallelism has cut already, along the same axis, the mesh lists FSDP2 first
+    although it cuts last; such a placement is called strided.
+    """
+    mesh = sharded.device_mesh
+    cuts = [(p, i) for i, p in enumerate(sharded.placements) if isinstance(p, Shard | _StridedShard)]
+    for placement, axis in sorted(cuts, key=lambda cut: isinstance(cut[0], _StridedShard)):
+        chunks = full.chunk(mesh.size(axis), placement.dim)
+        rank = mesh.get_local_rank(axis)
+        full = chunks[rank] if rank < len(chunks) else full.narrow(placement.dim, 0, 0)
+    return full
+
+
 @torch.no_grad()
 def init_weights(model: Any, seed: int) -> None:
     """Fill every parameter of `model` by its `init_rule`, and its buffers by `init_buffers` if it has one.
@@ -77,8 +93,8 @@ def init_weights(model: Any, seed: int) -> None:
         name = plain_name(name)
         full = draw(model.init_rule(name), parameter.shape, parameter.device, stream_seed(seed, name))
         if isinstance(parameter, DTensor):
-            # src_data_rank=None: every process has drawn the same values, so nothing needs to be sent
-            full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(full)
+            parameter.to_local().copy_(local_part(full, parameter))
+        else:
+            parameter.copy_(full)
     if hasattr(model, "init_buffers"):
         model.init_buffers()

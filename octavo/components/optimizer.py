@@ -35,7 +35,14 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     Returns the norm before that, over all processes, a scalar that is the same on each.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if grads and grads[0].device.type == "cpu":
+        # A CPU adds up float32 squares one after another, which loses 1e-4 of a large gradient's norm: more
+        # than a change of the layout may show.
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+        norm = torch.linalg.vector_norm(torch.stack(norms)).float()
+    else:
+        norm = nn.utils.get_total_norm(grads)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

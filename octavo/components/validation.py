@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -30,6 +29,7 @@ from octavo.data.build import Wanted, build_source
 from octavo.data.mixture import held_out
 from octavo.data.records import BadRecords
 from octavo.data.source import Source
+from octavo.distributed.mesh import World
 
 IGNORED = -100  # a label that cross entropy passes over
 _SEED = 0  # of the order: the same samples for every training.seed
@@ -62,13 +62,12 @@ class Validator:
         *,
         samples: int,
         local_batch_size: int,
-        rank: int,
-        ranks: int,
+        world: World,
         byte_lengths: list[int],
         device: torch.device,
     ) -> None:
         self._source, self.samples, self._batch = source, samples, local_batch_size
-        self._rank, self._ranks, self._device = rank, ranks, device
+        self._world, self._device = world, device
         self._bytes_V = torch.tensor(byte_lengths, dtype=torch.int64, device=device)
         self.description = f"{source.description}; {samples:,} samples each time"
 
@@ -81,13 +80,11 @@ class Validator:
         was_training = model.training
         model.eval()
         with torch.no_grad():
-            for first in range(0, self.samples, self._batch * self._ranks):
-                totals += self._batch_totals(first + self._rank * self._batch, model, loss_sum)
+            for first in range(0, self.samples, self._batch * self._world.layout.data):
+                totals += self._batch_totals(first + self._world.data_rank * self._batch, model, loss_sum)
         model.train(was_training)
         _free_gathered(model)
-        if self._ranks > 1:
-            dist.all_reduce(totals)
-        nats, tokens, text_bytes = totals.tolist()
+        nats, tokens, text_bytes = self._world.sum(totals).tolist()
         return ValidationReport(
             loss=nats / tokens,
             bits_per_byte=nats / math.log(2) / text_bytes if text_bytes else None,
@@ -101,6 +98,7 @@ class Validator:
         samples = self._source.read(first, self._batch).to(self._device)
         tokens_BS, labels_BS = samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
         labels_BS[max(0, self.samples - first) :] = IGNORED
+        labels_BS = self._world.local_labels(labels_BS)
         nats = loss_sum(model(tokens_BS), labels_BS).double()
         counted = labels_BS[labels_BS != IGNORED]
         return torch.stack([nats, nats.new_tensor(counted.numel()), self._bytes_V[counted].sum().double()])
@@ -118,8 +116,7 @@ def build_validator(
     tokenizer: Tokenizer,
     training_source: Source,
     *,
-    rank: int,
-    ranks: int,
+    world: World,
     device: torch.device,
     bad: BadRecords | None = None,
 ) -> Validator | None:
@@ -144,16 +141,15 @@ def build_validator(
             dataset_path=training.dataset_path if own_split else settings.dataset_path,
             split=shards.VALIDATION if own_split else shards.TRAIN,
             bad=bad,
-            verify=(rank, ranks) if training.verify_data else None,
+            verify=(world.data_rank, world.layout.data) if training.verify_data else None,
         )
         source = build_source(settings.dataset or training.dataset, wanted)
     batch = settings.local_batch_size or training.local_batch_size
     return Validator(
         source,
-        samples=_samples(job, source, batch * ranks),
+        samples=_samples(job, source, batch * world.layout.data),
         local_batch_size=batch,
-        rank=rank,
-        ranks=ranks,
+        world=world,
         byte_lengths=tokenizer.byte_lengths(),
         device=device,
     )

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from octavo.config import names
+from octavo.config.errors import ConfigError
+from octavo.config.layout import layout_of
 from octavo.config.schema import JobConfig
 
 
@@ -34,12 +36,30 @@ def _policies(job: JobConfig) -> tuple[str, str]:
     return job.fault_tolerance.non_finite, job.fault_tolerance.spike
 
 
+def _data(job: JobConfig, world_size: int) -> int:
+    """How many groups of processes read different data; 1 where the layout is impossible, which others
+    tell.
+    """
+    try:
+        return layout_of(job.parallelism, world_size).data
+    except ConfigError:
+        return 1
+
+
+def _shards(job: JobConfig, world_size: int) -> int:
+    try:
+        return layout_of(job.parallelism, world_size).sharded
+    except ConfigError:
+        return world_size
+
+
 def casts_weights_again(job: JobConfig, world_size: int) -> bool:
     """Whether a float8 weight is cast several times a step, unless its first cast is kept.
 
     By several microbatches, by recomputation under activation checkpointing, or by gathers in float8.
     """
-    accumulates = job.training.global_batch_size > job.training.local_batch_size * world_size
+    one_pass = job.training.local_batch_size * _data(job, world_size)
+    accumulates = job.training.global_batch_size > one_pass
     gathers = job.float8.enable_fsdp_float8_all_gather and world_size > 1
     return accumulates or gathers or job.activation_checkpoint.mode != "none"
 
@@ -243,6 +263,12 @@ NEEDS: tuple[Need, ...] = (
         "lower --lr_scheduler.warmup_steps",
     ),
     Need(
+        ("parallelism.disable_loss_parallel",),
+        lambda job, _: job.parallelism.tensor_parallel_degree > 1,
+        "there is no tensor parallelism, so every device has all logits",
+        "add --parallelism.tensor_parallel_degree",
+    ),
+    Need(
         (
             "float8.enable_fsdp_float8_all_gather",
             "float8.precompute_float8_dynamic_scale_for_fsdp",
@@ -254,6 +280,16 @@ NEEDS: tuple[Need, ...] = (
         lambda _, world_size: world_size > 1,
         "there is one process, which shares nothing",
         "run on several (NGPU=2 or more), or leave it out",
+    ),
+    Need(
+        (
+            "float8.enable_fsdp_float8_all_gather",
+            "float8.precompute_float8_dynamic_scale_for_fsdp",
+            "parallelism.fsdp_reshard_after_forward",
+        ),
+        lambda job, world_size: _shards(job, world_size) > 1,
+        "parameters are not sharded, so none is gathered",
+        "run on more processes, or lower --parallelism.tensor_parallel_degree",
     ),
 )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from octavo.config import data_checks, names
 from octavo.config.effects import without_effect
 from octavo.config.errors import ConfigError, did_you_mean
+from octavo.config.layout import Layout, layout_of
 from octavo.config.programs import download_command, missing_cxx
 from octavo.config.ranges import get, named, out_of_range
 from octavo.config.schema import JobConfig
@@ -34,8 +35,7 @@ def check(job: JobConfig, *, world_size: int, gpus: int | None = None) -> None:
     problems = out_of_range(job)
     if not problems:  # what follows calculates with the values
         problems = [
-            *_mesh(job, world_size),
-            *_batch(job, world_size),
+            *_layout(job, world_size),
             *_warmup(job),
             *_model(job),
             *_float8(job),
@@ -73,31 +73,42 @@ def _on_disk(look: Callable[[JobConfig], Iterator[str]], job: JobConfig, key: st
         yield f"{named(job, key)}: {getattr(error, 'strerror', None) or error}"
 
 
-def _mesh(job: JobConfig, world_size: int) -> Iterator[str]:
-    replicate = job.parallelism.data_parallel_replicate_degree
-    shard = job.parallelism.data_parallel_shard_degree
-    there = f"{world_size} process{'es' if world_size > 1 else ''}"
-    if shard == -1 and world_size % replicate:
-        yield f"{named(job, 'parallelism.data_parallel_replicate_degree')} does not divide {there}"
-    if shard != -1 and replicate * shard != world_size:
-        yield (
-            "parallelism.data_parallel_replicate_degree x data_parallel_shard_degree = "
-            f"{replicate} x {shard} = {replicate * shard}, but the job has {there}; "
-            "data_parallel_shard_degree = -1 takes what is left"
-        )
+def _layout(job: JobConfig, world_size: int) -> Iterator[str]:
+    try:
+        layout = layout_of(job.parallelism, world_size)
+    except ConfigError as error:
+        yield str(error)
+        return
+    yield from _batch(job, layout)
+    yield from _sequence(job, layout)
 
 
-def _batch(job: JobConfig, world_size: int) -> Iterator[str]:
+def _batch(job: JobConfig, layout: Layout) -> Iterator[str]:
     total, local = job.training.global_batch_size, job.training.local_batch_size
-    one_pass = local * world_size
+    one_pass = local * layout.data
     if total == -1 or total % one_pass == 0:
         return
     below = total // one_pass * one_pass
     fitting = f"{below} or {below + one_pass}" if below else str(one_pass)
+    who = "processes" if layout.context == layout.tensor == 1 else "data parallel groups"
     yield (
-        f"{named(job, 'training.global_batch_size')} is not a multiple of local_batch_size x processes = "
-        f"{local} x {world_size} = {one_pass}; {fitting} would be, or change local_batch_size"
+        f"{named(job, 'training.global_batch_size')} is not a multiple of local_batch_size x {who} = "
+        f"{local} x {layout.data} = {one_pass}; {fitting} would be, or change local_batch_size"
     )
+
+
+def _sequence(job: JobConfig, layout: Layout) -> Iterator[str]:
+    multiple = layout.sequence_multiple
+    for key in ("training.seq_len", "validation.seq_len"):
+        length = get(job, key)
+        if length is not None and length % multiple:
+            terms = [f"tensor_parallel_degree = {layout.tensor}"] if layout.tensor > 1 else []
+            terms += [f"2 x context_parallel_degree = {2 * layout.context}"] if layout.context > 1 else []
+            below = length // multiple * multiple
+            yield (
+                f"{named(job, key)} must be a multiple of {' times '.join(terms)}, so that the devices "
+                f"get equal parts; {f'{below} or ' if below else ''}{below + multiple} would be"
+            )
 
 
 def _warmup(job: JobConfig) -> Iterator[str]:

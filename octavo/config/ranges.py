@@ -61,6 +61,8 @@ RULES: tuple[Rule, ...] = (
             "validation.seq_len",
             "checkpoint.max_failed_saves",
             "parallelism.data_parallel_replicate_degree",
+            "parallelism.tensor_parallel_degree",
+            "parallelism.context_parallel_degree",
             "comm.init_timeout_seconds",
             "comm.train_timeout_seconds",
             "fault_tolerance.max_skips",

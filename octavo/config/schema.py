@@ -167,6 +167,12 @@ class Parallelism:
     """Free gathered weights after forward and gather them again in backward: default and always do, never
     does not.
     """
+    tensor_parallel_degree: int = 1
+    """Devices that share every matrix product, and the tokens between them (sequence parallel)."""
+    disable_loss_parallel: bool = False
+    """Gather the logits on every tensor parallel device, instead of computing the loss on their shards."""
+    context_parallel_degree: int = 1
+    """Devices that share a sequence: each computes a part of its positions, and gathers keys and values."""
 
 
 @dataclass

@@ -9,7 +9,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from octavo.config.layout import Layout, layout_of
 from octavo.config.schema import Comm, Parallelism
+from octavo.distributed.context_parallel import local_positions
+
+_NAMES = {"replicate": "dp_replicate", "shard": "dp_shard", "context": "cp", "tensor": "tp"}
 
 WAITS_FOR_A_DISK = "waits for a disk"
 _DISK_TIMEOUT = timedelta(hours=6)
@@ -26,15 +30,41 @@ def disk_group() -> dist.ProcessGroup:
 class World:
     """Where this process stands.
 
-    rank, size: among all processes. mesh: the data-parallel mesh, [replicate, shard] or [shard]. data_rank,
-    data_size: this process's place among those that read different data.
+    rank, size: among all processes. layout: their number along each axis. sharding: the mesh that parameters
+    are sharded over, [replicate, shard x context] or [shard x context]; tensor, context: the group that this
+    process shares its products, or its sequence, with. data_rank: its place among the `layout.data` groups
+    that read different data. loss_parallel: whether logits stay sharded by vocabulary over `tensor`.
     """
 
     rank: int
     size: int
-    mesh: DeviceMesh
+    layout: Layout
+    sharding: DeviceMesh
+    tensor: DeviceMesh | None
+    context: DeviceMesh | None
     data_rank: int
-    data_size: int
+    loss_parallel: bool = False
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Floating-point `values`, which each process has summed over its own tokens, over all tokens.
+
+        Those that share their products have the same tokens, and count for one.
+        """
+        if self.size > 1:
+            values = values / self.layout.tensor
+            dist.all_reduce(values)
+        return values
+
+    @property
+    def tokens_shared(self) -> int:
+        """How many processes work on one token's sequence or products together."""
+        return self.layout.context * self.layout.tensor
+
+    def local_labels(self, labels_BS: torch.Tensor) -> torch.Tensor:
+        """The labels of the positions that this process computes."""
+        if self.context is None:
+            return labels_BS
+        return labels_BS[:, local_positions(self.context, labels_BS.shape[1], labels_BS.device)]
 
 
 def _free_port() -> int:
@@ -55,10 +85,7 @@ def _alone() -> dict[str, str]:
 
 
 def init_world(device: torch.device, parallelism: Parallelism, comm: Comm) -> World:
-    """Join the process group that torchrun described, or a group of one, and lay the mesh over it.
-
-    Replicas are the outer dimension: processes of one node shard, nodes replicate.
-    """
+    """Join the process group that torchrun described, or a group of one, and lay the mesh over it."""
     if "RANK" not in os.environ:
         os.environ.update(_alone())
     dist.init_process_group(
@@ -68,15 +95,29 @@ def init_world(device: torch.device, parallelism: Parallelism, comm: Comm) -> Wo
         timeout=timedelta(seconds=comm.init_timeout_seconds),
         device_id=device if device.type == "cuda" else None,
     )
-    size = dist.get_world_size()
-    replicas = parallelism.data_parallel_replicate_degree
-    if replicas > 1:
-        mesh = init_device_mesh(
-            device.type, (replicas, size // replicas), mesh_dim_names=("dp_replicate", "dp_shard")
-        )
-    else:
-        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("dp_shard",))
-    return World(rank=dist.get_rank(), size=size, mesh=mesh, data_rank=dist.get_rank(), data_size=size)
+    layout = layout_of(parallelism, dist.get_world_size())
+    return build_world(device, layout, loss_parallel=not parallelism.disable_loss_parallel)
+
+
+def build_world(device: torch.device, layout: Layout, *, loss_parallel: bool = True) -> World:
+    """Lay the mesh of `layout` over the default process group."""
+    # Axes of one process take no group of their own, but for the one that is always there.
+    degrees = {_NAMES[axis]: n for axis, n in layout.degrees.items() if n > 1 or axis == "shard"}
+    mesh = init_device_mesh(device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
+    sharding = "dp_shard"
+    if layout.context > 1:
+        mesh["dp_shard", "cp"]._flatten(sharding := "dp_shard_cp")
+    at = {name: mesh.get_local_rank(name) for name in degrees}
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        layout=layout,
+        sharding=mesh["dp_replicate", sharding] if layout.replicate > 1 else mesh[sharding],
+        tensor=mesh["tp"] if layout.tensor > 1 else None,
+        context=mesh["cp"] if layout.context > 1 else None,
+        loss_parallel=loss_parallel and layout.tensor > 1,
+        data_rank=at.get("dp_replicate", 0) * layout.shard + at["dp_shard"],
+    )
 
 
 def set_timeout(seconds: int) -> None:

@@ -1,9 +1,11 @@
 """What a model's `parallelize` is told: frozen facts, made once from the config and the device."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from octavo.config.schema import ActivationCheckpoint
 
@@ -24,9 +26,30 @@ class Sharding:
 
 
 @dataclass(frozen=True)
+class TensorParallel:
+    """Every matrix product is shared over `mesh`, and the tokens between them.
+
+    columns, rows: the style for a linear layer that is sharded by its output or input features. gather: the
+    style for a module whose first input is to be gathered for the linear layers named. Each takes the
+    layer, or layers, that it is for, as float8 layers have styles of their own.
+    loss_parallel: logits stay sharded by vocabulary.
+    """
+
+    mesh: DeviceMesh
+    loss_parallel: bool
+    columns: Callable[..., ParallelStyle]
+    rows: Callable[..., ParallelStyle]
+    gather: Callable[..., ParallelStyle]
+
+
+@dataclass(frozen=True)
 class Parallelize:
-    """The plan for one model. `sharding` is None where one process computes in its parameters' own dtype."""
+    """The plan for one model. `sharding` is None where a process has whole parameters in their own dtype,
+    `tensor` and `context` where products and sequences are not shared.
+    """
 
     activation_checkpoint: ActivationCheckpoint
     compile_model: bool
     sharding: Sharding | None
+    tensor: TensorParallel | None = None
+    context: DeviceMesh | None = None

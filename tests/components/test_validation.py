@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 
 from octavo.components.tokenizer import build_tokenizer
 from octavo.components.validation import Validator
+from octavo.config.layout import Layout
 from octavo.data.corpus import PackedCorpus
 from tests import ranks, runs
 
@@ -32,17 +34,27 @@ def loss_sum(logits, labels):
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
+def all_reduce(values):
+    torch.distributed.all_reduce(values)
+    return values
+
+
 def measure(world, batch):
     """The report of this rank, out of `world`, over the whole of TEXT."""
     tokenizer = build_tokenizer("octavo_bpe_2048")
     source = PackedCorpus([TEXT], name="text", tokenizer=tokenizer, seq_len=SEQ_LEN, seed=0)
     rank = torch.distributed.get_rank() if world > 1 else 0
+    place = SimpleNamespace(
+        data_rank=rank,
+        layout=Layout(shard=world),
+        sum=all_reduce if world > 1 else lambda values: values,
+        local_labels=lambda labels: labels,
+    )
     validator = Validator(
         source,
         samples=source.samples,
         local_batch_size=batch,
-        rank=rank,
-        ranks=world,
+        world=place,
         byte_lengths=tokenizer.byte_lengths(),
         device=torch.device("cpu"),
     )

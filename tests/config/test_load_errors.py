@@ -94,7 +94,10 @@ TOML = [
     (b"\x00\x01", "not valid TOML"),
     # torchtitan's
     ("[training]\ncompile = true\ngc_debug = false", f"job.toml:3: training.gc_debug: {TITAN}"),
-    ("[parallelism]\ntensor-parallel-degree = 1", f"job.toml:2: parallelism.tensor_parallel_degree: {TITAN}"),
+    (
+        "[parallelism]\npipeline-parallel-degree = 1",
+        f"job.toml:2: parallelism.pipeline_parallel_degree: {TITAN}",
+    ),
     ("[mx]\nrecipe_name = 'mxfp8'", f"job.toml:1: [mx]: {TITAN}"),
     ("[quantize.linear.float8]\nemulate = true", f"job.toml:1: [quantize]: {TITAN}"),
     ("[debug]\nseed = 1", f"job.toml:2: debug.seed: {TITAN}here it is training.seed"),

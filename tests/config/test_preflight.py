@@ -168,7 +168,11 @@ def test_a_value_from_a_file_is_told_with_its_line(tmp_path: Path) -> None:
         (["--training.global_batch_size=40"], 3, ["8 x 3 = 24", "24 or 48 would be"]),
         (["--training.global_batch_size=4"], 1, ["8 x 1 = 8"]),
         (["--training.local_batch_size=3", "--training.global_batch_size=8"], 2, ["3 x 2 = 6", "6 or 12"]),
-        (["--parallelism.data_parallel_shard_degree=4"], 2, ["1 x 4 = 4", "2 processes"]),
+        (
+            ["--parallelism.data_parallel_shard_degree=4"],
+            2,
+            ["data_parallel_shard_degree = 4", "2 processes"],
+        ),
         (["--parallelism.data_parallel_replicate_degree=3"], 4, ["= 3", "does not divide 4 processes"]),
         (
             [
@@ -177,6 +181,26 @@ def test_a_value_from_a_file_is_told_with_its_line(tmp_path: Path) -> None:
             ],
             8,
             ["2 x 2 = 4", "8 processes"],
+        ),
+        (
+            ["--parallelism.tensor_parallel_degree=2", "--parallelism.context_parallel_degree=3"],
+            4,
+            ["context_parallel_degree x tensor_parallel_degree = 3 x 2 = 6 does not divide 4 processes"],
+        ),
+        (["--parallelism.tensor_parallel_degree=2"], 1, ["= 2 does not divide 1 process"]),
+        (
+            ["--parallelism.tensor_parallel_degree=2", "--training.global_batch_size=12"],
+            4,
+            ["local_batch_size x data parallel groups = 8 x 2 = 16"],
+        ),
+        (
+            [
+                "--parallelism.tensor_parallel_degree=2",
+                "--parallelism.context_parallel_degree=2",
+                "--training.seq_len=100",
+            ],
+            4,
+            ["tensor_parallel_degree = 2 times 2 x context_parallel_degree = 4", "96 or 104 would be"],
         ),
     ],
 )
@@ -192,6 +216,8 @@ def test_arithmetic_that_does_not_come_out(argv: list[str], world_size: int, par
         (["--parallelism.data_parallel_replicate_degree=2"], 8),
         (["--parallelism.data_parallel_replicate_degree=2", "--parallelism.data_parallel_shard_degree=4"], 8),
         (["--parallelism.data_parallel_shard_degree=8"], 8),
+        (["--parallelism.tensor_parallel_degree=2", "--training.global_batch_size=16"], 4),
+        (["--parallelism.tensor_parallel_degree=2", "--parallelism.context_parallel_degree=2"], 8),
     ],
 )
 def test_arithmetic_that_comes_out(argv: list[str], world_size: int) -> None:

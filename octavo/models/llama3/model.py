@@ -111,6 +111,20 @@ def document_mask(tokens_BS: Tensor, document_end: int) -> Tensor:
     return same_BSS.tril().unsqueeze(1)
 
 
+class CoreAttention(nn.Module):
+    """softmax(q k^T / sqrt(E)) v, causal, or over what a mask leaves. It has no parameters."""
+
+    def forward(
+        self, q_BHSE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask_B1SS: Tensor | None = None
+    ) -> Tensor:
+        if mask_B1SS is not None:  # fused kernels that take a mask know no groups
+            groups = q_BHSE.shape[1] // k_BGSE.shape[1]
+            k_BGSE, v_BGSE = (x.repeat_interleave(groups, dim=1) for x in (k_BGSE, v_BGSE))
+        return F.scaled_dot_product_attention(
+            q_BHSE, k_BGSE, v_BGSE, attn_mask=mask_B1SS, is_causal=mask_B1SS is None, enable_gqa=True
+        )
+
+
 class Attention(nn.Module):
     """Causal grouped-query self-attention, over the whole sequence or over what a mask leaves."""
 
@@ -121,22 +135,13 @@ class Attention(nn.Module):
         self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+        self.core: nn.Module = CoreAttention()
 
     def forward(self, x_BSD: Tensor, table_2SE: Tensor, mask_B1SS: Tensor | None = None) -> Tensor:
         q_BSHE = apply_rope(self.wq(x_BSD).unflatten(-1, (-1, self.head_dim)), table_2SE)
         k_BSGE = apply_rope(self.wk(x_BSD).unflatten(-1, (-1, self.head_dim)), table_2SE)
         v_BSGE = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
-        if mask_B1SS is not None:  # fused kernels that take a mask know no groups
-            groups = q_BSHE.shape[2] // k_BSGE.shape[2]
-            k_BSGE, v_BSGE = (x.repeat_interleave(groups, dim=2) for x in (k_BSGE, v_BSGE))
-        y_BHSE = F.scaled_dot_product_attention(
-            q_BSHE.transpose(1, 2),
-            k_BSGE.transpose(1, 2),
-            v_BSGE.transpose(1, 2),
-            attn_mask=mask_B1SS,
-            is_causal=mask_B1SS is None,
-            enable_gqa=True,
-        )
+        y_BHSE = self.core(q_BSHE.transpose(1, 2), k_BSGE.transpose(1, 2), v_BSGE.transpose(1, 2), mask_B1SS)
         return self.wo(y_BHSE.transpose(1, 2).flatten(-2))
 
 
@@ -171,6 +176,9 @@ class TransformerBlock(nn.Module):
 class Llama(nn.Module):
     """tokens [B, S] int64 -> logits [B, S, V].
 
+    With `positions_P`, ascending, only those of the sequence are computed: logits [B, P, V]. Attention's
+    `core` must then find the keys of the others by itself.
+
     `layers` is a dictionary by number, so that a pipeline stage which drops layers keeps the names of the
     others; for the same reason each part may be absent (None).
     """
@@ -186,7 +194,7 @@ class Llama(nn.Module):
         self.output = None if args.tie_embeddings else nn.Linear(args.dim, args.vocab_size, bias=False)
         self.register_buffer("rope", rope_table(args).to(torch.get_default_device()), persistent=False)
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
+    def forward(self, tokens_BS: Tensor, positions_P: Tensor | None = None) -> Tensor:
         if tokens_BS.shape[1] > self.args.max_seq_len:
             raise ValueError(
                 f"{tokens_BS.shape[1]} tokens in a sequence, but the rotary table has "
@@ -194,13 +202,23 @@ class Llama(nn.Module):
             )
         end = self.args.document_end
         mask_B1SS = None if end is None else document_mask(tokens_BS, end)
+        table = self.rope
+        if positions_P is not None:
+            tokens_BS, table = tokens_BS[:, positions_P], table[:, positions_P]
+            mask_B1SS = None if mask_B1SS is None else mask_B1SS[:, :, positions_P]
         h_BSD = self.tok_embeddings(tokens_BS)
         for layer in self.layers.values():
-            h_BSD = layer(h_BSD, self.rope, mask_B1SS)
+            h_BSD = layer(h_BSD, table, mask_B1SS)
         h_BSD = self.norm(h_BSD)
         if self.output is None:
             return F.linear(h_BSD, self.tok_embeddings.weight)
         return self.output(h_BSD)
+
+    def set_core_attention(self, core: nn.Module) -> None:
+        """Let every layer attend through `core`."""
+        for layer in self.layers.values():
+            assert isinstance(layer, TransformerBlock)
+            layer.attention.core = core
 
     def init_buffers(self) -> None:
         """Fill the rotary table, which meta-device construction left empty."""

@@ -1,21 +1,36 @@
-"""How a Llama is checkpointed, compiled and sharded, in that order.
+"""How a Llama is shared among processes, checkpointed, compiled and sharded, in that order.
 
-The order matters: compile must see the checkpointed layer, so that the partitioner knows what may be
-recomputed; FSDP comes last, so that its gathers stay outside the compiled graphs. Compile works layer by
-layer: one graph serves all.
+The order matters. Tensor parallel styles hook the layers' own modules, so they come while those can be found
+by name. Compile must see the checkpointed layer, so that the partitioner knows what may be recomputed; FSDP
+comes last, so that its gathers stay outside the compiled graphs. Compile works layer by layer: one graph
+serves all.
 """
 
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ParallelStyle, SequenceParallel, parallelize_module
 
+from octavo.config import ConfigError
 from octavo.distributed.activation_checkpoint import checkpoint_layer
+from octavo.distributed.context_parallel import share_sequences
 from octavo.distributed.fsdp import shard
-from octavo.distributed.plan import Parallelize
-from octavo.models.llama3.model import Llama
+from octavo.distributed.plan import Parallelize, TensorParallel
+from octavo.distributed.tensor_parallel import lay_logits
+from octavo.models.llama3.model import Llama, LlamaArgs, TransformerBlock
+
+_TOKENS, _WHOLE, _LAST = Shard(1), Replicate(), Shard(-1)
 
 
 def parallelize(model: nn.Module, plan: Parallelize) -> None:
-    """Apply `plan` to a Llama in place."""
+    """Apply `plan` to a Llama in place. `ConfigError` if its sizes do not divide over the processes."""
     assert isinstance(model, Llama)
+    if plan.context is not None:
+        share_sequences(model, model.set_core_attention, plan.context)
+
+    if plan.tensor is not None:
+        _check_sizes(model.args, plan.tensor.mesh.size())
+        share_products(model, plan.tensor)
+
     for number, layer in list(model.layers.items()):
         model.layers[number] = checkpoint_layer(layer, plan.activation_checkpoint, int(number))
 
@@ -30,3 +45,53 @@ def parallelize(model: nn.Module, plan: Parallelize) -> None:
         if model.output is not None:
             groups = [[model.tok_embeddings], *groups, [model.norm, model.output]]
         shard(model, groups, plan.sharding)
+
+
+def _check_sizes(args: LlamaArgs, ranks: int) -> None:
+    sizes = {
+        "heads": args.n_heads,
+        "key/value heads": args.n_kv_heads,
+        "feed-forward features": args.hidden_dim,
+        "features": args.dim,
+    }
+    wrong = [f"{size} {name}" for name, size in sizes.items() if size % ranks]
+    if wrong:
+        raise ConfigError(
+            f"parallelism.tensor_parallel_degree = {ranks}: the model has {' and '.join(wrong)}, which do "
+            "not divide evenly; choose a degree that divides them"
+        )
+
+
+def share_products(model: Llama, plan: TensorParallel) -> None:
+    """Share the matrix products of `model`, and between them the tokens (arXiv:2205.05198).
+
+    Between a column-wise and a row-wise product features are sharded; everywhere else tokens are.
+    """
+    embedding: ParallelStyle = plan.rows(model.tok_embeddings, input_layouts=_WHOLE, output_layouts=_TOKENS)
+    styles = {"tok_embeddings": embedding, "norm": SequenceParallel()}
+    if model.output is not None:
+        styles["output"] = plan.columns(
+            model.output, input_layouts=_TOKENS, output_layouts=_LAST, use_local_output=False
+        )
+    parallelize_module(model, plan.mesh, styles)
+    lay_logits(model, plan, _LAST)
+    for layer in model.layers.values():
+        parallelize_module(layer, plan.mesh, _layer_styles(layer, plan))
+
+
+def _layer_styles(layer: nn.Module, plan: TensorParallel) -> dict[str, ParallelStyle]:
+    assert isinstance(layer, TransformerBlock)
+    a, f = layer.attention, layer.feed_forward
+    return {
+        "attention_norm": SequenceParallel(),
+        "attention": plan.gather([a.wq, a.wk, a.wv], given=_TOKENS, wanted=_WHOLE, inputs=3),
+        "attention.wq": plan.columns(a.wq),
+        "attention.wk": plan.columns(a.wk),
+        "attention.wv": plan.columns(a.wv),
+        "attention.wo": plan.rows(a.wo, output_layouts=_TOKENS),
+        "ffn_norm": SequenceParallel(),
+        "feed_forward": plan.gather([f.w1, f.w3], given=_TOKENS, wanted=_WHOLE, inputs=1),
+        "feed_forward.w1": plan.columns(f.w1),
+        "feed_forward.w3": plan.columns(f.w3),
+        "feed_forward.w2": plan.rows(f.w2, output_layouts=_TOKENS),
+    }
