@@ -27,13 +27,22 @@ def _(tensors: list[Tensor]) -> None:
 
 
 def keep(casts: Casts, *, one_cast: bool) -> Casts:
-    """`casts` as compiled code keeps them. `one_cast`: the second is the first, transposed."""
+    """`casts` as compiled code keeps them. `one_cast`: both are the same cast, of the tensor and of its
+    transpose.
+    """
     row, col = casts
     if row is None or col is None:
         return casts
-    if one_cast:
+    # A kernel writes the transpose out; else it is the same memory, seen otherwise.
+    if one_cast and col.data.stride() == row.data.t().stride():
         _keep([row.data, row.scale])
         return row, transposed(row)
+    if one_cast:
+        _keep([row.data, row.scale, col.data])
+        return row, Quantized(col.data, row.scale.t())
+    if col.data.is_contiguous():
+        _keep([row.data, row.scale, col.data, col.scale])
+        return row, col
     data = col.data.t()  # as it lies in memory
     _keep([row.data, row.scale, data, col.scale])
     return row, Quantized(data.t(), col.scale)

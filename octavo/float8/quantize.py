@@ -13,8 +13,8 @@ one ulp in s moves values across rounding boundaries. Powers of two are cut out 
 misrounds just below a power of two. NaN stays NaN; an infinity makes its whole block NaN (its amax is
 infinite, so s is 0), so that neither can turn into a finite number.
 
-These lines serve eager code and the compiler, which fuses them, and a hand-written kernel must match them bit
-for bit.
+These lines serve eager code and the compiler, which fuses them; the hand-written kernels that take over on a
+GPU (`cast_on_gpu.py`) match them bit for bit.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.float8 import cast_on_gpu
 from octavo.float8.recipe import FULL, Cast, ScaleFormat
 from octavo.float8.split import Split
 
@@ -158,10 +159,19 @@ def _lies_transposed(x: Tensor) -> bool:
 
 
 def quantize(x: Tensor, cast: Cast, split: Split | None = None) -> Quantized:
-    """Cast `x[rows, contraction]` (bfloat16, float16 or float32) as `cast` says. Keeps x's memory layout.
+    """Cast `x[rows, contraction]` (bfloat16, float16 or float32) as `cast` says.
+
+    Keeps x's memory layout; a kernel writes along the contraction, which is what hardware reads.
 
     `split`: x is one rank's part of the operand; the scales are then those of the whole.
     """
+    if cast_on_gpu.serves(x, cast, split):
+        if _lies_transposed(x):
+            _, made = cast_on_gpu.cast_both(x.t(), None, cast)
+        else:
+            made, _ = cast_on_gpu.cast_both(x, cast, None)
+        assert made is not None
+        return Quantized(*made)
     if _lies_transposed(x):
         # Work along memory. The compiler would write transposed else: slowly, and garbage from bfloat16 on a
         # CPU.
@@ -188,13 +198,17 @@ def quantize_both(
     transpose) in high precision. One square cast serves both. `split` says which axis of x is split, if one
     is.
     """
+    across = split and split.transposed
+    if (row or col) and cast_on_gpu.serves(x, row, split) and cast_on_gpu.serves(x, col, across):
+        one, two = cast_on_gpu.cast_both(x, row, col)
+        return x if one is None else Quantized(*one), x.t() if two is None else Quantized(*two)
     x = written_out(x)
     first = x if row is None else quantize(x, row, split)
     if col is None:
         return first, x.t()
     if col == row and col.square and isinstance(first, Quantized):
         return first, transposed(first)
-    return first, quantize(x.t(), col, split and split.transposed)
+    return first, quantize(x.t(), col, across)
 
 
 _TABLES: dict[torch.dtype, Tensor] = {}

@@ -1,0 +1,21 @@
+"""Triton kernels that cast to float8: one file a job, the file's name is the job.
+
+    file                      casts x[M, K] with                   reads of x    writes
+    cast_tensor.py            one scale a tensor                   2             [M, K] and [K, M]
+    cast_rows_columns.py      one scale a row, one a column        2             [M, K] and [K, M]
+    cast_lines.py             1 x 128, or 1 x 32 one-byte scales   1             [M, K] and [K, M]
+    cast_tiles.py             128 x 128                            1             [M, K] and [K, M]
+    transpose_rows.py         float8 rows to float8 columns        1 (one byte)  [K, M]
+
+`numerics.py` holds the arithmetic that all share, `ops.py` registers them with PyTorch, `report.py` compiles
+them for a GPU that need not be there.
+
+PyTorch casts in separate passes: a maximum, a cast, and both again for the transpose. What a cast costs is
+reading and writing, so each kernel makes all that it can of a tile while it holds it. Their arithmetic is
+that of `octavo/float8/quantize.py` bit for bit, whatever the tile sizes: that file is their reference, and
+the tests compare every configuration with it.
+
+Kernels know tensors and numbers: no module, no recipe, no autograd. `octavo/float8/cast_on_gpu.py` decides
+which one serves a cast. Nothing imports them before a tensor on a GPU asks, so that triton is needed only
+there.
+"""

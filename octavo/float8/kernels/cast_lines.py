@@ -1,0 +1,98 @@
+"""`x[M, K]` with one scale for each GROUP elements along a row, along a column, or both, in one read of x.
+
+    along rows       data[M, K],   scale[M, K / GROUP]
+    along columns    data_t[K, M], scale_t[K, M / GROUP]       the cast of x transposed
+
+GROUP is 128 with float32 scales (DeepSeek-V3), or 32 with one-byte scales (MXFP8). A tile holds whole groups
+both ways, so nothing has to be known of x but the tile itself: one read and two bytes written serve both
+products that read an operand. The reference is `quantize_both` with two blocks of (1, GROUP).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.float8.kernels.numerics import (
+    MANTISSA_BITS,
+    SCALE_FORMATS,
+    Config,
+    empty_scale,
+    magnitude,
+    scales_of,
+    to_float8,
+    to_float32,
+    tuned,
+    wrap_triton,
+)
+
+# Tiles in elements; raised to one group where a group is longer.
+CONFIGS: tuple[Config, ...] = (
+    {"TILE_M": 64, "TILE_K": 64, "num_warps": 8, "num_stages": 1},
+    {"TILE_M": 64, "TILE_K": 128, "num_warps": 8, "num_stages": 1},
+    {"TILE_M": 128, "TILE_K": 64, "num_warps": 8, "num_stages": 1},
+    {"TILE_M": 128, "TILE_K": 128, "num_warps": 16, "num_stages": 1},
+)
+
+
+@tuned(CONFIGS, key=["M", "K"])
+@triton.jit
+def _cast_lines(
+    x_ptr, data_ptr, scale_ptr, data_t_ptr, scale_t_ptr, M, K,
+    MANTISSA: tl.constexpr, SCALES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    # Only the axes that are grouped need whole groups.
+    BLOCK_M: tl.constexpr = GROUP if COLUMNS and GROUP > TILE_M else TILE_M
+    BLOCK_K: tl.constexpr = GROUP if ROWS and GROUP > TILE_K else TILE_K
+    pid_m, pid_k = tl.program_id(0), tl.program_id(1)
+    m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = pid_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = (m < M)[:, None] & (k < K)[None, :]
+    x = to_float32(tl.load(x_ptr + m[:, None] * K + k[None, :], mask=mask, other=0.0))
+    if ROWS:
+        along: tl.constexpr = BLOCK_K // GROUP
+        groups = tl.reshape(x, (BLOCK_M, along, GROUP))
+        s, scale = scales_of(tl.max(magnitude(groups), axis=2), MANTISSA, SCALES)
+        code = tl.reshape(to_float8(groups * s[:, :, None], MANTISSA), (BLOCK_M, BLOCK_K))
+        tl.store(data_ptr + m[:, None] * K + k[None, :], code, mask=mask)
+        group = pid_k * along + tl.arange(0, along)
+        width = tl.cdiv(K, GROUP)
+        inside = (m < M)[:, None] & (group < width)[None, :]
+        tl.store(scale_ptr + m[:, None] * width + group[None, :], scale, mask=inside)
+    if COLUMNS:
+        down: tl.constexpr = BLOCK_M // GROUP
+        groups = tl.reshape(x, (down, GROUP, BLOCK_K))
+        s, scale = scales_of(tl.max(magnitude(groups), axis=1), MANTISSA, SCALES)
+        code = tl.reshape(to_float8(groups * s[:, None, :], MANTISSA), (BLOCK_M, BLOCK_K))
+        tl.store(data_t_ptr + k[:, None] * M + m[None, :], tl.trans(code), mask=tl.trans(mask))
+        group = pid_m * down + tl.arange(0, down)
+        height = tl.cdiv(M, GROUP)
+        inside = (k < K)[:, None] & (group < height)[None, :]
+        tl.store(scale_t_ptr + k[:, None] * height + group[None, :], tl.trans(scale), mask=inside)
+
+
+def cast_lines(
+    x: Tensor, group: int, dtype: torch.dtype, scales: str, rows: bool, columns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`data`, `scale`, `data_t` and `scale_t` of contiguous `x[M, K]`; what is not asked for is empty.
+
+    `group` is a power of two, `scales` a key of `SCALE_FORMATS`.
+    """
+    M, K = x.shape
+    data = x.new_empty((M, K) if rows else (0, 0), dtype=torch.uint8)
+    data_t = x.new_empty((K, M) if columns else (0, 0), dtype=torch.uint8)
+    scale = empty_scale(x, (M, triton.cdiv(K, group)) if rows else (0, 0), scales)
+    scale_t = empty_scale(x, (K, triton.cdiv(M, group)) if columns else (0, 0), scales)
+    least_m, least_k = group if columns else 1, group if rows else 1
+
+    def grid(meta: Config) -> tuple[int, int]:
+        return triton.cdiv(M, max(meta["TILE_M"], least_m)), triton.cdiv(K, max(meta["TILE_K"], least_k))
+
+    wrap_triton(_cast_lines)[grid](
+        x, data, scale, data_t, scale_t, M, K,
+        MANTISSA=MANTISSA_BITS[dtype], SCALES=SCALE_FORMATS[scales], ROWS=rows, COLUMNS=columns, GROUP=group,
+    )  # fmt: skip
+    return data.view(dtype), scale, data_t.view(dtype), scale_t

@@ -1,0 +1,115 @@
+"""`x[M, K]` with one scale for the whole tensor: two reads of x, one of them only for the maximum.
+
+    magnitudes(x)             one maximum for each program
+    cast_tensor(x, maxima)    data[M, K], data_t[K, M] and scale[1, 1] in one pass
+
+The second pass waits for the first, whatever the schedule; it takes the maximum of the maxima itself, which
+saves a launch. Who makes x can hand its maxima over in place of `magnitudes(x)`, and whoever holds a part of
+a tensor those of all parts. The reference is `quantize_both` with a block of (FULL, FULL).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.float8.kernels.numerics import (
+    MANTISSA_BITS,
+    SCALE_FORMATS,
+    Config,
+    empty_scale,
+    magnitude,
+    scales_of,
+    to_float8,
+    to_float32,
+    tuned,
+    wrap_triton,
+)
+
+MAX_PROGRAMS = 1024
+"""Of the first pass, so that each program of the second reads at most so many maxima."""
+
+CONFIGS_MAGNITUDES: tuple[Config, ...] = (
+    {"BLOCK": 4096, "num_warps": 8, "num_stages": 1},
+    {"BLOCK": 4096, "num_warps": 4, "num_stages": 1},
+    {"BLOCK": 8192, "num_warps": 8, "num_stages": 1},
+)
+CONFIGS_CAST: tuple[Config, ...] = (
+    {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1},
+    {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1},
+    {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 1},
+    {"BLOCK_M": 128, "BLOCK_K": 128, "num_warps": 16, "num_stages": 1},
+)
+
+
+@tuned(CONFIGS_MAGNITUDES, key=["N"])
+@triton.jit
+def _magnitudes(x_ptr, maxima_ptr, N, programs, BLOCK: tl.constexpr):
+    pid = tl.program_id(0)
+    largest = tl.zeros((BLOCK,), tl.int32)
+    for start in range(pid.to(tl.int64) * BLOCK, N, programs * BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        bits = magnitude(to_float32(tl.load(x_ptr + i, mask=i < N, other=0.0)))
+        largest = tl.maximum(largest, bits)
+    tl.store(maxima_ptr + pid, tl.max(largest, axis=0))
+
+
+@tuned(CONFIGS_CAST, key=["M", "K"])
+@triton.jit
+def _cast_tensor(
+    x_ptr, maxima_ptr, data_ptr, data_t_ptr, scale_ptr, M, K, P,
+    MANTISSA: tl.constexpr, SCALES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PROGRAMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    p = tl.arange(0, PROGRAMS)
+    amax = tl.max(tl.load(maxima_ptr + p, mask=p < P, other=0), axis=0)
+    s, scale = scales_of(amax, MANTISSA, SCALES)
+    pid_m, pid_k = tl.program_id(0), tl.program_id(1)
+    if pid_m + pid_k == 0:
+        tl.store(scale_ptr, scale)
+    m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = pid_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = (m < M)[:, None] & (k < K)[None, :]
+    x = to_float32(tl.load(x_ptr + m[:, None] * K + k[None, :], mask=mask, other=0.0))
+    code = to_float8(x * s, MANTISSA)
+    if ROWS:
+        tl.store(data_ptr + m[:, None] * K + k[None, :], code, mask=mask)
+    if COLUMNS:
+        tl.store(data_t_ptr + k[:, None] * M + m[None, :], tl.trans(code), mask=tl.trans(mask))
+
+
+def magnitudes(x: Tensor) -> Tensor:
+    """Maxima of the magnitudes of contiguous x, at most `MAX_PROGRAMS` of them, as the int32 bits of
+    float32.
+    """
+    N = x.numel()
+    programs = min(MAX_PROGRAMS, triton.cdiv(N, CONFIGS_MAGNITUDES[0]["BLOCK"]))
+    maxima = x.new_empty((programs,), dtype=torch.int32)
+    wrap_triton(_magnitudes)[(programs,)](x, maxima, N, programs)
+    return maxima
+
+
+def cast_tensor(
+    x: Tensor, maxima: Tensor, dtype: torch.dtype, scales: str, rows: bool, columns: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`data`, `data_t` and `scale` of contiguous `x[M, K]`; what is not asked for is empty.
+
+    `maxima[P]` are as `magnitudes` gives them; `scales` is a key of `SCALE_FORMATS`.
+    """
+    M, K = x.shape
+    P = maxima.shape[0]
+    data = x.new_empty((M, K) if rows else (0, 0), dtype=torch.uint8)
+    data_t = x.new_empty((K, M) if columns else (0, 0), dtype=torch.uint8)
+    scale = empty_scale(x, (1, 1), scales)
+
+    def grid(meta: Config) -> tuple[int, int]:
+        return triton.cdiv(M, meta["BLOCK_M"]), triton.cdiv(K, meta["BLOCK_K"])
+
+    wrap_triton(_cast_tensor)[grid](
+        x, maxima, data, data_t, scale, M, K, P,
+        MANTISSA=MANTISSA_BITS[dtype], SCALES=SCALE_FORMATS[scales], ROWS=rows, COLUMNS=columns,
+        PROGRAMS=MAX_PROGRAMS,
+    )  # fmt: skip
+    return data.view(dtype), data_t.view(dtype), scale

@@ -1,0 +1,119 @@
+"""The kernels as PyTorch operators, which eager code calls and compiled code sees through.
+
+`triton_op` shows the compiler the kernels themselves, so that it allocates and launches them as it does its
+own. Under Triton's interpreter, which the compiler knows nothing of, they are opaque custom operators. The
+shapes of the results are stated for both, so that a graph can be traced on a machine without a GPU.
+
+Importing this file imports triton: `octavo/float8/cast_on_gpu.py` does it when the first tensor comes.
+
+All take contiguous `x[M, K]` of bfloat16, float16 or float32. `dtype` is torch.float8_e4m3fn or
+torch.float8_e5m2, `scales` a key of `SCALE_FORMATS`. They return `(data[M, K], scale, data_t[K, M],
+scale_t)`, or `(data[M, K], data_t[K, M], scale)` where blocks are square, and the transpose's scales are
+`scale` transposed. What `rows` or `columns` does not ask for is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.float8.kernels.cast_lines import cast_lines
+from octavo.float8.kernels.cast_rows_columns import cast_columns, cast_rows, column_maxima
+from octavo.float8.kernels.cast_tensor import cast_tensor, magnitudes
+from octavo.float8.kernels.cast_tiles import cast_tiles
+from octavo.float8.kernels.numerics import INTERPRETING, empty_scale
+from octavo.float8.kernels.transpose_rows import transpose_rows, value_maxima
+
+Both = tuple[Tensor, Tensor, Tensor, Tensor]
+Square = tuple[Tensor, Tensor, Tensor]
+
+
+def _operator(name: str, shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    make: Any = torch.library.custom_op if INTERPRETING else torch.library.triton_op
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        operator = make(f"octavo::{name}", function, mutates_args=())
+        operator.register_fake(shapes)
+        return operator
+
+    return register
+
+
+def _pair(x: Tensor, dtype: torch.dtype, rows: bool, columns: bool) -> tuple[Tensor, Tensor]:
+    M, K = x.shape
+    data = x.new_empty((M, K) if rows else (0, 0), dtype=dtype)
+    return data, x.new_empty((K, M) if columns else (0, 0), dtype=dtype)
+
+
+def _tensor_shapes(x: Tensor, dtype: torch.dtype, scales: str, rows: bool, columns: bool) -> Square:
+    return *_pair(x, dtype, rows, columns), empty_scale(x, (1, 1), scales)
+
+
+def _tile_shapes(x: Tensor, side: int, dtype: torch.dtype, scales: str, rows: bool, columns: bool) -> Square:
+    M, K = x.shape
+    return *_pair(x, dtype, rows, columns), empty_scale(x, (-(-M // side), -(-K // side)), scales)
+
+
+def _row_shapes(x: Tensor, dtype: torch.dtype, scales: str, rows: bool, columns: bool) -> Both:
+    M, K = x.shape
+    data, data_t = _pair(x, dtype, rows, columns)
+    scale = empty_scale(x, (M, 1) if rows else (0, 0), scales)
+    return data, scale, data_t, empty_scale(x, (K, 1) if columns else (0, 0), scales)
+
+
+def _line_shapes(x: Tensor, group: int, dtype: torch.dtype, scales: str, rows: bool, columns: bool) -> Both:
+    M, K = x.shape
+    data, data_t = _pair(x, dtype, rows, columns)
+    scale = empty_scale(x, (M, -(-K // group)) if rows else (0, 0), scales)
+    return data, scale, data_t, empty_scale(x, (K, -(-M // group)) if columns else (0, 0), scales)
+
+
+@_operator("cast_by_tensor", _tensor_shapes)
+def cast_by_tensor(x: Tensor, dtype: torch.dtype, scales: str, rows: bool, columns: bool) -> Square:
+    """One scale for the tensor, `[1, 1]`."""
+    return cast_tensor(x, magnitudes(x), dtype, scales, rows, columns)
+
+
+@_operator("cast_by_tiles", _tile_shapes)
+def cast_by_tiles(x: Tensor, side: int, dtype: torch.dtype, scales: str, rows: bool, columns: bool) -> Square:
+    """One scale for a square of `side`, `[M / side, K / side]`."""
+    return cast_tiles(x, side, dtype, scales, rows, columns)
+
+
+@_operator("cast_by_rows", _row_shapes)
+def cast_by_rows(x: Tensor, dtype: torch.dtype, scales: str, rows: bool, columns: bool) -> Both:
+    """One scale a row, `[M, 1]`; for `data_t` one a row of its own, `[K, 1]`."""
+    if rows:
+        data, scale, maxima = cast_rows(x, dtype, scales, columns)
+    else:
+        data, scale = x.new_empty((0, 0), dtype=dtype), empty_scale(x, (0, 0), scales)
+        maxima = column_maxima(x)
+    if columns:
+        data_t, scale_t = cast_columns(x, maxima, dtype, scales)
+    else:
+        data_t, scale_t = x.new_empty((0, 0), dtype=dtype), empty_scale(x, (0, 0), scales)
+    return data, scale, data_t, scale_t
+
+
+@_operator("cast_by_lines", _line_shapes)
+def cast_by_lines(x: Tensor, group: int, dtype: torch.dtype, scales: str, rows: bool, columns: bool) -> Both:
+    """One scale for `group` elements of a row, `[M, K / group]`; `data_t` likewise, `[K, M / group]`."""
+    return cast_lines(x, group, dtype, scales, rows, columns)
+
+
+def _transposed_shapes(data: Tensor, scale: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    M, K = data.shape
+    return data.new_empty((K, M)), scale.new_empty((K, 1))
+
+
+@_operator("transpose_float8_rows", _transposed_shapes)
+def transpose_float8_rows(data: Tensor, scale: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`data[M, K]` with power-of-two `scale[M, 1]` as `(data_t[K, M], scale_t[K, 1])`; see
+    `transpose_rows.py`.
+
+    `maxima` are of the original's columns, as `cast_rows` gives them; without, those of the float8 values.
+    """
+    return transpose_rows(data, scale, value_maxima(data, scale) if maxima is None else maxima)

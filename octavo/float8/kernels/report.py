@@ -1,0 +1,202 @@
+"""What a GPU's compiler makes of every kernel, with no GPU at hand: `python -m octavo.float8.kernels.report`.
+
+Each configuration of each kernel is compiled ahead of time for an architecture, and the machine code is asked
+for its registers a thread, shared memory and spills; the PTX for the hardware's conversion to float8. Spills
+are registers that did not fit and live in memory: a kernel that moves bytes has no time for them.
+
+    --arch 90      Hopper (default); 100 is Blackwell
+    --all          every number format and dtype, not only bfloat16 to the format that recipes use
+    --json         one JSON object a line
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from octavo.float8.kernels import cast_lines, cast_rows_columns, cast_tensor, cast_tiles, transpose_rows
+from octavo.float8.kernels.numerics import INTERPRETING, SCALE_FORMATS, Config
+
+BOTH = {"ROWS": True, "COLUMNS": True}
+ROWS_ONLY, COLUMNS_ONLY = {"ROWS": True, "COLUMNS": False}, {"ROWS": False, "COLUMNS": True}
+FORMATS = [("e4m3", "fp32"), ("e4m3", "pow2"), ("e5m2", "fp32")]
+ONE_BYTE_FORMATS = [("e4m3", "e8m0"), ("e4m3", "e8m0_floor")]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel as it is started: its configurations, the values of its other constants, and the formats it
+    serves, of which the first is the one that recipes use.
+    """
+
+    kernel: Any
+    configs: tuple[Config, ...]
+    constants: dict[str, Any]
+    formats: list[tuple[str, str]]
+    converts: bool = True
+
+
+def jobs() -> Iterator[Job]:
+    tensor, rows, tiles, lines, across = (
+        cast_tensor,
+        cast_rows_columns,
+        cast_tiles,
+        cast_lines,
+        transpose_rows,
+    )
+    pow2_first = [FORMATS[1], FORMATS[0], FORMATS[2]]
+    yield Job(tensor._magnitudes, tensor.CONFIGS_MAGNITUDES, {}, FORMATS[:1], converts=False)
+    for which in (BOTH, ROWS_ONLY, COLUMNS_ONLY):
+        constants = {**which, "PROGRAMS": cast_tensor.MAX_PROGRAMS}
+        yield Job(tensor._cast_tensor, tensor.CONFIGS_CAST, constants, FORMATS)
+        yield Job(tiles._cast_tiles, tiles.CONFIGS, {**which, "SIDE": 128}, FORMATS)
+        yield Job(lines._cast_lines, lines.CONFIGS, {**which, "GROUP": 128}, FORMATS)
+        yield Job(lines._cast_lines, lines.CONFIGS, {**which, "GROUP": 32}, ONE_BYTE_FORMATS)
+    for width, columns in ((4096, True), (16384, True), (4096, False)):
+        constants = {"COLUMNS": columns, "STRIP": 32, "BLOCK_K": width}
+        yield Job(rows._cast_rows, rows.CONFIGS_ROWS, constants, pow2_first)
+    wide = {"COLUMNS": True, "STRIP": 8}
+    yield Job(rows._cast_wide_rows, rows.CONFIGS_WIDE_ROWS, wide, pow2_first)
+    yield Job(rows._column_maxima, rows.CONFIGS_MAXIMA, {"STRIP": 64}, FORMATS[:1], converts=False)
+    yield Job(rows._cast_columns, rows.CONFIGS_COLUMNS, {}, pow2_first)
+    strip = {"STRIP": transpose_rows.STRIP}
+    both = [("e4m3", "pow2"), ("e5m2", "pow2")]
+    yield Job(across._maxima, across.CONFIGS_MAXIMA, strip, both, converts=False)
+    yield Job(across._transpose, across.CONFIGS_TRANSPOSE, {}, both)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One row of the report. `spilled` and `shared` are bytes, a thread's and a block's."""
+
+    kernel: str
+    constants: str
+    config: str
+    default: bool
+    input: str
+    float8: str
+    scales: str
+    arch: int
+    registers: int
+    shared: int
+    spilled: int
+    converts: bool
+    """Whether the kernel writes float8."""
+    native: bool
+    """Whether the hardware's saturating conversion is in its PTX."""
+
+
+def _signature(job: Job, constants: dict[str, Any], dtype: str, scales: str) -> tuple[dict[str, str], dict]:
+    one_byte = SCALE_FORMATS[scales] >= 2
+    pointers = {"x_ptr": f"*{dtype}", "maxima_ptr": "*i32", "amax_ptr": "*i32"}
+    pointers |= {"data_ptr": "*u8", "data_t_ptr": "*u8"}
+    pointers |= dict.fromkeys(("scale_ptr", "scale_t_ptr"), "*u8" if one_byte else "*fp32")
+    signature, attributes = {}, {}
+    for position, name in enumerate(job.kernel.fn.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = pointers.get(name, "i32")
+        # Sizes are multiples of 16 in any model that hardware takes, and allocations aligned.
+        attributes[(position,)] = [["tt.divisibility", 16]]
+    return signature, attributes
+
+
+def compile_one(job: Job, config: Config, dtype: str, float8: str, scales: str, arch: int) -> Compiled:
+    """Compile for sm_`arch` and read the result."""
+    numbers = {"MANTISSA": 3 if float8 == "e4m3" else 2, "SCALES": SCALE_FORMATS[scales]}
+    tile = {name: value for name, value in config.items() if not name.startswith("num_")}
+    constants = {
+        name: value
+        for name, value in {**numbers, **job.constants, **tile}.items()
+        if name in job.kernel.fn.arg_names
+    }
+    signature, attributes = _signature(job, constants, dtype, scales)
+    source = ASTSource(job.kernel.fn, signature, constants, attributes)
+    options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    registers, spilled = _usage(compiled.asm["cubin"])
+    return Compiled(
+        kernel=f"{Path(job.kernel.fn.__globals__['__file__']).stem}.{job.kernel.fn.__name__}",
+        constants=" ".join(f"{k}={v}" for k, v in job.constants.items()),
+        config=" ".join(f"{k}={v}" for k, v in config.items()),
+        default=config == job.configs[0],
+        input=dtype,
+        float8=float8,
+        scales=scales,
+        arch=arch,
+        registers=registers,
+        shared=compiled.metadata.shared,
+        spilled=spilled,
+        converts=job.converts,
+        native=f"cvt.rn.satfinite.{float8}x2.f32" in compiled.asm["ptx"],
+    )
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack a thread. A kernel that calls nothing has a stack for spills only."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, text
+    return int(found[1]), int(found[2])
+
+
+def compile_all(arch: int, everything: bool) -> Iterator[Compiled]:
+    """Every configuration of every kernel: from bfloat16 to its first format, or from and to everything."""
+    for job in jobs():
+        for float8, scales in job.formats if everything else job.formats[:1]:
+            for dtype in ("bf16", "fp16", "fp32") if everything else ("bf16",):
+                for config in job.configs:
+                    yield compile_one(job, config, dtype, float8, scales, arch)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the report. Exit code 1 where a default configuration spills or lacks the hardware's
+    conversion.
+    """
+    parser = argparse.ArgumentParser(prog="python -m octavo.float8.kernels.report", description=__doc__)
+    parser.add_argument("--arch", type=int, default=90)
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(argv)
+    if INTERPRETING:
+        parser.error("TRITON_INTERPRET=1 compiles nothing: unset it")
+    bad = 0
+    for row in compile_all(options.arch, options.all):
+        wrong = row.default and (row.spilled > 0 or row.converts != row.native)
+        bad += wrong
+        if options.json:
+            print(json.dumps(asdict(row)), flush=True)
+            continue
+        notes = ["default"] if row.default else []
+        if row.converts != row.native:
+            notes.append("no native conversion")
+        print(
+            f"sm_{row.arch} {row.kernel} {row.constants} {row.input}->{row.float8}/{row.scales} "
+            f"[{row.config}]: {row.registers} registers, {row.shared} B shared, {row.spilled} B spilled"
+            f"{''.join(f', {note}' for note in notes)}{'  <-- wrong' if wrong else ''}",
+            flush=True,
+        )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

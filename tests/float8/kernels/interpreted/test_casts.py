@@ -1,0 +1,63 @@
+"""Each kernel against its reference, bit for bit: shapes, formats, dtypes, hard values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from octavo.float8.recipe import ScaleFormat
+from tests.float8.kernels import against_reference as check
+
+KERNELS = list(check.KERNELS.values())
+
+
+@pytest.mark.parametrize("shape", check.SHAPES, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_shapes(kernel: check.Kernel, shape: tuple[int, int]) -> None:
+    check.check_cast(kernel, check.make_x(shape, torch.bfloat16, "spread"), check.E4M3, ScaleFormat.POW2)
+
+
+@pytest.mark.parametrize("scales", ScaleFormat, ids=lambda scales: scales.value)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_formats(kernel: check.Kernel, scales: ScaleFormat) -> None:
+    for dtype in check.FLOAT8:
+        for source in check.DTYPES:
+            check.check_cast(kernel, check.make_x((37, 140), source, "spread"), dtype, scales)
+
+
+@pytest.mark.parametrize("feature", check.FEATURES)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_hard_values(kernel: check.Kernel, feature: str) -> None:
+    for source in check.DTYPES:
+        for scales in (ScaleFormat.FP32, ScaleFormat.E8M0):
+            check.check_cast(kernel, check.make_x((40, 70), source, feature), check.E4M3, scales)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(True, False), (False, True)])
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_one_of_two(kernel: check.Kernel, rows: bool, columns: bool) -> None:
+    x = check.make_x((130, 70), torch.bfloat16, "spread")
+    check.check_cast(kernel, x, check.E4M3, ScaleFormat.FP32, rows, columns)
+
+
+@pytest.mark.parametrize("feature", check.FEATURES)
+def test_float8_rows_to_float8_columns(feature: str) -> None:
+    for dtype in check.FLOAT8:
+        check.check_transpose(check.make_x((70, 133), torch.bfloat16, feature), dtype)
+
+
+def test_long_strips() -> None:
+    """Programs of the first pass go through 32 rows where there are many, the last through fewer."""
+    assert check.cast_rows_columns.strip_of(4096, 5) == 32
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check.cast_rows_columns, "strip_of", lambda M, K: 32)
+        x = check.make_x((100, 70), torch.bfloat16, "spread")
+        check.check_cast(check.KERNELS["rows"], x, check.E4M3, ScaleFormat.POW2)
+
+
+def test_more_elements_than_programs_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first pass of the tensorwise cast goes round: the largest is in the last element."""
+    monkeypatch.setattr(check.cast_tensor, "MAX_PROGRAMS", 3)
+    x = check.make_x((5, 10_003), torch.bfloat16)
+    x[-1, -1] = 100.0
+    assert check.cast_tensor.magnitudes(x).view(torch.float32).max() == 100.0

@@ -1,0 +1,105 @@
+"""Kernels on hardware against the reference on a CPU, bit for bit: `pytest -m gpu tests/float8/kernels`."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.float8 import RECIPES, Float8Linear, ScaleFormat
+from octavo.float8.cast_on_gpu import LEAST_CAPABILITY, serves, use_kernels
+from tests.float8.graphs import compiles
+
+pytestmark = [
+    pytest.mark.gpu,
+    compiles,
+    pytest.mark.filterwarnings("ignore::octavo.float8.matmul.EmulationWarning"),
+]
+
+if torch.cuda.is_available():
+    if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
+        pytest.skip(
+            f"needs compute capability {LEAST_CAPABILITY} to convert to float8", allow_module_level=True
+        )
+    from tests.float8.kernels import against_reference as check
+
+    CONFIGURATIONS = check.CONFIGURATIONS
+    KERNELS = list(check.KERNELS)
+else:  # collected, and skipped, without triton
+    CONFIGURATIONS = [(None, "", {}, "")]
+    KERNELS = [""]
+
+# Ragged, aligned, past one row of programs, and past what a program can hold of a row.
+SHAPES = [(1, 1), (130, 200), (512, 1024), (4100, 4096), (300, 14336), (64, 28672)]
+
+
+def test_conversions() -> None:
+    check.check_widening("cuda")
+    for dtype in check.FLOAT8:
+        check.check_conversion(check.every_bfloat16("cuda"), dtype)
+        check.check_conversion(check.float32_points("cuda", 4_000_000), dtype)
+        check.check_conversion_back(dtype, "cuda")
+
+
+@pytest.mark.parametrize("scales", ScaleFormat, ids=lambda scales: scales.value)
+def test_scales(scales: ScaleFormat) -> None:
+    for dtype in check.FLOAT8:
+        check.check_scales(check.float32_points("cuda", 4_000_000, non_negative=True), dtype, scales)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_casts(name: str, shape: tuple[int, int]) -> None:
+    for source in check.DTYPES:
+        for feature in ("spread", "nan"):
+            x = check.make_x(shape, source, feature).cuda()
+            for dtype, scales in ((check.E4M3, ScaleFormat.POW2), (check.E5M2, ScaleFormat.FP32)):
+                check.check_cast(check.KERNELS[name], x, dtype, scales)
+            check.check_cast(check.KERNELS[name], x, check.E4M3, ScaleFormat.E8M0, rows=False)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_hard_values(name: str) -> None:
+    for feature in check.FEATURES:
+        x = check.make_x((130, 200), torch.bfloat16, feature).cuda()
+        for scales in ScaleFormat:
+            check.check_cast(check.KERNELS[name], x, check.E4M3, scales)
+
+
+@pytest.mark.parametrize(("module", "name", "config", "user"), CONFIGURATIONS)
+def test_configurations(module: ModuleType, name: str, config: dict, user: str) -> None:
+    check.check_configuration(module, name, config, user, "cuda")
+
+
+def test_transposing_float8() -> None:
+    for feature in check.FEATURES:
+        for dtype in check.FLOAT8:
+            check.check_transpose(check.make_x((1030, 520), torch.bfloat16, feature).cuda(), dtype)
+
+
+def gradients(run: torch.nn.Module, model: torch.nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    x = x.detach().requires_grad_()
+    y = run(x)
+    g = torch.Generator().manual_seed(2)
+    y.backward(torch.randn(y.shape, generator=g).to(y))
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_linear_with_kernels_equals_one_without(recipe: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Float8Linear(256, 384, config=recipe, bias=False, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(512, 256).to("cuda", torch.bfloat16)
+    cast = RECIPES[recipe].output.a
+    assert serves(x, cast)
+    with use_kernels(False):
+        want = gradients(model, model, x)
+    for got, wanted in zip(gradients(model, model, x), want, strict=True):
+        assert torch.equal(got, wanted)
+    compiled = torch.compile(model, fullgraph=True)
+    for got, wanted in zip(gradients(compiled, model, x), want, strict=True):
+        assert torch.equal(got, wanted)
