@@ -7,13 +7,13 @@ know blocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Final
 
 import torch
 
-from octavo.float8.recipe import FULL, Cast, Gemm, Recipe, ScaleFormat, find_recipe
+from octavo.float8.recipe import FULL, Cast, Gemm, Recipe, ScaleFormat, expect, find_recipe
 
 e4m3_dtype: Final = torch.float8_e4m3fn
 e5m2_dtype: Final = torch.float8_e5m2
@@ -68,6 +68,8 @@ class CastConfig:
     target_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        expect(self, "scaling_type", ScalingType)
+        expect(self, "scaling_granularity", ScalingGranularity)
         if self.target_dtype is not None:
             Cast(self.target_dtype, (FULL, FULL))  # raises on a dtype that is not float8
         if (
@@ -89,6 +91,9 @@ class Float8GemmConfig:
     """`use_fast_accum`: let the hardware accumulate in less than float32. Emulation always uses float32."""
 
     use_fast_accum: bool = False
+
+    def __post_init__(self) -> None:
+        expect(self, "use_fast_accum", bool)
 
 
 class Float8LinearRecipeName(Enum):
@@ -113,6 +118,7 @@ class Float8LinearConfig:
     emulate: True multiplies in float32 what was cast to float8; False insists on hardware, and raises
         without; None takes hardware where there is some.
     round_scales_to_power_of_2: scales rounded down to powers of two. (MXFP8's always are.)
+    recipe: a recipe of your own, in place of the six casts, the three products and the rounding.
 
     Raises ValueError for products that no backend computes.
     """
@@ -130,8 +136,41 @@ class Float8LinearConfig:
     pad_inner_dim: bool = False
     emulate: bool | None = None
     round_scales_to_power_of_2: bool = False
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
+        for name in ("input", "weight", "grad_output"):
+            expect(self, f"cast_config_{name}", CastConfig)
+        for name in ("input_for_grad_weight", "weight_for_grad_input", "grad_output_for_grad_weight"):
+            expect(self, f"cast_config_{name}", CastConfig, None)
+        for name in ("output", "grad_input", "grad_weight"):
+            expect(self, f"gemm_config_{name}", Float8GemmConfig)
+        for name in ("enable_fsdp_float8_all_gather", "pad_inner_dim", "round_scales_to_power_of_2"):
+            expect(self, name, bool)
+        expect(self, "emulate", bool, None)
+        expect(self, "recipe", Recipe, None)
+        if self.recipe is None:
+            self._fill_in()
+        else:
+            self._check_recipe_alone()
+        recipe = self.to_recipe()  # raises where a product cannot be computed
+        if self.enable_fsdp_float8_all_gather and not recipe.gatherable:
+            raise ValueError(
+                "enable_fsdp_float8_all_gather needs one float8 weight that serves both products, cast in "
+                f"square blocks; here {_block(recipe.output.b)} serve the output and "
+                f"{_block(recipe.grad_input.b)} serve grad_input. Use the recipe tensorwise or blockwise, or "
+                "gather in high precision"
+            )
+
+    def _check_recipe_alone(self) -> None:
+        casts = [f for f in fields(self) if f.name.startswith(("cast_", "gemm_", "round_"))]
+        others = [f.name for f in casts if getattr(self, f.name) != f.default]
+        if others:
+            raise ValueError(
+                f"recipe says how everything is cast, and {others[0]} says it again: leave one of them out"
+            )
+
+    def _fill_in(self) -> None:
         defaults = {"input": e4m3_dtype, "weight": e4m3_dtype, "grad_output": e5m2_dtype}
         seconds = {"input": "grad_weight", "weight": "grad_input", "grad_output": "grad_weight"}
         for tensor, default in defaults.items():
@@ -149,17 +188,11 @@ class Float8LinearConfig:
             # Frozen from here on; the configuration is filled in once, as the caller could have written it.
             object.__setattr__(self, name, replace(first, target_dtype=dtype))
             object.__setattr__(self, f"{name}_for_{seconds[tensor]}", replace(second, target_dtype=dtype))
-        recipe = self.to_recipe()  # raises where a product cannot be computed
-        if self.enable_fsdp_float8_all_gather and not recipe.gatherable:
-            raise ValueError(
-                "enable_fsdp_float8_all_gather needs one float8 weight that serves both products, cast in "
-                f"square blocks; here {_block(recipe.output.b)} serve the output and "
-                f"{_block(recipe.grad_input.b)} serve grad_input. Use the recipe tensorwise or blockwise, or "
-                "gather in high precision"
-            )
 
     def to_recipe(self) -> Recipe:
         """The recipe that these options describe."""
+        if self.recipe is not None:
+            return self.recipe
 
         def operand(config: CastConfig | None) -> Cast | None:
             assert config is not None
@@ -197,21 +230,24 @@ class Float8LinearConfig:
     def from_recipe(
         recipe: Recipe, *, emulate: bool | None = None, enable_fsdp_float8_all_gather: bool = False
     ) -> Float8LinearConfig:
-        """The options that describe `recipe`. Raises ValueError for one that they cannot describe: hand that
-        recipe itself to `convert_to_float8_training`."""
+        """The options that describe `recipe`: cast by cast where they have names for all of it, else as
+        `recipe`.
+        """
+        whole = Float8LinearConfig(
+            recipe=recipe, emulate=emulate, enable_fsdp_float8_all_gather=enable_fsdp_float8_all_gather
+        )
         casts = [c for gemm in recipe.gemms.values() for c in (gemm.a, gemm.b) if c is not None]
 
         def options(cast: Cast | None, dtype: torch.dtype | None) -> CastConfig:
             if cast is None:
                 return CastConfig(ScalingType.DISABLED, target_dtype=dtype)
-            granularity = _GRANULARITIES.get(cast.block)
-            if granularity is None:
-                raise ValueError(f"no ScalingGranularity has block {cast.block} of recipe {recipe.name!r}")
-            return CastConfig(scaling_granularity=granularity, target_dtype=dtype)
+            return CastConfig(scaling_granularity=_GRANULARITIES[cast.block], target_dtype=dtype)
 
         def dtype_of(first: Cast | None, second: Cast | None) -> torch.dtype | None:
             return first.dtype if first is not None else second.dtype if second is not None else None
 
+        if any(cast.block not in _GRANULARITIES for cast in casts):
+            return whole
         o, gi, gw = recipe.output, recipe.grad_input, recipe.grad_weight
         x, w, dy = dtype_of(o.a, gw.b), dtype_of(o.b, gi.b), dtype_of(gi.a, gw.a)
         config = Float8LinearConfig(
@@ -228,9 +264,7 @@ class Float8LinearConfig:
             enable_fsdp_float8_all_gather=enable_fsdp_float8_all_gather,
             round_scales_to_power_of_2=any(c.scale is ScaleFormat.POW2 for c in casts),
         )
-        if replace(config.to_recipe(), name=recipe.name) != recipe:
-            raise ValueError(f"recipe {recipe.name!r} mixes casts that Float8LinearConfig cannot describe")
-        return config
+        return config if replace(config.to_recipe(), name=recipe.name) == recipe else whole
 
     @staticmethod
     def from_recipe_name(recipe_name: Float8LinearRecipeName | str) -> Float8LinearConfig:

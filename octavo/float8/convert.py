@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from octavo.float8.config import Float8LinearRecipeName, Options, resolve
 from octavo.float8.linear import Float8Linear
@@ -26,6 +29,23 @@ def _swap(module: nn.Module, fqn: str, replace: Callable[[nn.Linear, str], nn.Mo
     if isinstance(module, nn.Linear):
         return replace(module, fqn) or module
     return module
+
+
+def _why_unable(linear: nn.Linear) -> str | None:
+    """Why `linear` cannot become a Float8Linear without losing what it does; None if it can."""
+    kind = type(linear).__name__
+    if isinstance(linear, LazyModuleMixin):
+        return "has no sizes yet: run one forward pass before converting"
+    if type(linear) is NonDynamicallyQuantizableLinear:
+        return "belongs to an nn.MultiheadAttention, which reads its weight and never calls it"
+    if type(linear).forward is not nn.Linear.forward:
+        return f"is a {kind} with a forward of its own, which would be lost"
+    if not isinstance(linear._parameters.get("weight"), nn.Parameter):
+        return (
+            "computes its weight (a parametrization, weight_norm, pruning): convert first, and apply that "
+            "to the Float8Linear"
+        )
+    return None
 
 
 def _ends_feed_forward(linear: nn.Linear, siblings: Sequence[nn.Linear]) -> bool:
@@ -54,21 +74,48 @@ def convert_to_float8_training(
     tensorwise.
 
     Parameters stay the same objects, so an optimizer made before keeps working; a linear that appears in two
-    places stays one. Warns if nothing was converted. Raises TypeError if `module` is not a module.
+    places stays one; hooks and buffers go along. Warns if nothing was converted, and names linears that
+    cannot be: those with a forward of their own, with a computed weight, without sizes yet, and
+    nn.MultiheadAttention's. Raises TypeError if `module` is not a module, ValueError if weights to be
+    gathered in float8 are sharded already.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"convert_to_float8_training takes a torch.nn.Module, not a {type(module).__name__}")
-    resolve(config)  # a bad configuration fails even where nothing is converted
+    if module_filter_fn is not None and not callable(module_filter_fn):
+        raise TypeError(
+            f"module_filter_fn is a {type(module_filter_fn).__name__}; it must be a function of a module and "
+            "its name"
+        )
+    options = resolve(config)[1]  # a bad configuration fails even where nothing is converted
+    linears = {fqn: m for fqn, m in module.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
+    # The filter is asked about all before any is swapped: one that raises leaves the model as it was.
+    wanted = [
+        fqn
+        for fqn, linear in linears.items()
+        if not isinstance(linear, Float8Linear)
+        and (module_filter_fn is None or module_filter_fn(linear, fqn))
+    ]
+    unable = {fqn: reason for fqn in wanted if (reason := _why_unable(linears[fqn])) is not None}
+    if unable:
+        shown = "; ".join(f"{fqn or 'the root'} {reason}" for fqn, reason in list(unable.items())[:3])
+        more = f"; and {len(unable) - 3} more" if len(unable) > 3 else ""
+        warnings.warn(
+            f"convert_to_float8_training left {len(unable)} linear layers as they are: {shown}{more}",
+            stacklevel=2,
+        )
+    chosen = {fqn: linears[fqn] for fqn in wanted if fqn not in unable}
+    if options is not None and options.enable_fsdp_float8_all_gather:
+        sharded = [fqn for fqn, linear in chosen.items() if isinstance(linear.weight, DTensor)]
+        if sharded:
+            raise ValueError(
+                f"{sharded[0]} is sharded already, too late for enable_fsdp_float8_all_gather: call "
+                "convert_to_float8_training before fully_shard"
+            )
     swapped: dict[int, Float8Linear] = {}
-    found = already = 0
+    found, already = len(linears), sum(isinstance(m, Float8Linear) for m in linears.values())
 
     def replace(linear: nn.Linear, fqn: str) -> nn.Module | None:
-        nonlocal found, already
-        found += 1
-        if isinstance(linear, Float8Linear):
-            already += 1
-            return None
-        if module_filter_fn is not None and not module_filter_fn(linear, fqn):
+        if fqn not in chosen:
             return None
         if id(linear) not in swapped:
             swapped[id(linear)] = Float8Linear.from_float(linear, config)
@@ -80,7 +127,7 @@ def convert_to_float8_training(
         for child in children:
             if isinstance(child, Float8Linear) and _ends_feed_forward(child, children):
                 child.keep_input = False
-    if not swapped:
+    if not swapped and not unable:
         reason = (
             f"all {found} are float8 already"
             if found and already == found
@@ -152,4 +199,6 @@ def auto_filter_for_recipe(
     """A `module_filter_fn` for the recipe: converts linears that gain from float8 on an H100, and whose fully
     qualified name contains none of `filter_fqns`. Raises ValueError for an unknown recipe."""
     name = recipe.value if isinstance(recipe, Float8LinearRecipeName) else recipe
+    if isinstance(filter_fqns, str):
+        raise TypeError(f"filter_fqns is the string {filter_fqns!r}: give a list, [{filter_fqns!r}]")
     return AutoFilter(find_recipe(name).name, tuple(filter_fqns))

@@ -16,6 +16,9 @@ Letters as in `recipe.py`: M tokens, K input features, N output features.
 
 from __future__ import annotations
 
+import copy
+import math
+import weakref
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -37,25 +40,6 @@ from octavo.float8.shared import Casts, shared_casts
 from octavo.float8.split import Sharding, Split
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """Identity, whose backward says that float8 gradients cannot be differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        raise RuntimeError(
-            "a Float8Linear was differentiated twice: casting to float8 has no useful second derivative. "
-            "Leave the layers that need one in high precision with module_filter_fn"
-        )
-
-
-def _once(grad: Tensor) -> Tensor:
-    return _NoSecondDerivative.apply(grad.detach().requires_grad_())
 
 
 def _wanted(ctx: Any) -> tuple[bool, bool]:
@@ -128,8 +112,14 @@ class Float8Matmul(torch.autograd.Function):
         x, x_scale, w, w_scale = ctx.saved_tensors
         recipe, emulate, sharding = ctx.recipe, ctx.emulate, ctx.sharding
         grad_input, grad_weight = recipe.grad_input, recipe.grad_weight
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # A gradient that forgot how it was made would make a second derivative wrong without a word.
+            raise RuntimeError(
+                "a Float8Linear was to be differentiated twice (create_graph=True): casting to float8 has no "
+                "useful second derivative. Leave the layers that need one in high precision with "
+                "module_filter_fn, or differentiate once"
+            )
         want_x, want_w = _wanted(ctx)
-        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         dx = dw = None
         with torch.no_grad():
             dy_MN, dy_NM = _cast_grad_output(dy, recipe, sharding, want_x=want_x, want_w=want_w)
@@ -145,8 +135,6 @@ class Float8Matmul(torch.autograd.Function):
             if want_w:
                 x_KM = x.t() if x_scale is None else Quantized(x, x_scale)
                 dw = matmul(dy_NM, x_KM, grad_weight, dy.dtype, emulate=emulate)
-        if differentiable:
-            dx, dw = (None if g is None else _once(g) for g in (dx, dw))
         return dx, dw, *[None] * 11
 
 
@@ -253,6 +241,7 @@ class Float8Linear(nn.Linear):
         self.recipe, self.config = resolve(config)
         self.emulate = emulate if self.config is None or emulate is not None else self.config.emulate
         self.weight_casts: Casts | None = None
+        self._held_weight: tuple[weakref.ref[Tensor], int] | None = None  # what those are the casts of
         self.watch: Callable[[Tensor, Tensor], Tensor] | None = None  # set on steps that `health` measures
         # Set by tensor parallel styles: whether one was applied, and what becomes of an output that is a sum
         # over ranks.
@@ -264,7 +253,9 @@ class Float8Linear(nn.Linear):
     def from_float(
         cls, mod: nn.Linear, config: Options | None = None, *, emulate: bool | None = None
     ) -> Self:
-        """A float8 linear with the parameters of `mod` (shared, not copied)."""
+        """A float8 linear with the parameters of `mod` (shared, not copied), its hooks and buffers."""
+        if not isinstance(mod, nn.Linear):
+            raise TypeError(f"Float8Linear.from_float takes an nn.Linear, not a {type(mod).__name__}")
         new = cls(
             mod.in_features,
             mod.out_features,
@@ -274,9 +265,10 @@ class Float8Linear(nn.Linear):
             config=config,
             emulate=emulate,
         )
-        for name, parameter in mod.named_parameters(recurse=False):
-            new.register_parameter(name, parameter)
-        new.training = mod.training
+        # Parameters, buffers, hooks, and whatever else hangs on it.
+        new.__dict__.update(
+            {k: copy.copy(v) if isinstance(v, dict | set) else v for k, v in mod.__dict__.items()}
+        )
         warn_if_emulated(new.recipe, mod.weight.device, new.emulate)
         return new
 
@@ -290,7 +282,7 @@ class Float8Linear(nn.Linear):
                 f"Float8Linear takes [..., {self.in_features}]; the input is {tuple(x.shape)}: its last "
                 f"dimension must be in_features={self.in_features}"
             )
-        if torch.is_autocast_enabled(x.device.type):
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if x.dtype not in DTYPES:
             raise TypeError(
@@ -301,7 +293,7 @@ class Float8Linear(nn.Linear):
 
         if isinstance(self.weight, DTensor):
             return self._forward_sharded(x, self.weight)
-        y_MN = self._multiply(x.reshape(-1, self.in_features), self.weight, input)
+        y_MN = self._multiply(x.reshape(math.prod(x.shape[:-1]), self.in_features), self.weight, input)
         # Not a view to autograd, as nn.Linear's output is none: FSDP2 warns of modules that return views.
         y = torch.ops.aten._unsafe_view(y_MN.contiguous(), (*x.shape[:-1], self.out_features))
         y = y if self.bias is None else add_bias(y, self.bias)
@@ -337,7 +329,7 @@ class Float8Linear(nn.Linear):
             self.recipe,
             emulate=self.emulate,
             x_casts=x_casts,
-            w_casts=self.weight_casts,
+            w_casts=self._held_casts(),
             sharding=sharding,
         )
 
@@ -376,11 +368,26 @@ class Float8Linear(nn.Linear):
             weight = weight.to_local()
         if isinstance(weight, Carrier):  # gathered in float8: its casts are at hand
             return
+        if not isinstance(self.weight, nn.Parameter):  # computed anew at each use, as by weight_norm
+            return
         self.weight_casts = cast_weight(weight.detach(), self.recipe, for_grad_input=True, split=split)
+        self._held_weight = weakref.ref(self.weight), self.weight._version
+
+    def _held_casts(self) -> Casts | None:
+        """`weight_casts`, unless another weight has taken the place of the one that they are of, or someone
+        edited it.
+
+        An edit that leaves no trace, as through `.data`, is not noticed, nor is any in compiled code.
+        """
+        if self.weight_casts is None or self._held_weight is None or torch.compiler.is_compiling():
+            return self.weight_casts
+        held, version = self._held_weight
+        same = held() is self.weight and self.weight._version == version
+        return self.weight_casts if same else None
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold parameters only.
-        return self.__dict__ | {"weight_casts": None, "watch": None}
+        return self.__dict__ | {"weight_casts": None, "_held_weight": None, "watch": None}
 
     def extra_repr(self) -> str:
         emulate = "" if self.emulate is None else f", emulate={self.emulate}"

@@ -310,7 +310,7 @@ def warn_if_emulated(recipe: Recipe, device: torch.device, emulate: bool | None)
         _warned.add((recipe.name, device.type))
         warnings.warn(
             f"recipe {recipe.name!r} runs in emulation: {_missing(lacking[0], what)}. It computes "
-            "what hardware would, slowly; pass emulate=True to ask for that and silence this",
+            "what hardware would, slowly; Float8LinearConfig(emulate=True) asks for that and silences this",
             EmulationWarning,
             stacklevel=3,
         )

@@ -37,6 +37,14 @@ FULL: Final = -1
 FLOAT8_DTYPES: Final = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
+def expect(holder: object, name: str, kind: type, *others: object) -> None:
+    """Raise TypeError unless the attribute called `name` is of type `kind` or one of `others`."""
+    value = getattr(holder, name)
+    if not isinstance(value, kind) and not any(value is other for other in others):
+        wanted = " or ".join([kind.__name__, *map(str, others)])
+        raise TypeError(f"{type(holder).__name__}.{name} is {value!r}; it must be a {wanted}")
+
+
 class ScaleFormat(Enum):
     """Which numbers a scale may be.
 
@@ -74,10 +82,16 @@ class Cast:
         if self.dtype not in FLOAT8_DTYPES:
             names = " or ".join(str(d) for d in FLOAT8_DTYPES)
             raise ValueError(f"Cast.dtype is {self.dtype}; it must be {names}")
-        if len(self.block) != 2 or any(not isinstance(b, int) or (b < 1 and b != FULL) for b in self.block):
+        if (
+            not isinstance(self.block, tuple)
+            or len(self.block) != 2
+            or any(not isinstance(b, int) or (b < 1 and b != FULL) for b in self.block)
+        ):
             raise ValueError(
-                f"Cast.block is {self.block}; it must be (rows, contraction), each >= 1 or FULL ({FULL})"
+                f"Cast.block is {self.block!r}; it must be a tuple (rows, contraction), each >= 1 or FULL "
+                f"({FULL})"
             )
+        expect(self, "scale", ScaleFormat)
 
     @property
     def square(self) -> bool:
@@ -103,6 +117,9 @@ class Gemm:
     fast_accum: bool = False
 
     def __post_init__(self) -> None:
+        expect(self, "a", Cast, None)
+        expect(self, "b", Cast, None)
+        expect(self, "fast_accum", bool)
         if (self.a is None) != (self.b is None):
             raise ValueError(
                 f"Gemm has one operand in float8 and one in high precision (a={self.a}, b={self.b}); "
@@ -132,6 +149,11 @@ class Recipe:
     output: Gemm
     grad_input: Gemm
     grad_weight: Gemm
+
+    def __post_init__(self) -> None:
+        expect(self, "name", str)
+        for gemm in ("output", "grad_input", "grad_weight"):
+            expect(self, gemm, Gemm)
 
     @property
     def gatherable(self) -> bool:
@@ -225,7 +247,7 @@ def find_recipe(name: str) -> Recipe:
     """The recipe called `name`. Raises ValueError, with the valid names, if there is none."""
     try:
         return RECIPES[name]
-    except KeyError:
+    except (KeyError, TypeError):  # TypeError: a list, say
         raise ValueError(
             f"no float8 recipe is called {name!r}; the recipes are {', '.join(RECIPES)}"
         ) from None

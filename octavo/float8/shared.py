@@ -1,38 +1,58 @@
 """Linears that read the same input share its float8 casts.
 
 wq, wk and wv read one tensor, and so do w1 and w3. Each would cast it again and keep its own float8 copy for
-backward: three casts and three bytes an element where one of each will do. So a cast is remembered for as
-long as its input lives, keyed on the tensor's identity and version; an in-place edit gives a new version, and
-with it new casts.
+backward: three casts and three bytes an element where one of each will do. Linears with one input are called
+one after the other, so the casts of the last input are remembered, and of no other: what is remembered never
+costs more than one layer's input, and ends with it.
+
+Only the result of an operation is remembered, never a tensor from outside: a pipeline's receive buffer, or
+memory shared with numpy, gets new values without a new version. An in-place edit of a result does make a new
+version, and with it new casts; an edit through `.data` does not.
 
 This serves eager mode. A compiled graph shares equal casts by itself.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from octavo.float8.quantize import Quantized
 
 Casts = tuple[Quantized | None, Quantized | None]
-_remembered: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+@dataclass
+class _Remembered:
+    """The casts of one tensor, by how it was cast. `tensor` is dead once the tensor is."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+    casts: dict[Hashable, Casts] = field(default_factory=dict)
+
+
+_last: _Remembered | None = None
+
+
+def _forget(tensor: weakref.ref[Tensor]) -> None:
+    global _last
+    if _last is not None and _last.tensor is tensor:
+        _last = None
 
 
 def shared_casts(x: Tensor, how: Hashable, make: Callable[[], Casts]) -> Casts:
-    """`make()`, or what it gave for the same tensor, unchanged since, and the same `how`.
-
-    What `make` returns must not refer to `x`, which would never be freed.
-    """
-    if torch.compiler.is_compiling() or x.is_inference():
+    """`make()`, or what it gave for the same tensor, unchanged since, and the same `how`."""
+    global _last
+    if torch.compiler.is_compiling() or x.grad_fn is None or x.is_inference():
         return make()
-    casts = _remembered.setdefault(x, {})
-    key = (x._version, how)
-    if key not in casts:
-        if any(version != x._version for version, _ in casts):
-            casts.clear()
-        casts[key] = make()
-    return casts[key]
+    last = _last
+    if last is None or last.tensor() is not x or last.version != x._version:
+        last = _last = _Remembered(weakref.ref(x, _forget), x._version)
+    casts = last.casts.get(how)
+    if casts is None:
+        casts = last.casts[how] = make()
+    return casts

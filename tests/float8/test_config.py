@@ -6,9 +6,20 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from torch import nn
 
 from octavo import float8 as ours
-from octavo.float8 import RECIPES, CastConfig, Float8GemmConfig, Float8LinearConfig, ScalingType
+from octavo.float8 import (
+    RECIPES,
+    Cast,
+    CastConfig,
+    Float8GemmConfig,
+    Float8LinearConfig,
+    Gemm,
+    Recipe,
+    ScalingType,
+    convert_to_float8_training,
+)
 from octavo.float8.config import Float8LinearRecipeName, ScalingGranularity
 from tests.float8.torchao_reference import RECIPES as SHARED
 from tests.float8.torchao_reference import torchao
@@ -35,6 +46,8 @@ def test_every_name_of_torchaos_interface_is_here_or_left_out_on_purpose() -> No
 def test_defaults_are_torchaos(name: str) -> None:
     mine, theirs = (c.from_recipe_name(name) for c in (Float8LinearConfig, torchao.Float8LinearConfig))
     for f in fields(Float8LinearConfig):
+        if f.name == "recipe":  # ours alone
+            continue
         a, b = getattr(mine, f.name), getattr(theirs, f.name)
         if f.name.startswith("cast_config"):
             assert a.scaling_type.value == b.scaling_type.value
@@ -104,3 +117,22 @@ def test_cast_options_are_checked() -> None:
         CastConfig(ScalingType.DISABLED, ScalingGranularity.AXISWISE)
     with pytest.raises(ValueError, match="rowise"):
         Float8LinearConfig.from_recipe_name("rowise")
+
+
+def test_a_recipe_of_ones_own_takes_the_other_options() -> None:
+    tile = Cast(torch.float8_e4m3fn, (64, 64))
+    mine = Recipe("mine", *[Gemm(tile, tile)] * 3)
+    config = Float8LinearConfig.from_recipe(mine, emulate=True, enable_fsdp_float8_all_gather=True)
+    assert config.recipe is mine
+    assert config.to_recipe() is mine
+    model = convert_to_float8_training(nn.Linear(128, 64), config=config)
+    assert model.emulate is True
+    assert model.gathers_float8
+    assert model.recipe is mine
+
+
+def test_a_recipe_beside_what_it_already_says_is_an_error() -> None:
+    with pytest.raises(ValueError, match="round_scales_to_power_of_2 says it again"):
+        Float8LinearConfig(recipe=RECIPES["mxfp8"], round_scales_to_power_of_2=True)
+    with pytest.raises(ValueError, match="needs one float8 weight"):
+        Float8LinearConfig(recipe=RECIPES["mxfp8"], enable_fsdp_float8_all_gather=True)

@@ -5,12 +5,25 @@ from __future__ import annotations
 import runpy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
-from octavo.float8 import RECIPES, Float8Linear, auto_filter_for_recipe, convert_to_float8_training
+from octavo.float8 import (
+    RECIPES,
+    Cast,
+    CastConfig,
+    Float8GemmConfig,
+    Float8Linear,
+    Float8LinearConfig,
+    Gemm,
+    Recipe,
+    auto_filter_for_recipe,
+    convert_to_float8_training,
+)
 from tests.float8.graphs import compiles
 from tests.float8.torchao_reference import torchao
 
@@ -121,3 +134,114 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     losses = [float(line.split()[-1]) for line in lines]
     assert len(losses) == 11
     assert min(losses[5:]) < losses[0] / 2
+
+
+# ----------------------------------------------------------------- what cannot become a float8 linear
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 100 * super().forward(input)
+
+
+def normed() -> nn.Linear:
+    return nn.utils.parametrizations.weight_norm(nn.Linear(32, 16))
+
+
+def pruned() -> nn.Linear:
+    return prune.l1_unstructured(nn.Linear(32, 16), "weight", amount=0.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Scaled(32, 16), "is a Scaled with a forward of its own"),
+        (normed, "computes its weight"),
+        (pruned, "computes its weight"),
+        (lambda: nn.LazyLinear(16), "has no sizes yet"),
+    ],
+)
+def test_what_would_lose_its_meaning_is_left_and_named(make: Any, reason: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(make(), nn.Linear(16, 8))
+    first = model[0]
+    x = torch.randn(4, 32)
+    before = first(x) if not isinstance(first, nn.LazyLinear) else None
+    with pytest.warns(UserWarning, match=f"left 1 linear layers as they are: 0 {reason}"):
+        convert_to_float8_training(model, config="rowwise")
+    assert model[0] is first
+    assert isinstance(model[1], Float8Linear)
+    if before is not None:
+        assert torch.equal(first(x), before)
+
+
+def test_attention_that_never_calls_its_projection_keeps_it() -> None:
+    model = nn.MultiheadAttention(32, 2)
+    with pytest.warns(UserWarning, match="out_proj belongs to an nn.MultiheadAttention"):
+        convert_to_float8_training(model)
+    assert not any(isinstance(m, Float8Linear) for m in model.modules())
+
+
+def test_a_subclass_that_computes_the_same_is_converted() -> None:
+    class Named(nn.Linear):
+        pass
+
+    assert isinstance(convert_to_float8_training(Named(32, 16)), Float8Linear)
+
+
+def test_hooks_buffers_and_attributes_go_along() -> None:
+    linear = nn.Linear(32, 16)
+    linear.register_buffer("steps", torch.ones(3))
+    linear.note = "mine"
+    seen = []
+    linear.register_forward_hook(lambda module, args, y: seen.append(type(module)))
+    new = convert_to_float8_training(nn.Sequential(linear))[0]
+    new(torch.randn(4, 32))
+    assert new.note == "mine"
+    assert set(new.state_dict()) == {"weight", "bias", "steps"}
+    assert seen == [Float8Linear]
+
+
+def test_a_filter_that_raises_leaves_the_model_as_it_was() -> None:
+    def picky(module: nn.Module, fqn: str) -> bool:
+        if fqn == "2":
+            raise KeyError(fqn)
+        return True
+
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    with pytest.raises(KeyError):
+        convert_to_float8_training(model, module_filter_fn=picky)
+    assert not any(isinstance(m, Float8Linear) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (
+            lambda: convert_to_float8_training(nn.Linear(2, 2), module_filter_fn="output"),
+            "module_filter_fn is a str",
+        ),
+        (lambda: auto_filter_for_recipe("rowwise", "output"), r"give a list, \['output'\]"),
+        (lambda: Float8Linear.from_float(nn.ReLU()), "takes an nn.Linear, not a ReLU"),
+        (lambda: CastConfig("disabled"), "scaling_type is 'disabled'; it must be a ScalingType"),
+        (lambda: CastConfig(scaling_granularity="axiswise"), "it must be a ScalingGranularity"),
+        (lambda: Float8GemmConfig("x"), "use_fast_accum is 'x'; it must be a bool"),
+        (lambda: Float8LinearConfig(emulate="yes"), "emulate is 'yes'; it must be a bool or None"),
+        (lambda: Float8LinearConfig(round_scales_to_power_of_2="floor"), "it must be a bool"),
+        (lambda: Float8LinearConfig(cast_config_input="rowwise"), "it must be a CastConfig"),
+        (lambda: Float8LinearConfig(cast_config_weight=None), "it must be a CastConfig"),
+        (lambda: Float8LinearConfig(gemm_config_output=True), "it must be a Float8GemmConfig"),
+        (lambda: Gemm("a", "b"), "Gemm.a is 'a'; it must be a Cast or None"),
+        (lambda: Recipe("x", "a", "b", "c"), "Recipe.output is 'a'; it must be a Gemm"),
+        (lambda: RECIPES["mxfp8"].with_scales("floor"), "it must be a ScaleFormat"),
+    ],
+)
+def test_wrong_types_are_told(call: Any, told: str) -> None:
+    with pytest.raises(TypeError, match=told):
+        call()
+
+
+@pytest.mark.parametrize("block", [[1, -1], 128, (1,), (1, 2.0)])
+def test_wrong_blocks_are_told(block: Any) -> None:
+    with pytest.raises(ValueError, match="it must be a tuple"):
+        Cast(torch.float8_e4m3fn, block)

@@ -425,3 +425,24 @@ def test_a_gpu_gives_the_same_numbers() -> None:
     monitor = Monitor(model, sample=None)
     run(model, monitor, tokens().cuda())
     assert monitor.table == audit(model, tokens().cuda(), loss=mean_square)
+
+
+def test_a_layer_is_measured_by_one_monitor_at_a_time() -> None:
+    model = convert_to_float8_training(nn.Sequential(nn.Linear(32, 16)), config="rowwise")
+    first, second = Monitor(model, every=1), Monitor(model, every=1)
+    with first.step():
+        with pytest.raises(RuntimeError, match="0 is being measured already"), second.step():
+            pass
+        model(torch.randn(4, 32)).sum().backward()
+    assert first.table.rows
+
+
+def test_an_audit_that_measures_nothing_says_why() -> None:
+    model = convert_to_float8_training(nn.Sequential(nn.Linear(32, 16)), config="rowwise")
+    x = torch.randn(4, 32)
+    with pytest.raises(ValueError, match="the loss depends on no linear layer"):
+        audit(model, x, loss=lambda y: y.detach().sum().requires_grad_())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside torch.inference_mode"):
+        audit(model, x)
+    with pytest.raises(ValueError, match=r"give a list, \['rowwise'\]"):
+        audit(model, x, recipes="rowwise")

@@ -159,3 +159,42 @@ def test_copies_and_checkpoints_hold_no_casts() -> None:
         assert set(model.state_dict()) == keys
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert all(m.weight_casts is None for m in other.modules() if isinstance(m, Float8Linear))
+
+
+# ------------------------------------------------------------------ another weight inside the scope
+
+
+def zeros_by_functional_call(model: nn.Module, x: Tensor) -> Tensor:
+    zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    return torch.func.functional_call(model, zeros, x)
+
+
+def zeros_by_loading(model: nn.Module, x: Tensor) -> Tensor:
+    model.load_state_dict({name: torch.zeros_like(p) for name, p in model.named_parameters()})
+    return model(x)
+
+
+def zeros_by_replacing(model: nn.Module, x: Tensor) -> Tensor:
+    model[0].weight = nn.Parameter(torch.zeros_like(model[0].weight))
+    return model(x)
+
+
+@pytest.mark.parametrize("zeros", [zeros_by_functional_call, zeros_by_loading, zeros_by_replacing])
+def test_another_weight_is_not_mistaken_for_the_one_that_was_cast(zeros: Any) -> None:
+    model = nn.Sequential(Float8Linear(32, 16, bias=False, config="rowwise", emulate=True))
+    x = torch.randn(4, 32)
+    with cast_weights_once(model):
+        assert bool(model(x).any())
+        assert not bool(zeros(model, x).any())
+
+
+def test_a_weight_that_is_computed_is_cast_at_each_use() -> None:
+    model = Float8Linear(32, 16, bias=False, config="rowwise", emulate=True)
+    nn.utils.parametrizations.weight_norm(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    x = torch.randn(4, 32)
+    with cast_weights_once(model):
+        before = model(x)
+        before.square().sum().backward()
+        optimizer.step()
+        assert not torch.equal(model(x), before)

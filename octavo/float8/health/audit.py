@@ -37,6 +37,10 @@ def audit(
     Raises ValueError if there is nothing to measure, the loss is not a scalar, or a layer is sharded by
     tensor parallelism.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("audit needs gradients: call it outside torch.inference_mode()")
+    if isinstance(recipes, str):
+        raise ValueError(f"recipes is the string {recipes!r}: give a list, [{recipes!r}]")
     others = [resolve(recipe)[0] for recipe in recipes or ()]
     linears = linears_of(model, nn.Linear if others else Float8Linear)
     if not linears:
@@ -71,6 +75,11 @@ def audit(
         if probes and value.requires_grad:
             value.backward(inputs=probes)
         rows = rows_of(watches)
+    if not rows:
+        raise ValueError(
+            "nothing was measured: the loss depends on no linear layer, because it was detached, or because "
+            "checkpoint(..., use_reentrant=True) hid the layers; use_reentrant=False shows them"
+        )
     return Table(rows)
 
 

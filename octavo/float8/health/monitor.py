@@ -46,8 +46,9 @@ class Monitor:
         filter_fn: LayerFilter | None = None,
         sample: int | None = 128,
     ) -> None:
-        if every < 1 or (sample is not None and sample < 1):
-            raise ValueError(f"every={every} and sample={sample} must be at least 1")
+        for name, value in (("every", every), ("sample", 1 if sample is None else sample)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         linears = linears_of(model, Float8Linear)
         chosen = {n: m for n, m in linears.items() if filter_fn is None or filter_fn(m, n)}
         if not chosen:
@@ -68,13 +69,19 @@ class Monitor:
     def step(self) -> Iterator[bool]:
         """A scope around all forwards and backwards of one step; gives whether it is measured. The first is.
 
-        Raises RuntimeError at its end if it was to be measured and no layer ran backward.
+        Raises RuntimeError if a layer is being measured already, and at its end if it was to be measured and
+        no layer ran backward.
         """
         measuring = self.steps % self.every == 0
         self.steps += 1
         if not measuring:
             yield False
             return
+        taken = next((w.layer for w in self._watches if w.linear.watch is not None), None)
+        if taken is not None:
+            raise RuntimeError(
+                f"{taken} is being measured already: another Monitor's step, or this one's, is still open"
+            )
         with ExitStack() as stack:
             for watch in self._watches:
                 watch.start()
