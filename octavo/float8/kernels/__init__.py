@@ -5,7 +5,10 @@
     cast_rows_columns.py      one scale a row, one a column        2             [M, K] and [K, M]
     cast_lines.py             1 x 128, or 1 x 32 one-byte scales   1             [M, K] and [K, M]
     cast_tiles.py             128 x 128                            1             [M, K] and [K, M]
+    cast_given_maxima.py      one scale a row, one a column, the   1             [M, K] and [K, M]
+                              maxima of both known
     transpose_rows.py         float8 rows to float8 columns        1 (one byte)  [K, M]
+    silu_mul.py               makes silu(a) * b and its gradients, and the maxima for the above
 
 `numerics.py` holds the arithmetic that all share, `ops.py` registers them with PyTorch, `report.py` compiles
 them for a GPU that need not be there.

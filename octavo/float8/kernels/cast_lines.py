@@ -37,7 +37,7 @@ CONFIGS: tuple[Config, ...] = (
 )
 
 
-@tuned(CONFIGS, key=["M", "K"])
+@tuned(CONFIGS, key=["M", "K", "ROWS", "COLUMNS", "GROUP"])
 @triton.jit
 def _cast_lines(
     x_ptr, data_ptr, scale_ptr, data_t_ptr, scale_t_ptr, M, K,

@@ -57,7 +57,7 @@ CONFIGS_COLUMNS: tuple[Config, ...] = (
 )
 
 
-@tuned(CONFIGS_ROWS, key=["M", "K"])
+@tuned(CONFIGS_ROWS, key=["M", "K", "COLUMNS"])
 @triton.jit
 def _cast_rows(
     x_ptr, data_ptr, scale_ptr, maxima_ptr, M, K,
@@ -82,7 +82,7 @@ def _cast_rows(
         tl.store(maxima_ptr + pid.to(tl.int64) * K + k, down, mask=k < K)
 
 
-@tuned(CONFIGS_WIDE_ROWS, key=["M", "K"])
+@tuned(CONFIGS_WIDE_ROWS, key=["M", "K", "COLUMNS"])
 @triton.jit
 def _cast_wide_rows(
     x_ptr, data_ptr, scale_ptr, maxima_ptr, M, K,

@@ -56,7 +56,7 @@ def _magnitudes(x_ptr, maxima_ptr, N, programs, BLOCK: tl.constexpr):
     tl.store(maxima_ptr + pid, tl.max(largest, axis=0))
 
 
-@tuned(CONFIGS_CAST, key=["M", "K"])
+@tuned(CONFIGS_CAST, key=["M", "K", "ROWS", "COLUMNS"])
 @triton.jit
 def _cast_tensor(
     x_ptr, maxima_ptr, data_ptr, data_t_ptr, scale_ptr, M, K, P,

@@ -33,7 +33,7 @@ CONFIGS: tuple[Config, ...] = (
 )
 
 
-@tuned(CONFIGS, key=["M", "K"])
+@tuned(CONFIGS, key=["M", "K", "ROWS", "COLUMNS"])
 @triton.jit
 def _cast_tiles(
     x_ptr, data_ptr, data_t_ptr, scale_ptr, M, K,

@@ -48,6 +48,16 @@ def to_float32(x):
 
 
 @triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 as bfloat16, float16 or float32: nearest, ties to even."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        near = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits + 0x7FFF + ((bits >> 16) & 1))
+        return (near >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def magnitude(x):
     """Bits of |x| for float32 x, as int32."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -113,7 +123,8 @@ def from_float8(code, MANTISSA: tl.constexpr):
             value = tl.where(a == 0x7F, float("nan"), value)
         else:
             value = tl.where(a > 0x7C, float("nan"), tl.where(a == 0x7C, float("inf"), value))
-        return tl.where((bits & 0x80) != 0, -value, value)
+        # The sign as a bit: some versions negate by subtracting from zero, which loses that of zero.
+        return (value.to(tl.int32, bitcast=True) | ((bits & 0x80) << 24)).to(tl.float32, bitcast=True)
     if MANTISSA == 3:
         return code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     return code.to(tl.float8e5, bitcast=True).to(tl.float32)

@@ -26,7 +26,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from octavo.float8.kernels import cast_lines, cast_rows_columns, cast_tensor, cast_tiles, transpose_rows
+from octavo.float8.kernels import (
+    cast_given_maxima,
+    cast_lines,
+    cast_rows_columns,
+    cast_tensor,
+    cast_tiles,
+    silu_mul,
+    transpose_rows,
+)
 from octavo.float8.kernels.numerics import INTERPRETING, SCALE_FORMATS, Config
 
 BOTH = {"ROWS": True, "COLUMNS": True}
@@ -71,6 +79,10 @@ def jobs() -> Iterator[Job]:
     yield Job(rows._cast_wide_rows, rows.CONFIGS_WIDE_ROWS, wide, pow2_first)
     yield Job(rows._column_maxima, rows.CONFIGS_MAXIMA, {"STRIP": 64}, FORMATS[:1], converts=False)
     yield Job(rows._cast_columns, rows.CONFIGS_COLUMNS, {}, pow2_first)
+    yield Job(cast_given_maxima._cast_given_maxima, cast_given_maxima.CONFIGS, {}, pow2_first)
+    tile = {"TILE_M": silu_mul.TILE_M, "TILE_K": silu_mul.TILE_K}
+    yield Job(silu_mul._forward, silu_mul.CONFIGS, tile, FORMATS[:1], converts=False)
+    yield Job(silu_mul._backward, silu_mul.CONFIGS, tile, FORMATS[:1], converts=False)
     strip = {"STRIP": transpose_rows.STRIP}
     both = [("e4m3", "pow2"), ("e5m2", "pow2")]
     yield Job(across._maxima, across.CONFIGS_MAXIMA, strip, both, converts=False)
@@ -100,7 +112,9 @@ class Compiled:
 
 def _signature(job: Job, constants: dict[str, Any], dtype: str, scales: str) -> tuple[dict[str, str], dict]:
     one_byte = SCALE_FORMATS[scales] >= 2
-    pointers = {"x_ptr": f"*{dtype}", "maxima_ptr": "*i32", "amax_ptr": "*i32"}
+    pointers = {f"{name}_ptr": f"*{dtype}" for name in ("x", "a", "b", "h", "da", "db", "dh")}
+    pointers |= {f"{name}_ptr": "*i32" for name in ("maxima", "amax", "amax_t", "rows", "columns")}
+    pointers |= {f"{of}_{name}_ptr": "*i32" for of in ("da", "db") for name in ("rows", "columns")}
     pointers |= {"data_ptr": "*u8", "data_t_ptr": "*u8"}
     pointers |= dict.fromkeys(("scale_ptr", "scale_t_ptr"), "*u8" if one_byte else "*fp32")
     signature, attributes = {}, {}

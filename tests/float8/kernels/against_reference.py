@@ -16,7 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.float8.kernels import cast_lines, cast_rows_columns, cast_tensor, cast_tiles, transpose_rows
+from octavo.float8.kernels import (
+    cast_given_maxima,
+    cast_lines,
+    cast_rows_columns,
+    cast_tensor,
+    cast_tiles,
+    transpose_rows,
+)
 from octavo.float8.kernels.numerics import (
     MANTISSA_BITS,
     Untuned,
@@ -159,6 +166,18 @@ def check_transpose(x: Tensor, dtype: torch.dtype) -> None:
         want, want_scale = transpose_rows.reference(data.cpu(), scale.cpu(), amax)
         assert_same(data_t, want, "data_t")
         assert_same(scale_t, want_scale, "scale_t")
+
+
+def check_given_maxima(x: Tensor, rows: Tensor, columns: Tensor) -> None:
+    """Maxima handed over with x are x's, and casts made with them are its casts."""
+    assert_same(rows.amax(0).view(torch.float32), x.cpu().float().abs().amax(1), "maxima of rows")
+    assert_same(columns.amax(0).view(torch.float32), x.cpu().float().abs().amax(0), "maxima of columns")
+    for dtype, scales in ((E4M3, ScaleFormat.POW2), (E5M2, ScaleFormat.FP32)):
+        cast = Cast(dtype, (1, FULL), scales)
+        casts = cast_given_maxima.cast_given_maxima(x, rows, columns, dtype, scales.value)
+        wanted = [part for q in quantize_both(x.cpu(), cast, cast) for part in q]
+        for got, want, what in zip(casts, wanted, ("data", "scale", "data_t", "scale_t"), strict=True):
+            assert_same(got, want, what)
 
 
 # Every tuned kernel: its file, its name, its configurations, and the casts that start it.

@@ -16,6 +16,8 @@ pytestmark = [
     pytest.mark.gpu,
     compiles,
     pytest.mark.filterwarnings("ignore::octavo.float8.matmul.EmulationWarning"),
+    # triton 3.9 tells of a default that will change; casts have no sum that a product could fuse with.
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning"),
 ]
 
 if torch.cuda.is_available():

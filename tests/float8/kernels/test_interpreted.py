@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @needs.triton
+@needs.interpreter
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("test_*.py")), ids=lambda file: file.stem)
 def test_under_the_interpreter(file: Path) -> None:
     environment = {

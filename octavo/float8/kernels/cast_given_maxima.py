@@ -1,0 +1,79 @@
+"""`x[M, K]` with one scale a row and one a column, in one read of x, by someone who knows the maxima already.
+
+    x, maxima of its rows and of its columns   ->   data[M, K], scale[M], data_t[K, M], scale_t[K]
+
+What makes x in tiles (`silu_mul.py`) sees every element of it, so it can note maxima for both casts as it
+writes. Rows may then have any width: nothing needs to hold a whole one. The reference is `quantize_both` with
+two blocks of (1, FULL).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.float8.kernels.numerics import (
+    MANTISSA_BITS,
+    SCALE_FORMATS,
+    Config,
+    empty_scale,
+    scales_of,
+    to_float8,
+    to_float32,
+    tuned,
+    wrap_triton,
+)
+
+CONFIGS: tuple[Config, ...] = (
+    {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1},
+    {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1},
+    {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 1},
+    {"BLOCK_M": 128, "BLOCK_K": 128, "num_warps": 16, "num_stages": 1},
+)
+
+
+@tuned(CONFIGS, key=["M", "K"])
+@triton.jit
+def _cast_given_maxima(
+    x_ptr, amax_ptr, amax_t_ptr, data_ptr, scale_ptr, data_t_ptr, scale_t_ptr, M, K,
+    MANTISSA: tl.constexpr, SCALES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    pid_m, pid_k = tl.program_id(0), tl.program_id(1)
+    m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = pid_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = (m < M)[:, None] & (k < K)[None, :]
+    x = to_float32(tl.load(x_ptr + m[:, None] * K + k[None, :], mask=mask, other=0.0))
+    s, scale = scales_of(tl.load(amax_ptr + m, mask=m < M, other=0), MANTISSA, SCALES)
+    if pid_k == 0:
+        tl.store(scale_ptr + m, scale, mask=m < M)
+    tl.store(data_ptr + m[:, None] * K + k[None, :], to_float8(x * s[:, None], MANTISSA), mask=mask)
+    s_t, scale_t = scales_of(tl.load(amax_t_ptr + k, mask=k < K, other=0), MANTISSA, SCALES)
+    if pid_m == 0:
+        tl.store(scale_t_ptr + k, scale_t, mask=k < K)
+    code = to_float8(x * s_t[None, :], MANTISSA)
+    tl.store(data_t_ptr + k[:, None] * M + m[None, :], tl.trans(code), mask=tl.trans(mask))
+
+
+def cast_given_maxima(
+    x: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype, scales: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`data[M, K]`, `scale[M, 1]`, `data_t[K, M]` and `scale_t[K, 1]` of contiguous `x[M, K]`.
+
+    `rows[any, M]` and `columns[any, K]` are maxima as the int32 bits of float32; `scales` a key of
+    `SCALE_FORMATS`.
+    """
+    M, K = x.shape
+    amax, amax_t = rows.amax(dim=0), columns.amax(dim=0)
+    data, data_t = x.new_empty((M, K), dtype=torch.uint8), x.new_empty((K, M), dtype=torch.uint8)
+    scale, scale_t = empty_scale(x, (M, 1), scales), empty_scale(x, (K, 1), scales)
+
+    def grid(meta: Config) -> tuple[int, int]:
+        return triton.cdiv(M, meta["BLOCK_M"]), triton.cdiv(K, meta["BLOCK_K"])
+
+    wrap_triton(_cast_given_maxima)[grid](
+        x, amax, amax_t, data, scale, data_t, scale_t, M, K,
+        MANTISSA=MANTISSA_BITS[dtype], SCALES=SCALE_FORMATS[scales],
+    )  # fmt: skip
+    return data.view(dtype), scale, data_t.view(dtype), scale_t
