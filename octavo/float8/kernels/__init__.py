@@ -9,6 +9,7 @@
                               maxima of both known
     transpose_rows.py         float8 rows to float8 columns        1 (one byte)  [K, M]
     silu_mul.py               makes silu(a) * b and its gradients, and the maxima for the above
+    add_rms_norm.py           makes RMSNorm(x + residual) and its gradients, likewise
 
 `numerics.py` holds the arithmetic that all share, `ops.py` registers them with PyTorch, `report.py` compiles
 them for a GPU that need not be there.

@@ -6,10 +6,11 @@ shapes of the results are stated for both, so that a graph can be traced on a ma
 
 Importing this file imports triton: `octavo/float8/cast_on_gpu.py` does it when the first tensor comes.
 
-All take contiguous `x[M, K]` of bfloat16, float16 or float32. `dtype` is torch.float8_e4m3fn or
+All casts take contiguous `x[M, K]` of bfloat16, float16 or float32. `dtype` is torch.float8_e4m3fn or
 torch.float8_e5m2, `scales` a key of `SCALE_FORMATS`. They return `(data[M, K], scale, data_t[K, M],
 scale_t)`, or `(data[M, K], data_t[K, M], scale)` where blocks are square, and the transpose's scales are
-`scale` transposed. What `rows` or `columns` does not ask for is empty.
+`scale` transposed. What `rows` or `columns` does not ask for is empty. The operators at the end make tensors
+that are to be cast, with the maxima for it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.float8.kernels import add_rms_norm as norm
+from octavo.float8.kernels import silu_mul as swiglu
+from octavo.float8.kernels.add_rms_norm import add_rms_norm, add_rms_norm_backward
+from octavo.float8.kernels.cast_given_maxima import cast_given_maxima
 from octavo.float8.kernels.cast_lines import cast_lines
 from octavo.float8.kernels.cast_rows_columns import cast_columns, cast_rows, column_maxima
 from octavo.float8.kernels.cast_tensor import cast_tensor, magnitudes
 from octavo.float8.kernels.cast_tiles import cast_tiles
 from octavo.float8.kernels.numerics import INTERPRETING, empty_scale
+from octavo.float8.kernels.silu_mul import silu_mul, silu_mul_backward
 from octavo.float8.kernels.transpose_rows import transpose_rows, value_maxima
 
 Both = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -117,3 +123,67 @@ def transpose_float8_rows(data: Tensor, scale: Tensor, maxima: Tensor | None = N
     `maxima` are of the original's columns, as `cast_rows` gives them; without, those of the float8 values.
     """
     return transpose_rows(data, scale, value_maxima(data, scale) if maxima is None else maxima)
+
+
+# --------------------------------------------------------------- makers of tensors that are about to be cast
+
+
+def _given_shapes(x: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype, scales: str) -> Both:
+    return _row_shapes(x, dtype, scales, True, True)
+
+
+@_operator("cast_with_maxima", _given_shapes)
+def cast_with_maxima(x: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype, scales: str) -> Both:
+    """`cast_by_rows` of x whose maxima are known: see `cast_given_maxima.py`."""
+    return cast_given_maxima(x, rows, columns, dtype, scales)
+
+
+def _silu_mul_shapes(a: Tensor, b: Tensor) -> Square:
+    return swiglu._empty(a)
+
+
+@_operator("silu_mul", _silu_mul_shapes)
+def silu_mul_with_maxima(a: Tensor, b: Tensor) -> Square:
+    """`h[M, K]`, and maxima of its rows and columns: see `silu_mul.py`."""
+    return silu_mul(a, b)
+
+
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _silu_mul_backward_shapes(dh: Tensor, a: Tensor, b: Tensor) -> Six:
+    return *swiglu._empty(a), *swiglu._empty(a)
+
+
+@_operator("silu_mul_backward", _silu_mul_backward_shapes)
+def silu_mul_backward_with_maxima(dh: Tensor, a: Tensor, b: Tensor) -> Six:
+    """`da` and maxima of its rows and columns, then `db` and its."""
+    da, db = silu_mul_backward(dh, a, b)
+    return *da, *db
+
+
+def _norm_shapes(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> Five:
+    return torch.empty_like(x), x.new_empty((x.shape[0],), dtype=torch.float32), *norm._empty(x)
+
+
+@_operator("add_rms_norm", _norm_shapes)
+def add_rms_norm_with_maxima(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> Five:
+    """`h`, `rms`, `y` and maxima of y's rows and columns: see `add_rms_norm.py`."""
+    h, rms, y = add_rms_norm(x, residual, w, eps)
+    return h, rms, *y
+
+
+def _norm_backward_shapes(
+    dy: Tensor, dh: Tensor, h: Tensor, rms: Tensor, w: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *norm._empty(h), h.new_empty((h.shape[1],), dtype=torch.float32)
+
+
+@_operator("add_rms_norm_backward", _norm_backward_shapes)
+def add_rms_norm_backward_with_maxima(
+    dy: Tensor, dh: Tensor, h: Tensor, rms: Tensor, w: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`dx` and maxima of its rows and columns, and `dw`."""
+    dx, dw = add_rms_norm_backward(dy, dh, h, rms, w)
+    return *dx, dw

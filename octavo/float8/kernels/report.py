@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from octavo.float8.kernels import (
+    add_rms_norm,
     cast_given_maxima,
     cast_lines,
     cast_rows_columns,
@@ -83,6 +84,10 @@ def jobs() -> Iterator[Job]:
     tile = {"TILE_M": silu_mul.TILE_M, "TILE_K": silu_mul.TILE_K}
     yield Job(silu_mul._forward, silu_mul.CONFIGS, tile, FORMATS[:1], converts=False)
     yield Job(silu_mul._backward, silu_mul.CONFIGS, tile, FORMATS[:1], converts=False)
+    for width in (4096, 8192):
+        row = {"STRIP": add_rms_norm.STRIP, "BLOCK_K": width}
+        yield Job(add_rms_norm._forward, add_rms_norm.CONFIGS_FORWARD, row, FORMATS[:1], converts=False)
+        yield Job(add_rms_norm._backward, add_rms_norm.CONFIGS_BACKWARD, row, FORMATS[:1], converts=False)
     strip = {"STRIP": transpose_rows.STRIP}
     both = [("e4m3", "pow2"), ("e5m2", "pow2")]
     yield Job(across._maxima, across.CONFIGS_MAXIMA, strip, both, converts=False)
@@ -112,7 +117,9 @@ class Compiled:
 
 def _signature(job: Job, constants: dict[str, Any], dtype: str, scales: str) -> tuple[dict[str, str], dict]:
     one_byte = SCALE_FORMATS[scales] >= 2
-    pointers = {f"{name}_ptr": f"*{dtype}" for name in ("x", "a", "b", "h", "da", "db", "dh")}
+    pointers = {f"{name}_ptr": f"*{dtype}" for name in ("x", "a", "b", "h", "da", "db", "dh", "dx")}
+    pointers |= {f"{name}_ptr": f"*{dtype}" for name in ("residual", "w", "y", "dy")}
+    pointers |= {"rms_ptr": "*fp32", "dw_ptr": "*fp32", "eps": "fp32"}
     pointers |= {f"{name}_ptr": "*i32" for name in ("maxima", "amax", "amax_t", "rows", "columns")}
     pointers |= {f"{of}_{name}_ptr": "*i32" for of in ("da", "db") for name in ("rows", "columns")}
     pointers |= {"data_ptr": "*u8", "data_t_ptr": "*u8"}
@@ -123,8 +130,9 @@ def _signature(job: Job, constants: dict[str, Any], dtype: str, scales: str) -> 
             signature[name] = "constexpr"
             continue
         signature[name] = pointers.get(name, "i32")
-        # Sizes are multiples of 16 in any model that hardware takes, and allocations aligned.
-        attributes[(position,)] = [["tt.divisibility", 16]]
+        if signature[name] != "fp32":
+            # Sizes are multiples of 16 in any model that hardware takes, and allocations aligned.
+            attributes[(position,)] = [["tt.divisibility", 16]]
     return signature, attributes
 
 

@@ -81,6 +81,36 @@ def test_transposing_float8() -> None:
             check.check_transpose(check.make_x((1030, 520), torch.bfloat16, feature).cuda(), dtype)
 
 
+@pytest.mark.parametrize("shape", [(130, 200), (1030, 4096)], ids=str)
+def test_silu_mul(shape: tuple[int, int]) -> None:
+    from octavo.float8.kernels import silu_mul as kernels
+
+    a, b, dh = (check.make_x(shape, torch.bfloat16, "spread", seed).cuda() for seed in (1, 2, 3))
+    made = (kernels.silu_mul(a, b), *kernels.silu_mul_backward(dh, a, b))
+    want = (kernels.reference(a, b), *kernels.reference_backward(dh, a, b))
+    for one, other in zip(made, want, strict=True):
+        torch.testing.assert_close(one[0], other, rtol=2**-6, atol=1e-6)
+        check.check_given_maxima(*one)
+
+
+@pytest.mark.parametrize("shape", [(130, 200), (1030, 4096), (100, 8192)], ids=str)
+def test_add_rms_norm(shape: tuple[int, int]) -> None:
+    from octavo.float8.kernels import add_rms_norm as kernels
+
+    x, residual, dy, dh = (check.make_x(shape, torch.bfloat16, "spread", seed).cuda() for seed in range(4))
+    w = torch.linspace(0.5, 1.5, shape[1], device="cuda", dtype=torch.bfloat16)
+    h, rms, y = kernels.add_rms_norm(x, residual, w, 1e-5)
+    dx, dw = kernels.add_rms_norm_backward(dy, dh, h, rms, w)
+    want_h, want_rms, want_y = kernels.reference(x, residual, w, 1e-5)
+    want_dx, want_dw = kernels.reference_backward(dy, dh, h, rms, w)
+    assert torch.equal(h, want_h)
+    torch.testing.assert_close(rms, want_rms, rtol=1e-6, atol=0)
+    torch.testing.assert_close(dw, want_dw, rtol=1e-4, atol=1e-3)
+    for one, other in ((y, want_y), (dx, want_dx)):
+        torch.testing.assert_close(one[0], other, rtol=2**-6, atol=1e-3)
+        check.check_given_maxima(*one)
+
+
 def gradients(run: torch.nn.Module, model: torch.nn.Module, x: Tensor) -> list[Tensor]:
     model.zero_grad()
     x = x.detach().requires_grad_()

@@ -1,0 +1,45 @@
+"""The operators as PyTorch checks them: schema, fake results like the real ones, traced as they run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from octavo.float8.kernels import ops
+from tests.float8.kernels.against_reference import E4M3, make_x
+
+X = make_x((37, 70), torch.bfloat16, "spread")
+Y, W = make_x((37, 70), torch.bfloat16, "spread", 1), torch.ones(70, dtype=torch.bfloat16)
+FEW, WIDE = torch.ones(37), torch.zeros(1, 70, dtype=torch.int32)
+CALLS: dict[str, tuple[Any, tuple]] = {
+    "tensor": (ops.cast_by_tensor, (X, E4M3, "fp32", True, True)),
+    "tensor, columns": (ops.cast_by_tensor, (X, E4M3, "fp32", False, True)),
+    "tiles": (ops.cast_by_tiles, (X, 128, E4M3, "fp32", True, True)),
+    "rows": (ops.cast_by_rows, (X, E4M3, "pow2", True, True)),
+    "rows alone": (ops.cast_by_rows, (X, E4M3, "pow2", True, False)),
+    "columns alone": (ops.cast_by_rows, (X, E4M3, "pow2", False, True)),
+    "lines": (ops.cast_by_lines, (X, 32, E4M3, "e8m0", True, True)),
+    "lines, rows": (ops.cast_by_lines, (X, 128, E4M3, "fp32", True, False)),
+    "transpose": (ops.transpose_float8_rows, (X.to(E4M3), FEW[:, None])),
+    "given": (ops.cast_with_maxima, (X, FEW[None].int(), WIDE, E4M3, "fp32")),
+    "silu_mul": (ops.silu_mul_with_maxima, (X, Y)),
+    "silu_mul backward": (ops.silu_mul_backward_with_maxima, (X, Y, X)),
+    "norm": (ops.add_rms_norm_with_maxima, (X, Y, W, 1e-5)),
+    "norm backward": (ops.add_rms_norm_backward_with_maxima, (X, Y, X, FEW, W)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("call", CALLS)
+def test_operator(call: str) -> None:
+    operator, arguments = CALLS[call]
+    torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
+    if call != "transpose":  # the check of the schema computes with the inputs, which float8 does not allow
+        torch.library.opcheck(operator, arguments, test_utils="test_schema")
+
+
+def test_all_are_checked() -> None:
+    named = {value for name, value in vars(ops).items() if hasattr(value, "_opoverload")}
+    assert named == {operator for operator, _ in CALLS.values()}
