@@ -47,17 +47,23 @@ def test_float8_rows_to_float8_columns(feature: str) -> None:
 
 
 def test_long_strips() -> None:
-    """Programs of the first pass go through 32 rows where there are many, the last through fewer."""
+    """Programs of the first pass go through 32 rows where there are many, eight at a time; the last through
+    fewer.
+    """
     assert check.cast_rows_columns.strip_of(4096, 5) == 32
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(check.cast_rows_columns, "strip_of", lambda M, K: 32)
-        x = check.make_x((100, 70), torch.bfloat16, "spread")
+        x = check.make_x((100, 300), torch.bfloat16, "spread")
         check.check_cast(check.KERNELS["rows"], x, check.E4M3, ScaleFormat.POW2)
 
 
 def test_more_elements_than_programs_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first pass of the tensorwise cast goes round: the largest is in the last element."""
+    """The first pass of the tensorwise cast goes round, and misses no element: not where a round ends or
+    begins, and not the last.
+    """
     monkeypatch.setattr(check.cast_tensor, "MAX_PROGRAMS", 3)
-    x = check.make_x((5, 10_003), torch.bfloat16)
-    x[-1, -1] = 100.0
-    assert check.cast_tensor.magnitudes(x).view(torch.float32).max() == 100.0
+    block = check.cast_tensor.CONFIGS_MAGNITUDES[0]["BLOCK"]
+    for at in (3 * block - 1, 3 * block, 7 * block, -1):
+        x = torch.zeros(5, 10_003)
+        x.view(-1)[at] = -1.0
+        assert check.cast_tensor.magnitudes(x).view(torch.float32).max() == 1.0
