@@ -3,13 +3,16 @@ known, one message instead of a traceback.
 """
 
 import sys
+import traceback
 from collections.abc import Callable
+from types import TracebackType
 
 from octavo import exits
 from octavo.components.guard import BadNumbers
 from octavo.components.logging import logger
 from octavo.components.signals import Signals, Stopped
 from octavo.config import ConfigError
+from octavo.config.secrets import redact
 from octavo.distributed import mesh
 from octavo.distributed.watchdog import Watchdog
 
@@ -19,6 +22,7 @@ def exit_code_of(train: Callable[[Signals, Watchdog], None]) -> int:
 
     An error whose cause is not known is raised on, for its traceback.
     """
+    sys.excepthook = _print_without_tokens
     with Signals() as signals, Watchdog() as watchdog:
         if watchdog.asked_to_stop is not None:
             signals.ask(watchdog.asked_to_stop)
@@ -46,6 +50,13 @@ def exit_code_of(train: Callable[[Signals, Watchdog], None]) -> int:
             return exits.FAILED
         mesh.finish()
     return code
+
+
+def _print_without_tokens(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """A traceback may quote the environment."""
+    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def _is_of_the_compiler(error: Exception) -> bool:

@@ -50,7 +50,7 @@ def run(launch: Launch) -> int:
         left = [one.rank for one in supervisor.deaths if one.rank not in failures]
         rank = next(iter([*left, *failures]))
         local_rank, exitcode = failures.get(rank, (None, 0))
-        code = exitcode if exitcode > 0 else 128 - exitcode if exitcode < 0 else exits.FAILED
+        code = _code(rank, exitcode, logs)
         agreed = code in exits.AGREED or _stopped_by_signal(code, logs)
         if local_rank is not None and local_rank not in launch.shown_ranks and not agreed:
             print(_tail(logs, local_rank), end="", file=sys.stderr)
@@ -80,6 +80,17 @@ def _torchrun(arguments: list[str]) -> dict[int, tuple[int, int]]:
     except SignalException as error:  # SIGQUIT
         raise SystemExit(exits.of_signal(int(error.sigval))) from None
     return {}
+
+
+def _code(rank: int, exitcode: int, logs: Path) -> int:
+    """What we end with because process `rank` ended with `exitcode` (negative: by that signal).
+
+    One that left without having said so, by `os._exit` for instance, does not mean what its code means.
+    """
+    if exitcode < 0:
+        return 128 - exitcode
+    knew = any(status.rank == rank and status.ended for status in read_all(logs))
+    return exitcode if knew and exitcode > 0 else exits.FAILED
 
 
 def _stopped_by_signal(code: int, logs: Path) -> bool:

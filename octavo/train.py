@@ -136,7 +136,11 @@ class Trainer:
         self.schedule = schedule_of(job.optimizer, job.lr_scheduler, job.training.steps)
 
         self.checkpointer = Checkpointer(
-            job.checkpoint, self.folder.path / job.checkpoint.folder, self.model, self.optimizer
+            job.checkpoint,
+            self.folder.path / job.checkpoint.folder,
+            self.model,
+            self.optimizer,
+            needs=("tokens_seen", "data", "schedule"),
         )
         peak = peak_flops(self.device)
         logger.info(
@@ -366,7 +370,7 @@ class Trainer:
 
     def _resume(self) -> int:
         """Go on from a checkpoint if there is one; returns the steps already done."""
-        state = self.checkpointer.load()
+        state = self.checkpointer.load(self.job.training.steps)
         if state is None:
             state = self._load_initial()
         if state is None:

@@ -241,13 +241,15 @@ def last_line_at(folder):
     return (folder / "metrics.jsonl").stat().st_mtime
 
 
-def test_death_of_a_rank_ends_the_job_soon_and_is_named(tmp_path):
-    """`os._exit(0)` is the hardest to notice: to torchrun it is a success."""
-    process = launch(tmp_path, FLAG, variable("exit", rank=1, step=3, code=0))
+@pytest.mark.parametrize("code", [0, 75])
+def test_death_of_a_rank_ends_the_job_soon_and_is_named(code, tmp_path):
+    """0 is the hardest to notice: to torchrun it is a success. And 75 would say: start me again."""
+    process = launch(tmp_path, FLAG, variable("exit", rank=1, step=3, code=code))
     _, err = process.communicate(timeout=120)
     assert time.time() - last_line_at(tmp_path) < 10
     assert process.returncode == 1
-    assert "octavo: rank 1 ended with exit code 0 before the run was over in step 3; " in err
+    how = "exit code 0 before the run was over" if code == 0 else "exit code 75"
+    assert f"octavo: rank 1 ended with {how} in step 3; " in err
     assert "Step 3: a collective broke off, since another process has ended" in err
     assert "Traceback" not in err
 

@@ -14,7 +14,7 @@ of its own, so that its collectives and training's never wait for each other.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,19 @@ from octavo.distributed.mesh import disk_group
 class Checkpointer:
     """Saves `model` and `optimizer` into `folder` and loads them back.
 
-    What else a run needs is passed as `state`, a dict that JSON can hold, the same on every process.
+    What else a run needs is passed as `state`, a dict that JSON can hold, the same on every process. A
+    checkpoint whose state lacks one of `needs` does not verify.
     """
 
     def __init__(
-        self, settings: Checkpoint, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+        self,
+        settings: Checkpoint,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        needs: Sequence[str] = (),
     ):
+        self._needs = needs
         self._settings = settings
         self._folder = folder
         self._model = model
@@ -63,6 +70,7 @@ class Checkpointer:
         self._failed = 0
         self._lost = 0.0
         self._entered = 0.0
+        self._last_step: int | None = None
         self.last_saved: int | None = None
         """The step that was published last by this process, None before the first."""
         self.found = False
@@ -185,13 +193,14 @@ class Checkpointer:
                 limit,
             )
 
-    def load(self) -> dict[str, Any] | None:
+    def load(self, last_step: int | None = None) -> dict[str, Any] | None:
         """Go on from `checkpoint.load_step`, or where it is -1 from the newest step that verifies. A run that
         has saved since goes back to what it saved last.
 
         Model, optimizer and random numbers are set in place. Returns the state that was saved, with
         "not_exact": what of this process is not as it was then, and why. None where there is no checkpoint,
-        or `checkpoint.enable` is false.
+        or `checkpoint.enable` is false. A checkpoint of the model alone will do for a run that is over, with
+        `last_step` done.
 
         Raises:
             NoCheckpointVerifies: there are checkpoints, and none can be relied on.
@@ -201,6 +210,7 @@ class Checkpointer:
         if not self._settings.enable:
             return None
         self.wait()
+        self._last_step = last_step
         steps = from_rank_0(self._look(), self._control)
         self.found = bool(steps)
         wanted = self._settings.load_step
@@ -275,16 +285,17 @@ class Checkpointer:
         return state, []
 
     def _load(self, path: Path, excluded: frozenset[str]) -> dict[str, Any]:
-        opened = open_by_ranks(path, self._control)
+        opened = open_by_ranks(path, self._control, self._needs)
         state = opened.state
-        if state["model_only"]:
+        over = self._last_step is not None and state["step"] >= self._last_step
+        if state["model_only"] and not over:
             raise ConfigError(
                 f"{path} holds the model only (checkpoint.last_save_model_only): training cannot go on "
                 "from it; set checkpoint.load_step to an earlier step, or checkpoint.folder to a new folder"
             )
         tensors: dict[str, Any] = {"model": get_model_state_dict(self._model)}
         optimizer_state: dict[str, Any] = {}
-        if state["step"] > 0 and "optimizer" not in excluded:
+        if state["step"] > 0 and not state["model_only"] and "optimizer" not in excluded:
             optimizer_state = get_optimizer_state_dict(self._model, self._optimizer)
             tensors["optimizer"] = optimizer_state["state"]
         check_fit(opened.reader, tensors["model"])

@@ -22,4 +22,8 @@ class NoCheckpointVerifies(ConfigError):
 
 
 class SavesFailed(ConfigError):
-    """Too many saves in a row failed, or the last one of a run did; the message says why."""
+    """Too many saves in a row failed, or the last one of a run did; the message says why. With another disk
+    the same command would go on, so the exit code is 1.
+    """
+
+    exit_code = 1

@@ -3,6 +3,7 @@
 What one rank finds wrong is wrong for all of them, so that none goes on alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,16 @@ class Opened:
     random: dict[str, Tensor]
 
 
-def open_by_ranks(path: Path, group: dist.ProcessGroup) -> Opened:
-    """What each rank reads by itself; an error on one rank is one on all."""
+_OWN = ("step", "world_size", "model_only")  # of a state, what loading itself needs
+
+
+def open_by_ranks(path: Path, group: dist.ProcessGroup, needs: Sequence[str] = ()) -> Opened:
+    """What each rank reads by itself; an error on one rank is one on all. needs: what the state must hold."""
     opened, problem = None, None
     try:
         reader, state = Reader(path), read_state(path)
+        if missing := sorted({*_OWN, *needs} - state.keys()):
+            raise DamagedCheckpoint(f"{path}: state.json lacks {', '.join(missing)}")
         prefix = f"rng.{dist.get_rank()}."
         names = [name for name in reader.metadata.state_dict_metadata if name.startswith(prefix)]
         random = {name.removeprefix(prefix): reader.whole(name) for name in names}

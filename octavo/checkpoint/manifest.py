@@ -48,6 +48,13 @@ def _written(fields: Mapping[str, Any]) -> bytes:
     return (json.dumps({**fields, "sha256_of_the_above": _digest(fields)}, indent=1) + "\n").encode()
 
 
+def _name(name: str) -> str:
+    """`name`, if it is that of a file in the checkpoint's own folder; else a ValueError."""
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ValueError(name)
+    return name
+
+
 def read(folder: Path, step: int | None = None) -> dict[str, Any]:
     """The manifest of the checkpoint in `folder`; "files" maps names to `Content`.
 
@@ -62,7 +69,7 @@ def read(folder: Path, step: int | None = None) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{FILE}: missing") from None
     except OSError as error:
         raise DamagedCheckpoint(f"{FILE}: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{FILE}: no JSON ({error})") from None
     if not isinstance(fields, dict) or "sha256_of_the_above" not in fields:
         raise DamagedCheckpoint(f"{FILE}: no manifest of octavo's")
@@ -77,8 +84,9 @@ def read(folder: Path, step: int | None = None) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{FILE}: foreign: hash {fields.get('hash')!r} is not known here")
     try:
         fields["files"] = {
-            name: Content(entry["bytes"], tuple(entry["blocks"])) for name, entry in fields["files"].items()
+            _name(name): Content(int(entry["bytes"]), tuple(map(str, entry["blocks"])))
+            for name, entry in fields["files"].items()
         }
-    except (TypeError, LookupError, AttributeError):
+    except (TypeError, ValueError, LookupError, AttributeError):
         raise DamagedCheckpoint(f"{FILE}: foreign: its list of files is no such list") from None
     return fields

@@ -30,6 +30,16 @@ from octavo.checkpoint.errors import DamagedCheckpoint, RefusedCheckpoint
 from octavo.checkpoint.metadata import read_metadata
 
 STATE = "state.json"
+_KINDS = {
+    "step": int,
+    "tokens_seen": int,
+    "world_size": int,
+    "model_only": bool,
+    "data": dict,
+    "schedule": dict,
+    "config": dict,
+}
+"""What a state holds, where it holds it."""
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -42,10 +52,13 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads(path.read_bytes())
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path}: no JSON ({error})") from None
     if not isinstance(state, dict):
         raise DamagedCheckpoint(f"{path}: no JSON object")
+    for key, kind in _KINDS.items():
+        if key in state and type(state[key]) is not kind:
+            raise DamagedCheckpoint(f"{path}: {key} is {str(state[key])[:50]!r}, and no {kind.__name__}")
     return state
 
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from octavo.checkpoint import disk, manifest, points
 from octavo.checkpoint.hashing import Content, write_synced
 from octavo.checkpoint.reader import STATE
-from octavo.checkpoint.store import Store, path_of
+from octavo.checkpoint.store import Store
 from octavo.checkpoint.writer import Writer
 
 _T = TypeVar("_T")
@@ -141,8 +141,8 @@ def _publish(
         notes = store.commit(partial, save.step, files, _about(save.state))
     except OSError as error:
         problem = disk.why(error, store.folder, need)
-        store.discard(partial)
-        if not path_of(store.folder, save.step).exists():
+        if partial.exists():  # it never got its name
+            store.discard(partial)
             return Outcome(problem)
         notes = [f"after it was published: {problem}"]
     try:

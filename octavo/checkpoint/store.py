@@ -143,7 +143,10 @@ class Store:
         points.reach("after manifest")
         sync_folder(partial)
         points.reach("before rename")
-        notes = [self._set_aside(other) for other in published(self.folder) if other >= step]
+        there = {other for other in published(self.folder) if other >= step}
+        if os.path.lexists(path_of(self.folder, step)):  # a file, say
+            there.add(step)
+        notes = [self._set_aside(other) for other in sorted(there)]
         partial.rename(path_of(self.folder, step))
         points.reach("after rename")
         sync_folder(self.folder)

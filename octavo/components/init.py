@@ -9,9 +9,11 @@ different values from one seed; two machines of a kind don't.
 
 import hashlib
 import os
+import random
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
@@ -37,8 +39,12 @@ InitRule = Normal | Ones
 
 
 def set_determinism(seed: int, *, deterministic: bool) -> None:
-    """Seed torch's own generators, and allow deterministic algorithms only if asked to."""
+    """Seed torch's generators, Python's and numpy's, which a model or data of yours may use, and allow
+    deterministic algorithms only if asked to.
+    """
     torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  the global one, which others draw from
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from octavo.checkpoint import manifest
 from octavo.checkpoint.checkpointer import Checkpointer
 from octavo.checkpoint.hashing import write_synced
-from octavo.checkpoint.store import problems
+from octavo.checkpoint.store import Store, problems
 from octavo.checkpoint.store import published as saved_steps
 from octavo.components.logging import logger
 from octavo.config import ConfigError
@@ -71,10 +71,10 @@ def _save(folder, settings, steps=(3,)):
     return everything(model, optimizer)
 
 
-def _load(folder, settings, width=6):
+def _load(folder, settings, width=6, last_step=None):
     model, optimizer = build(width)
     try:
-        state = Checkpointer(settings, folder, model, optimizer).load()
+        state = Checkpointer(settings, folder, model, optimizer).load(last_step)
     except ConfigError as error:
         return str(error)
     return state, everything(model, optimizer) if state else None
@@ -246,6 +246,66 @@ def test_a_hostile_checkpoint_with_a_right_manifest_is_passed_over(folder, tmp_p
     assert not (tmp_path / "sentinel").exists()
 
 
+NESTED = b"[" * 200_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("state.json", NESTED, "no JSON"),
+        ("state.json", b"{}", "state.json lacks model_only, step, world_size"),
+        ("state.json", b'{"step": "x", "model_only": false, "world_size": 1}', "step is 'x', and no int"),
+    ],
+)
+def test_a_senseless_state_with_a_right_manifest_is_passed_over(name, content, told, folder):
+    ranks.run(1, _save, folder, ON, (1, 2))
+    _forge(folder / "step-2", name, content)
+    step, _, heard = ranks.run(1, _load_and_listen, folder, ON)[0]
+    assert step == 1
+    assert told in heard
+
+
+@pytest.mark.parametrize("broken", ["nested", "bytes", "outside"])
+def test_a_senseless_manifest_is_passed_over(broken, folder):
+    ranks.run(1, _save, folder, ON, (1, 2))
+    path = folder / "step-2" / "manifest.json"
+    fields = manifest.read(path.parent)
+    files = {name: vars(content) for name, content in fields["files"].items()}
+    if broken == "nested":
+        path.write_bytes(NESTED)
+    else:
+        entry = files.pop("state.json")
+        files |= {"state.json": {**entry, "bytes": "x"}} if broken == "bytes" else {"../state.json": entry}
+        path.write_bytes(manifest._written({**fields, "files": files}))
+    step, _, heard = ranks.run(1, _load_and_listen, folder, ON)[0]
+    assert step == 1
+    assert "step-2 does not verify and is passed over: manifest.json: " in heard
+
+
+def test_what_stands_in_the_way_is_set_aside_or_the_save_failed(folder, monkeypatch):
+    """Never is a save told as done that is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "step-3").write_text("a file")
+    ranks.run(1, _save, folder, ON)
+    assert saved_steps(folder) == [3]
+    assert (folder / "step-3.aside-0").read_text() == "a file"
+    monkeypatch.setattr(Store, "_set_aside", _busy)
+    (message,) = ranks.run(1, _fails_to_save, folder)
+    assert "step-3 was not saved" in message
+    assert problems(folder / "step-3") == []
+
+
+def _busy(store, step):
+    raise OSError(16, "Device or resource busy")
+
+
+def _fails_to_save(folder):
+    try:
+        _save(folder, ON)
+    except ConfigError as error:
+        return str(error)
+
+
 def _forge(path, name, content):
     fields = manifest.read(path)
     (path / name).write_bytes(content)
@@ -310,6 +370,8 @@ def test_last_save_of_the_model_alone(folder):
     ranks.run(1, _save, folder, settings, (1, 2))
     assert json.loads((folder / "step-2" / "state.json").read_text())["model_only"]
     assert "model only" in ranks.run(1, _load, folder, settings)[0]
+    assert "model only" in ranks.run(1, _load, folder, settings, 6, 3)[0]  # a run that is to go on
+    assert ranks.run(1, _load, folder, settings, 6, 2)[0][0]["step"] == 2  # and one that is over
     assert ranks.run(1, _load, folder, Checkpoint(enable=True, load_step=1))[0][0]["step"] == 1
 
 

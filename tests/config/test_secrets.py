@@ -2,6 +2,9 @@
 
 import io
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -88,3 +91,22 @@ def test_a_run_leaves_none_behind(token, tmp_path):
     assert any(path.suffix == ".distcp" for path in files)
     for path in files:
         assert token.encode() not in path.read_bytes(), path
+
+
+def test_a_traceback_that_nobody_catches_has_no_token():
+    code = (
+        "from octavo.ending import exit_code_of\n"
+        "def train(signals, watchdog): raise RuntimeError('sent ' + __import__('os').environ['HF_TOKEN'])\n"
+        "exit_code_of(train)"
+    )
+    token = "hf_" + "a" * 30
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "HF_TOKEN": token},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "RuntimeError: sent ***" in done.stderr
+    assert token not in done.stderr
