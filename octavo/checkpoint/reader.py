@@ -37,7 +37,6 @@ _KINDS = {
     "model_only": bool,
     "data": dict,
     "schedule": dict,
-    "config": dict,
 }
 """What a state holds, where it holds it."""
 

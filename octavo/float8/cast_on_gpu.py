@@ -46,8 +46,8 @@ def use_kernels(wanted: bool) -> Iterator[None]:
 
 
 def _device_serves(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip is not None or not _HAVE_TRITON:
-        return False
+    if device.type != "cuda" or torch.version.cuda is None or not _HAVE_TRITON:
+        return False  # a CPU build of torch knows fake tensors of CUDA, too
     properties = torch.cuda.get_device_properties(device)  # a constant to the compiler
     return (properties.major, properties.minor) >= LEAST_CAPABILITY
 
