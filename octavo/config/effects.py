@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from octavo.config import names
 from octavo.config.errors import ConfigError
-from octavo.config.layout import layout_of
+from octavo.config.layout import Layout, layout_of
 from octavo.config.schema import JobConfig
 
 
@@ -36,21 +36,12 @@ def _policies(job: JobConfig) -> tuple[str, str]:
     return job.fault_tolerance.non_finite, job.fault_tolerance.spike
 
 
-def _data(job: JobConfig, world_size: int) -> int:
-    """How many groups of processes read different data; 1 where the layout is impossible, which others
-    tell.
-    """
+def _layout(job: JobConfig, world_size: int) -> Layout:
+    """The layout; where it is impossible, which others tell, all processes shard one copy."""
     try:
-        return layout_of(job.parallelism, world_size).data
+        return layout_of(job.parallelism, world_size)
     except ConfigError:
-        return 1
-
-
-def _shards(job: JobConfig, world_size: int) -> int:
-    try:
-        return layout_of(job.parallelism, world_size).sharded
-    except ConfigError:
-        return world_size
+        return Layout(shard=world_size)
 
 
 def casts_weights_again(job: JobConfig, world_size: int) -> bool:
@@ -58,7 +49,7 @@ def casts_weights_again(job: JobConfig, world_size: int) -> bool:
 
     By several microbatches, by recomputation under activation checkpointing, or by gathers in float8.
     """
-    one_pass = job.training.local_batch_size * _data(job, world_size)
+    one_pass = job.training.local_batch_size * _layout(job, world_size).data
     accumulates = job.training.global_batch_size > one_pass
     gathers = job.float8.enable_fsdp_float8_all_gather and world_size > 1
     return accumulates or gathers or job.activation_checkpoint.mode != "none"
@@ -287,7 +278,7 @@ NEEDS: tuple[Need, ...] = (
             "float8.precompute_float8_dynamic_scale_for_fsdp",
             "parallelism.fsdp_reshard_after_forward",
         ),
-        lambda job, world_size: _shards(job, world_size) > 1,
+        lambda job, world_size: _layout(job, world_size).sharded > 1,
         "parameters are not sharded, so none is gathered",
         "run on more processes, or lower --parallelism.tensor_parallel_degree",
     ),
