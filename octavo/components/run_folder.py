@@ -5,10 +5,10 @@ file tells them apart; the system drops it when the process ends, however it end
 to clean up.
 """
 
-import fcntl
 from pathlib import Path
 
 from octavo.config import ConfigError
+from octavo.locks import try_lock
 
 _LOCK = ".lock"
 
@@ -27,16 +27,10 @@ class RunFolder:
             self._file = (self.path / _LOCK).open("w") if lock else None
         except OSError as error:
             raise ConfigError(f"job.dump_folder = {path}: cannot write there: {error.strerror}") from None
-        if self._file is None:
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if self._file is not None and not try_lock(self._file):
             raise ConfigError(
                 f"job.dump_folder = {path}: another run is writing there; wait for it, or name another folder"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+            )
 
     def release(self) -> None:
         """Let others write here."""

@@ -10,7 +10,6 @@ whoever tokenised them, the result is the same bytes for any number of workers a
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ import numpy as np
 from octavo.config.errors import ConfigError
 from octavo.data import shards
 from octavo.data.shards import File, Index, Shard, Vocabulary
+from octavo.locks import try_lock
 
 _PROGRESS = "progress.json"
 _TEMPORARY = ".tmp"
@@ -103,13 +103,9 @@ class Writer:
             self._lock = (self._folder / ".lock").open("w")
         except OSError as error:
             raise ConfigError(f"{self._folder}: cannot write there ({error.strerror})") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(self._lock):
             self._lock.close()
-            raise ConfigError(f"{self._folder}: another process is preparing it; wait for that") from None
-        except OSError:
-            pass  # a file system without locks
+            raise ConfigError(f"{self._folder}: another process is preparing it; wait for that")
         self._open: dict[str, _OpenShard] = {}
         self._done: dict[str, list[Shard]] = {}
         self.position: Any = None
