@@ -44,6 +44,8 @@ def build_model(
 ) -> tuple[nn.Module, float]:
     """The model with `args` on `device`, in float8 `recipe` if there is one; and its FLOPs per token."""
     spec = models.get(job.model.name)
+    if world.pipeline is not None:
+        raise ConfigError("parallelism.pipeline_parallel_degree must be 1: no schedule runs a pipeline yet")
     logger.info("Building %s %s with %s", spec.name, job.model.flavor, args)
     with torch.device("meta"):
         model = spec.build(args)

@@ -1,5 +1,6 @@
 """How the processes of a job are laid out: one degree an axis, whose product is their number.
 
+    pipeline    processes that each hold some of the layers, and hand activations on
     replicate   groups that each hold a whole copy of the model
     shard       processes that one copy is sharded over (FSDP2)
     context     processes that share a sequence, each with a part of its positions
@@ -19,6 +20,7 @@ from octavo.config.schema import Parallelism
 
 KEYS: Mapping[str, str] = MappingProxyType(
     {
+        "pipeline": "pipeline_parallel_degree",
         "replicate": "data_parallel_replicate_degree",
         "shard": "data_parallel_shard_degree",
         "context": "context_parallel_degree",
@@ -32,6 +34,7 @@ KEYS: Mapping[str, str] = MappingProxyType(
 class Layout:
     """A number of processes an axis."""
 
+    pipeline: int = 1
     replicate: int = 1
     shard: int = 1
     context: int = 1

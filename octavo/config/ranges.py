@@ -63,6 +63,7 @@ RULES: tuple[Rule, ...] = (
             "parallelism.data_parallel_replicate_degree",
             "parallelism.tensor_parallel_degree",
             "parallelism.context_parallel_degree",
+            "parallelism.pipeline_parallel_degree",
             "comm.init_timeout_seconds",
             "comm.train_timeout_seconds",
             "fault_tolerance.max_skips",

@@ -173,6 +173,8 @@ class Parallelism:
     """Gather the logits on every tensor parallel device, instead of computing the loss on their shards."""
     context_parallel_degree: int = 1
     """Devices that share a sequence: each computes a part of its positions, and gathers keys and values."""
+    pipeline_parallel_degree: int = 1
+    """Groups of devices that each hold some of the layers, and hand activations on to the next."""
 
 
 @dataclass

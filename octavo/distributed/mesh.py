@@ -13,7 +13,13 @@ from octavo.config.layout import Layout, layout_of
 from octavo.config.schema import Comm, Parallelism
 from octavo.distributed.context_parallel import local_positions
 
-_NAMES = {"replicate": "dp_replicate", "shard": "dp_shard", "context": "cp", "tensor": "tp"}
+_NAMES = {
+    "pipeline": "pp",
+    "replicate": "dp_replicate",
+    "shard": "dp_shard",
+    "context": "cp",
+    "tensor": "tp",
+}
 
 WAITS_FOR_A_DISK = "waits for a disk"
 _DISK_TIMEOUT = timedelta(hours=6)
@@ -32,7 +38,8 @@ class World:
 
     rank, size: among all processes. layout: their number along each axis. sharding: the mesh that parameters
     are sharded over, [replicate, shard x context] or [shard x context]; tensor, context: the group that this
-    process shares its products, or its sequence, with. data_rank: its place among the `layout.data` groups
+    process shares its products, or its sequence, with. pipeline: the group whose members hold the layers one
+    after another. data_rank: its place among the `layout.data` groups
     that read different data. loss_parallel: whether logits stay sharded by vocabulary over `tensor`.
     """
 
@@ -44,6 +51,7 @@ class World:
     context: DeviceMesh | None
     data_rank: int
     loss_parallel: bool = False
+    pipeline: DeviceMesh | None = None
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Floating-point `values`, which each process has summed over its own tokens, over all tokens.
@@ -57,8 +65,8 @@ class World:
 
     @property
     def tokens_shared(self) -> int:
-        """How many processes work on one token's sequence or products together."""
-        return self.layout.context * self.layout.tensor
+        """How many processes work on one token's sequence, products or layers together."""
+        return self.layout.context * self.layout.tensor * self.layout.pipeline
 
     def local_labels(self, labels_BS: torch.Tensor) -> torch.Tensor:
         """The labels of the positions that this process computes."""
@@ -116,6 +124,7 @@ def build_world(device: torch.device, layout: Layout, *, loss_parallel: bool = T
         tensor=mesh["tp"] if layout.tensor > 1 else None,
         context=mesh["cp"] if layout.context > 1 else None,
         loss_parallel=loss_parallel and layout.tensor > 1,
+        pipeline=mesh["pp"] if layout.pipeline > 1 else None,
         data_rank=at.get("dp_replicate", 0) * layout.shard + at["dp_shard"],
     )
 
