@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
     "octavo.float8": ("octavo.float8",),
     "octavo.utils": ("octavo.float8",),  # an import path of the library's tutorial
     "octavo.quantization": ("octavo",),
+    "octavo.roofline": ("octavo.roofline",),
     "octavo.config": ("octavo.config", "octavo.data.files", "octavo.data.spec", "octavo.data.shards"),
     "octavo": None,
 }
@@ -113,7 +114,11 @@ TORCH_FREE = (
     "octavo.assets",
     "octavo.cli",
     "octavo.launch",
-    *(module_name(file) for file in FILES if is_under(module_name(file), "octavo.config")),
+    *(
+        module_name(file)
+        for file in FILES
+        if is_under(module_name(file), "octavo.config") or is_under(module_name(file), "octavo.roofline")
+    ),
 )
 
 

@@ -1,9 +1,9 @@
 """What the machine is: its device, its memory in use, its peak arithmetic rate, and whether it computes in
 bfloat16.
 
-Peak rates are dense bfloat16 FLOP/s from the makers' data sheets; a device that is not in the table has no
-peak, and no MFU rather than a wrong one. A CPU has no honest data-sheet figure: its peak is measured with a
-float32 matrix product.
+Peak rates are dense bfloat16 FLOP/s from the makers' data sheets (`octavo/roofline/devices.py`); a device
+that is not in the table has no peak, and no MFU rather than a wrong one. A CPU has no honest data-sheet
+figure: its peak is measured with a float32 matrix product.
 """
 
 import os
@@ -18,21 +18,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from octavo.components.logging import logger
+from octavo.roofline.devices import gpu_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-# substring of the device's name -> dense bf16 FLOP/s; the first match counts, so special cases come first
-_PEAKS = (
-    ("H100 NVL", 835e12),  # NVIDIA H100 data sheet, NVL column, half of the sparse figure
-    ("H100 PCIe", 756e12),  # NVIDIA H100 PCIe product brief
-    ("H100", 989e12),  # NVIDIA H100 data sheet, SXM column
-    ("H200", 989e12),  # NVIDIA H200 data sheet
-    ("B200", 2250e12),  # NVIDIA HGX B200 data sheet
-    ("A100", 312e12),  # NVIDIA A100 data sheet
-    ("L40S", 362e12),  # NVIDIA L40S data sheet
-    ("MI300X", 1307e12),  # AMD Instinct MI300X data sheet
-    ("RTX 4090", 165e12),  # NVIDIA Ada architecture paper, with float32 accumulation
-)
 
 
 @dataclass(frozen=True)
@@ -69,9 +57,9 @@ def peak_flops(device: torch.device) -> Peak:
         threads = torch.get_num_threads()
         return Peak(_measure_cpu_peak(), f"measured on this CPU, float32, {threads} threads in this process")
     name = torch.cuda.get_device_name(device)
-    for part, flops in _PEAKS:
-        if part in name:
-            return Peak(flops, f"dense bfloat16 of {name}, data sheet")
+    gpu = gpu_of(name)
+    if gpu is not None:
+        return Peak(gpu.bf16, f"dense bfloat16 of {name}, data sheet")
     return Peak(None, f"{name} is not in octavo's table of peaks, so there is no MFU")
 
 

@@ -1,0 +1,130 @@
+"""The bytes that casting to float8 reads and writes, and their time.
+
+A cast costs no arithmetic worth the name: it costs passes over memory. What a way of casting costs is
+counted here against the same layer in bfloat16, in bytes an element, for three kinds of tensors: inputs of
+linears, gradients of their outputs, and weights. A tensor is `fused` where one of our kernels makes it (norm,
+SwiGLU, rotation's backward, AdamW), and `kept` where somebody also needs it in bfloat16 (the gradient of the
+residual stream). Where nobody does, its producer saves the two bytes of writing it.
+
+    torchao      compiled code. Inputs and weights are kept in bfloat16 and cast again in backward.
+    kernels      our kernels, none of them in a producer: a pass for the maxima, a pass that casts both ways
+    producers    maxima taken where the tensor is made, then one read and two casts
+    transpose    rows cast where the tensor is made, columns by transposing float8 (powers of two only)
+    previous     last step's scale: both casts are made where the tensor is made
+
+Weights are cast once a step, by ours; torchao does it in every microbatch.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+from octavo.roofline.devices import Gpu
+
+FLOAT8_GEMMS: Final[Mapping[str | None, tuple[str, ...]]] = MappingProxyType(
+    {
+        None: (),
+        "tensorwise": ("output", "grad_input", "grad_weight"),
+        "rowwise": ("output", "grad_input", "grad_weight"),
+        "rowwise_with_gw_hp": ("output", "grad_input"),
+        "blockwise": ("output", "grad_input", "grad_weight"),
+        "mxfp8": ("output", "grad_input", "grad_weight"),
+    }
+)
+"""Recipe (None: bfloat16) -> the products that it computes in float8."""
+
+# Which recipes' scales come from a tile that one thread block holds: no maxima to wait for.
+_LOCAL = frozenset({"blockwise", "mxfp8"})
+
+STREAM: Final = 0.8
+"""Share of the memory bandwidth that a good kernel reaches which reads and writes in order; E."""
+_COMPILED: Final = 0.62
+"""The same of casts in compiled code; E, fitted with the next to the speedups quoted for torchao."""
+_COMPILED_ACROSS: Final = 0.46
+"""The same where they write transposed (pytorch issues 130015, 133242)."""
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Elements that a layer casts in forward and backward. inputs and grads: (fused, kept beside, not fused).
+
+    fused: made by a kernel that can cast; kept: so, but wanted in bfloat16 too; other: made by somebody
+    else's kernel.
+    """
+
+    inputs: tuple[float, float, float]
+    grads: tuple[float, float, float]
+    weights: float
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes of casts: along memory, and those that write transposed."""
+
+    straight: float
+    across: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.straight + self.across
+
+
+def _torchao(tensors: Tensors, recipe: str, microbatches: int) -> Bytes:
+    x, dy, w = sum(tensors.inputs), sum(tensors.grads), tensors.weights
+    if recipe in ("rowwise", "rowwise_with_gw_hp"):
+        both = x + w if recipe == "rowwise" else w  # gw_hp leaves the input's transpose in bfloat16
+        # Maxima 2, cast 2 + 1; for the other product the same again, from what was kept. A gradient's row
+        # and column maxima are taken in one read.
+        column = 3 * dy if recipe == "rowwise" else 0.0
+        return Bytes(5 * (x + w) + 5 * dy, 5 * both + column)
+    if recipe in _LOCAL:
+        return Bytes(3 * (x + w + dy), 3 * (x + w + dy))
+    # Maxima 2, cast 2 + 1, then a transposed copy of the float8 data, 1 + 1.
+    return Bytes(5 * (x + w + dy), 2 * (x + w + dy))
+
+
+def _ours(fused: float, kept: float, other: float, weight: float) -> Callable[[Tensors, str, int], Bytes]:
+    """Bytes an element of each kind; a weight's once a step."""
+
+    def count(tensors: Tensors, recipe: str, microbatches: int) -> Bytes:
+        per_kind = (fused, kept, other)
+        inputs = sum(b * n for b, n in zip(per_kind, tensors.inputs, strict=True))
+        grads = sum(b * n for b, n in zip(per_kind, tensors.grads, strict=True))
+        if recipe == "rowwise_with_gw_hp":  # no column casts: one byte less to write, and to read again
+            inputs, grads = 0.75 * inputs, 0.75 * grads
+        return Bytes(inputs + grads + weight * tensors.weights / microbatches)
+
+    return count
+
+
+def _kernels(tensors: Tensors, recipe: str, microbatches: int) -> Bytes:
+    each = 4.0 if recipe in _LOCAL else 6.0  # (2 +) 2 + 1 + 1
+    return _ours(each, each, each, each)(tensors, recipe, microbatches)
+
+
+WAYS: Final[Mapping[str, Callable[[Tensors, str, int], Bytes]]] = MappingProxyType(
+    {
+        "torchao": _torchao,
+        "kernels": _kernels,
+        "producers": _ours(4, 4, 4, 4),  # 2 + 1 + 1
+        "transpose": _ours(1, 3, 4, 4),  # 1 - 2, then 1 + 1; 1, then 1 + 1; 2 + 1 + 1
+        "previous": _ours(0, 2, 4, 4),  # 1 + 1 - 2; 1 + 1; 2 + 1 + 1
+    }
+)
+"""How casts are made -> their bytes, beyond those of the bfloat16 layer."""
+
+
+def cast_bytes(tensors: Tensors, recipe: str, way: str, *, microbatches: int = 1) -> float:
+    """Bytes that casting adds to one microbatch's forward and backward.
+
+    `microbatches`: how many of them a step has, which share what is done once a step.
+    """
+    return WAYS[way](tensors, recipe, microbatches).total
+
+
+def cast_seconds(gpu: Gpu, tensors: Tensors, recipe: str, way: str, *, microbatches: int = 1) -> float:
+    """Their time."""
+    made = WAYS[way](tensors, recipe, microbatches)
+    straight, across = (_COMPILED, _COMPILED_ACROSS) if way == "torchao" else (STREAM, STREAM)
+    return made.straight / (gpu.hbm * straight) + made.across / (gpu.hbm * across)

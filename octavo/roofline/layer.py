@@ -1,0 +1,157 @@
+"""One Llama layer, forward and backward, on paper: products, attention, elementwise kernels and casts.
+
+Elementwise work is counted as what fused kernels must read and write in bfloat16 (T tokens, D width, Q and G
+query and key/value features, F feed-forward width), elements:
+
+    forward    add + norm, twice                        4 T D each
+               rotation of q and k                      2 T (Q + G)
+               silu(a) * b                              3 T F
+    backward   norm + the stream's gradient, twice      4 T D each
+               sums of the inputs' gradients            3 T D      (q + k + v and w1 + w3; none if fused)
+               rotation                                 2 T (Q + G)
+               silu(a) * b                              5 T F
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from octavo.roofline.casts import FLOAT8_GEMMS, STREAM, Tensors, cast_seconds
+from octavo.roofline.devices import Gpu
+from octavo.roofline.gemm import (
+    Shape,
+    attention_flops,
+    attention_seconds,
+    gemm_seconds,
+    linear_shapes,
+)
+
+_BF16: Final = 2
+
+
+@dataclass(frozen=True)
+class Block:
+    """The sizes of one layer. queries, groups: heads x head width of q, and of k and v."""
+
+    dim: int
+    queries: int
+    groups: int
+    hidden: int
+
+    @property
+    def linears(self) -> Mapping[str, tuple[int, int]]:
+        """Linear layer -> (inputs K, outputs N)."""
+        return {
+            "wq": (self.dim, self.queries),
+            "wk": (self.dim, self.groups),
+            "wv": (self.dim, self.groups),
+            "wo": (self.queries, self.dim),
+            "w1": (self.dim, self.hidden),
+            "w3": (self.dim, self.hidden),
+            "w2": (self.hidden, self.dim),
+        }
+
+    @property
+    def weights(self) -> int:
+        """Parameters of the linear layers."""
+        return sum(k * n for k, n in self.linears.values())
+
+    def gemms(self, tokens: int, recipe: str | None = None) -> list[Shape]:
+        """All 21 products of forward and backward."""
+        float8 = FLOAT8_GEMMS[recipe]
+        shapes: list[Shape] = []
+        for inputs, outputs in self.linears.values():
+            for name in ("output", "grad_input", "grad_weight"):
+                shapes.append(linear_shapes(tokens, inputs, outputs, float8=name in float8)[name])
+        return shapes
+
+    def attention_flops(self, tokens: int, seq_len: int) -> float:
+        """Causal, forward and backward."""
+        return sum(attention_flops(tokens, seq_len, self.queries))
+
+    def elementwise_bytes(self, tokens: int) -> tuple[float, float]:
+        """(forward, backward), as the module's docstring counts them."""
+        rotation = 2 * (self.queries + self.groups)
+        forward = 8 * self.dim + rotation + 3 * self.hidden
+        backward = 11 * self.dim + rotation + 5 * self.hidden
+        return _BF16 * float(tokens * forward), _BF16 * float(tokens * backward)
+
+    def cast_tensors(self, tokens: int) -> Tensors:
+        """What is cast: inputs of wq/wk/wv, wo, w1/w3 and w2; gradients of all seven outputs."""
+        t, d, q, g, f = tokens, self.dim, self.queries, self.groups, self.hidden
+        return Tensors(
+            inputs=(float(t * (2 * d + f)), 0.0, float(t * q)),  # norms and SwiGLU; attention's output
+            grads=(float(t * (2 * f + q + g)), float(t * 2 * d), float(t * g)),  # v's comes from attention
+            weights=float(self.weights),
+        )
+
+    def saved(self, tokens: int) -> Mapping[str, float]:
+        """What a layer saves for backward, way -> bytes. Every count is a list of tensors.
+
+        all: the stream twice, both norms, q, k, v, attention's output, w1's and w3's outputs, w2's input.
+        recomputed: without norms' outputs and w2's input. float8: norms' and attention's outputs as float8
+        operands, w1's and w3's outputs in float8, w2's input made again from them. tight: so, with the
+        norms' outputs and attention's operand made again.
+        """
+        stream, norms = 2 * self.dim, 2 * self.dim
+        attention = self.queries + 2 * self.groups + self.queries  # q, k, v, output
+        pair, product = 2 * self.hidden, self.hidden
+        wide = {
+            "all": 2 * (stream + norms + attention + pair + product),
+            "recomputed": 2 * (stream + attention + pair),
+            "float8": 2 * (stream + attention) + norms + self.queries + pair,
+            "tight": 2 * (stream + attention) + pair,
+        }
+        return {way: float(tokens * size) for way, size in wide.items()}
+
+
+LLAMA3_8B: Final = Block(dim=4096, queries=4096, groups=1024, hidden=14336)
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Seconds of one layer's forward and backward, by what they go to."""
+
+    gemms: float
+    attention: float
+    elementwise: float
+    casts: float
+
+    @property
+    def total(self) -> float:
+        return self.gemms + self.attention + self.elementwise + self.casts
+
+
+def layer_time(
+    gpu: Gpu,
+    block: Block,
+    tokens: int,
+    seq_len: int,
+    recipe: str | None = None,
+    *,
+    way: str = "producers",
+    microbatches: int = 1,
+    gemm_rates: tuple[float, float] | None = None,
+    attention_rates: tuple[float, float] | None = None,
+    bandwidth: float = STREAM,
+) -> LayerTime:
+    """The time of one layer for `tokens` tokens in sequences of `seq_len`, in `recipe` (None: bfloat16).
+
+    way: of casting, see `casts.py`. gemm_rates: FLOP/s of (bfloat16, float8) products instead of a model by
+    shape. attention_rates: (forward, backward) instead of the device's. bandwidth: the share that elementwise
+    kernels reach.
+    """
+    gemms = block.gemms(tokens, recipe)
+    if gemm_rates is None:
+        products = sum(gemm_seconds(gpu, shape) for shape in gemms)
+    else:
+        products = sum(shape.flops / gemm_rates[shape.float8] for shape in gemms)
+    casts = 0.0
+    if recipe is not None:
+        casts = cast_seconds(gpu, block.cast_tensors(tokens), recipe, way, microbatches=microbatches)
+    return LayerTime(
+        gemms=products,
+        attention=sum(attention_seconds(gpu, tokens, seq_len, block.queries, rates=attention_rates)),
+        elementwise=sum(block.elementwise_bytes(tokens)) / (gpu.hbm * bandwidth),
+        casts=casts,
+    )
