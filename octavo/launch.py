@@ -80,6 +80,8 @@ def plan(
             *("-m", "octavo.train"),
             *options,
         ),
+        processes=nodes * processes,
+        options=tuple(options),
         environment=_environment(environ, processes=processes, gpus=gpus, cores=cores, terminal=terminal),
         shown_ranks=shown_ranks,
         dump_folder=job.job.dump_folder,

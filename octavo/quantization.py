@@ -1,6 +1,6 @@
 """The trainer's one door to `octavo.float8`: convert the model as the config says, and tell what was done."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -22,6 +22,7 @@ from octavo.config.effects import casts_weights_again
 from octavo.config.schema import Float8
 from octavo.distributed.plan import TensorParallel
 from octavo.float8 import (
+    RECIPES,
     Float8Linear,
     Float8LinearConfig,
     cast_weights_once,
@@ -29,6 +30,7 @@ from octavo.float8 import (
     precompute_float8_dynamic_scale_for_fsdp,
 )
 from octavo.float8.matmul import describe_path
+from octavo.float8.selfcheck import Check, check_device
 from octavo.float8.tensor_parallel import (
     Float8ColwiseParallel,
     Float8RowwiseParallel,
@@ -36,6 +38,16 @@ from octavo.float8.tensor_parallel import (
 )
 
 DEFAULT_RECIPE = "tensorwise"
+
+
+def describe_recipes(device: torch.device) -> dict[str, str]:
+    """Recipe -> one line on whether `device` computes it in hardware, and by what."""
+    return {name: describe_path(recipe, device, None) for name, recipe in RECIPES.items()}
+
+
+def check_products(device: torch.device) -> Iterator[Check]:
+    """Try each way of multiplying float8 on `device` once."""
+    return check_device(device)
 
 
 def recipe_name(converters: Sequence[str], settings: Float8) -> str | None:

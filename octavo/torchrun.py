@@ -22,9 +22,14 @@ from octavo.supervisor import Supervisor
 
 @dataclass(frozen=True)
 class Launch:
-    """One start of torchrun: its arguments, and what the environment must hold before torch is imported."""
+    """One start of torchrun: its arguments, and what the environment must hold before torch is imported.
+
+    processes: in all, on every machine. options: the job's, with the config file among them.
+    """
 
     torchrun: tuple[str, ...]
+    processes: int
+    options: tuple[str, ...]
     environment: Mapping[str, str]
     shown_ranks: frozenset[int]
     dump_folder: str

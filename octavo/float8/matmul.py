@@ -217,7 +217,7 @@ PATHS: tuple[Path, ...] = (
 _CUDA = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
 
 
-def _describe_device(device: torch.device) -> Device:
+def describe_device(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(device.type)
     properties = torch.cuda.get_device_properties(device)  # a constant to the compiler
@@ -255,7 +255,7 @@ def choose_path(gemm: Gemm, device: torch.device, emulate: bool | None) -> Path 
     """
     if emulate or (emulate is None and device.type != "cuda"):
         return None
-    what = _describe_device(device)
+    what = describe_device(device)
     path = find_path(gemm, what)
     if path is None and emulate is False:
         raise ValueError(
@@ -275,7 +275,7 @@ def describe_path(recipe: Recipe, device: torch.device, emulate: bool | None) ->
         return "emulated: as asked for (emulate=True)"
     chosen = {name: choose_path(gemm, device, emulate) for name, gemm in gemms.items()}
     hardware = ", ".join(dict.fromkeys(path.name for path in chosen.values() if path is not None))
-    what = _describe_device(device)
+    what = describe_device(device)
     missing = "; ".join(
         dict.fromkeys(_missing(g, what) for g in gemms.values() if find_path(g, what) is None)
     )
@@ -300,7 +300,7 @@ def warn_if_emulated(recipe: Recipe, device: torch.device, emulate: bool | None)
     """
     if emulate or device.type == "meta":
         return
-    what = _describe_device(device)
+    what = describe_device(device)
     lacking = [gemm for gemm in recipe.gemms.values() if gemm.float8 and find_path(gemm, what) is None]
     if not lacking:
         return

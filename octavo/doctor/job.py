@@ -1,0 +1,92 @@
+"""The job that a config describes: the steps that training would take before its first one."""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from octavo import config, launch, models, quantization
+from octavo.building import model_args
+from octavo.components.tokenizer import build_tokenizer
+from octavo.config import ConfigError, JobConfig
+from octavo.doctor.findings import Finding, fail, note, ok
+
+_STATE_BYTES = 12  # a parameter in a checkpoint: float32 weight and the two moments of AdamW
+_REMEDY = "to fetch it:"  # how a message begins the line with a command that would help
+_PROBE = "The quick brown fox; 1, 2, 3 …"
+
+
+def look(options: Sequence[str], gpus: int) -> Iterator[Finding]:
+    """Judge the job of `options` as run_train.sh would, on `gpus` GPUs, then take its first steps."""
+    try:
+        planned = launch.plan(options, os.environ, gpus=gpus, cores=os.cpu_count() or 1)
+        job = config.load(planned.options)
+    except ConfigError as error:
+        yield from _problems("config", error)
+        return
+    yield ok("config", f"{job.job.config_file}: nothing wrong, for {_processes(planned.processes)}")
+    yield from _job(job)
+
+
+def _processes(number: int) -> str:
+    return f"{number} process{'es' if number > 1 else ''}"
+
+
+def _problems(what: str, error: ConfigError) -> Iterator[Finding]:
+    """A finding for each line; lines that are set in belong to the one before, and may hold its remedy."""
+    told: list[str] = []
+    for line in str(error).splitlines():
+        if told and line.startswith(" "):
+            told[-1] += f"\n{line.strip()}"
+        else:
+            told.append(line)
+    for text in told:
+        problem, _, command = text.partition(f"\n{_REMEDY}")
+        yield fail(what, problem, command.strip())
+
+
+def _job(job: JobConfig) -> Iterator[Finding]:
+    try:
+        tokenizer = build_tokenizer(job.model.hf_assets_path)
+        length = len(tokenizer.encode(_PROBE, bos=False, eos=False))
+        yield ok(
+            "tokenizer", f"{job.model.hf_assets_path}: {tokenizer.vocab_size:,} tokens, {length} in a probe"
+        )
+        yield ok("data", f"{job.training.dataset}: there")
+        if job.experimental.custom_import:
+            return  # running somebody's module is for training
+        args = model_args(job, tokenizer)
+        with torch.device("meta"):
+            model = models.get(job.model.name).build(args)
+    except ConfigError as error:
+        yield from _problems("job", error)
+        return
+    size = sum(p.numel() for p in model.parameters())
+    recipe = quantization.recipe_name(job.model.converters, job.float8)
+    yield ok(
+        "model",
+        f"{job.model.name} {job.model.flavor}, {size:,} parameters, "
+        + (f"float8 {recipe}" if recipe else "high precision"),
+    )
+    yield _disk(job, size)
+
+
+def _disk(job: JobConfig, size: int) -> Finding:
+    folder = Path(job.job.dump_folder).expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    told = f"{free / 1e9:,.1f} GB free at {there}"
+    if not job.checkpoint.enable:
+        return ok("disk", told)
+    # One complete checkpoint stays while the next is written.
+    needed = 2 * _STATE_BYTES * size
+    told += f", a checkpoint takes {_STATE_BYTES * size / 1e9:,.1f} GB"
+    if needed > free:
+        return fail("disk", told, "two must fit at a time: name another job.dump_folder, or free some space")
+    kept = job.checkpoint.keep_latest_k
+    if kept == 0 or (kept + 1) * _STATE_BYTES * size > free:
+        many = f"{kept} of them" if kept else "all of them"
+        return note("disk", told, f"checkpoint.keep_latest_k = {kept} keeps {many}, which may not fit")
+    return ok("disk", told)

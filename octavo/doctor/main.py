@@ -1,0 +1,134 @@
+"""The command `octavo doctor`: look at everything, then say what it comes to."""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from octavo import __version__, exits, launch
+from octavo.config.programs import octavo_command
+from octavo.doctor import machine
+from octavo.doctor.findings import Finding, Level, fail
+
+_EPILOG = """\
+Further options are the job's own, as ./run_train.sh takes them: --training.compile,
+--float8.recipe_name=rowwise. NGPU and the other variables of run_train.sh are heeded.
+
+exit codes: 0 ready, 1 something is wrong with the machine, 2 something is wrong with the job
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`octavo doctor`: the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="octavo doctor",
+        description="Look whether training works on this machine and, given a config, whether that job does.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config-file",
+        "--config_file",
+        metavar="FILE",
+        help="a training config: a path, or the name of a shipped one (also CONFIG_FILE, --job.config_file)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object in place of the text")
+    own, options = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if own.config_file is not None:
+        options = [f"--job.config_file={own.config_file}", *options]
+    wants_job = bool(options or os.environ.get("CONFIG_FILE"))
+    show = _silent if own.json else _print
+
+    of_machine = show("Machine", machine.look)
+    of_float8 = show("Float8", _float8)
+    of_job = show("Job", lambda: _job(options)) if wants_job else []
+
+    code, verdict, command = _verdict([*of_machine, *of_float8], of_job, options, wants_job=wants_job)
+    if own.json:
+        sections = {"machine": of_machine, "float8": of_float8, "job": of_job}
+        told = {
+            name: [{**vars(f), "level": f.level.value} for f in findings]
+            for name, findings in sections.items()
+        }
+        print(json.dumps({"verdict": verdict, "next": command, "exit_code": code, **told}, indent=2))
+    else:
+        print(f"\n{verdict}\nNext: {command}")
+    return code
+
+
+def _print(title: str, look: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    if title == "Machine":
+        print(f"octavo {__version__}")
+    print(f"\n{title}")
+    found = []
+    for finding in look():
+        print(finding, flush=True)
+        found.append(finding)
+    return found
+
+
+def _silent(title: str, look: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    return list(look())
+
+
+def _float8() -> Iterable[Finding]:
+    try:
+        from octavo.components.device import pick_device
+        from octavo.doctor import float8
+    except Exception as error:  # whatever a missing or broken torch raises
+        yield fail("float8", f"cannot be tried without a working torch ({_first_line(error)})")
+        return
+    yield from float8.look(pick_device())
+
+
+def _job(options: Sequence[str]) -> Iterable[Finding]:
+    try:
+        from octavo.doctor import job
+    except Exception as error:
+        yield fail("job", f"cannot be looked at without a working torch ({_first_line(error)})")
+        return
+    yield from job.look(options, launch.count_gpus(os.environ))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _verdict(
+    of_machine: Sequence[Finding], of_job: Sequence[Finding], options: Sequence[str], *, wants_job: bool
+) -> tuple[int, str, str]:
+    """The exit code, a sentence, and the command to run next."""
+    for findings, code, whose in (
+        (of_machine, exits.FAILED, "this machine"),
+        (of_job, exits.USER_ERROR, "this job"),
+    ):
+        wrong = [finding for finding in findings if finding.level is Level.FAIL]
+        if wrong:
+            count = f"{len(wrong)} thing{'s' if len(wrong) > 1 else ''}"
+            again = shlex.join([*shlex.split(octavo_command()), "doctor", *options])
+            remedy = next((finding.remedy for finding in wrong if finding.remedy), "mend what is marked FAIL")
+            return code, f"Not ready: {count} to mend in {whose}.", f"{remedy}; then {again}"
+    notes = sum(finding.level is Level.NOTE for finding in (*of_machine, *of_job))
+    suffix = f" ({notes} note{'s' if notes > 1 else ''} above)" if notes else ""
+    ready = f"Ready: {'this job' if wants_job else 'the machine'} can train{suffix}."
+    return exits.DONE, ready, _train_command(options)
+
+
+def _train_command(options: Sequence[str]) -> str:
+    script = Path(__file__).parents[2] / "run_train.sh"
+    if not script.exists():  # an installed package
+        return shlex.join([*shlex.split(octavo_command()), "train", *options])
+    where = os.path.relpath(script)
+    start = f".{os.sep}{where}" if not where.startswith("..") else str(script)
+    given = [
+        f"{name}={shlex.quote(os.environ[name])}" for name in ("NGPU", "CONFIG_FILE") if os.environ.get(name)
+    ]
+    return " ".join([*given, shlex.join([start, *options])])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
