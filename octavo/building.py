@@ -2,7 +2,7 @@
 given memory and its initial weights.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,8 +13,10 @@ from octavo.components.init import init_weights
 from octavo.components.logging import logger
 from octavo.components.tokenizer import Tokenizer
 from octavo.config import ConfigError, JobConfig
+from octavo.config.pipeline import PipelinePlan, plan_of
 from octavo.distributed.mesh import World
 from octavo.distributed.plan import Parallelize, Sharding
+from octavo.distributed.stages import Parts, cut
 from octavo.hf.training import check_exportable
 
 
@@ -33,6 +35,26 @@ def model_args(job: JobConfig, tokenizer: Tokenizer) -> Any:
     return spec.mask_documents(args, tokenizer.eos_id)
 
 
+def pipeline_plan(job: JobConfig, args: Any) -> PipelinePlan | None:
+    """How the model with `args` is cut into stages; None where it is not. `ConfigError` where it can't be."""
+    spec = models.get(job.model.name)
+    if job.parallelism.pipeline_parallel_degree == 1:
+        return None
+    if spec.pipeline is None:
+        raise ConfigError(
+            f"parallelism.pipeline_parallel_degree: the model {spec.name} has no pipeline stages; set it to 1"
+        )
+    return plan_of(job, spec.pipeline.units(args))
+
+
+class Built(NamedTuple):
+    """model: what this process has of it. stages: under pipeline parallelism, its stages, which compute."""
+
+    model: nn.Module
+    flops_per_token: float
+    stages: list[nn.Module]
+
+
 def build_model(
     job: JobConfig,
     args: Any,
@@ -41,11 +63,12 @@ def build_model(
     device: torch.device,
     param_dtype: torch.dtype,
     world: World,
-) -> tuple[nn.Module, float]:
-    """The model with `args` on `device`, in float8 `recipe` if there is one; and its FLOPs per token."""
+    pipeline: PipelinePlan | None = None,
+) -> Built:
+    """The model with `args` on `device`, in float8 `recipe` if there is one; its FLOPs per token are those of
+    the whole.
+    """
     spec = models.get(job.model.name)
-    if world.pipeline is not None:
-        raise ConfigError("parallelism.pipeline_parallel_degree must be 1: no schedule runs a pipeline yet")
     logger.info("Building %s %s with %s", spec.name, job.model.flavor, args)
     with torch.device("meta"):
         model = spec.build(args)
@@ -65,10 +88,19 @@ def build_model(
     logger.info("Model %s %s size: %s total parameters", spec.name, job.model.flavor, f"{size:,}")
     flops_per_token = spec.flops_per_token(args, model, job.training.seq_len)
 
-    spec.parallelize(model, _plan(job, param_dtype, world))
-    model.to_empty(device="cpu" if job.training.enable_cpu_offload else device)
-    init_weights(model, job.training.seed)
-    return model.train(), flops_per_token
+    def ready(part: nn.Module) -> nn.Module:
+        spec.parallelize(part, _plan(job, param_dtype, world))
+        part.to_empty(device="cpu" if job.training.enable_cpu_offload else device)
+        init_weights(part, job.training.seed)
+        return part.train()
+
+    if pipeline is None or world.pipeline is None:
+        return Built(ready(model), flops_per_token, [])
+    numbers = pipeline.stages_of(world.pipeline.get_local_rank())
+    stages = [ready(cut(model, pipeline.stages[number])) for number in numbers]
+    for number in numbers:
+        logger.info("Pipeline stage %d has %s", number, ", ".join(pipeline.stages[number]))
+    return Built(Parts(stages, numbers), flops_per_token, stages)
 
 
 def _plan(job: JobConfig, param_dtype: torch.dtype, world: World) -> Parallelize:
@@ -80,7 +112,7 @@ def _plan(job: JobConfig, param_dtype: torch.dtype, world: World) -> Parallelize
             mesh=world.sharding,
             param_dtype=param_dtype,
             reduce_dtype=DTYPES[job.training.mixed_precision_reduce],
-            reshard=job.parallelism.fsdp_reshard_after_forward != "never",
+            reshard=_reshards(job, world),
             cpu_offload=job.training.enable_cpu_offload,
         )
     tensor = None
@@ -93,3 +125,11 @@ def _plan(job: JobConfig, param_dtype: torch.dtype, world: World) -> Parallelize
         tensor=tensor,
         context=world.context,
     )
+
+
+def _reshards(job: JobConfig, world: World) -> bool:
+    """Whether gathered weights are freed after forward. In a pipeline that is for each microbatch, so there
+    it must be asked for.
+    """
+    policy = job.parallelism.fsdp_reshard_after_forward
+    return policy == "always" or (policy == "default" and world.pipeline is None)

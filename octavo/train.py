@@ -22,12 +22,12 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import octavo
 from octavo import config, models, quantization
-from octavo.building import build_model, model_args
+from octavo.building import build_model, model_args, pipeline_plan
 from octavo.checkpoint.checkpointer import Checkpointer
 from octavo.checkpoint.resume import resumed
 from octavo.components.device import choose_param_dtype, fastest_attention, peak_flops, pick_device
@@ -46,10 +46,12 @@ from octavo.components.signals import Signals, Stopped
 from octavo.components.tokenizer import build_tokenizer
 from octavo.components.validation import build_validator
 from octavo.config import ConfigError, JobConfig
+from octavo.config.pipeline import PipelinePlan
 from octavo.data.build import build_dataloader
 from octavo.data.loader import merge_state_dicts
 from octavo.data.records import BadRecords
 from octavo.distributed import mesh
+from octavo.distributed.pipeline import Activations, Pipeline
 from octavo.distributed.tensor_parallel import loss_context
 from octavo.distributed.watchdog import Watchdog
 from octavo.ending import exit_code_of
@@ -86,6 +88,7 @@ class Trainer:
 
         tokenizer = self.tokenizer = build_tokenizer(job.model.hf_assets_path)
         self.model_args = model_args(job, tokenizer)  # before the data: a misfit needn't wait for it
+        plan = pipeline_plan(job, self.model_args)
         self.initial = open_initial(
             job.checkpoint, self.folder.path / job.checkpoint.folder, job.model, self.model_args
         )
@@ -122,14 +125,16 @@ class Trainer:
         self.global_tokens = self.global_batch_size * job.training.seq_len
 
         self.recipe = quantization.recipe_name(job.model.converters, job.float8)
-        self.model, flops_per_token = build_model(
+        self.model, flops_per_token, stages = build_model(
             job,
             self.model_args,
             self.recipe,
             device=self.device,
             param_dtype=self.param_dtype,
             world=self.world,
+            pipeline=plan,
         )
+        self.pipeline = None if plan is None else self._pipeline(plan, stages)
         compile_loss = job.compile.enable and "loss" in job.compile.components
         self.loss_sum = torch.compile(loss_sum) if compile_loss else loss_sum
         self.optimizer = build_optimizer(self.model, job.optimizer)
@@ -168,6 +173,23 @@ class Trainer:
             job.training.seq_len,
             job.training.steps,
             job.lr_scheduler.warmup_steps,
+        )
+
+    def _pipeline(self, plan: PipelinePlan, stages: Sequence[nn.Module]) -> Pipeline:
+        """The schedule that this process runs its stages by."""
+        spec, layout, training = models.get(self.job.model.name), self.world.layout, self.job.training
+        assert spec.pipeline is not None
+        assert self.world.pipeline is not None
+        return Pipeline(
+            stages,
+            plan,
+            self.world.pipeline,
+            Activations(
+                spec.pipeline.width(self.model_args), layout.context * layout.tensor, self.param_dtype
+            ),
+            tokens_shape=(training.local_batch_size, training.seq_len),
+            device=self.device,
+            progress=self.watchdog.progress,
         )
 
     def train(self) -> None:
@@ -250,7 +272,7 @@ class Trainer:
 
         batches: list[tuple[Tensor, Tensor]] = []  # kept until the step is known to be sound
         local_loss = self._gradients(self._next_batches(batches))
-        norm = clip_gradients(self.model, settings.training.max_norm)
+        norm = clip_gradients(self.model, settings.training.max_norm, self.world.pipeline)
         # The one place where the host waits for the device: no update without finite numbers.
         both = self.world.sum(torch.stack([local_loss, local_loss.new_tensor(self.signals.asked)]))
         loss, asked, grad_norm = torch.cat([both, norm.to(both).view(1)]).tolist()
@@ -280,14 +302,22 @@ class Trainer:
         """Add up the gradients of microbatches. Returns the sum of their losses on this process, a scalar;
         `look` is called with each.
         """
+
+        def share(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+            loss = self.loss_sum(logits_BSV, labels_BS) / self.global_tokens
+            look(loss)
+            return loss
+
         total = torch.zeros((), device=self.device)
         with quantization.weights_cast_once(self.model, self.job, self.world.size):
             for tokens_BS, labels_BS in batches:
                 with loss_context(parallel=self.world.loss_parallel):
-                    loss = self.loss_sum(self.model(tokens_BS), labels_BS) / self.global_tokens
-                    look(loss)
-                    loss.backward()
-                total += loss.detach()
+                    if self.pipeline is not None:
+                        total += self.pipeline.gradients(tokens_BS, labels_BS, share)
+                    else:
+                        loss = share(self.model(tokens_BS), labels_BS)
+                        loss.backward()
+                        total += loss.detach()
                 self.watchdog.progress()
         return total
 
@@ -302,7 +332,8 @@ class Trainer:
         freq = self.job.validation.freq
         if self.validator is not None and (step % freq == 0 or step == last):
             with loss_context(parallel=self.world.loss_parallel):
-                report = self.validator.run(self.model, self.loss_sum)
+                forward = None if self.pipeline is None else self.pipeline.forward
+                report = self.validator.run(self.model, self.loss_sum, forward)
             self.metrics.report_validation(step, report)
 
     def _next_batch(self) -> tuple[Tensor, Tensor]:
@@ -422,7 +453,15 @@ class Trainer:
         dist.broadcast(there, 0)  # the first process writes it, and need not share its disk with the others
         if not there.item():
             mesh.set_timeout(self.job.comm.init_timeout_seconds)  # the others wait while one writes
-            save_final(self.model, out, settings.export_dtype, spec, self.model_args, self.tokenizer)
+            save_final(
+                self.model,
+                out,
+                settings.export_dtype,
+                spec,
+                self.model_args,
+                self.tokenizer,
+                pipeline=self.world.pipeline,
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,15 +21,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from octavo.components.init import plain_name
+from octavo.distributed.stages import Parts
 
 _WEIGHT, _FORWARD, _LOSS, _BACKWARD, _GRADIENT = range(5)  # in the order in which a step makes them
 
 
 @dataclass(frozen=True, order=True)
 class Finding:
-    """The first non-finite tensor that one process found: when (phase, place in it), and what it is."""
+    """The first non-finite tensor that one process found: when (phase, stage of a pipeline, place in it), and
+    what it is.
+    """
 
     phase: int
+    stage: int
     place: int
     rank: int
     what: str
@@ -44,6 +48,7 @@ class _Recorder:
 
     def __init__(self, model: nn.Module, rank: int):
         self._rank = rank
+        self._depth = model.depth if isinstance(model, Parts) else lambda name: 0
         self._place = 0
         self.first: Finding | None = None
         self._handles = []
@@ -56,28 +61,34 @@ class _Recorder:
         for handle in self._handles:
             handle.remove()
 
-    def look(self, phase: int, tensor: object, what: str) -> None:
-        """Note `what` if nothing was found before and `tensor` has a non-finite number."""
+    def look(self, phase: int, tensor: object, what: str, name: str = "") -> None:
+        """Note `what` if nothing was found before and `tensor`, of the module or weight called `name`, has a
+        non-finite number.
+        """
         self._place += 1
         if self.first is None and isinstance(tensor, Tensor) and not _finite(tensor):
-            self.first = Finding(phase, self._place, self._rank, what)
+            stage = self._depth(name) * (-1 if phase in (_BACKWARD, _GRADIENT) else 1)
+            self.first = Finding(phase, stage, self._place, self._rank, what)
 
     def _before(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             for tensor in inputs:
-                self.look(_FORWARD, tensor, f"the input of {name} in forward")
+                self.look(_FORWARD, tensor, f"the input of {name} in forward", name)
 
         return hook
 
     def _after(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
-            self.look(_FORWARD, output, f"the activation that {name} puts out in forward")
+            self.look(_FORWARD, output, f"the activation that {name} puts out in forward", name)
             if isinstance(output, Tensor) and output.requires_grad:
-                output.register_hook(
-                    lambda grad: self.look(_BACKWARD, grad, f"the gradient of {name}'s output in backward")
-                )
+                what = f"the gradient of {name}'s output in backward"
+                output.register_hook(lambda grad: self.look(_BACKWARD, grad, what, name))
 
         return hook
+
+
+def _weights(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(plain_name(name), parameter) for name, parameter in model.named_parameters()]
 
 
 @torch.no_grad()
@@ -99,12 +110,12 @@ def first_non_finite(model: nn.Module, run: Callable[[Callable[[Tensor], None]],
     rank = dist.get_rank()
     recorder = _Recorder(model, rank)
     try:
-        for name, parameter in model.named_parameters():
-            recorder.look(_WEIGHT, parameter, f"the weight {plain_name(name)}, before the step")
+        for name, parameter in _weights(model):
+            recorder.look(_WEIGHT, parameter, f"the weight {name}, before the step", name)
         with torch.compiler.set_stance("force_eager"):
             run(lambda loss: recorder.look(_LOSS, loss, "the loss, from finite outputs of the model"))
-        for name, parameter in reversed(list(model.named_parameters())):
-            recorder.look(_GRADIENT, parameter.grad, f"the gradient of the weight {plain_name(name)}")
+        for name, parameter in reversed(_weights(model)):
+            recorder.look(_GRADIENT, parameter.grad, f"the gradient of the weight {name}", name)
     finally:
         recorder.remove()
     found: list[Finding | None] = [None] * dist.get_world_size()

@@ -4,9 +4,11 @@ as in its peers.
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from octavo.config.schema import Optimizer
+from octavo.distributed.pipeline import over_stages
 
 _CLASSES: dict[str, type[torch.optim.Adam]] = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
 _IMPLEMENTATIONS: dict[str, dict[str, bool]] = {
@@ -29,10 +31,11 @@ def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimi
     )
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+def clip_gradients(model: nn.Module, max_norm: float, pipeline: DeviceMesh | None = None) -> Tensor:
     """Scale the gradients of `model` so that their global norm is `max_norm` at most.
 
-    Returns the norm before that, over all processes, a scalar that is the same on each.
+    `pipeline`: the processes that have the other stages of the model. Returns the norm before that, over all
+    processes, a scalar that is the same on each.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -45,5 +48,6 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
         norm = nn.utils.get_total_norm(grads)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
+    norm = over_stages(norm, pipeline)
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

@@ -71,8 +71,15 @@ class Validator:
         self._bytes_V = torch.tensor(byte_lengths, dtype=torch.int64, device=device)
         self.description = f"{source.description}; {samples:,} samples each time"
 
-    def run(self, model: nn.Module, loss_sum: Callable[[Tensor, Tensor], Tensor]) -> ValidationReport:
-        """Measure; a collective call of all ranks."""
+    def run(
+        self,
+        model: nn.Module,
+        loss_sum: Callable[[Tensor, Tensor], Tensor],
+        forward: Callable[[Tensor], Tensor | None] | None = None,
+    ) -> ValidationReport:
+        """Measure; a collective call of all ranks. `forward` computes the logits, or None where another
+        process has them; by default the model does.
+        """
         start = time.perf_counter()
         # float64 sums: the order in which ranks and batches are added must not show
         totals = torch.zeros(3, dtype=torch.float64, device=self._device)  # nats, tokens, bytes
@@ -81,7 +88,9 @@ class Validator:
         model.eval()
         with torch.no_grad():
             for first in range(0, self.samples, self._batch * self._world.layout.data):
-                totals += self._batch_totals(first + self._world.data_rank * self._batch, model, loss_sum)
+                totals += self._batch_totals(
+                    first + self._world.data_rank * self._batch, forward or model, loss_sum
+                )
         model.train(was_training)
         _free_gathered(model)
         nats, tokens, text_bytes = self._world.sum(totals).tolist()
@@ -93,13 +102,19 @@ class Validator:
         )
 
     def _batch_totals(
-        self, first: int, model: nn.Module, loss_sum: Callable[[Tensor, Tensor], Tensor]
+        self,
+        first: int,
+        forward: Callable[[Tensor], Tensor | None],
+        loss_sum: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
         samples = self._source.read(first, self._batch).to(self._device)
         tokens_BS, labels_BS = samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
         labels_BS[max(0, self.samples - first) :] = IGNORED
         labels_BS = self._world.local_labels(labels_BS)
-        nats = loss_sum(model(tokens_BS), labels_BS).double()
+        logits = forward(tokens_BS)
+        if logits is None:
+            return torch.zeros(3, dtype=torch.float64, device=self._device)
+        nats = loss_sum(logits, labels_BS).double()
         counted = labels_BS[labels_BS != IGNORED]
         return torch.stack([nats, nats.new_tensor(counted.numel()), self._bytes_V[counted].sum().double()])
 

@@ -49,8 +49,10 @@ def casts_weights_again(job: JobConfig, world_size: int) -> bool:
 
     By several microbatches, by recomputation under activation checkpointing, or by gathers in float8.
     """
-    one_pass = job.training.local_batch_size * _layout(job, world_size).data
-    accumulates = job.training.global_batch_size > one_pass
+    layout = _layout(job, world_size)
+    accumulates = job.training.global_batch_size > job.training.local_batch_size * layout.data
+    if layout.pipeline > 1:
+        accumulates |= job.training.local_batch_size > job.parallelism.pipeline_parallel_microbatch_size
     gathers = job.float8.enable_fsdp_float8_all_gather and world_size > 1
     return accumulates or gathers or job.activation_checkpoint.mode != "none"
 
@@ -70,6 +72,8 @@ def _loads_by_name(job: JobConfig, _: int) -> bool:
     return whole or (settings.enable and settings.load_step >= 0)
 
 
+_BALANCE = ("layers_per_stage", "first_stage_less_layers", "last_stage_less_layers")
+_PIPELINE = ("schedule", "schedule_csv", "microbatch_size", "split_points")
 _DECAY = ("lr_scheduler.decay_type", "lr_scheduler.min_lr_factor")
 _PROFILING = "profiling.enable_profiling"
 
@@ -252,6 +256,24 @@ NEEDS: tuple[Need, ...] = (
         lambda job, _: job.lr_scheduler.warmup_steps < job.training.steps,
         "warm-up takes all training.steps, so the learning rate does not decay",
         "lower --lr_scheduler.warmup_steps",
+    ),
+    Need(
+        tuple(f"parallelism.pipeline_parallel_{key}" for key in (*_BALANCE, *_PIPELINE)),
+        lambda job, _: job.parallelism.pipeline_parallel_degree > 1,
+        "there is no pipeline",
+        "add --parallelism.pipeline_parallel_degree",
+    ),
+    Need(
+        tuple(f"parallelism.pipeline_parallel_{key}" for key in _BALANCE),
+        lambda job, _: not job.parallelism.pipeline_parallel_split_points,
+        "parallelism.pipeline_parallel_split_points says where every stage begins",
+        "leave one of the two out",
+    ),
+    Need(
+        ("parallelism.pipeline_parallel_layers_per_stage",),
+        lambda job, _: job.parallelism.pipeline_parallel_schedule_csv is None,
+        "parallelism.pipeline_parallel_schedule_csv has its own number of stages",
+        "leave one of the two out",
     ),
     Need(
         ("parallelism.disable_loss_parallel",),

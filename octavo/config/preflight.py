@@ -17,6 +17,7 @@ from octavo.config import data_checks, names
 from octavo.config.effects import without_effect
 from octavo.config.errors import ConfigError, did_you_mean
 from octavo.config.layout import Layout, layout_of
+from octavo.config.pipeline import problems as pipeline_problems
 from octavo.config.programs import download_command, missing_cxx
 from octavo.config.ranges import get, named, out_of_range
 from octavo.config.schema import JobConfig
@@ -36,6 +37,7 @@ def check(job: JobConfig, *, world_size: int, gpus: int | None = None) -> None:
     if not problems:  # what follows calculates with the values
         problems = [
             *_layout(job, world_size),
+            *_on_disk(pipeline_problems, job, "parallelism.pipeline_parallel_schedule_csv"),
             *_warmup(job),
             *_model(job),
             *_float8(job),

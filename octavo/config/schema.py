@@ -175,6 +175,26 @@ class Parallelism:
     """Devices that share a sequence: each computes a part of its positions, and gathers keys and values."""
     pipeline_parallel_degree: int = 1
     """Groups of devices that each hold some of the layers, and hand activations on to the next."""
+    pipeline_parallel_schedule: str = "1F1B"
+    """GPipe, 1F1B; with several stages a device LoopedBFS, Interleaved1F1B, InterleavedZeroBubble,
+    ZBVZeroBubble; or PipelineScheduleSingle, PipelineScheduleMulti for that of a CSV file.
+    """
+    pipeline_parallel_schedule_csv: str | None = None
+    """File with a schedule: a row a device, cells such as 0F0, 1B2 (stage, F, B, I or W, microbatch)."""
+    pipeline_parallel_microbatch_size: int = 1
+    """Sequences in a microbatch; training.local_batch_size is cut into microbatches of so many."""
+    pipeline_parallel_split_points: list[str] = field(default_factory=list)
+    """Comma-separated modules that begin each stage but the first, such as layers.2,layers.4; without them
+    stages are balanced.
+    """
+    pipeline_parallel_layers_per_stage: int | None = None
+    """Layers in a stage, which gives the number of stages; None: one stage a device, or two where the
+    schedule takes several.
+    """
+    pipeline_parallel_first_stage_less_layers: int = 1
+    """Layers that the embedding counts for, when stages are balanced."""
+    pipeline_parallel_last_stage_less_layers: int = 1
+    """Layers that the norm and the output projection count for, when stages are balanced."""
 
 
 @dataclass

@@ -11,7 +11,6 @@ A row is dropped when octavo gains the key; a test holds the table disjoint from
 from collections.abc import Mapping
 from types import MappingProxyType
 
-_NO_PIPELINE = "octavo has no pipeline parallelism yet"
 _NO_ASYNC_TENSOR = "octavo does not overlap tensor parallel communication with products"
 _KEYS_AND_VALUES = "context parallelism gathers keys and values; positions are always balanced"
 _NO_EXPERTS = "octavo has no mixture-of-experts models"
@@ -79,16 +78,11 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
         "enable_loss_parallel": _moved("parallelism.disable_loss_parallel, its opposite"),
         "enable_async_tensor_parallel": _NO_ASYNC_TENSOR,
         "enable_compiled_autograd": "the backward pass is compiled together with the forward",
-        "pipeline_parallel_split_points": _NO_PIPELINE,
-        "module_fqns_per_model_part": _NO_PIPELINE,
-        "pipeline_parallel_first_stage_less_layers": _NO_PIPELINE,
-        "pipeline_parallel_last_stage_less_layers": _NO_PIPELINE,
-        "pipeline_parallel_layers_per_stage": _NO_PIPELINE,
-        "pipeline_parallel_schedule": _NO_PIPELINE,
-        "pipeline_parallel_schedule_csv": _NO_PIPELINE,
-        "pipeline_parallel_microbatch_size": _NO_PIPELINE,
-        "pipeline_parallel_microbatches": _NO_PIPELINE,
-        "pipeline_parallel_expert_parallel_overlap": _NO_PIPELINE,
+        "module_fqns_per_model_part": _moved(
+            "parallelism.pipeline_parallel_split_points, the modules that begin a stage"
+        ),
+        "pipeline_parallel_microbatches": _moved("parallelism.pipeline_parallel_microbatch_size"),
+        "pipeline_parallel_expert_parallel_overlap": _NO_EXPERTS,
         "context_parallel_load_balancer": _KEYS_AND_VALUES,
         "context_parallel_rotate_method": _KEYS_AND_VALUES,
         "expert_parallel_degree": _NO_EXPERTS,
@@ -159,10 +153,10 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
         "enable_compiled_autograd": "the backward pass is compiled together with the forward",
         "enable_async_tensor_parallel": _NO_ASYNC_TENSOR,
         "pipeline_parallel_degree": _moved("parallelism.pipeline_parallel_degree"),
-        "pipeline_parallel_split_points": _NO_PIPELINE,
-        "pipeline_parallel_schedule": _NO_PIPELINE,
-        "pipeline_parallel_schedule_csv": _NO_PIPELINE,
-        "pipeline_parallel_microbatches": _NO_PIPELINE,
+        "pipeline_parallel_split_points": _moved("parallelism.pipeline_parallel_split_points"),
+        "pipeline_parallel_schedule": _moved("parallelism.pipeline_parallel_schedule"),
+        "pipeline_parallel_schedule_csv": _moved("parallelism.pipeline_parallel_schedule_csv"),
+        "pipeline_parallel_microbatches": _moved("parallelism.pipeline_parallel_microbatch_size"),
         "context_parallel_degree": _moved("parallelism.context_parallel_degree"),
         "context_parallel_rotate_method": _KEYS_AND_VALUES,
     },

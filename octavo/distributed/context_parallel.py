@@ -100,7 +100,7 @@ def share_sequences(
     def with_positions(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        tokens = args[0]
+        tokens = kwargs.get("tokens_BS", args[0])  # a pipeline stage's first argument is no token
         return args, {**kwargs, "positions_P": local_positions(mesh, tokens.shape[1], tokens.device)}
 
     model.register_forward_pre_hook(with_positions, with_kwargs=True)

@@ -23,7 +23,8 @@ from octavo.distributed.plan import Sharding
 def shard(model: nn.Module, groups: Sequence[Sequence[nn.Module]], sharding: Sharding) -> None:
     """Shard `model` in place: each group's parameters are gathered together, the rest with the root.
 
-    The last group stays gathered between forward and backward, because backward begins with it.
+    The last group stays gathered between forward and backward, because backward begins with it. `model` may
+    be a stage of a pipeline.
     """
     policy = MixedPrecisionPolicy(param_dtype=sharding.param_dtype, reduce_dtype=sharding.reduce_dtype)
     offload = CPUOffloadPolicy() if sharding.cpu_offload else OffloadPolicy()

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from octavo import models
@@ -122,13 +123,24 @@ def check_exportable(spec: models.ModelSpec) -> None:
 
 
 def save_final(
-    model: nn.Module, out: Path, dtype: str, spec: models.ModelSpec, args: Any, tokenizer: Tokenizer
+    model: nn.Module,
+    out: Path,
+    dtype: str,
+    spec: models.ModelSpec,
+    args: Any,
+    tokenizer: Tokenizer,
+    *,
+    pipeline: DeviceMesh | None = None,
 ) -> None:
-    """Export `model`, sharded or not, into the folder `out`, in `dtype`; called by every process."""
+    """Export `model`, sharded or not, into the folder `out`, in `dtype`; called by every process.
+
+    `pipeline`: the processes that have the other stages of the model.
+    """
     state: dict[str, Any] = get_model_state_dict(model)
-    weights = Weights(
-        "the model", {name: tuple(tensor.shape) for name, tensor in state.items()}, lambda n: _whole(state[n])
-    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    weights = Weights("the model", shapes, lambda name: _whole(state[name]))
+    if pipeline is not None:
+        weights = _of_all_stages(weights, pipeline)
     layout = HfLayout(spec, args, weights, DTYPES[dtype], _SHARD_BYTES)
     if dist.get_rank() == 0:
         write_folder(out, layout, tokenizer)
@@ -138,6 +150,25 @@ def save_final(
             for name in names:
                 layout.read(name)  # takes part in the gathering
     dist.barrier()
+
+
+def _of_all_stages(mine: Weights, pipeline: DeviceMesh) -> Weights:
+    """The weights of every stage; each is read by all processes at the same time, from the one that has
+    it.
+    """
+    group = pipeline.get_group()
+    told: list[Any] = [None] * pipeline.size()
+    dist.all_gather_object(told, dict(mine.shapes), group=group)
+    owner = {name: rank for rank, shapes in enumerate(told) for name in shapes}
+
+    def read(name: str) -> Tensor:
+        rank = owner[name]
+        here = rank == pipeline.get_local_rank()
+        whole = mine.read(name).float().contiguous() if here else torch.empty(told[rank][name])
+        dist.broadcast(whole, group=group, group_src=rank)
+        return whole
+
+    return Weights(mine.where, {name: told[rank][name] for name, rank in owner.items()}, read)
 
 
 def _whole(tensor: Any) -> Tensor:

@@ -5,7 +5,7 @@ A model that lives outside this package joins by calling `register` in a module 
 five functions of a `ModelSpec`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,19 @@ class HuggingFace:
 
 
 @dataclass(frozen=True)
+class Pipelined:
+    """How models of a family are cut into pipeline stages.
+
+    units: `args -> what is never cut`, in the order of computation, each the names of its modules: first the
+    embedding, then each layer, last the head. `ConfigError` for a model that cannot be cut. width: `args ->`
+    the features of what a stage hands on to the next, `[B, S, width]`.
+    """
+
+    units: Callable[[Any], Sequence[Sequence[str]]]
+    width: Callable[[Any], int]
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """One family of models.
 
@@ -53,6 +66,9 @@ class ModelSpec:
     hugging_face: what `octavo export` and `octavo import` need, or None.
     decoder: `(model, capacity in tokens) -> (tokens [B, S] -> logits [B, vocab] after the last)`, which keeps
     what it has seen from call to call; None: `octavo generate` computes every position anew.
+    pipeline: for pipeline parallelism, or None. The module's parts may then be absent (None, or missing from
+        a ModuleDict); it is called as `module(h, tokens_BS=tokens)`, h being the tokens in the first stage
+        and what the stage before returned in others.
     """
 
     name: str
@@ -64,6 +80,7 @@ class ModelSpec:
     mask_documents: Callable[[Any, int], Any] | None = None
     hugging_face: HuggingFace | None = None
     decoder: Callable[[nn.Module, int], Callable[[Tensor], Tensor]] | None = None
+    pipeline: Pipelined | None = None
 
     def args(self, flavor: str) -> Any:
         """The arguments of `flavor`; `ConfigError` if there is no such flavor."""
@@ -105,4 +122,4 @@ def registered() -> Mapping[str, ModelSpec]:
 
 from octavo.models import llama3  # noqa: E402  registers itself; last, because it needs the names above
 
-__all__ = ["HuggingFace", "ModelSpec", "get", "llama3", "register", "registered"]
+__all__ = ["HuggingFace", "ModelSpec", "Pipelined", "get", "llama3", "register", "registered"]

@@ -95,8 +95,8 @@ TOML = [
     # torchtitan's
     ("[training]\ncompile = true\ngc_debug = false", f"job.toml:3: training.gc_debug: {TITAN}"),
     (
-        "[parallelism]\npipeline-parallel-degree = 1",
-        f"job.toml:2: parallelism.pipeline_parallel_degree: {TITAN}",
+        "[parallelism]\nexpert-parallel-degree = 1",
+        f"job.toml:2: parallelism.expert_parallel_degree: {TITAN}",
     ),
     ("[mx]\nrecipe_name = 'mxfp8'", f"job.toml:1: [mx]: {TITAN}"),
     ("[quantize.linear.float8]\nemulate = true", f"job.toml:1: [quantize]: {TITAN}"),

@@ -63,6 +63,17 @@ def flops_per_token(args: LlamaArgs, model: nn.Module, seq_len: int) -> float:
     return 6.0 * parameters + 12.0 * args.n_layers * args.dim * seq_len
 
 
+def units(args: LlamaArgs) -> list[tuple[str, ...]]:
+    """What a pipeline may not cut; `ConfigError` where the first stage's weight is the last one's, too."""
+    if args.tie_embeddings:
+        raise ConfigError(
+            "parallelism.pipeline_parallel_degree: this model's output projection is its embedding (tied), "
+            "which would have to be in the first stage and in the last; set the degree to 1"
+        )
+    layers = [(f"layers.{number}",) for number in range(args.n_layers)]
+    return [("tok_embeddings",), *layers, ("norm", "output")]
+
+
 SPEC = models.ModelSpec(
     name="llama3",
     flavors=FLAVORS,
@@ -73,5 +84,6 @@ SPEC = models.ModelSpec(
     mask_documents=lambda args, document_end: replace(args, document_end=document_end),
     hugging_face=models.HuggingFace("llama", to_hf, from_hf, to_config, from_config),
     decoder=Decoder,
+    pipeline=models.Pipelined(units, width=lambda args: args.dim),
 )
 models.register(SPEC)

@@ -180,7 +180,9 @@ class Llama(nn.Module):
     `core` must then find the keys of the others by itself.
 
     `layers` is a dictionary by number, so that a pipeline stage which drops layers keeps the names of the
-    others; for the same reason each part may be absent (None).
+    others; for the same reason the embedding and the head (norm and output) may be absent (None). A stage
+    without an embedding takes the activations `h[B, P, D]` of the stage before it, and `tokens_BS`; one
+    without a head returns its own.
     """
 
     rope: Tensor
@@ -194,7 +196,11 @@ class Llama(nn.Module):
         self.output = None if args.tie_embeddings else nn.Linear(args.dim, args.vocab_size, bias=False)
         self.register_buffer("rope", rope_table(args).to(torch.get_default_device()), persistent=False)
 
-    def forward(self, tokens_BS: Tensor, positions_P: Tensor | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, positions_P: Tensor | None = None, *, tokens_BS: Tensor | None = None
+    ) -> Tensor:
+        if tokens_BS is None:
+            tokens_BS = h
         if tokens_BS.shape[1] > self.args.max_seq_len:
             raise ValueError(
                 f"{tokens_BS.shape[1]} tokens in a sequence, but the rotary table has "
@@ -204,11 +210,15 @@ class Llama(nn.Module):
         mask_B1SS = None if end is None else document_mask(tokens_BS, end)
         table = self.rope
         if positions_P is not None:
-            tokens_BS, table = tokens_BS[:, positions_P], table[:, positions_P]
+            table = table[:, positions_P]
             mask_B1SS = None if mask_B1SS is None else mask_B1SS[:, :, positions_P]
-        h_BSD = self.tok_embeddings(tokens_BS)
+        h_BSD = h
+        if self.tok_embeddings is not None:
+            h_BSD = self.tok_embeddings(tokens_BS if positions_P is None else tokens_BS[:, positions_P])
         for layer in self.layers.values():
             h_BSD = layer(h_BSD, table, mask_B1SS)
+        if self.norm is None:
+            return h_BSD
         h_BSD = self.norm(h_BSD)
         if self.output is None:
             return F.linear(h_BSD, self.tok_embeddings.weight)

@@ -41,10 +41,11 @@ def parallelize(model: nn.Module, plan: Parallelize) -> None:
     if plan.sharding is not None:
         # The last layer and the head are needed again at once in backward, so gathering them twice would
         # gain nothing.
-        groups = [[layer] for layer in model.layers.values()]
-        if model.output is not None:
+        groups: list[list[nn.Module | None]] = [[layer] for layer in model.layers.values()]
+        if not model.args.tie_embeddings:
             groups = [[model.tok_embeddings], *groups, [model.norm, model.output]]
-        shard(model, groups, plan.sharding)
+        there = [[part for part in group if part is not None] for group in groups]
+        shard(model, [group for group in there if group], plan.sharding)
 
 
 def _check_sizes(args: LlamaArgs, ranks: int) -> None:
@@ -67,8 +68,13 @@ def share_products(model: Llama, plan: TensorParallel) -> None:
 
     Between a column-wise and a row-wise product features are sharded; everywhere else tokens are.
     """
-    embedding: ParallelStyle = plan.rows(model.tok_embeddings, input_layouts=_WHOLE, output_layouts=_TOKENS)
-    styles = {"tok_embeddings": embedding, "norm": SequenceParallel()}
+    styles: dict[str, ParallelStyle] = {}
+    if model.tok_embeddings is not None:
+        styles["tok_embeddings"] = plan.rows(
+            model.tok_embeddings, input_layouts=_WHOLE, output_layouts=_TOKENS
+        )
+    if model.norm is not None:
+        styles["norm"] = SequenceParallel()
     if model.output is not None:
         styles["output"] = plan.columns(
             model.output, input_layouts=_TOKENS, output_layouts=_LAST, use_local_output=False
