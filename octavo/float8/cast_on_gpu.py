@@ -87,6 +87,20 @@ def cast_both(x: Tensor, row: Cast | None, col: Cast | None) -> tuple[Pair | Non
     return (first if row else None), (second if col else None)
 
 
+def cast_given(
+    x: Tensor, amax: Tensor, cast: Cast, rows: bool, columns: bool
+) -> tuple[Pair, Pair, Tensor, Tensor]:
+    """As `cast_both`, with one scale, that of `amax[1, 1]`; then x's own maximum, float32 `[1, 1]`, and how
+    many of its elements saturated, int64.
+    """
+    from octavo.float8.kernels import ops  # triton, at its first use
+
+    data, data_t, scale, maxima, saturated = ops.cast_by_given_scale(
+        x.contiguous(), amax, cast.dtype, cast.scale.value, rows, columns
+    )
+    return (data, scale), (data_t, scale), maxima.amax().view(torch.float32).view(1, 1), saturated.sum()
+
+
 def _launch(x: Tensor, cast: Cast, rows: bool, columns: bool) -> tuple[Pair, Pair]:
     from octavo.float8.kernels import ops  # triton, at its first use
 

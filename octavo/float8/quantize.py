@@ -154,6 +154,18 @@ def cast_data(x: Tensor, s: Tensor, cast: Cast) -> Tensor:
     return _untile(scaled.clamp(-limit, limit).to(cast.dtype), x.shape)
 
 
+def quantize_given(x: Tensor, amax: Tensor, cast: Cast) -> Quantized:
+    """Cast `x[R, C]` with the scales of the maxima `amax`, `[R / r, C / c]`, which need not be x's own.
+
+    What is larger saturates. What is not finite becomes NaN: clamped, an infinity would pass for a number.
+    """
+    s, scale = scales_from_amax(amax, cast)
+    limit = torch.finfo(cast.dtype).max
+    scaled = (_tiles(x, cast.block).float() * s.unsqueeze(1).unsqueeze(3)).clamp(-limit, limit)
+    codes = torch.where(_tiles(x, cast.block).isfinite(), scaled, torch.nan).to(cast.dtype)
+    return Quantized(_untile(codes, x.shape), scale)
+
+
 def _lies_transposed(x: Tensor) -> bool:
     return not x.is_contiguous() and x.t().is_contiguous()
 

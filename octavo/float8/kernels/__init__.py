@@ -7,12 +7,15 @@
     cast_tiles.py             128 x 128                            1             [M, K] and [K, M]
     cast_given_maxima.py      one scale a row, one a column, the   1             [M, K] and [K, M]
                               maxima of both known
+    cast_given_scale.py       one scale a tensor, known before x   1             [M, K] and [K, M]
     transpose_rows.py         float8 rows to float8 columns        1 (one byte)  [K, M]
     silu_mul.py               makes silu(a) * b and its gradients, and the maxima for the above
     add_rms_norm.py           makes RMSNorm(x + residual) and its gradients, likewise
+    rope_backward.py          makes the gradient before a rotary embedding, likewise
+    adamw_cast.py             makes new weights, and their float8 casts or the maxima for them
 
-`numerics.py` holds the arithmetic that all share, `ops.py` registers them with PyTorch, `report.py` compiles
-them for a GPU that need not be there.
+`numerics.py` holds the arithmetic that all share, `maxima.py` how tensors are written with their maxima.
+`ops.py` registers the kernels with PyTorch, `report.py` compiles them for a GPU that need not be there.
 
 PyTorch casts in separate passes: a maximum, a cast, and both again for the transpose. What a cast costs is
 reading and writing, so each kernel makes all that it can of a tile while it holds it. Their arithmetic is

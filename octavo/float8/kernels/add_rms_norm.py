@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.float8.kernels.maxima import Made
 from octavo.float8.kernels.numerics import (
     Config,
     magnitude,
@@ -102,10 +103,6 @@ def _backward(
         down = tl.maximum(down, tl.max(bits, axis=0))
     tl.store(columns_ptr + pid.to(tl.int64) * K + k, down, mask=k < K)
     tl.store(dw_ptr + pid.to(tl.int64) * K + k, dw, mask=k < K)
-
-
-Made = tuple[Tensor, Tensor, Tensor]
-"""A tensor `[M, K]`, and maxima `[any, M]` of its rows, `[any, K]` of its columns, int32 bits of float32."""
 
 
 def _empty(like: Tensor) -> Made:

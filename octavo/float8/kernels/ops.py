@@ -21,27 +21,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.float8.kernels import adamw_cast as adamw
 from octavo.float8.kernels import add_rms_norm as norm
-from octavo.float8.kernels import silu_mul as swiglu
 from octavo.float8.kernels.add_rms_norm import add_rms_norm, add_rms_norm_backward
 from octavo.float8.kernels.cast_given_maxima import cast_given_maxima
+from octavo.float8.kernels.cast_given_scale import cast_given_scale, programs_of
 from octavo.float8.kernels.cast_lines import cast_lines
 from octavo.float8.kernels.cast_rows_columns import cast_columns, cast_rows, column_maxima
 from octavo.float8.kernels.cast_tensor import cast_tensor, magnitudes
 from octavo.float8.kernels.cast_tiles import cast_tiles
+from octavo.float8.kernels.maxima import Made, empty_made
 from octavo.float8.kernels.numerics import INTERPRETING, empty_scale
+from octavo.float8.kernels.rope_backward import rope_backward
 from octavo.float8.kernels.silu_mul import silu_mul, silu_mul_backward
 from octavo.float8.kernels.transpose_rows import transpose_rows, value_maxima
 
 Both = tuple[Tensor, Tensor, Tensor, Tensor]
 Square = tuple[Tensor, Tensor, Tensor]
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _operator(name: str, shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _operator(
+    name: str, shapes: Callable[..., Any], writes: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function whose results `shapes` states, and which writes to the arguments `writes`."""
     make: Any = torch.library.custom_op if INTERPRETING else torch.library.triton_op
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        operator = make(f"octavo::{name}", function, mutates_args=())
+        operator = make(f"octavo::{name}", function, mutates_args=writes)
         operator.register_fake(shapes)
         return operator
 
@@ -110,6 +117,22 @@ def cast_by_lines(x: Tensor, group: int, dtype: torch.dtype, scales: str, rows: 
     return cast_lines(x, group, dtype, scales, rows, columns)
 
 
+def _given_scale_shapes(
+    x: Tensor, amax: Tensor, dtype: torch.dtype, scales: str, rows: bool, columns: bool
+) -> Five:
+    partial = x.new_empty((programs_of(*x.shape),), dtype=torch.int32)
+    cast = _pair(x, dtype, rows, columns)
+    return *cast, empty_scale(x, (1, 1), scales), partial, torch.empty_like(partial)
+
+
+@_operator("cast_by_given_scale", _given_scale_shapes)
+def cast_by_given_scale(
+    x: Tensor, amax: Tensor, dtype: torch.dtype, scales: str, rows: bool, columns: bool
+) -> Five:
+    """One scale for the tensor, of `amax[1, 1]`, and partial maxima and counts: see `cast_given_scale.py`."""
+    return cast_given_scale(x, amax, dtype, scales, rows, columns)
+
+
 def _transposed_shapes(data: Tensor, scale: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
     M, K = data.shape
     return data.new_empty((K, M)), scale.new_empty((K, 1))
@@ -139,7 +162,7 @@ def cast_with_maxima(x: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtyp
 
 
 def _silu_mul_shapes(a: Tensor, b: Tensor) -> Square:
-    return swiglu._empty(a)
+    return empty_made(a, *a.shape)
 
 
 @_operator("silu_mul", _silu_mul_shapes)
@@ -149,11 +172,10 @@ def silu_mul_with_maxima(a: Tensor, b: Tensor) -> Square:
 
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _silu_mul_backward_shapes(dh: Tensor, a: Tensor, b: Tensor) -> Six:
-    return *swiglu._empty(a), *swiglu._empty(a)
+    return *empty_made(a, *a.shape), *empty_made(a, *a.shape)
 
 
 @_operator("silu_mul_backward", _silu_mul_backward_shapes)
@@ -161,6 +183,17 @@ def silu_mul_backward_with_maxima(dh: Tensor, a: Tensor, b: Tensor) -> Six:
     """`da` and maxima of its rows and columns, then `db` and its."""
     da, db = silu_mul_backward(dh, a, b)
     return *da, *db
+
+
+def _rope_shapes(dy: Tensor, cos: Tensor, sin: Tensor) -> Made:
+    B, S, H, E = dy.shape
+    return empty_made(dy, B * S, H * E)
+
+
+@_operator("rope_backward", _rope_shapes)
+def rope_backward_with_maxima(dy: Tensor, cos: Tensor, sin: Tensor) -> Made:
+    """`dx[B S, H E]`, and maxima of its rows and columns: see `rope_backward.py`."""
+    return rope_backward(dy, cos, sin)
 
 
 def _norm_shapes(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> Five:
@@ -187,3 +220,59 @@ def add_rms_norm_backward_with_maxima(
     """`dx` and maxima of its rows and columns, and `dw`."""
     dx, dw = add_rms_norm_backward(dy, dh, h, rms, w)
     return *dx, dw
+
+
+# ------------------------------------------------------- optimizer steps that make the float8 weights as well
+
+_UPDATED = ("w", "m", "v")
+
+
+def _adamw_maxima_shapes(
+    w: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: list[float], source: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    tiles = -(-w.shape[0] // adamw.TILE_M), -(-w.shape[1] // adamw.TILE_K)
+    rows = w.new_empty((tiles[1], w.shape[0]), dtype=torch.int32)
+    return rows, w.new_empty((tiles[0], w.shape[1]), dtype=torch.int32)
+
+
+@_operator("adamw_maxima", _adamw_maxima_shapes, _UPDATED)
+def adamw_with_maxima(
+    w: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: list[float], source: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Steps w, m and v; maxima of w's rows and columns. `step`: the numbers of `adamw_cast.Step`."""
+    _, rows, columns = adamw.adamw_maxima(w, grad, m, v, adamw.Step(*step), source)
+    return rows, columns
+
+
+def _adamw_squares_shapes(
+    w: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: list[float], side: int, dtype: torch.dtype,
+    scales: str, source: torch.dtype | None,
+) -> Square:  # fmt: skip
+    return _tile_shapes(w, side, dtype, scales, True, True)
+
+
+@_operator("adamw_squares", _adamw_squares_shapes, _UPDATED)
+def adamw_with_squares(
+    w: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: list[float], side: int, dtype: torch.dtype,
+    scales: str, source: torch.dtype | None,
+) -> Square:  # fmt: skip
+    """Steps w, m and v; what `cast_by_tiles` gives of the new w."""
+    return adamw.adamw_squares(w, grad, m, v, adamw.Step(*step), side, dtype, scales, source)
+
+
+def _adamw_given_shapes(
+    w: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: list[float], amax: Tensor, dtype: torch.dtype,
+    scales: str, source: torch.dtype | None,
+) -> Five:  # fmt: skip
+    (rows, _) = _adamw_maxima_shapes(w, grad, m, v, step, source)
+    partial = w.new_empty((rows.shape[0] * -(-w.shape[0] // adamw.TILE_M),), dtype=torch.int32)
+    return *_pair(w, dtype, True, True), empty_scale(w, (1, 1), scales), partial, torch.empty_like(partial)
+
+
+@_operator("adamw_given_scale", _adamw_given_shapes, _UPDATED)
+def adamw_with_given_scale(
+    w: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: list[float], amax: Tensor, dtype: torch.dtype,
+    scales: str, source: torch.dtype | None,
+) -> Five:  # fmt: skip
+    """Steps w, m and v; what `cast_by_given_scale` gives of the new w."""
+    return adamw.adamw_given_scale(w, grad, m, v, adamw.Step(*step), amax, dtype, scales, source)

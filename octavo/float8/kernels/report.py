@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from octavo.float8.kernels import (
+    adamw_cast,
     add_rms_norm,
     cast_given_maxima,
+    cast_given_scale,
     cast_lines,
     cast_rows_columns,
     cast_tensor,
     cast_tiles,
+    maxima,
+    rope_backward,
     silu_mul,
     transpose_rows,
 )
@@ -55,6 +59,8 @@ class Job:
     constants: dict[str, Any]
     formats: list[tuple[str, str]]
     converts: bool = True
+    dtypes: dict[str, str] = field(default_factory=dict)
+    """Of pointers that are not what the report is about."""
 
 
 def jobs() -> Iterator[Job]:
@@ -81,13 +87,32 @@ def jobs() -> Iterator[Job]:
     yield Job(rows._column_maxima, rows.CONFIGS_MAXIMA, {"STRIP": 64}, FORMATS[:1], converts=False)
     yield Job(rows._cast_columns, rows.CONFIGS_COLUMNS, {}, pow2_first)
     yield Job(cast_given_maxima._cast_given_maxima, cast_given_maxima.CONFIGS, {}, pow2_first)
-    tile = {"TILE_M": silu_mul.TILE_M, "TILE_K": silu_mul.TILE_K}
+    given = {"TILE_M": cast_given_scale.TILE_M, "TILE_K": cast_given_scale.TILE_K}
+    for which in (BOTH, ROWS_ONLY, COLUMNS_ONLY):
+        yield Job(cast_given_scale._cast_given_scale, cast_given_scale.CONFIGS, {**which, **given}, FORMATS)
+    tile = {"TILE_M": maxima.TILE_M, "TILE_K": maxima.TILE_K}
     yield Job(silu_mul._forward, silu_mul.CONFIGS, tile, FORMATS[:1], converts=False)
     yield Job(silu_mul._backward, silu_mul.CONFIGS, tile, FORMATS[:1], converts=False)
+    yield Job(
+        rope_backward._rope_backward,
+        rope_backward.CONFIGS,
+        {**tile, "E": 128},
+        FORMATS[:1],
+        converts=False,
+    )
     for width in (4096, 8192):
         row = {"STRIP": add_rms_norm.STRIP, "BLOCK_K": width}
         yield Job(add_rms_norm._forward, add_rms_norm.CONFIGS_FORWARD, row, FORMATS[:1], converts=False)
         yield Job(add_rms_norm._backward, add_rms_norm.CONFIGS_BACKWARD, row, FORMATS[:1], converts=False)
+    adamw = {"SOURCE": 1, "TILE_M": adamw_cast.TILE_M}
+    tile = {**adamw, "TILE_K": adamw_cast.TILE_K}
+    weight = dict.fromkeys(("w", "g", "m", "v"), "fp32")
+    for configs, kernel, constants, formats, converts in (
+        (adamw_cast.CONFIGS, adamw_cast._adamw_maxima, tile, FORMATS[:1], False),
+        (adamw_cast.CONFIGS, adamw_cast._adamw_given_scale, tile, FORMATS, True),
+        (adamw_cast.CONFIGS, adamw_cast._adamw_squares, {**adamw, "SIDE": 128}, FORMATS, True),
+    ):
+        yield Job(kernel, configs, constants, formats, converts, weight)
     strip = {"STRIP": transpose_rows.STRIP}
     both = [("e4m3", "pow2"), ("e5m2", "pow2")]
     yield Job(across._maxima, across.CONFIGS_MAXIMA, strip, both, converts=False)
@@ -119,11 +144,14 @@ def _signature(job: Job, constants: dict[str, Any], dtype: str, scales: str) -> 
     one_byte = SCALE_FORMATS[scales] >= 2
     pointers = {f"{name}_ptr": f"*{dtype}" for name in ("x", "a", "b", "h", "da", "db", "dh", "dx")}
     pointers |= {f"{name}_ptr": f"*{dtype}" for name in ("residual", "w", "y", "dy")}
-    pointers |= {"rms_ptr": "*fp32", "dw_ptr": "*fp32", "eps": "fp32"}
+    pointers |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+    pointers |= {"rms_ptr": "*fp32", "dw_ptr": "*fp32", "saturated_ptr": "*i32"}
+    pointers |= dict.fromkeys(("decay", "beta1", "beta2", "rate", "root", "eps"), "fp32")
     pointers |= {f"{name}_ptr": "*i32" for name in ("maxima", "amax", "amax_t", "rows", "columns")}
     pointers |= {f"{of}_{name}_ptr": "*i32" for of in ("da", "db") for name in ("rows", "columns")}
     pointers |= {"data_ptr": "*u8", "data_t_ptr": "*u8"}
     pointers |= dict.fromkeys(("scale_ptr", "scale_t_ptr"), "*u8" if one_byte else "*fp32")
+    pointers |= {f"{name}_ptr": f"*{of}" for name, of in job.dtypes.items()}
     signature, attributes = {}, {}
     for position, name in enumerate(job.kernel.fn.arg_names):
         if name in constants:

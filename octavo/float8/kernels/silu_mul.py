@@ -3,44 +3,24 @@
     forward     a, b       -> h,       maxima of its rows and of its columns
     backward    dh, a, b   -> da, db,  the same of each
 
-The maxima cost nothing while an element is at hand, and save `cast_given_maxima.py` a read of h. Arithmetic
-is in float32 and rounded once, to the inputs' dtype; the maxima are of what was rounded, so that the cast is
-the cast of h as it stands in memory. All are `[M, K]`.
+Arithmetic is in float32 and rounded once, to the inputs' dtype; the maxima (`maxima.py`) are of what was
+rounded. All are `[M, K]`.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.float8.kernels.numerics import (
-    Config,
-    magnitude,
-    rounded,
-    to_float32,
-    tuned,
-    wrap_triton,
-)
+from octavo.float8.kernels.maxima import TILE_K, TILE_M, Made, empty_made, grid_of, store_with_maxima
+from octavo.float8.kernels.numerics import Config, to_float32, tuned, wrap_triton
 
-# The size of a tile decides how many maxima there are, so timing may not.
-TILE_M, TILE_K = 32, 128
 CONFIGS: tuple[Config, ...] = (
     {"num_warps": 4, "num_stages": 1},
     {"num_warps": 8, "num_stages": 1},
 )
-
-
-@triton.jit
-def _write(value, out_ptr, rows_ptr, columns_ptr, m, k, M, K, mask, pid_m, pid_k):
-    value = rounded(value, out_ptr.dtype.element_ty)
-    tl.store(out_ptr + m[:, None] * K + k[None, :], value, mask=mask)
-    bits = magnitude(to_float32(value))
-    bits = tl.where(mask, bits, 0)
-    tl.store(rows_ptr + pid_k.to(tl.int64) * M + m, tl.max(bits, axis=1), mask=m < M)
-    tl.store(columns_ptr + pid_m.to(tl.int64) * K + k, tl.max(bits, axis=0), mask=k < K)
 
 
 @tuned(CONFIGS, key=["M", "K"])
@@ -56,7 +36,7 @@ def _forward(
     a = to_float32(tl.load(a_ptr + i, mask=mask, other=0.0))
     b = to_float32(tl.load(b_ptr + i, mask=mask, other=0.0))
     h = tl.div_rn(a, 1.0 + tl.exp(-a)) * b
-    _write(h, h_ptr, rows_ptr, columns_ptr, m, k, M, K, mask, pid_m, pid_k)
+    store_with_maxima(h, h_ptr, rows_ptr, columns_ptr, m, k, M, K, mask, pid_m, pid_k)
 
 
 @tuned(CONFIGS, key=["M", "K"])
@@ -76,36 +56,23 @@ def _backward(
     sigmoid = tl.div_rn(1.0, 1.0 + tl.exp(-a))
     da = dh * b * (sigmoid * (1.0 + a * (1.0 - sigmoid)))
     db = dh * (a * sigmoid)
-    _write(da, da_ptr, da_rows_ptr, da_columns_ptr, m, k, M, K, mask, pid_m, pid_k)
-    _write(db, db_ptr, db_rows_ptr, db_columns_ptr, m, k, M, K, mask, pid_m, pid_k)
-
-
-Made = tuple[Tensor, Tensor, Tensor]
-"""A tensor `[M, K]`, and maxima `[any, M]` of its rows, `[any, K]` of its columns, int32 bits of float32."""
-
-
-def _empty(like: Tensor) -> Made:
-    M, K = like.shape
-    rows = like.new_empty((triton.cdiv(K, TILE_K), M), dtype=torch.int32)
-    columns = like.new_empty((triton.cdiv(M, TILE_M), K), dtype=torch.int32)
-    return torch.empty_like(like), rows, columns
+    store_with_maxima(da, da_ptr, da_rows_ptr, da_columns_ptr, m, k, M, K, mask, pid_m, pid_k)
+    store_with_maxima(db, db_ptr, db_rows_ptr, db_columns_ptr, m, k, M, K, mask, pid_m, pid_k)
 
 
 def silu_mul(a: Tensor, b: Tensor) -> Made:
     """`h` of contiguous `a[M, K]` and `b[M, K]`, with its maxima."""
     M, K = a.shape
-    h = _empty(a)
-    grid = (triton.cdiv(M, TILE_M), triton.cdiv(K, TILE_K))
-    wrap_triton(_forward)[grid](a, b, *h, M, K, TILE_M=TILE_M, TILE_K=TILE_K)
+    h = empty_made(a, M, K)
+    wrap_triton(_forward)[grid_of(M, K)](a, b, *h, M, K, TILE_M=TILE_M, TILE_K=TILE_K)
     return h
 
 
 def silu_mul_backward(dh: Tensor, a: Tensor, b: Tensor) -> tuple[Made, Made]:
     """`da` and `db` of contiguous `dh`, `a` and `b`, all `[M, K]`, each with its maxima."""
     M, K = a.shape
-    da, db = _empty(a), _empty(a)
-    grid = (triton.cdiv(M, TILE_M), triton.cdiv(K, TILE_K))
-    wrap_triton(_backward)[grid](dh, a, b, *da, *db, M, K, TILE_M=TILE_M, TILE_K=TILE_K)
+    da, db = empty_made(a, M, K), empty_made(a, M, K)
+    wrap_triton(_backward)[grid_of(M, K)](dh, a, b, *da, *db, M, K, TILE_M=TILE_M, TILE_K=TILE_K)
     return da, db
 
 

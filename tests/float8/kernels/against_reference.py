@@ -214,17 +214,19 @@ def only(module: ModuleType, name: str, config: dict) -> Iterator[None]:
 
 def check_configuration(module: ModuleType, name: str, config: dict, user: str, device: str) -> None:
     """Tiles that divide the matrix and tiles that don't, with one configuration."""
-    with only(module, name, config):
-        for shape, feature in (((130, 200), "spread"), ((128, 256), "nan")):
+    # Rows long enough that the configurations of `_cast_rows` hold different numbers of them at a time.
+    ragged = (37, 1000) if user == "rows" else (130, 200)
+    with only(module, name, config), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cast_rows_columns, "strip_of", lambda M, K: 8 if user == "wide rows" else 32)
+        for shape, feature in ((ragged, "spread"), ((128, 256), "nan")):
             x = make_x(shape, torch.bfloat16, feature).to(device)
             if user == "transpose":
                 check_transpose(x, E4M3)
             elif user == "columns":
                 check_cast(KERNELS["rows"], x, E4M3, ScaleFormat.POW2, rows=False)
             elif user == "wide rows":
-                with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(cast_rows_columns, "WIDEST", 64)
-                    check_cast(KERNELS["rows"], x, E4M3, ScaleFormat.POW2)
+                patch.setattr(cast_rows_columns, "WIDEST", 64)
+                check_cast(KERNELS["rows"], x, E4M3, ScaleFormat.POW2)
             else:
                 scales = ScaleFormat.E8M0 if user == "lines32" else ScaleFormat.FP32
                 check_cast(KERNELS[user], x, E4M3, scales)

@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from octavo.float8.kernels import ops
 
 logging.disable(logging.WARNING)  # without a GPU it cannot ask which arguments kernels write to
+STEP = [0.9, 0.9, 0.95, 0.01, 0.5, 1e-8]
 E4M3 = torch.float8_e4m3fn
 with FakeTensorMode():
     on = {"device": "cuda"}
@@ -31,6 +32,10 @@ with FakeTensorMode():
         "x": torch.empty(256, 512, dtype=torch.bfloat16, **on),
         "w": torch.empty(512, dtype=torch.bfloat16, **on),
         "data": torch.empty(256, 512, dtype=E4M3, **on),
+        "heads": torch.empty(2, 4, 128, 128, dtype=torch.bfloat16, **on).transpose(1, 2),
+        "amax": torch.ones(1, 1, **on),
+        "f": torch.ones(256, 256, **on),
+        "cos": torch.empty(128, 64, **on),
         "rms": torch.empty(256, **on),
         "scale": torch.empty(256, 1, **on),
         "rows": torch.empty(1, 256, dtype=torch.int32, **on),
@@ -46,6 +51,10 @@ with FakeTensorMode():
         lambda t: ops.cast_with_maxima(t["x"], t["rows"], t["columns"], E4M3, "fp32"),
         lambda t: ops.silu_mul_with_maxima(t["x"], t["x"]),
         lambda t: ops.silu_mul_backward_with_maxima(t["x"], t["x"], t["x"]),
+        lambda t: ops.cast_by_given_scale(t["x"], t["amax"], E4M3, "fp32", True, True),
+        lambda t: ops.adamw_with_maxima(*[t["f"]] * 4, STEP, torch.bfloat16),
+        lambda t: ops.adamw_with_squares(*[t["f"]] * 4, STEP, 128, E4M3, "fp32", None),
+        lambda t: ops.rope_backward_with_maxima(t["heads"], t["cos"], t["cos"]),
         lambda t: ops.add_rms_norm_with_maxima(t["x"], t["x"], t["w"], 1e-5),
         lambda t: ops.add_rms_norm_backward_with_maxima(t["x"], t["x"], t["x"], t["rms"], t["w"]),
     ]
@@ -75,4 +84,4 @@ def traced() -> list[str]:
 
 def test_compiled_code_launches_the_kernels_itself(traced: list[str]) -> None:
     # Launches: maxima, then cast; rows, then columns; and one where a tile is enough.
-    assert traced == ["2", "2", "2", "1", "1", "2", "1", "1", "1", "1", "1"]
+    assert traced == ["2", "2", "2", "1", "1", "2", "1", "1", "1", "1", "1", "1", "1", "1", "1"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from octavo.float8.kernels import add_rms_norm as kernels
@@ -23,9 +25,8 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_in_float32(shape: tuple[int, int]) -> None:
-    x, residual, dy, dh, w = inputs(shape, torch.float32)
+def check_values(x: Tensor, residual: Tensor, dy: Tensor, dh: Tensor, w: Tensor) -> None:
+    """Values of float32 inputs, beside autograd's in float64."""
     h, rms, (y, _, _) = kernels.add_rms_norm(x, residual, w, EPS)
     (dx, _, _), dw = kernels.add_rms_norm_backward(dy, dh, h, rms, w)
     assert torch.equal(h, x + residual)
@@ -38,6 +39,11 @@ def test_values_in_float32(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(y.double(), want.detach(), rtol=1e-6, atol=0)
     assert relative(dx, exact.grad + dh) < 1e-6
     assert relative(dw, exact_w.grad) < 1e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_in_float32(shape: tuple[int, int]) -> None:
+    check_values(*inputs(shape, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -64,36 +70,57 @@ def test_casts_are_those_of_the_values(dtype: torch.dtype, shape: tuple[int, int
     check.check_given_maxima(*kernels.add_rms_norm_backward(dy, dh, h, rms, w)[0])
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0, 1e-40, 3e38])
 def test_hard_values_reach_the_maxima(value: float) -> None:
     x, residual, dy, dh, w = inputs((20, 70), torch.bfloat16)
     x[3, 5] = value
+    x[7], residual[7] = value, 0.0
+    dy[9] = value
     h, rms, y = kernels.add_rms_norm(x, residual, w, EPS)
-    assert y[0][3].isnan().any()
     assert y[0][4].isfinite().all()
+    dx, _ = kernels.add_rms_norm_backward(dy, dh, h, rms, w)
+    want = kernels.reference(x, residual, w, EPS)[2]
+    want_dx, _ = kernels.reference_backward(dy, dh, h, rms, w)
+    for got, wanted in ((y, want), (dx, want_dx)):
+        assert torch.equal(got[0].isnan(), wanted.isnan())
+        check.check_given_maxima(*got)
+
+
+@settings(max_examples=15)
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 140)),
+    dtype=st.sampled_from(check.DTYPES),
+    feature=st.sampled_from(check.FEATURES),
+    seed=st.integers(0, 2**16),
+)
+def test_any_tensor(shape: tuple[int, int], dtype: torch.dtype, feature: str, seed: int) -> None:
+    """Casts are those of the values, and what is not a number is none in the reference either."""
+    x, residual, dy, dh = (check.make_x(shape, dtype, feature, seed + i) for i in range(4))
+    w = check.make_x((1, shape[1]), dtype, seed=seed)[0]
+    h, rms, y = kernels.add_rms_norm(x, residual, w, EPS)
+    dx, _ = kernels.add_rms_norm_backward(dy, dh, h, rms, w)
+    assert torch.equal(y[0].isnan(), kernels.reference(x, residual, w, EPS)[2].isnan())
     check.check_given_maxima(*y)
-    check.check_given_maxima(*kernels.add_rms_norm_backward(dy, dh, h, rms, w)[0])
+    check.check_given_maxima(*dx)
+    if feature == "plain" and dtype == torch.float32:
+        check_values(x, residual, dy, dh, w)
 
 
 @pytest.mark.parametrize("config", kernels.CONFIGS_FORWARD, ids=str)
 def test_configurations_forward(config: dict) -> None:
-    x, residual, _, _, w = inputs((37, 300), torch.bfloat16)
     with check.only(kernels, "_forward", config):
-        _, _, y = kernels.add_rms_norm(x, residual, w, EPS)
-    torch.testing.assert_close(y[0], kernels.reference(x, residual, w, EPS)[2], rtol=2**-7, atol=0)
-    check.check_given_maxima(*y)
+        check_values(*inputs((37, 1000), torch.float32))
+        x, residual, _, _, w = inputs((37, 300), torch.bfloat16)
+        check.check_given_maxima(*kernels.add_rms_norm(x, residual, w, EPS)[2])
 
 
 @pytest.mark.parametrize("config", kernels.CONFIGS_BACKWARD, ids=str)
 def test_configurations_backward(config: dict) -> None:
-    x, residual, dy, dh, w = inputs((37, 300), torch.bfloat16)
-    h, rms, _ = kernels.reference(x, residual, w, EPS)
     with check.only(kernels, "_backward", config):
-        dx, dw = kernels.add_rms_norm_backward(dy, dh, h, rms, w)
-    want, want_dw = kernels.reference_backward(dy, dh, h, rms, w)
-    torch.testing.assert_close(dx[0], want, rtol=2**-7, atol=1e-4)
-    torch.testing.assert_close(dw, want_dw, rtol=1e-5, atol=1e-4)
-    check.check_given_maxima(*dx)
+        check_values(*inputs((37, 1000), torch.float32))
+        x, residual, dy, dh, w = inputs((37, 300), torch.bfloat16)
+        h, rms, _ = kernels.reference(x, residual, w, EPS)
+        check.check_given_maxima(*kernels.add_rms_norm_backward(dy, dh, h, rms, w)[0])
 
 
 def test_rows_too_long_for_a_chip_are_refused() -> None:

@@ -13,6 +13,9 @@ from tests.float8.kernels.against_reference import E4M3, make_x
 X = make_x((37, 70), torch.bfloat16, "spread")
 Y, W = make_x((37, 70), torch.bfloat16, "spread", 1), torch.ones(70, dtype=torch.bfloat16)
 FEW, WIDE = torch.ones(37), torch.zeros(1, 70, dtype=torch.int32)
+COS = torch.rand(40, 5)
+WEIGHT = tuple(torch.rand(37, 70) for _ in range(4))
+STEP = [0.9, 0.9, 0.95, 0.01, 0.5, 1e-8]
 CALLS: dict[str, tuple[Any, tuple]] = {
     "tensor": (ops.cast_by_tensor, (X, E4M3, "fp32", True, True)),
     "tensor, columns": (ops.cast_by_tensor, (X, E4M3, "fp32", False, True)),
@@ -24,8 +27,13 @@ CALLS: dict[str, tuple[Any, tuple]] = {
     "lines, rows": (ops.cast_by_lines, (X, 128, E4M3, "fp32", True, False)),
     "transpose": (ops.transpose_float8_rows, (X.to(E4M3), FEW[:, None])),
     "given": (ops.cast_with_maxima, (X, FEW[None].int(), WIDE, E4M3, "fp32")),
+    "given scale": (ops.cast_by_given_scale, (X, torch.ones(1, 1), E4M3, "fp32", True, True)),
+    "adamw, maxima": (ops.adamw_with_maxima, (*WEIGHT, STEP, torch.bfloat16)),
+    "adamw, squares": (ops.adamw_with_squares, (*WEIGHT, STEP, 128, E4M3, "fp32", None)),
+    "adamw, given": (ops.adamw_with_given_scale, (*WEIGHT, STEP, torch.ones(1, 1), E4M3, "fp32", None)),
     "silu_mul": (ops.silu_mul_with_maxima, (X, Y)),
     "silu_mul backward": (ops.silu_mul_backward_with_maxima, (X, Y, X)),
+    "rope backward": (ops.rope_backward_with_maxima, (X.view(1, 37, 7, 10), COS, COS)),
     "norm": (ops.add_rms_norm_with_maxima, (X, Y, W, 1e-5)),
     "norm backward": (ops.add_rms_norm_backward_with_maxima, (X, Y, X, FEW, W)),
 }
