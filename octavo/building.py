@@ -12,6 +12,7 @@ from octavo.components.device import DTYPES
 from octavo.components.init import init_weights
 from octavo.components.logging import logger
 from octavo.components.tokenizer import Tokenizer
+from octavo.components.utilization import Work, work_of
 from octavo.config import ConfigError, JobConfig
 from octavo.config.pipeline import PipelinePlan, plan_of
 from octavo.distributed.mesh import World
@@ -51,7 +52,7 @@ class Built(NamedTuple):
     """model: what this process has of it. stages: under pipeline parallelism, its stages, which compute."""
 
     model: nn.Module
-    flops_per_token: float
+    work: Work
     stages: list[nn.Module]
 
 
@@ -65,8 +66,8 @@ def build_model(
     world: World,
     pipeline: PipelinePlan | None = None,
 ) -> Built:
-    """The model with `args` on `device`, in float8 `recipe` if there is one; its FLOPs per token are those of
-    the whole.
+    """The model with `args` on `device`, in float8 `recipe` if there is one; its work per token is the
+    whole model's.
     """
     spec = models.get(job.model.name)
     logger.info("Building %s %s with %s", spec.name, job.model.flavor, args)
@@ -86,7 +87,7 @@ def build_model(
         logger.info("Model after conversion: %s", model)
     size = sum(p.numel() for p in model.parameters())
     logger.info("Model %s %s size: %s total parameters", spec.name, job.model.flavor, f"{size:,}")
-    flops_per_token = spec.flops_per_token(args, model, job.training.seq_len)
+    work = _work(job, spec, args, model, device, param_dtype)
 
     def ready(part: nn.Module) -> nn.Module:
         spec.parallelize(part, _plan(job, param_dtype, world))
@@ -95,12 +96,35 @@ def build_model(
         return part.train()
 
     if pipeline is None or world.pipeline is None:
-        return Built(ready(model), flops_per_token, [])
+        return Built(ready(model), work, [])
     numbers = pipeline.stages_of(world.pipeline.get_local_rank())
     stages = [ready(cut(model, pipeline.stages[number])) for number in numbers]
     for number in numbers:
         logger.info("Pipeline stage %d has %s", number, ", ".join(pipeline.stages[number]))
-    return Built(Parts(stages, numbers), flops_per_token, stages)
+    return Built(Parts(stages, numbers), work, stages)
+
+
+def _work(
+    job: JobConfig,
+    spec: models.ModelSpec,
+    args: Any,
+    model: nn.Module,
+    device: torch.device,
+    param_dtype: torch.dtype,
+) -> Work:
+    """What a token costs, from the whole model's own shapes."""
+    seq_len, high = job.training.seq_len, str(param_dtype).removeprefix("torch.")
+    precisions = quantization.precisions(model, device, high)
+    compiled = job.compile.enable and "model" in job.compile.components
+    return work_of(
+        model,
+        spec.flops_per_token(args, model, seq_len),
+        precisions,
+        high,
+        job.activation_checkpoint,
+        spec.layer_products and spec.layer_products(args, seq_len),
+        to_the_end=not compiled and quantization.converted(model),
+    )
 
 
 def _plan(job: JobConfig, param_dtype: torch.dtype, world: World) -> Parallelize:

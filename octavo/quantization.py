@@ -29,7 +29,7 @@ from octavo.float8 import (
     convert_to_float8_training,
     precompute_float8_dynamic_scale_for_fsdp,
 )
-from octavo.float8.matmul import describe_path
+from octavo.float8.matmul import choose_path, describe_path
 from octavo.float8.selfcheck import Check, check_device
 from octavo.float8.tensor_parallel import (
     Float8ColwiseParallel,
@@ -68,6 +68,32 @@ def keep_casts_under_compile() -> None:
 
     if not hasattr(inductor, "emulate_precision_casts_on_saved_tensors"):
         inductor.emulate_precision_casts = True
+
+
+def converted(model: nn.Module) -> bool:
+    """Whether any layer of `model` is a float8 one."""
+    return any(isinstance(module, Float8Linear) for module in model.modules())
+
+
+def precisions(model: nn.Module, device: torch.device, high: str) -> dict[str, tuple[str, str, str]]:
+    """The precision in which each linear layer of `model` multiplies on `device`, by name: of its products
+    output, grad_input and grad_weight. Emulated float8 multiplies in float32; `high` is what others do.
+    """
+    found: dict[str, tuple[str, str, str]] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if not isinstance(module, Float8Linear):
+            found[name] = (high, high, high)
+            continue
+        by_product = {
+            product: high
+            if not gemm.float8
+            else ("float8" if choose_path(gemm, device, module.emulate) else "float32")
+            for product, gemm in module.recipe.gemms.items()
+        }
+        found[name] = (by_product["output"], by_product["grad_input"], by_product["grad_weight"])
+    return found
 
 
 def weights_cast_once(model: nn.Module, job: JobConfig, world_size: int) -> AbstractContextManager[None]:

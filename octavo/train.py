@@ -125,7 +125,7 @@ class Trainer:
         self.global_tokens = self.global_batch_size * job.training.seq_len
 
         self.recipe = quantization.recipe_name(job.model.converters, job.float8)
-        self.model, flops_per_token, stages = build_model(
+        self.model, work, stages = build_model(
             job,
             self.model_args,
             self.recipe,
@@ -158,9 +158,11 @@ class Trainer:
             self.folder.path,
             rank=self.world.rank,
             device=self.device,
-            flops_per_token=flops_per_token,
+            work=work,
             peak=peak,
             color=wants_color(),
+            config=job.to_dict(),
+            description=job.job.description,
         )
         self.guard = Guard(job.fault_tolerance)
         self.tokens_seen = 0
@@ -201,6 +203,8 @@ class Trainer:
             pass
         if self.bad_records.found:
             logger.warning("Data: %s", self.bad_records.summary())
+        if summary := self.metrics.summary():
+            logger.info("%s", summary)
         logger.info("Training completed")
         if self.world.rank == 0:
             farewell(self.folder.path, self.job)
@@ -287,6 +291,7 @@ class Trainer:
             self.metrics.report(
                 step=step,
                 loss=loss,
+                loss_max=self.world.largest_mean(local_loss),
                 grad_norm=grad_norm,
                 lr=lr,
                 tokens=self.tokens_seen,

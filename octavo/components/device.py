@@ -1,8 +1,8 @@
 """What the machine is: its device, its memory in use, its peak arithmetic rate, and whether it computes in
 bfloat16.
 
-Peak rates are dense bfloat16 FLOP/s from the makers' data sheets (`octavo/roofline/devices.py`); a device
-that is not in the table has no peak, and no MFU rather than a wrong one. A CPU has no honest data-sheet
+Peak rates are dense FLOP/s from the makers' data sheets (`octavo/roofline/devices.py`); a device that is not
+in the table has no peak, and no MFU rather than a wrong one. A CPU has no honest data-sheet
 figure: its peak is measured with a float32 matrix product.
 """
 
@@ -10,8 +10,9 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,10 +26,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOP/s to measure against, or None, and where the figure comes from."""
+    """FLOP/s to measure MFU against, or None, and where the figure comes from. by_precision: the peaks of the
+    precisions ("bfloat16", "float8", "float32") that are known.
+    """
 
     flops: float | None
     source: str
+    by_precision: Mapping[str, float] = field(default_factory=dict)
 
 
 def pick_device() -> torch.device:
@@ -55,11 +59,17 @@ def peak_flops(device: torch.device) -> Peak:
     """The peak that MFU is measured against on `device`."""
     if device.type == "cpu":
         threads = torch.get_num_threads()
-        return Peak(_measure_cpu_peak(), f"measured on this CPU, float32, {threads} threads in this process")
+        measured = _measure_cpu_peak()
+        source = f"measured on this CPU, float32, {threads} threads in this process"
+        return Peak(measured, source, {"float32": measured})
     name = torch.cuda.get_device_name(device)
     gpu = gpu_of(name)
     if gpu is not None:
-        return Peak(gpu.bf16, f"dense bfloat16 of {name}, data sheet")
+        source, by_precision = f"dense bfloat16 of {name}, data sheet", {"bfloat16": gpu.bf16}
+        if gpu.float8 is not None:
+            by_precision["float8"] = gpu.float8
+            source += f"; float8 {gpu.float8:.3e}"
+        return Peak(gpu.bf16, source, by_precision)
     return Peak(None, f"{name} is not in octavo's table of peaks, so there is no MFU")
 
 
@@ -103,10 +113,17 @@ def fastest_attention() -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory in use, GiB and percent of what the device has."""
+    """Memory in use, GiB and percent of what the device has. active_gib: of tensors that are in use, without
+    what the allocator keeps for later; num_alloc_retries, num_ooms: since the process began. None, and 0,
+    on a CPU.
+    """
 
     gib: float
     percent: float
+    active_gib: float | None = None
+    active_percent: float | None = None
+    num_alloc_retries: int = 0
+    num_ooms: int = 0
 
 
 def _resident_bytes() -> int:
@@ -119,14 +136,22 @@ def _resident_bytes() -> int:
 
 def memory_in_use(device: torch.device) -> Memory:
     """GPU: the largest reservation since the last call. CPU: this process's resident memory now."""
-    if device.type == "cuda":
-        used = torch.cuda.max_memory_reserved(device)
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        used = _resident_bytes()
+    if device.type == "cpu":
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Memory(used / 2**30, 100 * used / total)
+        used = _resident_bytes()
+        return Memory(used / 2**30, 100 * used / total)
+    stats = torch.cuda.memory_stats(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.reset_peak_memory_stats(device)
+    reserved, active = stats.get("reserved_bytes.all.peak", 0), stats.get("active_bytes.all.peak", 0)
+    return Memory(
+        reserved / 2**30,
+        100 * reserved / total,
+        active / 2**30,
+        100 * active / total,
+        stats.get("num_alloc_retries", 0),
+        stats.get("num_ooms", 0),
+    )
 
 
 def synchronize(device: torch.device) -> None:

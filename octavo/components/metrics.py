@@ -1,15 +1,12 @@
-"""What a run reports: a log line, a line of JSON, and TensorBoard events, all from one `StepReport`.
+"""What a run reports: a log line, a line of JSON, and what trackers get, all from one `StepReport`.
 
     step:  1  loss:  8.1294  memory:  0.63GiB(2.69%)  tps: 3,106  tflops: 0.13  mfu: 34.12%
 
 tps is tokens per second and device since the last line; tflops is tps times the model's FLOPs per token;
-mfu is tflops over the device's peak. Time spent waiting for data is measured around the wait itself.
+mfu is tflops over the device's peak (`utilization.py` has the other two figures of that kind). Time spent
+waiting for data is measured around the wait itself. `docs/metrics.md` lists every name.
 """
 
-import contextlib
-import json
-import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,9 +18,12 @@ from typing import Any
 import torch
 
 from octavo.components.device import Peak, memory_in_use
+from octavo.components.jsonl import Jsonl
 from octavo.components.logging import logger
+from octavo.components.step_times import StepTimes, seconds_compiling
+from octavo.components.trackers import Service, TensorBoard, Tracker
+from octavo.components.utilization import Utilization, Work, utilization
 from octavo.components.validation import ValidationReport
-from octavo.config import ConfigError
 from octavo.config.schema import Metrics
 
 
@@ -33,9 +33,10 @@ class StepReport:
     them).
 
     tokens: seen by all devices since the run began. seconds: per step. data_seconds: waited for data, per
-    step. saving_seconds: that training stood still for checkpoints, in all these steps together.
-    mfu: percent, None where the device's peak is unknown. skipped_steps, spikes, rewinds: since the run
-    began.
+    step. saving_seconds, compile_seconds: that training stood still for checkpoints, and that torch.compile
+    took, in all these steps together. mfu, mfu_mixed, hfu: percent, None where a peak is unknown.
+    loss_max: the mean loss of that process where it is largest. skipped_steps, spikes, rewinds: since the run
+    began. step_p50, step_p90, step_p99: seconds of the last steps in which nothing was compiled.
     """
 
     step: int
@@ -55,25 +56,60 @@ class StepReport:
     skipped_steps: int = 0
     spikes: int = 0
     rewinds: int = 0
+    loss_max: float | None = None
+    memory_active_gib: float | None = None
+    memory_active_percent: float | None = None
+    num_ooms: int = 0
+    num_alloc_retries: int = 0
+    mfu_mixed: float | None = None
+    hfu: float | None = None
+    compile_seconds: float = 0.0
+    step_p50: float | None = None
+    step_p90: float | None = None
+    step_p99: float | None = None
+
+    @property
+    def data_percent(self) -> float:
+        """Share of the time that was spent waiting for data."""
+        return 100 * self.data_seconds / self.seconds
 
 
-# TensorBoard's names, which existing dashboards know -> our fields
-_TENSORBOARD = {
+# Trackers' names, which existing dashboards know (most are torchtitan's) -> our fields
+_TRACKED = {
     "loss_metrics/global_avg_loss": "loss",
+    "loss_metrics/global_max_loss": "loss_max",
     "grad_norm": "grad_norm",
     "lr": "lr",
     "throughput(tps)": "tps",
     "tflops": "tflops",
     "mfu(%)": "mfu",
-    "memory/max_reserved(GiB)": "memory_gib",
-    "memory/max_reserved(%)": "memory_percent",
     "time_metrics/end_to_end(s)": "seconds",
     "time_metrics/data_loading(s)": "data_seconds",
+    "time_metrics/data_loading(%)": "data_percent",
+    "memory/max_reserved(GiB)": "memory_gib",
+    "memory/max_reserved(%)": "memory_percent",
+    "memory/max_active(GiB)": "memory_active_gib",
+    "memory/max_active(%)": "memory_active_percent",
+    "memory/num_ooms": "num_ooms",
+    "memory/num_alloc_retries": "num_alloc_retries",
     "n_tokens_seen": "tokens",
+    "mfu_mixed(%)": "mfu_mixed",
+    "hfu(%)": "hfu",
+    "time_metrics/step_p50(s)": "step_p50",
+    "time_metrics/step_p90(s)": "step_p90",
+    "time_metrics/step_p99(s)": "step_p99",
+    "time_metrics/compile(s)": "compile_seconds",
+    "time_metrics/saving(s)": "saving_seconds",
     "fault_tolerance/skipped_steps": "skipped_steps",
     "fault_tolerance/spikes": "spikes",
     "fault_tolerance/rewinds": "rewinds",
 }
+
+
+def tracked(report: StepReport) -> dict[str, float]:
+    """What trackers get of `report`; what is not known is left out."""
+    values = {tag: getattr(report, name) for tag, name in _TRACKED.items()}
+    return {tag: value for tag, value in values.items() if value is not None}
 
 
 class _Colors:
@@ -99,83 +135,15 @@ def format_line(report: StepReport, colors: _Colors, *, grad_norm: bool) -> str:
     )
 
 
-class _TensorBoard:
-    def __init__(self, folder: Path):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ConfigError(
-                "metrics.enable_tensorboard = true: the package tensorboard is not installed; "
-                "pip install tensorboard, or leave it off (metrics.jsonl is always written)"
-            ) from None
-        self._writer = SummaryWriter(str(folder), max_queue=1000)
-
-    def write(self, report: StepReport) -> None:
-        for tag, name in _TENSORBOARD.items():
-            value = getattr(report, name)
-            if value is not None:
-                self._writer.add_scalar(tag, value, report.step)
-        waited = 100 * report.data_seconds / report.seconds
-        self._writer.add_scalar("time_metrics/data_loading(%)", waited, report.step)
-
-    def write_validation(self, step: int, found: ValidationReport) -> None:
-        self._writer.add_scalar("validation_metrics/global_avg_loss", found.loss, step)
-        if found.bits_per_byte is not None:
-            self._writer.add_scalar("validation_metrics/bits_per_byte", found.bits_per_byte, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def _step_of(line: str) -> float:
-    """The step that a line of metrics.jsonl tells of; infinite for a torn line, or one that is not ours."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, LookupError):
-        return math.inf
-
-
-def _finite(value: object) -> object:
-    """JSON has no NaN and no infinity; they become null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class _Jsonl:
-    """`metrics.jsonl`, one object a reported step, with full precision."""
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    def start(self, step: int) -> None:
-        """Keep the lines up to `step`, so that a resumed run tells each step once; an older run's file is
-        put aside.
-        """
-        if not self._path.exists():
-            return
-        kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
-        if not kept:
-            aside = datetime.fromtimestamp(self._path.stat().st_mtime).strftime("%Y%m%d-%H%M%S-%f")
-            self._path.rename(self._path.with_name(f"metrics.{aside}.jsonl"))
-            return
-        partial = self._path.with_suffix(".tmp")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        partial.replace(self._path)
-
-    def write(self, values: Mapping[str, Any]) -> None:
-        """Append a line. A full disk costs the line, not the run."""
-        line = json.dumps({name: _finite(value) for name, value in values.items()}) + "\n"
-        whole = self._path.stat().st_size if self._path.exists() else 0
-        try:
-            with self._path.open("a") as file:
-                file.write(line)
-        except OSError as error:
-            logger.warning("%s: a line could not be written: %s", self._path, error.strerror)
-            with contextlib.suppress(OSError):
-                os.truncate(self._path, whole)  # no half lines
+def _percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}%"
 
 
 class MetricsLogger:
-    """Collects tokens and waiting times between reports; reports on the ranks that write."""
+    """Collects tokens and waiting times between reports; reports on the ranks that write.
+
+    config, description: what a tracker is told of the run; without secrets.
+    """
 
     def __init__(
         self,
@@ -184,28 +152,42 @@ class MetricsLogger:
         *,
         rank: int,
         device: torch.device,
-        flops_per_token: float,
+        work: Work,
         peak: Peak,
         color: bool,
+        config: Mapping[str, Any] = MappingProxyType({}),
+        description: str = "",
     ):
         self._settings = settings
         self._device = device
-        self._flops_per_token = flops_per_token
+        self._work = work
         self._peak = peak
         self._colors = _Colors(color and not settings.disable_color_printing)
-        self._jsonl = _Jsonl(folder / "metrics.jsonl") if rank == 0 else None
-        self._tensorboard = None
+        self._jsonl = Jsonl(folder / "metrics.jsonl") if rank == 0 else None
+        self._trackers: list[Tracker] = []
         if settings.enable_tensorboard and (rank == 0 or settings.save_for_all_ranks):
             stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
             part = f"rank_{rank}" if settings.save_for_all_ranks else ""
-            self._tensorboard = _TensorBoard(folder / settings.save_tb_folder / stamp / part)
+            self._trackers.append(TensorBoard(folder / settings.save_tb_folder / stamp / part))
+        services = {"wandb": settings.enable_wandb, "trackio": settings.enable_trackio}
+        self._services = [name for name, wanted in services.items() if wanted and rank == 0]
+        self._tell_service = (folder, config, description)
+        self._times = StepTimes()
+        self._steady_tokens = self._steady_data = 0.0
+        self._step_tokens = self._step_data = 0.0
+        self._compiled = seconds_compiling()
         self._restart(time.perf_counter())
 
     def start(self, step: int) -> None:
         """Training begins, or goes on, after `step`."""
         if self._jsonl:
             self._jsonl.start(step)
-        self._restart(time.perf_counter())
+        while self._services:
+            service = Service(self._services.pop(), *self._tell_service, resumed=step > 0)
+            self._trackers.append(service)
+        now = time.perf_counter()
+        self._restart(now)
+        self._times.start(now)
 
     def _restart(self, now: float) -> None:
         self._since = now
@@ -213,6 +195,7 @@ class MetricsLogger:
         self._steps = 0
         self._data_seconds = 0.0
         self._saving_seconds = 0.0
+        self._compile_seconds = 0.0
 
     def due(self, step: int) -> bool:
         """Whether `step` is reported: the first one, and every `log_freq`-th."""
@@ -222,14 +205,26 @@ class MetricsLogger:
         """Count one microbatch of this device: its tokens, and the seconds waited for it."""
         self._tokens += tokens
         self._data_seconds += data_seconds
+        self._step_tokens += tokens
+        self._step_data += data_seconds
 
     def add_saving(self, seconds: float) -> None:
         """Count time that training stood still for a checkpoint."""
         self._saving_seconds += seconds
+        self._times.pause(seconds)
 
     def end_step(self) -> None:
         """Count one optimizer step."""
         self._steps += 1
+        compiled = seconds_compiling()
+        steady = len(self._times.steady)
+        self._times.end(time.perf_counter(), compiled - self._compiled)
+        self._compile_seconds += compiled - self._compiled
+        self._compiled = compiled
+        if len(self._times.steady) > steady:
+            self._steady_tokens += self._step_tokens
+            self._steady_data += self._step_data
+        self._step_tokens = self._step_data = 0.0
 
     def report(
         self,
@@ -239,16 +234,18 @@ class MetricsLogger:
         grad_norm: float,
         lr: float,
         tokens: int,
+        loss_max: float | None = None,
         counts: Mapping[str, int] = MappingProxyType({}),
     ) -> StepReport:
-        """Report the steps since the last report; the device must have finished them. `counts`: the last
-        fields of a `StepReport`.
+        """Report the steps since the last report; the device must have finished them. `counts`: the fields
+        of a `StepReport` that the guard counts.
         """
         now = time.perf_counter()
         seconds = now - self._since
         tps = self._tokens / seconds
         memory = memory_in_use(self._device)
-        rate = tps * self._flops_per_token
+        used = utilization(self._work, tps, self._peak)
+        times = self._times.recent()
         report = StepReport(
             step=step,
             loss=loss,
@@ -258,21 +255,41 @@ class MetricsLogger:
             memory_gib=memory.gib,
             memory_percent=memory.percent,
             tps=tps,
-            tflops=rate / 1e12,
-            mfu=None if self._peak.flops is None else 100 * rate / self._peak.flops,
+            tflops=tps * self._work.total / 1e12,
+            mfu=used.mfu,
             seconds=seconds / self._steps,
             data_seconds=self._data_seconds / self._steps,
             saving_seconds=self._saving_seconds,
             interval_steps=self._steps,
+            loss_max=loss_max,
+            memory_active_gib=memory.active_gib,
+            memory_active_percent=memory.active_percent,
+            num_ooms=memory.num_ooms,
+            num_alloc_retries=memory.num_alloc_retries,
+            mfu_mixed=used.mfu_mixed,
+            hfu=used.hfu,
+            compile_seconds=self._compile_seconds,
+            step_p50=times.p50 if times else None,
+            step_p90=times.p90 if times else None,
+            step_p99=times.p99 if times else None,
             **counts,
         )
         logger.info(format_line(report, self._colors, grad_norm=self._settings.log_grad_norm))
         if self._jsonl:
             self._jsonl.write(asdict(report))
-        if self._tensorboard:
-            self._tensorboard.write(report)
+        self.track(step, tracked(report))
         self._restart(now)  # not the time after writing: what reporting costs counts in the next interval
         return report
+
+    def track(self, step: int, values: Mapping[str, float]) -> None:
+        """Hand `values` to the trackers, if there are any."""
+        for tracker in self._trackers:
+            tracker.write(values, step)
+
+    @property
+    def tracks(self) -> bool:
+        """Whether somebody looks at what `track` is given."""
+        return bool(self._trackers)
 
     def report_validation(self, step: int, found: ValidationReport) -> None:
         """Report a validation after `step`; its time is no part of the training's rates."""
@@ -291,11 +308,38 @@ class MetricsLogger:
         }
         if self._jsonl:
             self._jsonl.write(values)
-        if self._tensorboard:
-            self._tensorboard.write_validation(step, found)
-        self._since += found.seconds
+        tags = {"validation_metrics/global_avg_loss": found.loss}
+        if found.bits_per_byte is not None:
+            tags["validation_metrics/bits_per_byte"] = found.bits_per_byte
+        self.track(step, tags)
+        self.pause(found.seconds)
+
+    def pause(self, seconds: float) -> None:
+        """These seconds are no part of the training's rates."""
+        self._since += seconds
+        self._times.pause(seconds)
+
+    def summary(self) -> str | None:
+        """One line on this process's steady steps; None if there were none."""
+        times, steady = self._times.all(), sum(self._times.steady)
+        if times is None:
+            return None
+        tps = self._steady_tokens / steady
+        used: Utilization = utilization(self._work, tps, self._peak)
+        apart = f"the first took {self._times.first:.3f} s"
+        if self._times.compiling:
+            apart += (
+                f", compiling {self._times.compiling:.1f} s in it and {self._times.compiling_steps} others"
+            )
+        waited = 100 * self._steady_data / steady
+        return (
+            f"{len(self._times.steady)} steps took at most {times.p50:.3f} s (half of them), "
+            f"{times.p90:.3f} s (90%), {times.p99:.3f} s (99%); {apart}. "
+            f"Waited for data {waited:.2f}% of the time. tps {round(tps):,}, mfu {_percent(used.mfu)}, "
+            f"mfu_mixed {_percent(used.mfu_mixed)}, hfu {_percent(used.hfu)}"
+        )
 
     def close(self) -> None:
         """Flush what is buffered."""
-        if self._tensorboard:
-            self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close()

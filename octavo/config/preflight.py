@@ -284,10 +284,13 @@ def _compiler(job: JobConfig, gpus: int | None) -> Iterator[str]:
 
 def _packages(job: JobConfig) -> Iterator[str]:
     """Optional packages that the job needs, so that a long start does not end in an ImportError."""
-    for key, active, package in (
-        ("metrics.enable_tensorboard", job.metrics.enable_tensorboard, "tensorboard"),
-        ("training.dataset", job.training.dataset in names.STREAMED_DATASETS, "datasets"),
-        ("validation.dataset", job.validation.dataset in names.STREAMED_DATASETS, "datasets"),
+    extra = "'octavo[train]'"
+    for key, active, package, source in (
+        ("metrics.enable_tensorboard", job.metrics.enable_tensorboard, "tensorboard", extra),
+        ("metrics.enable_wandb", job.metrics.enable_wandb, "wandb", "wandb"),
+        ("metrics.enable_trackio", job.metrics.enable_trackio, "trackio", "trackio"),
+        ("training.dataset", job.training.dataset in names.STREAMED_DATASETS, "datasets", extra),
+        ("validation.dataset", job.validation.dataset in names.STREAMED_DATASETS, "datasets", extra),
     ):
         if active and importlib.util.find_spec(package) is None:
-            yield f"{named(job, key)} needs the package {package}: pip install 'octavo[train]'"
+            yield f"{named(job, key)} needs the package {package}: pip install {source}"

@@ -48,6 +48,10 @@ class Metrics:
     """Steps from one log line to the next; step 1 is always logged."""
     enable_tensorboard: bool = False
     """Also write TensorBoard events; the JSONL metrics file is always written."""
+    enable_wandb: bool = False
+    """Also log to Weights & Biases (the package wandb; where to is set by its own variables)."""
+    enable_trackio: bool = False
+    """Also log to trackio (the package trackio; where to is set by its own variables)."""
     disable_color_printing: bool = False
     """Log lines without colours."""
     save_tb_folder: str = "tb"

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WANDB_API_KEY")
 """Environment variables whose values are secret."""
 
 SHOWN = "***"

@@ -39,7 +39,6 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
         "profiler_warmup": "the warm-up before a recorded step is fixed",
     },
     "metrics": {
-        "enable_wandb": "metrics go to metrics.jsonl and TensorBoard",
         "enable_color_printing": "colours are on; metrics.disable_color_printing turns them off",
         "rank_0_only": _moved("metrics.save_for_all_ranks, which means the opposite"),
     },

@@ -63,6 +63,15 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def largest_mean(self, local_sum: torch.Tensor) -> float:
+        """The largest mean over any process's own tokens of what they have in the sum over all tokens that
+        `local_sum`, a scalar, is this process's part of.
+        """
+        mean = local_sum.detach().clone() * (self.layout.data * self.layout.context)
+        if self.size > 1:
+            dist.all_reduce(mean, dist.ReduceOp.MAX)
+        return float(mean)
+
     @property
     def tokens_shared(self) -> int:
         """How many processes work on one token's sequence, products or layers together."""

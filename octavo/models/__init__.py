@@ -60,6 +60,9 @@ class ModelSpec:
         one.
     parallelize: `(model, Parallelize) -> None`, applies checkpointing, compile and sharding in place.
     flops_per_token: `(args, model, seq_len) -> float`, forward and backward, without recomputation.
+    layer_products: `(args, seq_len) -> (prefix, [(name, FLOPs)])`, what a layer multiplies in forward, in
+    order: its linears by their names within the layer, and one more, attention, with FLOPs per token. Layer n
+    is the module `prefix + n`. From it follows what activation checkpointing computes again; None: unknown.
     mask_documents: `(args, id) -> args`, made to attend within documents, which end with the token `id`; None
     where the
         model cannot.
@@ -77,6 +80,7 @@ class ModelSpec:
     build: Callable[[Any], nn.Module]
     parallelize: Callable[[nn.Module, Any], None]
     flops_per_token: Callable[[Any, nn.Module, int], float]
+    layer_products: Callable[[Any, int], tuple[str, Sequence[tuple[str, float]]]] | None = None
     mask_documents: Callable[[Any, int], Any] | None = None
     hugging_face: HuggingFace | None = None
     decoder: Callable[[nn.Module, int], Callable[[Tensor], Tensor]] | None = None

@@ -5,6 +5,7 @@ Units: FLOP/s, bytes/s and bytes; links per GPU and direction. Peaks are dense, 
 quoted, the H100's share of its peak stands in (`bf16_ceiling`, `float8_ceiling`). E: an estimate of ours.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -98,12 +99,17 @@ _TABLE = (
 GPUS: Final[Mapping[str, Gpu]] = MappingProxyType({gpu.name: gpu for gpu in _TABLE})
 """By the name that commands take. Special cases stand before the general ones: `gpu_of` takes the first."""
 
+_LESS_THAN_WHOLE = re.compile(r"\b(MIG|Laptop|Max-Q|4090 D|GRID)\b")
+
 
 def gpu_of(driver_name: str) -> Gpu | None:
     """The GPU that the driver calls `driver_name` ("NVIDIA H100 80GB HBM3"); None if it is not in the
-    table.
+    table: a slice of one (MIG), a slower relative (RTX 4090 Laptop), or a name that merely contains one
+    (GB200).
     """
-    return next((gpu for gpu in _TABLE if gpu.part in driver_name), None)
+    if _LESS_THAN_WHOLE.search(driver_name):
+        return None
+    return next((gpu for gpu in _TABLE if re.search(rf"\b{gpu.part}\b", driver_name)), None)
 
 
 def find_gpu(name: str) -> Gpu:

@@ -11,6 +11,8 @@ import torch
 from octavo.components import metrics
 from octavo.components.device import Memory, Peak
 from octavo.components.metrics import MetricsLogger, StepReport, _Colors, format_line
+from octavo.components.utilization import Work
+from octavo.components.validation import ValidationReport
 from octavo.config.schema import Metrics
 
 
@@ -56,7 +58,7 @@ class Clock:
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(metrics, "time", clock)
-    monkeypatch.setattr(metrics, "memory_in_use", lambda device: Memory(1.5, 12.5))
+    monkeypatch.setattr(metrics, "memory_in_use", lambda device: Memory(1.5, 12.5, 1.25, 10.0, 2, 0))
     return clock
 
 
@@ -66,8 +68,8 @@ def build(folder, rank=0, **settings):
         folder,
         rank=rank,
         device=torch.device("cpu"),
-        flops_per_token=2e6,
-        peak=Peak(1e10, "made up"),
+        work=Work({"bfloat16": 2e6}, {}),
+        peak=Peak(1e10, "made up", {"bfloat16": 1e10}),
         color=False,
     )
 
@@ -190,6 +192,76 @@ def test_tensorboard_events_read_back(tmp_path, clock):
     assert events.Scalars("loss_metrics/global_avg_loss")[0].value == pytest.approx(1 / 3)
     assert events.Scalars("throughput(tps)")[0].value == pytest.approx(500)
     assert events.Scalars("time_metrics/data_loading(%)")[0].value == pytest.approx(25)
+
+
+def test_trackers_get_the_names_that_dashboards_know(tmp_path, clock):
+    """The left column of torchtitan's dashboards."""
+    logger = build(tmp_path, log_freq=1)
+    told = {}
+    logger._trackers.append(type("Fake", (), {"write": lambda _, values, step: told.update(values)})())
+    logger.start(0)
+    logger.add_batch(1000, 0.5)
+    clock.now += 2
+    logger.end_step()
+    logger.report(step=1, loss=2.0, loss_max=3.0, grad_norm=0.1, lr=1e-3, tokens=7)
+    expected = {
+        "loss_metrics/global_avg_loss": 2.0,
+        "loss_metrics/global_max_loss": 3.0,
+        "grad_norm": 0.1,
+        "lr": 1e-3,
+        "throughput(tps)": 500,
+        "tflops": 1e-3,
+        "mfu(%)": 10,
+        "time_metrics/end_to_end(s)": 2,
+        "time_metrics/data_loading(s)": 0.5,
+        "time_metrics/data_loading(%)": 25,
+        "memory/max_reserved(GiB)": 1.5,
+        "memory/max_reserved(%)": 12.5,
+        "memory/max_active(GiB)": 1.25,
+        "memory/max_active(%)": 10.0,
+        "memory/num_ooms": 0,
+        "memory/num_alloc_retries": 2,
+        "n_tokens_seen": 7,
+        "mfu_mixed(%)": 10,
+        "hfu(%)": 10,
+    }
+    assert {name: told.get(name) for name in expected} == pytest.approx(expected)
+    assert "time_metrics/step_p50(s)" not in told  # no step but the first: not known
+
+
+def test_validation_reaches_the_trackers_and_no_rate(tmp_path, clock):
+    logger = build(tmp_path, log_freq=1)
+    told = {}
+    logger._trackers.append(type("Fake", (), {"write": lambda _, values, step: told.update(values)})())
+    logger.start(0)
+    step(logger, clock, 1)
+    clock.now += 50
+    logger.report_validation(1, ValidationReport(loss=3.5, bits_per_byte=1.25, tokens=10, seconds=50.0))
+    assert told["validation_metrics/global_avg_loss"] == 3.5
+    assert told["validation_metrics/bits_per_byte"] == 1.25
+    assert step(logger, clock, 2).tps == pytest.approx(500)
+    assert lines(tmp_path)[-1]["step_p99"] == pytest.approx(2)
+
+
+def test_summary_tells_of_the_steps_that_are_alike(tmp_path, clock, monkeypatch):
+    compiled = [0.0]
+    monkeypatch.setattr(metrics, "seconds_compiling", lambda: compiled[0])
+    logger = build(tmp_path, log_freq=100)
+    logger.start(0)
+    assert logger.summary() is None
+    compiled[0] = 7.0
+    step(logger, clock, 1, seconds=10.0)
+    for number in range(2, 12):
+        logger.add_saving(3.0)
+        clock.now += 3.0
+        step(logger, clock, number)
+    compiled[0] = 12.0
+    assert step(logger, clock, 12, seconds=9.0) is None
+    assert logger.summary() == (
+        "10 steps took at most 2.000 s (half of them), 2.000 s (90%), 2.000 s (99%); "
+        "the first took 10.000 s, compiling 12.0 s in it and 1 others. "
+        "Waited for data 25.00% of the time. tps 500, mfu 10.00%, mfu_mixed 10.00%, hfu 10.00%"
+    )
 
 
 def test_colors_can_be_turned_off(tmp_path, clock, caplog, monkeypatch):

@@ -158,7 +158,7 @@ FLAGS = [
         ["--training.data_parallel_shard_degree=2"],
         f"{TITAN}here it is parallelism.data_parallel_shard_degree",
     ),
-    (["--metrics.enable_wandb"], f"--metrics.enable_wandb: {TITAN}"),
+    (["--metrics.rank_0_only"], f"--metrics.rank_0_only: {TITAN}"),
     (["--quantize.linear.float8.emulate"], f"--quantize.linear.float8.emulate: {TITAN}"),
     (["--optimizer.lr=1_0"], "--optimizer.lr: expected a number, got '1_0'"),
     (["--optimizer.lr", " 1"], "--optimizer.lr: expected a number, got ' 1'"),

@@ -74,6 +74,23 @@ def units(args: LlamaArgs) -> list[tuple[str, ...]]:
     return [("tok_embeddings",), *layers, ("norm", "output")]
 
 
+def layer_products(args: LlamaArgs, seq_len: int) -> tuple[str, list[tuple[str, float]]]:
+    """Where the layers are, and what one multiplies in forward, in order, with FLOPs per token; attention is
+    counted as in `flops_per_token`.
+    """
+    queries, groups = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    return "layers.", [
+        ("attention.wq", 2.0 * args.dim * queries),
+        ("attention.wk", 2.0 * args.dim * groups),
+        ("attention.wv", 2.0 * args.dim * groups),
+        ("attention.core", 4.0 * queries * seq_len),
+        ("attention.wo", 2.0 * args.dim * queries),
+        ("feed_forward.w1", 2.0 * args.dim * args.hidden_dim),
+        ("feed_forward.w3", 2.0 * args.dim * args.hidden_dim),
+        ("feed_forward.w2", 2.0 * args.dim * args.hidden_dim),
+    ]
+
+
 SPEC = models.ModelSpec(
     name="llama3",
     flavors=FLAVORS,
@@ -81,6 +98,7 @@ SPEC = models.ModelSpec(
     build=Llama,
     parallelize=parallelize,
     flops_per_token=flops_per_token,
+    layer_products=layer_products,
     mask_documents=lambda args, document_end: replace(args, document_end=document_end),
     hugging_face=models.HuggingFace("llama", to_hf, from_hf, to_config, from_config),
     decoder=Decoder,
