@@ -16,7 +16,7 @@ from octavo.components.utilization import Work, work_of
 from octavo.config import ConfigError, JobConfig
 from octavo.config.pipeline import PipelinePlan, plan_of
 from octavo.distributed.mesh import World
-from octavo.distributed.plan import Parallelize, Sharding
+from octavo.distributed.plan import Parallelize, Replicas, Sharding
 from octavo.distributed.stages import Parts, cut
 from octavo.hf.training import check_exportable
 
@@ -128,26 +128,36 @@ def _work(
 
 
 def _plan(job: JobConfig, param_dtype: torch.dtype, world: World) -> Parallelize:
-    sharding = None
+    sharding = replicas = None
+    reduce_dtype = DTYPES[job.training.mixed_precision_reduce]
     # Whole parameters in float32 need no wrapper; FSDP2 also casts to param_dtype, and offloads.
-    alone = world.sharding.size() == 1 and param_dtype is torch.float32
-    if not alone or job.training.enable_cpu_offload:
+    whole = world.layout.sharded == 1 and param_dtype is torch.float32 and not job.training.enable_cpu_offload
+    if whole and world.layout.replicate == world.size > 1:
+        replicas = Replicas(world.sharding["dp_replicate"], reduce_dtype)
+    elif not whole or world.layout.replicate > 1:
         sharding = Sharding(
             mesh=world.sharding,
             param_dtype=param_dtype,
-            reduce_dtype=DTYPES[job.training.mixed_precision_reduce],
+            reduce_dtype=reduce_dtype,
             reshard=_reshards(job, world),
+            reshard_last=job.parallelism.fsdp_reshard_after_forward == "always",
             cpu_offload=job.training.enable_cpu_offload,
         )
     tensor = None
     if world.tensor is not None:
-        tensor = quantization.tensor_parallel(world.tensor, loss_parallel=world.loss_parallel)
+        tensor = quantization.tensor_parallel(
+            world.tensor,
+            loss_parallel=world.loss_parallel,
+            asynchronous=job.parallelism.enable_async_tensor_parallel,
+        )
     return Parallelize(
         activation_checkpoint=job.activation_checkpoint,
         compile_model=job.compile.enable and "model" in job.compile.components,
         sharding=sharding,
         tensor=tensor,
         context=world.context,
+        replicas=replicas,
+        ring=job.parallelism.context_parallel_rotate_method == "alltoall",
     )
 
 

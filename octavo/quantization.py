@@ -106,9 +106,9 @@ def weights_cast_once(model: nn.Module, job: JobConfig, world_size: int) -> Abst
     )
 
 
-def tensor_parallel(mesh: DeviceMesh, *, loss_parallel: bool) -> TensorParallel:
+def tensor_parallel(mesh: DeviceMesh, *, loss_parallel: bool, asynchronous: bool = False) -> TensorParallel:
     """The styles for a model whose products are shared over `mesh`: float8 layers send float8."""
-    return TensorParallel(mesh, loss_parallel, columns=_columns, rows=_rows, gather=_gather)
+    return TensorParallel(mesh, loss_parallel, _columns, _rows, _gather, asynchronous)
 
 
 def _columns(linear: nn.Module, **layouts: Any) -> ParallelStyle:

@@ -52,6 +52,7 @@ from octavo.data.loader import merge_state_dicts
 from octavo.data.records import BadRecords
 from octavo.distributed import mesh
 from octavo.distributed.pipeline import Activations, Pipeline
+from octavo.distributed.replicas import reduce_gradients_now
 from octavo.distributed.tensor_parallel import loss_context
 from octavo.distributed.watchdog import Watchdog
 from octavo.ending import exit_code_of
@@ -315,7 +316,8 @@ class Trainer:
 
         total = torch.zeros((), device=self.device)
         with quantization.weights_cast_once(self.model, self.job, self.world.size):
-            for tokens_BS, labels_BS in batches:
+            for number, (tokens_BS, labels_BS) in enumerate(batches, start=1):
+                reduce_gradients_now(self.model, last=number == self.accumulation)
                 with loss_context(parallel=self.world.loss_parallel):
                     if self.pipeline is not None:
                         total += self.pipeline.gradients(tokens_BS, labels_BS, share)

@@ -29,6 +29,8 @@ REPLICATE, TENSOR, CONTEXT = (
     f"parallelism.{axis}_degree"
     for axis in ("data_parallel_replicate", "tensor_parallel", "context_parallel")
 )
+BFLOAT16 = {"training.mixed_precision_param": "bfloat16"}
+TRAVEL = {"parallelism.context_parallel_rotate_method": "alltoall"}
 COMPILED = {"training.compile": True}
 # The most that a loss and a gradient norm may differ by, relatively.
 EXACT, ROUNDED = 1e-5, 1e-2
@@ -48,16 +50,37 @@ class Row:
 
 
 ROWS = [
+    Row("DDP 2", 2, {REPLICATE: 2}, {"validation.steps": 1}),
+    Row("DDP 4, bfloat16", 4, {REPLICATE: 4}, *[runs.recipe("tensorwise") | BFLOAT16] * 2, ROUNDED),
     Row("TP 2", 2, {TENSOR: 2}),
     Row("TP 2, whole logits", 2, {TENSOR: 2}, {"parallelism.disable_loss_parallel": True}),
     Row("TP 2, float8 whole", 2, {TENSOR: 2}, *[{"model.converters": "float8"}] * 2, ROUNDED),
     Row("CP 2, documents", 2, {CONTEXT: 2}, *[{"training.document_mask": True}] * 2),
+    Row("CP 2, keys travel", 2, {CONTEXT: 2}, TRAVEL),
     Row("HSDP 2 x 1, TP 2", 4, {REPLICATE: 2, TENSOR: 2}, *[runs.recipe("rowwise")] * 2, ROUNDED),
     Row("FSDP 2, TP 2", 4, {TENSOR: 2}, GATHERED, runs.recipe("tensorwise"), ROUNDED),
     Row("FSDP 2, CP 2", 4, {CONTEXT: 2}, *[runs.recipe("rowwise")] * 2, ROUNDED),
     Row("TP 2, CP 2, validated", 4, {TENSOR: 2, CONTEXT: 2}),
 ]
 THREE_WAYS = [
+    Row("DDP 2, compiled", 2, {REPLICATE: 2}, *[runs.recipe("rowwise") | COMPILED] * 2, ROUNDED),
+    Row(
+        "DDP 3",
+        3,
+        {REPLICATE: 3},
+        {"training.global_batch_size": 12, "validation.steps": 1},
+        {"training.global_batch_size": 12, "validation.steps": 3},
+    ),
+    Row(
+        "HSDP 2 x 2",
+        4,
+        {REPLICATE: 2},
+        {
+            "parallelism.fsdp_reshard_after_forward": "never",
+            "training.local_batch_size": 1,
+            "validation.steps": 1,
+        },
+    ),
     Row("FSDP 2, TP 2, CP 2", 8, {TENSOR: 2, CONTEXT: 2}),
     Row(
         "FSDP 2, TP 2, CP 2, gathered",
@@ -69,11 +92,20 @@ THREE_WAYS = [
     ),
     Row("TP 2, compiled", 2, {TENSOR: 2}, *[runs.recipe("rowwise") | COMPILED] * 2, ROUNDED),
     Row("CP 2, compiled", 2, {CONTEXT: 2}, *[runs.recipe("rowwise") | COMPILED] * 2, ROUNDED),
+    Row("CP 4, keys travel", 4, {CONTEXT: 4}, TRAVEL),
+    Row(
+        "CP 2, keys travel, compiled",
+        2,
+        {CONTEXT: 2},
+        runs.recipe("rowwise") | COMPILED | TRAVEL,
+        runs.recipe("rowwise") | COMPILED,
+        ROUNDED,
+    ),
     Row(
         "FSDP 2, TP 2, bfloat16",
         4,
         {TENSOR: 2},
-        *[{"training.mixed_precision_param": "bfloat16"}] * 2,
+        *[BFLOAT16] * 2,
         ROUNDED,
     ),
 ]

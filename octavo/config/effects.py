@@ -282,6 +282,24 @@ NEEDS: tuple[Need, ...] = (
         "add --parallelism.tensor_parallel_degree",
     ),
     Need(
+        ("parallelism.enable_async_tensor_parallel",),
+        lambda job, _: job.parallelism.tensor_parallel_degree > 1,
+        "there is no tensor parallelism, so products wait for nobody",
+        "add --parallelism.tensor_parallel_degree",
+    ),
+    Need(
+        ("parallelism.enable_async_tensor_parallel",),
+        lambda job, _: job.compile.enable and "model" in job.compile.components,
+        "the compiler does the overlapping, and the layers are not compiled",
+        "add --training.compile",
+    ),
+    Need(
+        ("parallelism.context_parallel_rotate_method",),
+        lambda job, _: job.parallelism.context_parallel_degree > 1,
+        "there is no context parallelism, so every device has its sequences' keys and values",
+        "add --parallelism.context_parallel_degree",
+    ),
+    Need(
         (
             "float8.enable_fsdp_float8_all_gather",
             "float8.precompute_float8_dynamic_scale_for_fsdp",

@@ -48,6 +48,7 @@ def check(job: JobConfig, *, world_size: int, gpus: int | None = None) -> None:
             *_on_disk(_load_step, job, "checkpoint.folder"),
             *_on_disk(_initial_load, job, "checkpoint.initial_load_path"),
             *_gpu_only(job, gpus),
+            *_rotation(job, gpus),
             *_offload(job, world_size),
             *_compiler(job, gpus),
             *_rewind(job),
@@ -241,10 +242,26 @@ def _gpu_only(job: JobConfig, gpus: int | None) -> Iterator[str]:
     for key, wanted in (
         ("training.enable_cpu_offload", job.training.enable_cpu_offload),
         ("profiling.enable_memory_snapshot", job.profiling.enable_memory_snapshot),
+        ("parallelism.enable_async_tensor_parallel", job.parallelism.enable_async_tensor_parallel),
         ("checkpoint.async_mode", job.checkpoint.async_mode == "async_with_pinned_mem"),
     ):
         if wanted:
             yield f"{named(job, key)} needs a GPU, and there is none here"
+
+
+def _rotation(job: JobConfig, gpus: int | None) -> Iterator[str]:
+    """What the attention whose keys travel cannot do; see distributed/ring_attention.py."""
+    rotates = job.parallelism.context_parallel_rotate_method == "alltoall"
+    if not rotates or job.parallelism.context_parallel_degree == 1:
+        return
+    told = named(job, "parallelism.context_parallel_rotate_method")
+    if job.training.document_mask:
+        yield f"{told} knows no masks, and training.document_mask = true: take allgather"
+    if gpus and job.training.mixed_precision_param == "float32":
+        yield (
+            f"{told} runs through the flash kernel, which has no float32 on a GPU: take allgather, or "
+            "training.mixed_precision_param = bfloat16"
+        )
 
 
 def _offload(job: JobConfig, world_size: int) -> Iterator[str]:

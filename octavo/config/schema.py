@@ -164,19 +164,25 @@ class Training:
 @dataclass
 class Parallelism:
     data_parallel_replicate_degree: int = 1
-    """Groups of devices that each hold a whole copy of the model."""
+    """Groups of devices that each hold a whole copy of the model; groups of one are DDP."""
     data_parallel_shard_degree: int = -1
     """Devices that one copy is sharded over (FSDP2); -1: all that are left."""
     fsdp_reshard_after_forward: names.ReshardAfterForward = "default"
-    """Free gathered weights after forward and gather them again in backward: default and always do, never
-    does not.
+    """Free gathered weights after forward and gather them again in backward: default does, but not in a
+    pipeline and not for those that backward begins with; always does for all, never for none.
     """
     tensor_parallel_degree: int = 1
     """Devices that share every matrix product, and the tokens between them (sequence parallel)."""
     disable_loss_parallel: bool = False
     """Gather the logits on every tensor parallel device, instead of computing the loss on their shards."""
+    enable_async_tensor_parallel: bool = False
+    """Overlap tensor parallel gathers with products, in compiled layers (needs GPUs with NVLink)."""
     context_parallel_degree: int = 1
-    """Devices that share a sequence: each computes a part of its positions, and gathers keys and values."""
+    """Devices that share a sequence: each computes a part of its positions."""
+    context_parallel_rotate_method: names.RotateMethod = "allgather"
+    """How they meet the others' keys and values: allgather holds the whole sequence's; alltoall passes them
+    round, so that a device never has more than two parts (no document_mask).
+    """
     pipeline_parallel_degree: int = 1
     """Groups of devices that each hold some of the layers, and hand activations on to the next."""
     pipeline_parallel_schedule: str = "1F1B"

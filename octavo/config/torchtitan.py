@@ -11,8 +11,6 @@ A row is dropped when octavo gains the key; a test holds the table disjoint from
 from collections.abc import Mapping
 from types import MappingProxyType
 
-_NO_ASYNC_TENSOR = "octavo does not overlap tensor parallel communication with products"
-_KEYS_AND_VALUES = "context parallelism gathers keys and values; positions are always balanced"
 _NO_EXPERTS = "octavo has no mixture-of-experts models"
 _DYNAMIC_SCALES = "scales are always dynamic, computed from the tensor they scale"
 _RECOMPUTE_DEFAULTS = "recomputation is not configured beyond mode and selective_ac_option"
@@ -63,7 +61,7 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
         "fsdp_reshard_after_forward": _moved("parallelism.fsdp_reshard_after_forward"),
         "tensor_parallel_degree": _moved("parallelism.tensor_parallel_degree"),
         "enable_loss_parallel": _moved("parallelism.disable_loss_parallel, its opposite"),
-        "enable_async_tensor_parallel": _NO_ASYNC_TENSOR,
+        "enable_async_tensor_parallel": _moved("parallelism.enable_async_tensor_parallel"),
         "enable_compiled_autograd": "the backward pass is compiled together with the forward",
         "dtype": "master weights are float32; the type computed in is training.mixed_precision_param",
         "gc_debug": "garbage collection has no debug mode",
@@ -75,15 +73,13 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
     },
     "parallelism": {
         "enable_loss_parallel": _moved("parallelism.disable_loss_parallel, its opposite"),
-        "enable_async_tensor_parallel": _NO_ASYNC_TENSOR,
         "enable_compiled_autograd": "the backward pass is compiled together with the forward",
         "module_fqns_per_model_part": _moved(
             "parallelism.pipeline_parallel_split_points, the modules that begin a stage"
         ),
         "pipeline_parallel_microbatches": _moved("parallelism.pipeline_parallel_microbatch_size"),
         "pipeline_parallel_expert_parallel_overlap": _NO_EXPERTS,
-        "context_parallel_load_balancer": _KEYS_AND_VALUES,
-        "context_parallel_rotate_method": _KEYS_AND_VALUES,
+        "context_parallel_load_balancer": "positions are always balanced, from the front and the back",
         "expert_parallel_degree": _NO_EXPERTS,
         "expert_tensor_parallel_degree": _NO_EXPERTS,
         "expert_parallel_comm_backend": _NO_EXPERTS,
@@ -150,14 +146,14 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
         "custom_model_path": _moved("experimental.custom_import"),
         "early_step_in_backward": "it excludes gradient clipping, which octavo always does",
         "enable_compiled_autograd": "the backward pass is compiled together with the forward",
-        "enable_async_tensor_parallel": _NO_ASYNC_TENSOR,
+        "enable_async_tensor_parallel": _moved("parallelism.enable_async_tensor_parallel"),
         "pipeline_parallel_degree": _moved("parallelism.pipeline_parallel_degree"),
         "pipeline_parallel_split_points": _moved("parallelism.pipeline_parallel_split_points"),
         "pipeline_parallel_schedule": _moved("parallelism.pipeline_parallel_schedule"),
         "pipeline_parallel_schedule_csv": _moved("parallelism.pipeline_parallel_schedule_csv"),
         "pipeline_parallel_microbatches": _moved("parallelism.pipeline_parallel_microbatch_size"),
         "context_parallel_degree": _moved("parallelism.context_parallel_degree"),
-        "context_parallel_rotate_method": _KEYS_AND_VALUES,
+        "context_parallel_rotate_method": _moved("parallelism.context_parallel_rotate_method"),
     },
     "debug": {
         "seed": _moved("training.seed"),

@@ -8,6 +8,8 @@ Under causal attention a late position costs more than an early one. So a sequen
 pieces as there are processes, and process i of n has pieces i and 2n - 1 - i: the same work for each.
 (Llama 3, arXiv:2407.21783, section 3.3.2, does both.)
 
+`ring_attention.py` has the other way, where keys and values travel instead.
+
 Shapes: B batch, H heads, S positions of the sequence, P of this process, E head width.
 """
 
@@ -18,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+
+from octavo.distributed.ring_attention import RingAttention
 
 
 def positions_of(rank: int, size: int, length: int) -> Tensor:
@@ -88,14 +92,19 @@ class ContextAttention(nn.Module):
 
 
 def share_sequences(
-    model: nn.Module, replace_attention: Callable[[nn.Module], None], mesh: DeviceMesh
+    model: nn.Module,
+    replace_attention: Callable[[nn.Module], None],
+    mesh: DeviceMesh,
+    *,
+    ring: bool = False,
 ) -> None:
     """Make `model`, called with whole sequences `tokens[B, S]`, compute the positions of this process alone.
 
     The model's forward must take `positions`, int64 [P], and then return logits [B, P, V].
-    `replace_attention` is called with the attention that the model must use.
+    `replace_attention` is called with the attention that the model must use. ring: keys and values travel
+    round the group instead of being gathered.
     """
-    replace_attention(ContextAttention(mesh))
+    replace_attention(RingAttention(mesh) if ring else ContextAttention(mesh))
 
     def with_positions(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -23,15 +23,17 @@ from octavo.distributed.plan import Sharding
 def shard(model: nn.Module, groups: Sequence[Sequence[nn.Module]], sharding: Sharding) -> None:
     """Shard `model` in place: each group's parameters are gathered together, the rest with the root.
 
-    The last group stays gathered between forward and backward, because backward begins with it. `model` may
-    be a stage of a pipeline.
+    The last group stays gathered between forward and backward, because backward begins with it; unless
+    `reshard_last` asks for its memory in between. `model` may be a stage of a pipeline.
     """
     policy = MixedPrecisionPolicy(param_dtype=sharding.param_dtype, reduce_dtype=sharding.reduce_dtype)
     offload = CPUOffloadPolicy() if sharding.cpu_offload else OffloadPolicy()
     shard_fully = partial(fully_shard, mesh=sharding.mesh, mp_policy=policy, offload_policy=offload)
     for group in groups:
         last = group is groups[-1]
-        shard_fully(list(group), reshard_after_forward=sharding.reshard and not last)
+        shard_fully(
+            list(group), reshard_after_forward=sharding.reshard and (not last or sharding.reshard_last)
+        )
     shard_fully(model, reshard_after_forward=sharding.reshard)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -15,7 +15,8 @@ class Sharding:
     """FSDP2's settings: the data-parallel mesh (replicate x shard, or shard alone) and the dtypes.
 
     param_dtype: of the gathered parameters and the compute; reduce_dtype: of the gradient reduction.
-    reshard: free the gathered parameters after forward and gather them again in backward.
+    reshard: free the gathered parameters after forward and gather them again in backward. reshard_last: those
+    too that backward begins with.
     """
 
     mesh: DeviceMesh
@@ -23,6 +24,15 @@ class Sharding:
     reduce_dtype: torch.dtype
     reshard: bool
     cpu_offload: bool
+    reshard_last: bool = False
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Every process of `mesh` has the whole model in float32; gradients are summed in `reduce_dtype`."""
+
+    mesh: DeviceMesh
+    reduce_dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,8 @@ class TensorParallel:
     columns, rows: the style for a linear layer that is sharded by its output or input features. gather: the
     style for a module whose first input is to be gathered for the linear layers named. Each takes the
     layer, or layers, that it is for, as float8 layers have styles of their own.
-    loss_parallel: logits stay sharded by vocabulary.
+    loss_parallel: logits stay sharded by vocabulary. asynchronous: compiled layers overlap their gathers with
+    their products.
     """
 
     mesh: DeviceMesh
@@ -40,12 +51,15 @@ class TensorParallel:
     columns: Callable[..., ParallelStyle]
     rows: Callable[..., ParallelStyle]
     gather: Callable[..., ParallelStyle]
+    asynchronous: bool = False
 
 
 @dataclass(frozen=True)
 class Parallelize:
-    """The plan for one model. `sharding` is None where a process has whole parameters in their own dtype,
-    `tensor` and `context` where products and sequences are not shared.
+    """The plan for one model. `sharding` is None where a process has whole parameters in their own dtype
+    (`replicas`: and is one of several that do),
+    `tensor` and `context` where products and sequences are not shared. ring: keys and values travel round the
+    context group, instead of being gathered.
     """
 
     activation_checkpoint: ActivationCheckpoint
@@ -53,3 +67,5 @@ class Parallelize:
     sharding: Sharding | None
     tensor: TensorParallel | None = None
     context: DeviceMesh | None = None
+    ring: bool = False
+    replicas: Replicas | None = None

@@ -1,11 +1,12 @@
-"""What of tensor parallelism lies outside a model's layers: logits that stay sharded by vocabulary, and their
-loss.
+"""What of tensor parallelism lies outside a model's layers: logits that stay sharded by vocabulary, their
+loss, and the compiler's setting that overlaps gathers with products.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
+from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor.parallel import loss_parallel
 
@@ -28,3 +29,17 @@ def lay_logits(model: nn.Module, plan: TensorParallel, layout: Placement) -> Non
 def loss_context(*, parallel: bool) -> AbstractContextManager[None]:
     """The scope of forward, loss and backward in which sharded logits may be given to cross entropy."""
     return loss_parallel() if parallel else nullcontext()
+
+
+def overlap_products(plan: TensorParallel) -> None:
+    """Let inductor split a gather and the product that waits for it (or a product and the scattering of its
+    sum) into pieces that overlap, in all layers compiled from now on.
+
+    The pieces go through symmetric memory, which GPUs that see each other's memory have.
+    """
+    import torch._inductor.config as inductor
+
+    inductor._micro_pipeline_tp = True
+    enable = symmetric_memory.enable_symm_mem_for_group
+    if not hasattr(enable, "__deprecated__"):  # later torch does it by itself
+        enable(plan.mesh.get_group().group_name)

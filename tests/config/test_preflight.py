@@ -358,6 +358,28 @@ def test_what_needs_a_gpu(flag: str) -> None:
     assert problems(f"--{flag}", gpus=1) == ""
 
 
+def test_overlapped_products_need_a_gpu_and_compiled_layers() -> None:
+    flag = "--parallelism.enable_async_tensor_parallel"
+    argv = [flag, "--parallelism.tensor_parallel_degree=2"]
+    compiled = [*argv, "--training.compile"]
+    assert "no effect: the compiler does the overlapping" in problems(*argv, gpus=2, world_size=2)
+    assert "no effect" in problems(*compiled, "--compile.components=loss", gpus=2, world_size=2)
+    assert "needs a GPU" in problems(*compiled, gpus=0, world_size=2)
+    assert problems(*compiled, gpus=2, world_size=2) == ""
+
+
+def test_keys_that_travel_know_no_masks_and_no_float32_on_a_gpu() -> None:
+    argv = [
+        "--parallelism.context_parallel_degree=2",
+        "--parallelism.context_parallel_rotate_method=alltoall",
+    ]
+    assert "document_mask = true: take allgather" in problems(*argv, "--training.document_mask", world_size=2)
+    float32 = [*argv, "--training.mixed_precision_param=float32"]
+    assert "no float32 on a GPU: take allgather" in problems(*float32, gpus=2, world_size=2)
+    assert problems(*float32, gpus=0, world_size=2) == ""
+    assert problems(*argv, gpus=2, world_size=2) == ""
+
+
 def test_offloading_needs_fsdp() -> None:
     argv = ["--training.enable_cpu_offload", "--training.mixed_precision_param=float32"]
     assert "works with several processes" in problems(*argv, gpus=1)
@@ -426,6 +448,18 @@ NO_EFFECT = [
     ("--compile.components=loss", "--training.compile", ["--training.compile"], 1),
     ("--parallelism.fsdp_reshard_after_forward=never", "NGPU=2", [], 2),
     ("--training.mixed_precision_reduce=float32", "NGPU=2", [], 2),
+    (
+        "--parallelism.enable_async_tensor_parallel",
+        "--parallelism.tensor_parallel_degree",
+        ["--parallelism.tensor_parallel_degree=2", "--training.compile"],
+        2,
+    ),
+    (
+        "--parallelism.context_parallel_rotate_method=alltoall",
+        "--parallelism.context_parallel_degree",
+        ["--parallelism.context_parallel_degree=2"],
+        2,
+    ),
     ("--comm.init_timeout_seconds=9", "NGPU=2", [], 2),
     ("--comm.train_timeout_seconds=9", "NGPU=2", [], 2),
 ]

@@ -15,7 +15,8 @@ from octavo.distributed.activation_checkpoint import checkpoint_layer
 from octavo.distributed.context_parallel import share_sequences
 from octavo.distributed.fsdp import shard
 from octavo.distributed.plan import Parallelize, TensorParallel
-from octavo.distributed.tensor_parallel import lay_logits
+from octavo.distributed.replicas import replicate_model
+from octavo.distributed.tensor_parallel import lay_logits, overlap_products
 from octavo.models.llama3.model import Llama, LlamaArgs, TransformerBlock
 
 _TOKENS, _WHOLE, _LAST = Shard(1), Replicate(), Shard(-1)
@@ -25,11 +26,13 @@ def parallelize(model: nn.Module, plan: Parallelize) -> None:
     """Apply `plan` to a Llama in place. `ConfigError` if its sizes do not divide over the processes."""
     assert isinstance(model, Llama)
     if plan.context is not None:
-        share_sequences(model, model.set_core_attention, plan.context)
+        share_sequences(model, model.set_core_attention, plan.context, ring=plan.ring)
 
     if plan.tensor is not None:
         _check_sizes(model.args, plan.tensor.mesh.size())
         share_products(model, plan.tensor)
+        if plan.tensor.asynchronous and plan.compile_model:
+            overlap_products(plan.tensor)
 
     for number, layer in list(model.layers.items()):
         model.layers[number] = checkpoint_layer(layer, plan.activation_checkpoint, int(number))
@@ -46,6 +49,8 @@ def parallelize(model: nn.Module, plan: Parallelize) -> None:
             groups = [[model.tok_embeddings], *groups, [model.norm, model.output]]
         there = [[part for part in group if part is not None] for group in groups]
         shard(model, [group for group in there if group], plan.sharding)
+    elif plan.replicas is not None:
+        replicate_model(model, plan.replicas)
 
 
 def _check_sizes(args: LlamaArgs, ranks: int) -> None:
