@@ -2,6 +2,7 @@
 given memory and its initial weights.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -89,8 +90,12 @@ def build_model(
     logger.info("Model %s %s size: %s total parameters", spec.name, job.model.flavor, f"{size:,}")
     work = _work(job, spec, args, model, device, param_dtype)
 
+    fusion = quantization.fusion(job, recipe, device) if spec.fuses else None
+    if job.model.fuse == "on" and fusion is None:
+        raise ConfigError(f"model.fuse = on: the model {spec.name} cannot be fused; leave it out")
+
     def ready(part: nn.Module) -> nn.Module:
-        spec.parallelize(part, _plan(job, param_dtype, world))
+        spec.parallelize(part, replace(_plan(job, param_dtype, world), fusion=fusion))
         part.to_empty(device="cpu" if job.training.enable_cpu_offload else device)
         init_weights(part, job.training.seed)
         return part.train()

@@ -18,9 +18,9 @@ from torch.distributed.tensor.parallel import (
 
 from octavo.components.logging import logger
 from octavo.config import ConfigError, JobConfig
-from octavo.config.effects import casts_weights_again
+from octavo.config.effects import casts_weights_again, fuses
 from octavo.config.schema import Float8
-from octavo.distributed.plan import TensorParallel
+from octavo.distributed.plan import Fusion, TensorParallel
 from octavo.float8 import (
     RECIPES,
     Float8Linear,
@@ -29,6 +29,7 @@ from octavo.float8 import (
     convert_to_float8_training,
     precompute_float8_dynamic_scale_for_fsdp,
 )
+from octavo.float8.fused import GatedLinear, NormedInput, SharedInput
 from octavo.float8.matmul import choose_path, describe_path
 from octavo.float8.selfcheck import Check, check_device
 from octavo.float8.tensor_parallel import (
@@ -132,6 +133,28 @@ def _gather(
         return PrepareModuleInput(input_layouts=before, desired_input_layouts=after)
     return PrepareFloat8ModuleInput(
         input_layouts=before, desired_input_layouts=after, float8_dtype=recipe.output.a.dtype
+    )
+
+
+def fusion(job: JobConfig, recipe: str | None, device: torch.device) -> Fusion | None:
+    """What computes fused layers; None where modules are called one by one."""
+    kernels = recipe is not None and device.type == "cuda"
+    if not fuses(job) or (job.model.fuse == "auto" and not kernels):
+        return None
+    share = job.float8.share_scales and recipe == "tensorwise"
+    logger.info(
+        "Layers are fused: norms, gates and casts %s, products of one input as one%s",
+        "by kernels" if device.type == "cuda" else "in plain PyTorch",
+        ", their weights cast with one scale" if share else "",
+    )
+    return Fusion(
+        normed_input=lambda norm, linears: NormedInput(
+            norm,
+            linears,
+            shared_scales=share and all(isinstance(linear, Float8Linear) for linear in linears),
+        ),
+        gated_linear=GatedLinear,
+        shared_input=SharedInput,
     )
 
 

@@ -57,6 +57,11 @@ def casts_weights_again(job: JobConfig, world_size: int) -> bool:
     return accumulates or gathers or job.activation_checkpoint.mode != "none"
 
 
+def fuses(job: JobConfig) -> bool:
+    """Whether layers may be fused; whether "auto" does it, the device decides."""
+    return job.model.fuse != "off" and job.parallelism.tensor_parallel_degree == 1
+
+
 def _streams_only(job: JobConfig) -> bool:
     return job.training.dataset in names.STREAMED_DATASETS
 
@@ -89,6 +94,18 @@ NEEDS: tuple[Need, ...] = (
         lambda job, _: job.float8.enable_fsdp_float8_all_gather,
         "weights are not gathered in float8",
         "add --float8.enable_fsdp_float8_all_gather",
+    ),
+    Need(
+        ("float8.share_scales",),
+        lambda job, _: (job.float8.recipe_name or names.RECIPES[0]) == "tensorwise",
+        "only tensorwise has one scale a weight; other recipes join weights as they are",
+        "leave it out",
+    ),
+    Need(
+        ("float8.share_scales",),
+        lambda job, _: fuses(job),
+        "nothing is fused",
+        "set --model.fuse=on, and leave tensor parallelism out",
     ),
     Need(
         ("float8.cast_weights_once",),

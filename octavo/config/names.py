@@ -12,6 +12,7 @@ from typing import Literal, get_args
 RecipeName = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise", "mxfp8"]
 OptimizerName = Literal["Adam", "AdamW"]
 OptimizerImplementation = Literal["for-loop", "foreach", "fused"]
+Fuse = Literal["auto", "on", "off"]
 DecayType = Literal["linear", "sqrt", "cosine"]
 Converter = Literal["float8"]
 CompileComponent = Literal["model", "loss"]

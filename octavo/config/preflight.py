@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from octavo.config import data_checks, names
-from octavo.config.effects import without_effect
+from octavo.config.effects import fuses, without_effect
 from octavo.config.errors import ConfigError, did_you_mean
 from octavo.config.layout import Layout, layout_of
 from octavo.config.pipeline import problems as pipeline_problems
@@ -41,6 +41,7 @@ def check(job: JobConfig, *, world_size: int, gpus: int | None = None) -> None:
             *_warmup(job),
             *_model(job),
             *_float8(job),
+            *_fuse(job),
             *_on_disk(data_checks.dataset, job, "training.dataset"),
             *_on_disk(data_checks.validation, job, "validation.dataset"),
             *_on_disk(_tokenizer, job, "model.hf_assets_path"),
@@ -142,6 +143,20 @@ def _float8(job: JobConfig) -> Iterator[str]:
             f"{named(job, 'float8.enable_fsdp_float8_all_gather')}: the recipe {recipe} casts a weight "
             "differently for the output and for grad_input, so there is no one float8 weight to gather; take "
             f"float8.recipe_name = {' or '.join(names.GATHERABLE_RECIPES)}, or gather in high precision"
+        )
+
+
+def _fuse(job: JobConfig) -> Iterator[str]:
+    if job.model.fuse == "on" and job.parallelism.tensor_parallel_degree > 1:
+        yield (
+            f"{named(job, 'model.fuse')}: tensor parallel weights are not fused; leave it at auto, which "
+            "calls the modules one by one there, or set parallelism.tensor_parallel_degree = 1"
+        )
+    scales = job.float8.share_scales and "float8" in job.model.converters and fuses(job)
+    if scales and job.float8.enable_fsdp_float8_all_gather:
+        yield (
+            f"{named(job, 'float8.share_scales')}: weights gathered in float8 have a scale each; leave out "
+            "that, or float8.enable_fsdp_float8_all_gather"
         )
 
 

@@ -75,6 +75,10 @@ class Model:
     """
     converters: list[names.Converter] = field(default_factory=list)
     """Comma-separated converters applied to the model: float8."""
+    fuse: names.Fuse = "auto"
+    """Compute a layer's norms, gates and products of one input in one pass each; auto: where float8 kernels
+    run, on a GPU.
+    """
     print_after_conversion: bool = False
     """Log the model's modules after the converters ran."""
 
@@ -281,6 +285,8 @@ class Float8:
     """FSDP gathers weights in float8, one byte each; for the recipes tensorwise and blockwise."""
     precompute_float8_dynamic_scale_for_fsdp: bool = False
     """Reduce the scales of all gathered weights at once, after the optimizer's step."""
+    share_scales: bool = False
+    """Fused products of several weights cast them with one scale (tensorwise only); it changes numerics."""
     cast_weights_once: bool = True
     """Cast weights once per optimizer step, where accumulation or checkpointing would do it again; holds
     1 to 2 bytes a weight.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -55,11 +56,25 @@ class TensorParallel:
 
 
 @dataclass(frozen=True)
+class Fusion:
+    """Computes several modules in one pass, by what `octavo/float8/fused` has, for high precision too.
+
+    normed_input: `(norm, linears)` -> an object that adds, norms and multiplies. gated_linear: `(linear)`
+    -> one that computes linear(silu(gate) * up). shared_input: `(linears)` -> one that multiplies.
+    """
+
+    normed_input: Callable[..., Any]
+    gated_linear: Callable[..., Any]
+    shared_input: Callable[..., Any]
+
+
+@dataclass(frozen=True)
 class Parallelize:
     """The plan for one model. `sharding` is None where a process has whole parameters in their own dtype
     (`replicas`: and is one of several that do),
     `tensor` and `context` where products and sequences are not shared. ring: keys and values travel round the
-    context group, instead of being gathered.
+    context group, instead of being gathered. `fusion` is None
+    where modules are called one by one.
     """
 
     activation_checkpoint: ActivationCheckpoint
@@ -69,3 +84,4 @@ class Parallelize:
     context: DeviceMesh | None = None
     ring: bool = False
     replicas: Replicas | None = None
+    fusion: Fusion | None = None

@@ -248,6 +248,7 @@ class Float8Linear(nn.Linear):
         self.tensor_parallel = False
         self.output_placement: Placement | None = None
         self.keep_input = True
+        self.shares_input: Any = None  # the `fused.SharedInput` that it is a member of
 
     @classmethod
     def from_float(

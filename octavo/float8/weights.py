@@ -60,4 +60,9 @@ def cast_weights_once(model: nn.Module, *, enabled: bool = True) -> Iterator[Non
             stack.callback(setattr, linear, "weight_casts", None)
             with torch.no_grad():
                 linear.hold_weight_casts()
+        # Those that are multiplied as one hold one buffer.
+        for group in {id(m.shares_input): m.shares_input for m in linears if m.shares_input}.values():
+            stack.callback(group.release)
+            with torch.no_grad():
+                group.hold()
         yield

@@ -69,6 +69,7 @@ class ModelSpec:
     hugging_face: what `octavo export` and `octavo import` need, or None.
     decoder: `(model, capacity in tokens) -> (tokens [B, S] -> logits [B, vocab] after the last)`, which keeps
     what it has seen from call to call; None: `octavo generate` computes every position anew.
+    fuses: whether `parallelize` follows its plan's `fusion`.
     pipeline: for pipeline parallelism, or None. The module's parts may then be absent (None, or missing from
         a ModuleDict); it is called as `module(h, tokens_BS=tokens)`, h being the tokens in the first stage
         and what the stage before returned in others.
@@ -84,6 +85,7 @@ class ModelSpec:
     mask_documents: Callable[[Any, int], Any] | None = None
     hugging_face: HuggingFace | None = None
     decoder: Callable[[nn.Module, int], Callable[[Tensor], Tensor]] | None = None
+    fuses: bool = False
     pipeline: Pipelined | None = None
 
     def args(self, flavor: str) -> Any:

@@ -47,7 +47,7 @@ CONFIGS_BACKWARD: tuple[Config, ...] = (
 @triton.jit
 def _forward(
     x_ptr, residual_ptr, w_ptr, h_ptr, y_ptr, rms_ptr, rows_ptr, columns_ptr, M, K, eps,
-    STRIP: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
+    STRIP: tl.constexpr, BLOCK_K: tl.constexpr, RESIDUAL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = min(max(TILE // BLOCK_K, 1), STRIP)
     pid = tl.program_id(0)
@@ -58,11 +58,12 @@ def _forward(
         m = pid.to(tl.int64) * STRIP + start + tl.arange(0, ROWS)
         mask = (m < M)[:, None] & (k < K)[None, :]
         i = m[:, None] * K + k[None, :]
-        x = to_float32(tl.load(x_ptr + i, mask=mask, other=0.0))
-        residual = to_float32(tl.load(residual_ptr + i, mask=mask, other=0.0))
-        h = rounded(x + residual, h_ptr.dtype.element_ty)
-        tl.store(h_ptr + i, h, mask=mask)
-        h = to_float32(h)
+        h = to_float32(tl.load(x_ptr + i, mask=mask, other=0.0))
+        if RESIDUAL:
+            residual = to_float32(tl.load(residual_ptr + i, mask=mask, other=0.0))
+            h = rounded(h + residual, h_ptr.dtype.element_ty)
+            tl.store(h_ptr + i, h, mask=mask)
+            h = to_float32(h)
         rms = tl.sqrt_rn(tl.sum(h * h, axis=1) / K + eps)
         tl.store(rms_ptr + m, rms, mask=m < M)
         y = rounded(h * tl.div_rn(1.0, rms)[:, None] * w[None, :], y_ptr.dtype.element_ty)
@@ -116,15 +117,26 @@ def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> tuple[Te
 
     Raises ValueError where K is more than `WIDEST`.
     """
+    h = torch.empty_like(x)
+    rms, y = _norm(x, residual, w, h, eps)
+    return h, rms, y
+
+
+def rms_norm(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Made]:
+    """The same without a residual: h is x."""
+    return _norm(x, None, w, None, eps)
+
+
+def _norm(x: Tensor, residual: Tensor | None, w: Tensor, h: Tensor | None, eps: float) -> tuple[Tensor, Made]:
     M, K = x.shape
     if K > WIDEST:
         raise ValueError(f"rows of {K} do not fit on a chip: at most {WIDEST}; norm them in plain PyTorch")
-    h, rms, (y, rows, columns) = torch.empty_like(x), x.new_empty((M,), dtype=torch.float32), _empty(x)
+    rms, (y, rows, columns) = x.new_empty((M,), dtype=torch.float32), _empty(x)
     wrap_triton(_forward)[(triton.cdiv(M, STRIP),)](
-        x, residual, w, h, y, rms, rows, columns, M, K, eps,
-        STRIP=STRIP, BLOCK_K=triton.next_power_of_2(K),
+        x, x if residual is None else residual, w, y if h is None else h, y, rms, rows, columns, M, K, eps,
+        STRIP=STRIP, BLOCK_K=triton.next_power_of_2(K), RESIDUAL=residual is not None,
     )  # fmt: skip
-    return h, rms, (y, rows, columns)
+    return rms, (y, rows, columns)
 
 
 def add_rms_norm_backward(dy: Tensor, dh: Tensor, h: Tensor, rms: Tensor, w: Tensor) -> tuple[Made, Tensor]:

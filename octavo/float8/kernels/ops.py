@@ -23,7 +23,7 @@ from torch import Tensor
 
 from octavo.float8.kernels import adamw_cast as adamw
 from octavo.float8.kernels import add_rms_norm as norm
-from octavo.float8.kernels.add_rms_norm import add_rms_norm, add_rms_norm_backward
+from octavo.float8.kernels.add_rms_norm import add_rms_norm, add_rms_norm_backward, rms_norm
 from octavo.float8.kernels.cast_given_maxima import cast_given_maxima
 from octavo.float8.kernels.cast_given_scale import cast_given_scale, programs_of
 from octavo.float8.kernels.cast_lines import cast_lines
@@ -161,6 +161,20 @@ def cast_with_maxima(x: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtyp
     return cast_given_maxima(x, rows, columns, dtype, scales)
 
 
+def _tensor_given_shapes(
+    x: Tensor, maxima: Tensor, dtype: torch.dtype, scales: str, rows: bool, columns: bool
+) -> Square:
+    return _tensor_shapes(x, dtype, scales, rows, columns)
+
+
+@_operator("cast_by_tensor_with_maxima", _tensor_given_shapes)
+def cast_by_tensor_with_maxima(
+    x: Tensor, maxima: Tensor, dtype: torch.dtype, scales: str, rows: bool, columns: bool
+) -> Square:
+    """`cast_by_tensor` of x whose maxima `[P]`, P at most `cast_tensor.MAX_PROGRAMS`, are known."""
+    return cast_tensor(x, maxima, dtype, scales, rows, columns)
+
+
 def _silu_mul_shapes(a: Tensor, b: Tensor) -> Square:
     return empty_made(a, *a.shape)
 
@@ -276,3 +290,14 @@ def adamw_with_given_scale(
 ) -> Five:  # fmt: skip
     """Steps w, m and v; what `cast_by_given_scale` gives of the new w."""
     return adamw.adamw_given_scale(w, grad, m, v, adamw.Step(*step), amax, dtype, scales, source)
+
+
+def _norm_alone_shapes(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return x.new_empty((x.shape[0],), dtype=torch.float32), *norm._empty(x)
+
+
+@_operator("rms_norm", _norm_alone_shapes)
+def rms_norm_with_maxima(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`rms`, `y` and maxima of y's rows and columns, without a residual."""
+    rms, y = rms_norm(x, w, eps)
+    return rms, *y

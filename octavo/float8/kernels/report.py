@@ -102,7 +102,11 @@ def jobs() -> Iterator[Job]:
     )
     for width in (4096, 8192):
         row = {"STRIP": add_rms_norm.STRIP, "BLOCK_K": width}
-        yield Job(add_rms_norm._forward, add_rms_norm.CONFIGS_FORWARD, row, FORMATS[:1], converts=False)
+        for residual in (True, False):
+            constants = {**row, "RESIDUAL": residual}
+            yield Job(
+                add_rms_norm._forward, add_rms_norm.CONFIGS_FORWARD, constants, FORMATS[:1], converts=False
+            )
         yield Job(add_rms_norm._backward, add_rms_norm.CONFIGS_BACKWARD, row, FORMATS[:1], converts=False)
     adamw = {"SOURCE": 1, "TILE_M": adamw_cast.TILE_M}
     tile = {**adamw, "TILE_K": adamw_cast.TILE_K}

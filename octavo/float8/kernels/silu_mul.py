@@ -4,7 +4,8 @@
     backward    dh, a, b   -> da, db,  the same of each
 
 Arithmetic is in float32 and rounded once, to the inputs' dtype; the maxima (`maxima.py`) are of what was
-rounded. All are `[M, K]`.
+rounded. All are `[M, K]`; a and b may be parts of a wider tensor, as one product for both makes them: their
+rows lie `stride` apart.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ CONFIGS: tuple[Config, ...] = (
 @tuned(CONFIGS, key=["M", "K"])
 @triton.jit
 def _forward(
-    a_ptr, b_ptr, h_ptr, rows_ptr, columns_ptr, M, K, TILE_M: tl.constexpr, TILE_K: tl.constexpr
+    a_ptr, b_ptr, h_ptr, rows_ptr, columns_ptr, M, K, stride, TILE_M: tl.constexpr, TILE_K: tl.constexpr
 ):  # fmt: skip
     pid_m, pid_k = tl.program_id(0), tl.program_id(1)
     m = pid_m.to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
     k = pid_k.to(tl.int64) * TILE_K + tl.arange(0, TILE_K)
     mask = (m < M)[:, None] & (k < K)[None, :]
-    i = m[:, None] * K + k[None, :]
+    i = m[:, None] * stride + k[None, :]
     a = to_float32(tl.load(a_ptr + i, mask=mask, other=0.0))
     b = to_float32(tl.load(b_ptr + i, mask=mask, other=0.0))
     h = tl.div_rn(a, 1.0 + tl.exp(-a)) * b
@@ -43,16 +44,16 @@ def _forward(
 @triton.jit
 def _backward(
     dh_ptr, a_ptr, b_ptr, da_ptr, da_rows_ptr, da_columns_ptr, db_ptr, db_rows_ptr, db_columns_ptr, M, K,
-    TILE_M: tl.constexpr, TILE_K: tl.constexpr,
+    stride, TILE_M: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_k = tl.program_id(0), tl.program_id(1)
     m = pid_m.to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
     k = pid_k.to(tl.int64) * TILE_K + tl.arange(0, TILE_K)
     mask = (m < M)[:, None] & (k < K)[None, :]
-    i = m[:, None] * K + k[None, :]
+    i = m[:, None] * stride + k[None, :]
     a = to_float32(tl.load(a_ptr + i, mask=mask, other=0.0))
     b = to_float32(tl.load(b_ptr + i, mask=mask, other=0.0))
-    dh = to_float32(tl.load(dh_ptr + i, mask=mask, other=0.0))
+    dh = to_float32(tl.load(dh_ptr + m[:, None] * K + k[None, :], mask=mask, other=0.0))
     sigmoid = tl.div_rn(1.0, 1.0 + tl.exp(-a))
     da = dh * b * (sigmoid * (1.0 + a * (1.0 - sigmoid)))
     db = dh * (a * sigmoid)
@@ -60,19 +61,27 @@ def _backward(
     store_with_maxima(db, db_ptr, db_rows_ptr, db_columns_ptr, m, k, M, K, mask, pid_m, pid_k)
 
 
+def _stride(a: Tensor, b: Tensor) -> int:
+    assert a.stride() == b.stride(), (a.stride(), b.stride())
+    assert a.stride(1) == 1
+    return a.stride(0)
+
+
 def silu_mul(a: Tensor, b: Tensor) -> Made:
-    """`h` of contiguous `a[M, K]` and `b[M, K]`, with its maxima."""
+    """`h` of `a[M, K]` and `b[M, K]`, with its maxima. Both have contiguous rows, equally far apart."""
     M, K = a.shape
     h = empty_made(a, M, K)
-    wrap_triton(_forward)[grid_of(M, K)](a, b, *h, M, K, TILE_M=TILE_M, TILE_K=TILE_K)
+    wrap_triton(_forward)[grid_of(M, K)](a, b, *h, M, K, _stride(a, b), TILE_M=TILE_M, TILE_K=TILE_K)
     return h
 
 
 def silu_mul_backward(dh: Tensor, a: Tensor, b: Tensor) -> tuple[Made, Made]:
-    """`da` and `db` of contiguous `dh`, `a` and `b`, all `[M, K]`, each with its maxima."""
+    """`da` and `db` of contiguous `dh`, and `a` and `b` as above, all `[M, K]`, each with its maxima."""
     M, K = a.shape
     da, db = empty_made(a, M, K), empty_made(a, M, K)
-    wrap_triton(_backward)[grid_of(M, K)](dh, a, b, *da, *db, M, K, TILE_M=TILE_M, TILE_K=TILE_K)
+    wrap_triton(_backward)[grid_of(M, K)](
+        dh, a, b, *da, *db, M, K, _stride(a, b), TILE_M=TILE_M, TILE_K=TILE_K
+    )
     return da, db
 
 

@@ -102,6 +102,7 @@ SPEC = models.ModelSpec(
     mask_documents=lambda args, document_end: replace(args, document_end=document_end),
     hugging_face=models.HuggingFace("llama", to_hf, from_hf, to_config, from_config),
     decoder=Decoder,
+    fuses=True,
     pipeline=models.Pipelined(units, width=lambda args: args.dim),
 )
 models.register(SPEC)

@@ -138,11 +138,17 @@ class Attention(nn.Module):
         self.core: nn.Module = CoreAttention()
 
     def forward(self, x_BSD: Tensor, table_2SE: Tensor, mask_B1SS: Tensor | None = None) -> Tensor:
-        q_BSHE = apply_rope(self.wq(x_BSD).unflatten(-1, (-1, self.head_dim)), table_2SE)
-        k_BSGE = apply_rope(self.wk(x_BSD).unflatten(-1, (-1, self.head_dim)), table_2SE)
-        v_BSGE = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
+        return self.wo(self.attend(self.wq(x_BSD), self.wk(x_BSD), self.wv(x_BSD), table_2SE, mask_B1SS))
+
+    def attend(
+        self, q_BSN: Tensor, k_BSN: Tensor, v_BSN: Tensor, table_2SE: Tensor, mask_B1SS: Tensor | None
+    ) -> Tensor:
+        """What the heads gather [B, S, H E], of the three projections, each [B, S, heads x E]."""
+        q_BSHE = apply_rope(q_BSN.unflatten(-1, (-1, self.head_dim)), table_2SE)
+        k_BSGE = apply_rope(k_BSN.unflatten(-1, (-1, self.head_dim)), table_2SE)
+        v_BSGE = v_BSN.unflatten(-1, (-1, self.head_dim))
         y_BHSE = self.core(q_BSHE.transpose(1, 2), k_BSGE.transpose(1, 2), v_BSGE.transpose(1, 2), mask_B1SS)
-        return self.wo(y_BHSE.transpose(1, 2).flatten(-2))
+        return y_BHSE.transpose(1, 2).flatten(-2)
 
 
 class FeedForward(nn.Module):

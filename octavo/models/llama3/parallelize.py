@@ -17,6 +17,7 @@ from octavo.distributed.fsdp import shard
 from octavo.distributed.plan import Parallelize, TensorParallel
 from octavo.distributed.replicas import replicate_model
 from octavo.distributed.tensor_parallel import lay_logits, overlap_products
+from octavo.models.llama3.fuse import fuse
 from octavo.models.llama3.model import Llama, LlamaArgs, TransformerBlock
 
 _TOKENS, _WHOLE, _LAST = Shard(1), Replicate(), Shard(-1)
@@ -33,6 +34,9 @@ def parallelize(model: nn.Module, plan: Parallelize) -> None:
         share_products(model, plan.tensor)
         if plan.tensor.asynchronous and plan.compile_model:
             overlap_products(plan.tensor)
+
+    if plan.fusion is not None:
+        fuse(model, plan.fusion)
 
     for number, layer in list(model.layers.items()):
         model.layers[number] = checkpoint_layer(layer, plan.activation_checkpoint, int(number))

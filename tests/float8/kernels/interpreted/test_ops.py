@@ -34,6 +34,8 @@ CALLS: dict[str, tuple[Any, tuple]] = {
     "silu_mul": (ops.silu_mul_with_maxima, (X, Y)),
     "silu_mul backward": (ops.silu_mul_backward_with_maxima, (X, Y, X)),
     "rope backward": (ops.rope_backward_with_maxima, (X.view(1, 37, 7, 10), COS, COS)),
+    "tensor, given": (ops.cast_by_tensor_with_maxima, (X, FEW[:1].int(), E4M3, "fp32", True, True)),
+    "norm alone": (ops.rms_norm_with_maxima, (X, W, 1e-5)),
     "norm": (ops.add_rms_norm_with_maxima, (X, Y, W, 1e-5)),
     "norm backward": (ops.add_rms_norm_backward_with_maxima, (X, Y, X, FEW, W)),
 }

@@ -1,0 +1,73 @@
+"""SwiGLU, cast and the linear behind it (arXiv:2002.05202)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from octavo.float8.fused.maxima import as_gradients, kernels_serve
+from octavo.float8.fused.product import Product
+from octavo.float8.fused.shared_input import SharedInput
+
+
+class _SwiGLU(torch.autograd.Function):
+    """`a[M, K], b[M, K] -> silu(a) * b, maxima of its rows and columns`. The gradients of the four arguments
+    after b are the maxima of a's and of b's gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        a_rows: Tensor | None,
+        a_columns: Tensor | None,
+        b_rows: Tensor | None,
+        b_columns: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from octavo.float8.kernels import ops
+
+        h, rows, columns = ops.silu_mul_with_maxima(a, b)
+        ctx.save_for_backward(a, b)
+        ctx.mark_non_differentiable(rows, columns)
+        ctx.noted = a_rows is not None, b_rows is not None
+        return h, rows, columns
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from octavo.float8.kernels import ops
+
+        a, b = ctx.saved_tensors
+        made = ops.silu_mul_backward_with_maxima(grads[0].contiguous(), a, b)
+        of_a = as_gradients((made[1], made[2])) if ctx.noted[0] else (None, None)
+        of_b = as_gradients((made[4], made[5])) if ctx.noted[1] else (None, None)
+        return made[0], made[3], *of_a, *of_b
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    """`x[..., K]` as `[M, K]` whose rows are contiguous, a view where there is one."""
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return flat if flat.stride(1) == 1 and flat.stride(0) >= flat.shape[1] else flat.contiguous()
+
+
+class GatedLinear:
+    """Computes `linear(silu(gate) * up)`."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.shared = SharedInput([linear])
+
+    def __call__(self, gate: Tensor | Product, up: Tensor | Product, *, note_maxima: bool = False) -> Product:
+        """The linear's output of `gate[..., K]` and `up[..., K]`."""
+        a, b = (x if isinstance(x, Product) else Product(x) for x in (gate, up))
+        if not kernels_serve(a.value) or a.value.dtype != b.value.dtype:
+            (made,) = self.shared(F.silu(a.value) * b.value, note_maxima=note_maxima)
+            return made
+        h, rows, columns = _SwiGLU.apply(
+            _rows_of(a.value), _rows_of(b.value), a.rows, a.columns, b.rows, b.columns
+        )
+        (made,) = self.shared(h.reshape(a.value.shape), maxima=(rows, columns), note_maxima=note_maxima)
+        return made
