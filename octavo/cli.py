@@ -56,6 +56,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "train": Command(
             "octavo.train", "train a model in this process (./run_train.sh starts several)", _preflight_train
         ),
+        "compare": Command("octavo.compare", "train in several recipes, and report which keep the loss"),
         "prepare": Command("octavo.prepare", "tokenise text into shards that training reads"),
         "export": Command("octavo.export", "write a trained model as a Hugging Face folder"),
         "import": Command(

@@ -58,15 +58,10 @@ def plan(
     Raises:
         ConfigError: for a variable, an option or a combination of them that cannot work.
     """
-    processes = _number(environ, "NGPU", default=max(gpus, 1))
-    if gpus and processes > gpus:
-        raise ConfigError(
-            f"NGPU={processes}: this machine has {_count(gpus, 'visible GPU')}; "
-            f"set NGPU to {gpus} or less, or unset it"
-        )
+    processes = processes_wanted(environ, gpus)
     shown_ranks = _shown_ranks(environ, processes)
     nodes, rendezvous = _rendezvous(environ)
-    options = [*_config_file(argv, environ), *argv]
+    options = with_config_file(argv, environ)
     job = config.load(options)
     config.check(job, world_size=nodes * processes, gpus=gpus)
     return Launch(
@@ -86,6 +81,24 @@ def plan(
         shown_ranks=shown_ranks,
         dump_folder=job.job.dump_folder,
     )
+
+
+def processes_wanted(environ: Mapping[str, str], gpus: int) -> int:
+    """How many processes NGPU asks for on a machine with so many GPUs. Raises `ConfigError`."""
+    processes = _number(environ, "NGPU", default=max(gpus, 1))
+    if gpus and processes > gpus:
+        raise ConfigError(
+            f"NGPU={processes}: this machine has {_count(gpus, 'visible GPU')}; "
+            f"set NGPU to {gpus} or less, or unset it"
+        )
+    return processes
+
+
+def with_config_file(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """`argv` with the TOML file that CONFIG_FILE or the default names, where it names none. Raises
+    `ConfigError`.
+    """
+    return [*_config_file(argv, environ), *argv]
 
 
 def _number(environ: Mapping[str, str], name: str, *, default: int) -> int:
@@ -241,7 +254,7 @@ def count_gpus(environ: Mapping[str, str]) -> int:
     return gpus
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -257,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             argv,
             os.environ,
             gpus=count_gpus(os.environ),
-            cores=_usable_cores(),
+            cores=usable_cores(),
             terminal=sys.stderr.isatty(),
         )
     except ConfigError as error:

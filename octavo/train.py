@@ -102,7 +102,7 @@ class Trainer:
             local_batch_size=job.training.local_batch_size,
             dp_rank=self.world.data_rank,
             dp_degree=self.world.layout.data,
-            seed=job.training.seed,
+            seed=job.training.seed if job.training.data_seed is None else job.training.data_seed,
             workers=job.training.num_workers,
             pin_memory=self.device.type == "cuda",
             held_out_fraction=job.validation.fraction,

@@ -10,7 +10,7 @@ from pathlib import Path
 from octavo.config import ConfigError
 from octavo.locks import try_lock
 
-_LOCK = ".lock"
+LOCK = ".lock"
 
 
 class RunFolder:
@@ -24,7 +24,7 @@ class RunFolder:
         self.path = Path(path).expanduser()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._file = (self.path / _LOCK).open("w") if lock else None
+            self._file = (self.path / LOCK).open("w") if lock else None
         except OSError as error:
             raise ConfigError(f"job.dump_folder = {path}: cannot write there: {error.strerror}") from None
         if self._file is not None and not try_lock(self._file):

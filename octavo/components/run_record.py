@@ -1,6 +1,8 @@
 """`run.json`, what a run was started with; and its last words."""
 
 import json
+import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,45 @@ def write_run_record(
     high = str(dtype).removeprefix("torch.")
     record: dict[str, Any] = {
         "octavo": octavo.__version__,
+        "commit": _commit(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": _cpu(),
         "processes": processes,
+        "threads": torch.get_num_threads(),
         "precision": recipe or high,
         "high_precision_dtype": high,
         "config": job.to_dict(),
     }
     (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that octavo runs from, with "-dirty" where files differ; None if it is
+    installed.
+    """
+    root = Path(octavo.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.stdout.strip()
+
+
+def _cpu() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def farewell(folder: Path, job: JobConfig) -> None:

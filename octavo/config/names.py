@@ -10,6 +10,8 @@ from types import MappingProxyType
 from typing import Literal, get_args
 
 RecipeName = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise", "mxfp8"]
+ControlName = Literal["unscaled_e5m2"]
+AnyRecipeName = Literal[RecipeName, ControlName]
 OptimizerName = Literal["Adam", "AdamW"]
 OptimizerImplementation = Literal["for-loop", "foreach", "fused"]
 Fuse = Literal["auto", "on", "off"]
@@ -29,6 +31,9 @@ NonFinitePolicy = Literal["stop", "skip", "rewind"]
 SpikePolicy = Literal["off", "warn", "skip", "rewind"]
 
 RECIPES: tuple[str, ...] = get_args(RecipeName)
+CONTROLS: tuple[str, ...] = get_args(ControlName)
+"""Recipes that are known to train badly: what a comparison has to find (`octavo compare`)."""
+
 GATHERABLE_RECIPES: tuple[str, ...] = ("tensorwise", "blockwise")
 """Recipes whose weights FSDP can gather in float8: one cast serves both products that read the weight."""
 

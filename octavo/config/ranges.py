@@ -79,7 +79,7 @@ RULES: tuple[Rule, ...] = (
         lambda value: value == -1 or 1 <= value <= _MOST,
         f"must be at least 1, or -1 for what the number of devices gives, and at most {_MOST}",
     ),
-    Rule(("training.seed",), _within(0, 2**63 - 1), "must be between 0 and 2^63 - 1"),
+    Rule(("training.seed", "training.data_seed"), _within(0, 2**63 - 1), "must be between 0 and 2^63 - 1"),
     Rule(
         (
             "lr_scheduler.warmup_steps",

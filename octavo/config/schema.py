@@ -161,6 +161,10 @@ class Training:
     """Initial weights are a function of it and the parameter's name; the data's order of it and the
     sample's index.
     """
+    data_seed: int | None = None
+    """Seed of the data's order alone, so that runs with other initial weights read the same batches; None:
+    training.seed.
+    """
     deterministic: bool = False
     """Deterministic algorithms only; may be slower."""
 
@@ -275,8 +279,10 @@ class Compile:
 
 @dataclass
 class Float8:
-    recipe_name: names.RecipeName | None = None
-    """How operands are scaled and cast; None means tensorwise."""
+    recipe_name: names.AnyRecipeName | None = None
+    """How operands are scaled and cast; None means tensorwise. unscaled_e5m2 is a negative control:
+    tensorwise without scales, which loses most of a gradient.
+    """
     filter_fqns: list[str] = field(default_factory=list)
     """Comma-separated parts of module names to leave in high precision, e.g. output,attention.wk."""
     emulate: bool = False

@@ -9,8 +9,8 @@ it hands tensors to the kernels here, which give the same bits with fewer passes
     (1, 128), (1, 32)          lines
     (128, 128)                 squares
 
-Other blocks, tensors whose scales need another rank's maxima, and everything under `use_kernels(False)` or
-with OCTAVO_KERNELS=0 in the environment, go on in plain PyTorch.
+Other blocks, casts without scales, tensors whose scales need another rank's maxima, and everything under
+`use_kernels(False)` or with OCTAVO_KERNELS=0 in the environment, go on in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def _device_serves(device: torch.device) -> bool:
 
 
 def _has_kernel(cast: Cast) -> bool:
+    if not cast.scaled:
+        return False
     rows, cols = cast.block
     if rows == 1:
         return cols == FULL or cols in GROUPS

@@ -100,6 +100,9 @@ def scales_from_amax(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
     """
     if cast.scale.one_byte:
         return _e8m0_scales(amax.float(), cast)
+    if not cast.scaled:
+        ones = torch.ones_like(amax, dtype=torch.float32)
+        return ones, ones
     s = (torch.finfo(cast.dtype).max / amax.double().clamp(min=EPS)).float()
     if cast.scale is ScaleFormat.POW2:
         s = _keep_nan(s, (s.view(torch.int32) & _EXPONENT_MASK).view(torch.float32))

@@ -71,12 +71,15 @@ class Cast:
     """How one operand becomes low precision.
 
     `dtype`: torch.float8_e4m3fn or torch.float8_e5m2. `block`: (rows, contraction) elements that share a
-    scale, each a positive number or FULL. `scale`: the numbers a scale may be.
+    scale, each a positive number or FULL. `scale`: the numbers a scale may be. `scaled`: False makes every
+    scale 1, so that what lies outside the type's range is lost: it shows what scales are for, and no kernel
+    casts so.
     """
 
     dtype: torch.dtype
     block: tuple[int, int]
     scale: ScaleFormat = ScaleFormat.FP32
+    scaled: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in FLOAT8_DTYPES:
@@ -92,6 +95,9 @@ class Cast:
                 f"({FULL})"
             )
         expect(self, "scale", ScaleFormat)
+        expect(self, "scaled", bool)
+        if not self.scaled and self.scale.one_byte:
+            raise ValueError(f"Cast.scale is {self.scale} of a cast without scales; leave it out")
 
     @property
     def square(self) -> bool:

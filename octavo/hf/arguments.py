@@ -24,13 +24,20 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
         """The options in `argv`."""
+        return self.parse_args(self._with_underscores(argv))
+
+    def read_known(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The options in `argv` that are this parser's, and all other words, in order."""
+        return self.parse_known_args(self._with_underscores(argv))
+
+    def _with_underscores(self, argv: Sequence[str]) -> list[str]:
         words = []
         for word in argv:
             name, equals, value = word.partition("=")
             if name.startswith("--") and len(name) > 2:
                 word = "--" + name[2:].replace("-", "_") + equals + value
             words.append(word)
-        return self.parse_args(words)
+        return words
 
 
 def whole(low: int) -> Callable[[str], int]:

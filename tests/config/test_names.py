@@ -1,5 +1,7 @@
 """The config's own lists of names equal the registries that give them a meaning."""
 
+from typing import get_args
+
 from octavo.config import names
 
 
@@ -14,6 +16,13 @@ def test_recipes() -> None:
 
     assert tuple(RECIPES) == names.RECIPES
     assert tuple(name for name in RECIPES if RECIPES[name].gatherable) == names.GATHERABLE_RECIPES
+
+
+def test_controls() -> None:
+    from octavo.quantization import CONTROLS
+
+    assert tuple(CONTROLS) == names.CONTROLS
+    assert get_args(names.AnyRecipeName) == (*names.RECIPES, *names.CONTROLS)
 
 
 def test_corpora_and_tokenizers() -> None:

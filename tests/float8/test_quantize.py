@@ -274,3 +274,18 @@ def test_mx_scales_at_the_edges(amax: float) -> None:
         s, code = scales_from_amax(torch.tensor([[amax]]), cast)
         assert s.item() == oracle_scale(torch.tensor(amax).item(), cast)
         assert scale_values(code).item() == 1 / s.item()
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_without_scales_a_cast_is_the_types_own(dtype: torch.dtype, block: tuple[int, int]) -> None:
+    """The definition of `scaled=False`: 1 everywhere, saturated above, flushed to zero below."""
+    limit = torch.finfo(dtype).max
+    x_RC = torch.randn(48, 128, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(
+        -9, 7
+    ).repeat(8)
+    q = quantize(x_RC, Cast(dtype, block, scaled=False))
+    assert bool((q.scale == 1).all())
+    assert same_bits(q.data, x_RC.clamp(-limit, limit).to(dtype))
+    assert torch.equal(dequantize(q, block), q.data.float())
+    assert bool((q.data.float()[x_RC.abs() < 2.0**-18] == 0).all())

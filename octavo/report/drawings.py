@@ -1,0 +1,155 @@
+"""The charts of a report, drawn from its figures."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from octavo.report import svg
+from octavo.report.svg import GREY, INK, PALETTE, RED, Bar, Line
+
+Run = Mapping[str, Any]
+
+
+def colours_of(runs: Sequence[Run]) -> dict[str, str]:
+    """A colour for each run: the baseline in ink, its other seeds grey, the control red."""
+    colours, free = {}, list(PALETTE)
+    for run in runs:
+        if run["kind"] == "recipe":
+            colours[run["name"]] = free.pop(0) if free else GREY
+        else:
+            colours[run["name"]] = {"baseline": INK, "seed": GREY, "control": RED}[run["kind"]]
+    return colours
+
+
+def drawings_of(figures: Mapping[str, Any]) -> dict[str, str]:
+    """name -> SVG: losses, gaps, the bars, and the heatmaps where health was measured."""
+    runs = figures["runs"]
+    colours = colours_of(runs)
+    return {
+        "losses": _losses(runs, colours),
+        "gaps": _gaps(figures, colours),
+        **_bars(runs, colours),
+        **_heatmaps(runs),
+    }
+
+
+def _style(run: Run) -> dict[str, Any]:
+    styles: dict[str, dict[str, Any]] = {
+        "baseline": {"width": 2.4},
+        "seed": {"width": 1.0},
+        "control": {"dash": "6 4"},
+    }
+    return styles.get(run["kind"], {})
+
+
+def _losses(runs: Sequence[Run], colours: Mapping[str, str]) -> str:
+    ordered = sorted(runs, key=lambda run: run["kind"] != "seed")  # the seeds lie below the others
+    lines = [
+        Line(
+            run["name"],
+            run["smoothed"],
+            colours[run["name"]],
+            faint=run["losses"] if run["kind"] in ("baseline", "recipe") else (),
+            **_style(run),
+        )
+        for run in ordered
+    ]
+    values = [value for run in runs for _, value in run["smoothed"] if value is not None] or [0.0, 1.0]
+    room = 0.04 * (max(values) - min(values)) or 0.1
+    return svg.line_chart(
+        lines, label="loss, nats per token", y_range=(min(values) - room, max(values) + room), name="losses"
+    )
+
+
+def _gaps(figures: Mapping[str, Any], colours: Mapping[str, str]) -> str:
+    """The panel shows the band and the recipes whole; a control may leave it."""
+    runs = [run for run in figures["runs"] if run["gaps"]]
+    values = [abs(value) for run in runs if run["kind"] != "control" for _, value in run["gaps"] if value]
+    high = 1.15 * max([*values, *(width for _, width in figures["band"])], default=0.1)
+    lines = [Line(run["name"], run["gaps"], colours[run["name"]], **_style(run)) for run in runs]
+    return svg.line_chart(
+        lines,
+        label=f"loss - loss of {figures['baseline']}, nats",
+        y_range=(-high, high),
+        band=figures["band"],
+        zero=True,
+        name="gaps",
+    )
+
+
+def _bars(runs: Sequence[Run], colours: Mapping[str, str]) -> dict[str, str]:
+    shown = [run for run in runs if run["kind"] in ("baseline", "recipe")]
+
+    def chart(name: str, title: str, value: Any, text: Any) -> str:
+        bars = []
+        for run in shown:
+            found = value(run)
+            told = "not reached" if found is None else text(run, found)
+            bars.append(Bar(run["name"], found, told, colours[run["name"]]))
+        return svg.bar_chart(bars, title=title, name=name)
+
+    drawn = {
+        "tps": chart(
+            "tps",
+            "tokens per second and device, median",
+            lambda run: run["median_tps"],
+            lambda run, v: f"{v:,.0f}" + (f" ({run['tps_ratio']:.2f}x)" if run["tps_ratio"] else ""),
+        ),
+        "memory": chart(
+            "memory", "peak memory, GiB", lambda run: run["peak_memory_gib"], lambda run, v: f"{v:.2f}"
+        ),
+        "tokens_to_loss": chart(
+            "tokens_to_loss",
+            "tokens to the target loss",
+            lambda run: run["target"] and run["target"]["tokens"],
+            lambda run, v: f"{v:,}",
+        ),
+        "seconds_to_loss": chart(
+            "seconds_to_loss",
+            "seconds to the target loss",
+            lambda run: run["target"] and run["target"]["seconds"],
+            lambda run, v: (
+                f"{v:,.1f}" + (f" ({run['speedup_to_target']:.2f}x)" if run["speedup_to_target"] else "")
+            ),
+        ),
+    }
+    if any(run.get("saved_bytes") for run in shown):
+        drawn["saved"] = chart(
+            "saved",
+            "MiB kept for backward, linear layers' inputs",
+            lambda run: run.get("saved_bytes"),
+            lambda run, v: f"{v / 2**20:,.1f}",
+        )
+    return drawn
+
+
+def _heatmaps(runs: Sequence[Run]) -> dict[str, str]:
+    drawn = {}
+    for run in runs:
+        for operand, grid in (run["health"] or {}).items():
+            shares = [value for row in grid["flushed"] for value in row if value is not None]
+            if not shares:
+                continue
+            percent = [[None if v is None else 100 * v for v in row] for row in grid["flushed"]]
+            name = f"health_{run['name']}_{operand}"
+            drawn[name] = svg.heatmap(
+                grid["layers"],
+                grid["steps"],
+                percent,
+                title=f"{run['name']}, {operand}: flushed to zero",
+                low=0.0,
+                high=max(1.0, 100 * max(shares)),
+                unit="%",
+                name=name,
+            )
+            drawn[f"{name}_sqnr"] = svg.heatmap(
+                grid["layers"],
+                grid["steps"],
+                grid["sqnr"],
+                title=f"{run['name']}, {operand}: signal to quantisation noise",
+                low=15.0,
+                high=35.0,
+                unit="dB",
+                bad_is_low=True,
+                name=f"{name}_sqnr",
+            )
+    return drawn

@@ -1,0 +1,34 @@
+"""Float8 health over a run, from the rows of its `health.jsonl`: a grid of layers and steps for each operand.
+
+A row has step, layer, operand, recipe, amax, flushed, saturated, nonfinite and sqnr, as octavo.float8.health
+defines them: shares from 0 to 1, the SQNR in decibels.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MEASURES = ("flushed", "saturated", "sqnr")
+
+
+def health_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """operand -> layers, steps, and for each of `MEASURES` a value for each layer and step (None: not
+    measured); None without rows. Layers are in the order in which the model has them.
+    """
+    grids: dict[str, Any] = {}
+    for operand in dict.fromkeys(str(row.get("operand")) for row in rows):
+        mine = [row for row in rows if row.get("operand") == operand and {"step", "layer"} <= row.keys()]
+        layers = list(dict.fromkeys(str(row["layer"]) for row in mine))
+        steps = sorted({int(row["step"]) for row in mine})
+        grid: dict[str, Any] = {"layers": layers, "steps": steps}
+        for measure in MEASURES:
+            found = {(str(row["layer"]), int(row["step"])): _number(row.get(measure)) for row in mine}
+            grid[measure] = [[found.get((layer, step)) for step in steps] for layer in layers]
+        grids[operand] = grid
+    return grids or None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    return None

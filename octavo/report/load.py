@@ -1,0 +1,109 @@
+"""What a run left in its folder: `run.json`, `metrics.jsonl`, and `health.jsonl` if it measured health."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from octavo.config import ConfigError
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run. name: in the report. kind: "baseline", "seed" (the baseline's, with another seed), "recipe" or
+    "control". recipe: None is high precision. reports: the lines of its metrics that tell a loss, one a step,
+    ascending. exit_code: None where it is not known to have ended.
+    """
+
+    name: str
+    kind: str
+    folder: Path
+    recipe: str | None
+    seed: int
+    record: Mapping[str, Any]
+    reports: tuple[Mapping[str, Any], ...]
+    validations: tuple[Mapping[str, Any], ...]
+    health: tuple[Mapping[str, Any], ...] = ()
+    exit_code: int | None = None
+    command: str = ""
+    losses: Mapping[int, float] = field(init=False)
+    """Step -> loss; NaN where it was not finite."""
+
+    def __post_init__(self) -> None:
+        losses = {r["step"]: math.nan if r["loss"] is None else float(r["loss"]) for r in self.reports}
+        object.__setattr__(self, "losses", losses)
+
+    @property
+    def data_seed(self) -> int:
+        """Of the order of its batches."""
+        training = self.config["training"]
+        found = training.get("data_seed")
+        return int(training["seed"] if found is None else found)
+
+    @property
+    def config(self) -> Mapping[str, Mapping[str, Any]]:
+        """The configuration it was started with."""
+        found: Mapping[str, Mapping[str, Any]] = self.record["config"]
+        return found
+
+
+def load_run(folder: Path, *, name: str | None = None, **known: Any) -> RunData:
+    """Read `folder`. known: fields of `RunData` that are known better than the folder tells.
+
+    Raises:
+        ConfigError: if it is no run's folder, or has no loss.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder")
+    path = folder / "run.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} is no run's folder: there is no run.json (it is what job.dump_folder names, as in "
+            "./run_train.sh --job.dump_folder=…)"
+        )
+    try:
+        record = json.loads(path.read_text())
+        config = record["config"]
+        recipe = None
+        if "float8" in config["model"]["converters"]:
+            recipe = record["precision"]
+        seed = int(config["training"]["seed"])
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ConfigError(f"{path}: is not what a run of octavo writes") from None
+    lines = list(_lines(folder / "metrics.jsonl"))
+    reports = {line["step"]: line for line in lines if "loss" in line and isinstance(line.get("step"), int)}
+    if not reports:
+        raise ConfigError(f"{folder}: metrics.jsonl tells no loss; the run has not begun, or was put aside")
+    return RunData(
+        **{
+            "name": name or folder.name or str(folder),
+            "kind": "baseline" if recipe is None else "recipe",
+            "folder": folder,
+            "recipe": recipe,
+            "seed": seed,
+            "record": record,
+            "reports": tuple(reports[step] for step in sorted(reports)),
+            "validations": tuple(line for line in lines if "validation_loss" in line),
+            "health": tuple(_lines(folder / "health.jsonl")),
+            **known,
+        }
+    )
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects in a file of JSON lines; none if it is not there. A torn last line is passed over."""
+    try:
+        written = path.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    for line in written:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            yield found

@@ -1,0 +1,45 @@
+"""The report as Markdown, with its drawings as SVG files beside it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from octavo.report import words
+
+
+def markdown_page(figures: Mapping[str, Any], drawings: Mapping[str, str]) -> str:
+    """The page; it names the drawings as NAME.svg, in its own folder."""
+    parts = [f"# {words.title_of(figures)}", *words.summary_of(figures)]
+    parts += [f"> **Note.** {_plain(warning)}" for warning in figures["warnings"]]
+    parts += ["## Verdicts", _table(words.verdicts_of(figures))]
+    parts += [
+        _image(drawings, "losses", "Losses"),
+        _image(drawings, "gaps", "Gaps to the baseline and its noise band"),
+    ]
+    parts += ["## Speed and memory", _table(words.speeds_of(figures))]
+    validation = words.validation_of(figures)
+    if validation is not None:
+        parts += ["## Validation", _table(validation)]
+    health = [name for name in drawings if name.startswith("health_")]
+    if health:
+        parts += ["## Float8 health", *(_image(drawings, name, name) for name in health)]
+    parts += ["## How to read this", *(f"- {_plain(note)}" for note in words.notes_of(figures))]
+    parts += ["## Where it ran", _table((("", ""), list(words.environment_of(figures))))]
+    parts += ["## Commands", f"```bash\n{figures['command']}\n```"]
+    commands = [run["command"] for run in figures["runs"] if run["command"]]
+    if commands:
+        parts += ["Each run by hand:", "```bash\n" + "\n".join(commands) + "\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _image(drawings: Mapping[str, str], name: str, text: str) -> str:
+    return f"![{text}]({name}.svg)" if name in drawings else ""
+
+
+def _plain(text: str) -> str:
+    return text.replace("\n", " ")
+
+
+def _table(table: tuple[Sequence[str], Sequence[Sequence[str]]]) -> str:
+    head, rows = table
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

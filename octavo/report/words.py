@@ -1,0 +1,154 @@
+"""What both pages of a report say in the same words: the tables, and the sentences about them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Run = Mapping[str, Any]
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def title_of(figures: Mapping[str, Any]) -> str:
+    recipes = [run["name"] for run in figures["runs"] if run["kind"] in ("baseline", "recipe")]
+    return f"{', '.join(recipes)}: {_base(figures)['steps']:,} steps of {figures['model']}"
+
+
+def _base(figures: Mapping[str, Any]) -> Run:
+    found: Run = next(run for run in figures["runs"] if run["name"] == figures["baseline"])
+    return found
+
+
+def summary_of(figures: Mapping[str, Any]) -> list[str]:
+    """The answer, in a few sentences."""
+    base, found = _base(figures), []
+    dtype = base["high_precision_dtype"]
+    if base["recipe"] is None and dtype != "bfloat16":
+        found.append(
+            f"{base['name']} stands for the high precision of this device, which is {dtype} here: the "
+            "differences are those of float8 against it."
+        )
+    recipes = [run for run in figures["runs"] if run["kind"] == "recipe"]
+    for verdict in ("inside", "outside", "not judged"):
+        names = [run["name"] for run in recipes if run["verdict"] == verdict]
+        if names:
+            found.append(f"{_verdict_words(verdict)}: {', '.join(names)}.")
+    if figures["control_outside"] is not None:
+        control = next(run["name"] for run in figures["runs"] if run["kind"] == "control")
+        found.append(
+            f"The negative control {control} comes out as outside, as it must."
+            if figures["control_outside"]
+            else f"The negative control {control} is NOT outside: this comparison proves nothing."
+        )
+    return found
+
+
+def _verdict_words(verdict: str) -> str:
+    return {
+        "inside": "Inside the noise band of the baseline's seeds over the whole run",
+        "outside": "Outside that band",
+        "not judged": "Not judged",
+    }[verdict]
+
+
+def verdicts_of(figures: Mapping[str, Any]) -> Table:
+    """A row for each run but the baseline."""
+    rows: list[tuple[str, ...]] = []
+    for run in figures["runs"]:
+        if run["kind"] == "baseline" and run["name"] == figures["baseline"]:
+            continue
+        widest, largest, mean = run["widest"], run["largest_gap"], run["mean_gap"]
+        rows.append(
+            (
+                run["name"],
+                run["verdict"],
+                "n/a" if largest is None else f"{largest['gap']:+.4f} at step {largest['step']}",
+                "n/a" if widest is None else f"{widest['share']:.3f} at step {widest['step']}",
+                "n/a" if mean is None else f"{mean['mean']:+.5f} ± {mean['half_width']:.5f}",
+                "n/a" if run["steps_behind"] is None else f"{run['steps_behind']:+.1f}",
+                "n/a" if run["final_loss"] is None else f"{run['final_loss']:.4f}",
+            )
+        )
+    head: tuple[str, ...] = (
+        "run",
+        "verdict",
+        "largest gap, nats",
+        "largest gap / band",
+        "mean gap, second half",
+        "steps behind",
+        "final loss",
+    )
+    return head, rows
+
+
+def speeds_of(figures: Mapping[str, Any]) -> Table:
+    """A row for the baseline and each recipe."""
+    rows: list[tuple[str, ...]] = []
+    for run in figures["runs"]:
+        if run["kind"] not in ("baseline", "recipe"):
+            continue
+        target = run["target"]
+        ratio, speedup = run["tps_ratio"], run["speedup_to_target"]
+        saved = run.get("saved_bytes")
+        rows.append(
+            (
+                run["name"],
+                f"{run['median_tps']:,.0f}" + (f" ({ratio:.2f}x)" if ratio else ""),
+                f"{run['median_step_seconds']:.3f}",
+                f"{run['peak_memory_gib']:.2f}",
+                "not reached" if target is None else f"{target['tokens']:,}",
+                "not reached" if target is None else f"{target['seconds']:,.1f}",
+                "n/a" if speedup is None else f"{speedup:.2f}x",
+                "n/a" if not saved else f"{saved / 2**20:,.1f}",
+            )
+        )
+    loss = figures["target_loss"]
+    at = "the target loss" if loss is None else f"loss {loss:.4f}"
+    head: tuple[str, ...] = (
+        "run",
+        "tokens/s/device, median",
+        "s/step, median",
+        "peak memory, GiB",
+        f"tokens to {at}",
+        f"seconds to {at}",
+        "speedup to it",
+        "MiB kept for backward",
+    )
+    return head, rows
+
+
+def validation_of(figures: Mapping[str, Any]) -> Table | None:
+    """The last validation of each run, if there was any."""
+    rows: list[tuple[str, ...]] = [
+        (run["name"], f"{run['validation']['step']}", f"{run['validation']['loss']:.4f}")
+        for run in figures["runs"]
+        if run["validation"]
+    ]
+    return (("run", "step", "validation loss"), rows) if rows else None
+
+
+def notes_of(figures: Mapping[str, Any]) -> list[str]:
+    """How to read the figures."""
+    window, seeds = figures["window"], figures["seeds"]
+    base = figures["baseline"]
+    found = [
+        f"Gaps are differences of the training loss to {base}, which read the same batches and started from "
+        f"the same weights; positive is worse. Each is a mean over {window} reports.",
+    ]
+    if figures["band"]:
+        low, high = (f(width for _, width in figures["band"]) for f in (min, max))
+        found.append(
+            f"The band is the noise of the baseline: {len(seeds)} runs of it with other initial weights "
+            f"(seeds {', '.join(map(str, seeds))}). Its half-width is two standard deviations of the "
+            f"difference of two such runs, {low:.4f} to {high:.4f} nats here. A gap within it is no larger "
+            "than the luck of a seed."
+        )
+    found += [
+        "The mean gap is that of single steps over the second half of the run, with a 95% interval from "
+        "batch means: beside zero, it is a steady difference, which may well lie within the band. Steps "
+        "behind: how many steps earlier the baseline had that loss.",
+        "Speeds are medians over all reports but the first; seconds to a loss are steps times the median.",
+    ]
+    return [*found, *figures.get("speed_notes", [])]
+
+
+def environment_of(figures: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+    return [(name, str(value)) for name, value in figures["environment"].items() if value not in (None, "")]
