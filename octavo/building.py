@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from octavo import models, quantization
+from octavo.components.chunked_loss import ChunkedLoss, loss_and_gradient
 from octavo.components.device import DTYPES
 from octavo.components.init import init_weights
 from octavo.components.logging import logger
@@ -94,6 +95,8 @@ def build_model(
     if job.model.fuse == "on" and fusion is None:
         raise ConfigError(f"model.fuse = on: the model {spec.name} cannot be fused; leave it out")
 
+    _chunk_loss(job, spec, model)
+
     def ready(part: nn.Module) -> nn.Module:
         spec.parallelize(part, replace(_plan(job, param_dtype, world), fusion=fusion))
         part.to_empty(device="cpu" if job.training.enable_cpu_offload else device)
@@ -107,6 +110,21 @@ def build_model(
     for number in numbers:
         logger.info("Pipeline stage %d has %s", number, ", ".join(pipeline.stages[number]))
     return Built(Parts(stages, numbers), work, stages)
+
+
+def _chunk_loss(job: JobConfig, spec: models.ModelSpec, model: nn.Module) -> None:
+    tokens = job.training.loss_chunk_tokens
+    if tokens is None:
+        return
+    if spec.chunk_loss is None:
+        raise ConfigError(
+            f"training.loss_chunk_tokens = {tokens}: the model {spec.name} computes whole logits; leave it "
+            "out"
+        )
+    compiled = job.compile.enable and "loss" in job.compile.components
+    softmax = torch.compile(loss_and_gradient) if compiled else loss_and_gradient
+    spec.chunk_loss(model, ChunkedLoss(tokens, softmax, quantization.casts_once))
+    logger.info("The loss is computed by chunks of %d tokens: logits never exist whole", tokens)
 
 
 def _work(

@@ -119,6 +119,11 @@ def weights_cast_once(model: nn.Module, job: JobConfig, world_size: int) -> Abst
     )
 
 
+def casts_once(head: nn.Module) -> AbstractContextManager[None]:
+    """The scope in which `head`, a linear layer, is called several times with one weight."""
+    return cast_weights_once(head, enabled=getattr(head, "weight_casts", None) is None)
+
+
 def tensor_parallel(mesh: DeviceMesh, *, loss_parallel: bool, asynchronous: bool = False) -> TensorParallel:
     """The styles for a model whose products are shared over `mesh`: float8 layers send float8."""
     return TensorParallel(mesh, loss_parallel, _columns, _rows, _gather, asynchronous)

@@ -137,7 +137,12 @@ class Trainer:
         )
         self.pipeline = None if plan is None else self._pipeline(plan, stages)
         compile_loss = job.compile.enable and "loss" in job.compile.components
-        self.loss_sum = torch.compile(loss_sum) if compile_loss else loss_sum
+        self.chunked = job.training.loss_chunk_tokens is not None
+        self.loss_sum: Callable[[Tensor, Tensor], Tensor] = loss_sum
+        if self.chunked:  # `_logits` hands on the tokens, since there never are all logits
+            self.loss_sum = lambda tokens, labels: self.model(tokens, labels_BS=labels)
+        elif compile_loss:
+            self.loss_sum = torch.compile(loss_sum)
         self.optimizer = build_optimizer(self.model, job.optimizer)
         self.schedule = schedule_of(job.optimizer, job.lr_scheduler, job.training.steps)
 
@@ -322,11 +327,15 @@ class Trainer:
                     if self.pipeline is not None:
                         total += self.pipeline.gradients(tokens_BS, labels_BS, share)
                     else:
-                        loss = share(self.model(tokens_BS), labels_BS)
+                        loss = share(self._logits(tokens_BS), labels_BS)
                         loss.backward()
                         total += loss.detach()
                 self.watchdog.progress()
         return total
+
+    def _logits(self, tokens_BS: Tensor) -> Tensor:
+        """What `loss_sum` takes."""
+        return tokens_BS if self.chunked else self.model(tokens_BS)
 
     def _next_batches(self, keep: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """The microbatches of one step, which are also put into `keep`."""
@@ -339,7 +348,7 @@ class Trainer:
         freq = self.job.validation.freq
         if self.validator is not None and (step % freq == 0 or step == last):
             with loss_context(parallel=self.world.loss_parallel):
-                forward = None if self.pipeline is None else self.pipeline.forward
+                forward = self._logits if self.pipeline is None else self.pipeline.forward
                 report = self.validator.run(self.model, self.loss_sum, forward)
             self.metrics.report_validation(step, report)
 

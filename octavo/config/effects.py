@@ -62,6 +62,11 @@ def fuses(job: JobConfig) -> bool:
     return job.model.fuse != "off" and job.parallelism.tensor_parallel_degree == 1
 
 
+def _tokens_of_a_pass(job: JobConfig, world_size: int) -> int:
+    training = job.training
+    return training.local_batch_size * training.seq_len // _layout(job, world_size).context
+
+
 def _streams_only(job: JobConfig) -> bool:
     return job.training.dataset in names.STREAMED_DATASETS
 
@@ -243,6 +248,15 @@ NEEDS: tuple[Need, ...] = (
         ),
         "the shipped corpus has no bad records",
         "leave it out",
+    ),
+    Need(
+        ("training.loss_chunk_tokens",),
+        lambda job, world_size: (
+            job.training.loss_chunk_tokens is None
+            or job.training.loss_chunk_tokens < _tokens_of_a_pass(job, world_size)
+        ),
+        "a device has no more tokens than that in one pass",
+        "lower it, or leave it out",
     ),
     Need(
         ("training.verify_data",),

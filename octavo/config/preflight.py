@@ -42,6 +42,7 @@ def check(job: JobConfig, *, world_size: int, gpus: int | None = None) -> None:
             *_model(job),
             *_float8(job),
             *_fuse(job),
+            *_chunked_loss(job),
             *_on_disk(data_checks.dataset, job, "training.dataset"),
             *_on_disk(data_checks.validation, job, "validation.dataset"),
             *_on_disk(_tokenizer, job, "model.hf_assets_path"),
@@ -158,6 +159,20 @@ def _fuse(job: JobConfig) -> Iterator[str]:
             f"{named(job, 'float8.share_scales')}: weights gathered in float8 have a scale each; leave out "
             "that, or float8.enable_fsdp_float8_all_gather"
         )
+
+
+def _chunked_loss(job: JobConfig) -> Iterator[str]:
+    if job.training.loss_chunk_tokens is None:
+        return
+    for key, instead in (
+        ("parallelism.tensor_parallel_degree", "its devices already hold a part of the vocabulary each"),
+        ("parallelism.pipeline_parallel_degree", "its last stage computes the loss from whole logits"),
+    ):
+        if get(job, key) > 1:
+            yield (
+                f"{named(job, 'training.loss_chunk_tokens')} does not go with {named(job, key)}: {instead}; "
+                "leave one of the two out"
+            )
 
 
 def _custom_import(job: JobConfig) -> Iterator[str]:

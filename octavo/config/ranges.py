@@ -53,6 +53,7 @@ RULES: tuple[Rule, ...] = (
             "training.steps",
             "training.local_batch_size",
             "training.gc_freq",
+            "training.loss_chunk_tokens",
             "metrics.log_freq",
             "profiling.profile_freq",
             "checkpoint.interval",

@@ -141,6 +141,10 @@ class Training:
     """
     seq_len: int = 2048
     """Tokens in a sequence."""
+    loss_chunk_tokens: int | None = None
+    """Compute output projection and loss for so many tokens at a time, so that the logits never exist whole;
+    None: for all at once.
+    """
     document_mask: bool = False
     """Attention stays within documents; without it, it sees across those that a sequence holds."""
     max_norm: float = 1.0

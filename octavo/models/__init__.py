@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from octavo.components.chunked_loss import ChunkedLoss
 from octavo.config import ConfigError
 
 
@@ -70,6 +71,8 @@ class ModelSpec:
     decoder: `(model, capacity in tokens) -> (tokens [B, S] -> logits [B, vocab] after the last)`, which keeps
     what it has seen from call to call; None: `octavo generate` computes every position anew.
     fuses: whether `parallelize` follows its plan's `fusion`.
+    chunk_loss: `(model, ChunkedLoss) -> None`, makes the model, called with `labels_BS` as well, return their
+    summed loss without ever having all logits (`components/chunked_loss.py`); None where it cannot.
     pipeline: for pipeline parallelism, or None. The module's parts may then be absent (None, or missing from
         a ModuleDict); it is called as `module(h, tokens_BS=tokens)`, h being the tokens in the first stage
         and what the stage before returned in others.
@@ -86,6 +89,7 @@ class ModelSpec:
     hugging_face: HuggingFace | None = None
     decoder: Callable[[nn.Module, int], Callable[[Tensor], Tensor]] | None = None
     fuses: bool = False
+    chunk_loss: Callable[[nn.Module, ChunkedLoss], None] | None = None
     pipeline: Pipelined | None = None
 
     def args(self, flavor: str) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from octavo import models
+from octavo.components.chunked_loss import ChunkedLoss
 from octavo.config import ConfigError
 from octavo.models.llama3.decode import Decoder
 from octavo.models.llama3.hf import from_hf, to_hf
@@ -91,6 +92,11 @@ def layer_products(args: LlamaArgs, seq_len: int) -> tuple[str, list[tuple[str, 
     ]
 
 
+def _chunk_loss(model: nn.Module, loss: ChunkedLoss) -> None:
+    assert isinstance(model, Llama)
+    model.chunk_loss(loss)
+
+
 SPEC = models.ModelSpec(
     name="llama3",
     flavors=FLAVORS,
@@ -103,6 +109,7 @@ SPEC = models.ModelSpec(
     hugging_face=models.HuggingFace("llama", to_hf, from_hf, to_config, from_config),
     decoder=Decoder,
     fuses=True,
+    chunk_loss=_chunk_loss,
     pipeline=models.Pipelined(units, width=lambda args: args.dim),
 )
 models.register(SPEC)

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo.components.chunked_loss import ChunkedLoss, give_loss
 from octavo.components.init import InitRule, Normal, Ones
 
 
@@ -188,7 +189,8 @@ class Llama(nn.Module):
     `layers` is a dictionary by number, so that a pipeline stage which drops layers keeps the names of the
     others; for the same reason the embedding and the head (norm and output) may be absent (None). A stage
     without an embedding takes the activations `h[B, P, D]` of the stage before it, and `tokens_BS`; one
-    without a head returns its own.
+    without a head returns its own. With `labels_BS`, after `chunk_loss`, the summed loss is returned
+    instead of logits.
     """
 
     rope: Tensor
@@ -200,10 +202,16 @@ class Llama(nn.Module):
         self.layers = nn.ModuleDict({str(i): TransformerBlock(args) for i in range(args.n_layers)})
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.output = None if args.tie_embeddings else nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.chunked_loss: ChunkedLoss | None = None
         self.register_buffer("rope", rope_table(args).to(torch.get_default_device()), persistent=False)
 
     def forward(
-        self, h: Tensor, positions_P: Tensor | None = None, *, tokens_BS: Tensor | None = None
+        self,
+        h: Tensor,
+        positions_P: Tensor | None = None,
+        *,
+        tokens_BS: Tensor | None = None,
+        labels_BS: Tensor | None = None,
     ) -> Tensor:
         if tokens_BS is None:
             tokens_BS = h
@@ -226,9 +234,20 @@ class Llama(nn.Module):
         if self.norm is None:
             return h_BSD
         h_BSD = self.norm(h_BSD)
+        if labels_BS is not None:
+            if self.output is not None:
+                return self.output(h_BSD, labels_BS)
+            assert self.chunked_loss is not None
+            return self.chunked_loss.of_weight(h_BSD, self.tok_embeddings.weight, labels_BS)
         if self.output is None:
             return F.linear(h_BSD, self.tok_embeddings.weight)
         return self.output(h_BSD)
+
+    def chunk_loss(self, loss: ChunkedLoss) -> None:
+        """Make the model, when called with `labels_BS`, return their summed loss by chunks."""
+        if self.output is not None:
+            give_loss(self.output, loss)
+        self.chunked_loss = loss
 
     def set_core_attention(self, core: nn.Module) -> None:
         """Let every layer attend through `core`."""
