@@ -1,0 +1,242 @@
+"""A report's figures against a second computation from the runs' own files, and in both pages."""
+
+import json
+import math
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from octavo.config import ConfigError
+from octavo.report.judge import figures_of
+from octavo.report.load import load_run
+from octavo.report.write import environment_of, model_of, write_report
+from tests.report.writing import falling, write_run
+
+STEPS, WINDOW = 60, 3  # a twentieth
+
+
+def told(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {run["name"]: run for run in figures["runs"]}
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    runs = tmp_path / "runs"
+    return {
+        "bf16": write_run(runs / "bf16", falling()),
+        "rowwise": write_run(
+            runs / "rowwise", falling(0.004, 0.002), recipe="rowwise", seconds=0.25, memory=0.75
+        ),
+        "bad": write_run(runs / "bad", lambda s: falling()(s) + 0.02 * s, recipe="tensorwise"),
+        "seed43": write_run(runs / "seed43", falling(0.05, 0.03, 1.0), seed=43, data_seed=42),
+        "seed44": write_run(runs / "seed44", falling(-0.04, 0.03, 2.0), seed=44, data_seed=42),
+    }
+
+
+def load_all(folders: dict[str, Path]) -> list[Any]:
+    kinds = {"seed43": "seed", "seed44": "seed"}
+    return [
+        load_run(folder, name=name, kind=kinds[name]) if name in kinds else load_run(folder, name=name)
+        for name, folder in folders.items()
+    ]
+
+
+def losses(folder: Path) -> np.ndarray:
+    return np.array(
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    )
+
+
+def column(folder: Path, name: str) -> np.ndarray:
+    return np.array([json.loads(line)[name] for line in (folder / "metrics.jsonl").read_text().splitlines()])
+
+
+def means(values: np.ndarray) -> np.ndarray:
+    """Trailing means, by cumulative sums."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[WINDOW:] - sums[:-WINDOW]) / WINDOW
+
+
+def test_every_figure_follows_from_the_metrics(folders: dict[str, Path]) -> None:
+    figures = figures_of(load_all(folders))
+    runs = told(figures)
+    base = losses(folders["bf16"])
+    seeds = np.stack([means(losses(folders[name])) for name in ("bf16", "seed43", "seed44")])
+    variances = seeds.var(axis=0, ddof=1)
+    half = max(WINDOW, len(variances) // 10)
+    spread = [variances[max(0, i - half) : i + half + 1].mean() for i in range(len(variances))]
+    band = 2 * np.sqrt(2 * np.array(spread))
+    steps = np.arange(WINDOW, STEPS + 1)
+    assert figures["window"] == WINDOW
+    assert [step for step, _ in figures["band"]] == steps.tolist()
+    np.testing.assert_allclose([width for _, width in figures["band"]], band, rtol=1e-9)
+
+    target = means(base)[44 - WINDOW + 1]  # of step 45, three quarters of the way
+    assert figures["target_loss"] == pytest.approx(target)
+    for name in ("rowwise", "bad"):
+        run, own = runs[name], losses(folders[name])
+        gaps = means(own - base)
+        np.testing.assert_allclose([gap for _, gap in run["gaps"]], gaps, atol=1e-12)
+        at = int(np.argmax(np.abs(gaps) / band))
+        assert run["widest"]["step"] == steps[at]
+        assert run["widest"]["share"] == pytest.approx(abs(gaps[at]) / band[at])
+        assert run["largest_gap"]["step"] == steps[np.argmax(np.abs(gaps))]
+        assert run["final_loss"] == pytest.approx(own[-WINDOW:].mean())
+        late = (own - base)[STEPS // 2 :]
+        late = late[len(late) - len(late) // 8 * 8 :]
+        assert run["mean_gap"]["mean"] == pytest.approx(late.mean())
+        assert run["median_tps"] == pytest.approx(np.median(column(folders[name], "tps")[1:]))
+        assert run["median_step_seconds"] == pytest.approx(np.median(column(folders[name], "seconds")[1:]))
+        assert run["peak_memory_gib"] == column(folders[name], "memory_gib").max()
+        below = np.flatnonzero(means(own) <= target)
+        if len(below):
+            step = steps[below[0]]
+            assert run["target"]["tokens"] == 2048 * step
+            assert run["target"]["seconds"] == pytest.approx(step * run["median_step_seconds"])
+        else:
+            assert run["target"] is None
+    assert runs["rowwise"]["verdict"] == "inside"
+    assert runs["bad"]["verdict"] == "outside"
+    ratio = runs["bf16"]["target"]["seconds"] / runs["rowwise"]["target"]["seconds"]
+    assert runs["rowwise"]["speedup_to_target"] == pytest.approx(ratio)
+    assert runs["rowwise"]["tps_ratio"] == pytest.approx(2, rel=0.01)
+    slope = -np.polyfit(steps[len(steps) // 2 :], means(base)[len(steps) // 2 :], 1)[0]
+    assert runs["rowwise"]["steps_behind"] == pytest.approx(runs["rowwise"]["mean_gap"]["mean"] / slope)
+
+
+def report(folders: dict[str, Path], out: Path) -> dict[str, Any]:
+    runs = load_all(folders)
+    figures = figures_of(runs)
+    figures |= {
+        "model": model_of(runs[0]),
+        "environment": environment_of(runs[0]),
+        "command": "octavo compare --steps 60",
+    }
+    write_report(out, figures)
+    return figures
+
+
+def test_both_pages_tell_the_figures(folders: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    figures = report(folders, out)
+    runs = told(figures)
+    page = unescape(re.sub("<[^>]*>", " ", (out / "report.html").read_text()))
+    for text in (page, (out / "report.md").read_text()):
+        for name in ("rowwise", "bad"):
+            run = runs[name]
+            assert f"{run['widest']['share']:.3f} at step {run['widest']['step']}" in text
+            assert f"{run['largest_gap']['gap']:+.4f} at step {run['largest_gap']['step']}" in text
+            assert f"{run['mean_gap']['mean']:+.5f}" in text
+            assert f"{run['median_tps']:,.0f}" in text
+            assert f"{run['peak_memory_gib']:.2f}" in text
+        assert "octavo compare --steps 60" in text
+    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(figures))
+
+
+def test_the_page_names_no_address(folders: dict[str, Path], tmp_path: Path) -> None:
+    report(folders, tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "://" not in page
+    assert not re.search(r"(src|href)\s*=\s*['\"](?!data:)", page)
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    for name in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", markdown):
+        assert (tmp_path / "out" / name).read_text().startswith("<svg xmlns=")
+
+
+def test_health_becomes_a_grid_of_layers_and_steps(folders: dict[str, Path], tmp_path: Path) -> None:
+    rows = [
+        {
+            "step": step,
+            "layer": layer,
+            "operand": operand,
+            "recipe": "rowwise",
+            "flushed": 0.01 * step,
+            "sqnr": 25.0,
+        }
+        for step in (10, 20)
+        for layer in ("layers.0.w1", "layers.1.w1")
+        for operand in ("input", "grad_output")
+        if (step, layer) != (20, "layers.0.w1")
+    ]
+    (folders["rowwise"] / "health.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = report(folders, tmp_path / "out")
+    grid = told(figures)["rowwise"]["health"]["grad_output"]
+    assert grid["layers"] == ["layers.0.w1", "layers.1.w1"]
+    assert grid["steps"] == [10, 20]
+    assert grid["flushed"] == [[0.1, None], [0.1, 0.2]]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "layers.1.w1, step 20: 20 %" in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"settings": {"lr": 2e-3}}, "optimizer.lr is 0.002, not 0.001"),
+        ({"steps": 50}, "other ends at step 50, bf16 at step 60"),
+        ({"seed": 7}, "other read its batches in another order than bf16"),
+        ({"seed": 7, "data_seed": 42}, "other started from other weights than bf16"),
+    ],
+)
+def test_runs_that_do_not_match_are_warned_about(
+    folders: dict[str, Path], tmp_path: Path, changes: dict[str, Any], warning: str
+) -> None:
+    folders["other"] = write_run(tmp_path / "other", falling(), recipe="rowwise", **changes)
+    figures = report(folders, tmp_path / "out")
+    assert any(warning in each for each in figures["warnings"]), figures["warnings"]
+    assert warning in unescape((tmp_path / "out" / "report.html").read_text())
+    assert warning in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_run_that_ends_for_its_numbers_is_outside(folders: dict[str, Path], tmp_path: Path) -> None:
+    folders["nan"] = write_run(
+        tmp_path / "nan", lambda s: falling()(s) if s < 40 else None, steps=40, recipe="rowwise"
+    )
+    figures = figures_of(load_all(folders))
+    assert told(figures)["nan"]["verdict"] == "outside"
+    assert any("nan: the loss was not finite in step 40" in each for each in figures["warnings"])
+
+
+def test_one_seed_judges_nothing_and_a_control_inside_is_told(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    alone = [load_run(folders[name], name=name) for name in ("bf16", "rowwise")]
+    figures = figures_of(alone)
+    assert told(figures)["rowwise"]["verdict"] == "not judged"
+    assert any("its noise is not known" in each for each in figures["warnings"])
+    control = load_run(folders["rowwise"], name="control", kind="control")
+    figures = figures_of([*load_all(folders), control])
+    assert figures["control_outside"] is False
+    assert any("cannot tell a bad recipe" in each for each in figures["warnings"])
+
+
+def test_a_target_that_is_given(folders: dict[str, Path]) -> None:
+    figures = figures_of(load_all(folders), target=5.0)
+    assert figures["target_loss"] == 5.0
+    step = told(figures)["bf16"]["target"]["step"]
+    smoothed = dict(map(tuple, told(figures)["bf16"]["smoothed"]))
+    assert smoothed[step] <= 5.0 < smoothed[step - 1]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "run.json").unlink(), "is no run's folder"),
+        (lambda f: (f / "run.json").write_text("[]"), "is not what a run of octavo writes"),
+        (lambda f: (f / "metrics.jsonl").unlink(), "tells no loss"),
+    ],
+)
+def test_folders_that_are_no_runs(folders: dict[str, Path], break_it: Any, message: str) -> None:
+    break_it(folders["bf16"])
+    with pytest.raises(ConfigError, match=message):
+        load_run(folders["bf16"])
+
+
+def test_a_torn_last_line_is_passed_over(folders: dict[str, Path]) -> None:
+    path = folders["bf16"] / "metrics.jsonl"
+    path.write_text(path.read_text()[:-20])
+    assert load_run(folders["bf16"]).reports[-1]["step"] == STEPS - 1
+    assert math.isfinite(load_run(folders["bf16"]).losses[STEPS - 1])
