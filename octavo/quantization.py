@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import (
 from octavo.components.logging import logger
 from octavo.config import ConfigError, JobConfig
 from octavo.config.effects import casts_weights_again, fuses
+from octavo.config.layer_recipes import LayerRecipe, layer_recipes, matching
 from octavo.config.schema import Float8
 from octavo.distributed.plan import Fusion, TensorParallel
 from octavo.float8 import (
@@ -168,7 +169,8 @@ def fusion(job: JobConfig, recipe: str | None, device: torch.device) -> Fusion |
         normed_input=lambda norm, linears: NormedInput(
             norm,
             linears,
-            shared_scales=share and all(isinstance(linear, Float8Linear) for linear in linears),
+            shared_scales=share
+            and all(isinstance(linear, Float8Linear) and linear.recipe.name == recipe for linear in linears),
         ),
         gated_linear=GatedLinear,
         shared_input=SharedInput,
@@ -191,11 +193,11 @@ def convert(
     model: nn.Module, recipe: str, settings: Float8, device: torch.device, *, filters_given_on_cli: bool
 ) -> None:
     """Swap the linear layers of `model`, in place, for float8 ones in `recipe`, but for those that
-    `filter_fqns` names.
+    `filter_fqns` names, and those for which `layer_recipes` has another.
 
-    A filter names every layer whose full name contains it. `ConfigError` if no layer is left to convert, or
-    if a filter from the command line matches none; one from a TOML file, which may serve several models, is
-    only logged.
+    A filter names every layer whose full name contains it. `ConfigError` if no layer is left to convert, if a
+    pattern of `layer_recipes` decides about no layer, or if a filter from the command line matches none; one
+    from a TOML file, which may serve several models, is only logged.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for part in settings.filter_fqns:
@@ -205,31 +207,75 @@ def convert(
                 raise ConfigError(f"{message}; it has, for example, {', '.join(linears[:3])}")
             logger.warning(message)
 
-    kept = [name for name in linears if any(part in name for part in settings.filter_fqns)]
+    chosen = _recipe_of_each(linears, recipe, settings)
+    kept = [name for name in linears if chosen[name] is None]
     if len(kept) == len(linears):
+        key = "layer_recipes" if settings.layer_recipes else "filter_fqns"
         raise ConfigError(
-            f"float8.filter_fqns = {list(settings.filter_fqns)} leaves none of the {len(linears)} linear "
+            f"float8.{key} = {list(getattr(settings, key))} leaves none of the {len(linears)} linear "
             "layers to convert; take a filter out, or take float8 out of model.converters"
         )
-    config = replace(
-        _options(recipe),
-        emulate=True if settings.emulate else None,
-        enable_fsdp_float8_all_gather=settings.enable_fsdp_float8_all_gather,
-    )
-    convert_to_float8_training(
-        model, config=config, module_filter_fn=lambda _, name: name in linears and name not in kept
-    )
+    for name in dict.fromkeys(filter(None, chosen.values())):
+        _convert_to(model, name, [linear for linear in linears if chosen[linear] == name], settings, device)
     swapped = sum(isinstance(module, Float8Linear) for module in model.modules())
-    logger.info(
-        "Float8 training active with recipe %s, %s",
-        recipe,
-        describe_path(config.to_recipe(), device, config.emulate),
-    )
     logger.info(
         "Swapped to Float8Linear layers: %d of %d linear layers%s",
         swapped,
         len(linears),
-        f"; in high precision: {', '.join(kept)}" if kept else "",
+        f"; in high precision: {_listed(kept)}" if kept else "",
+    )
+
+
+def _recipe_of_each(linears: Sequence[str], rest: str, settings: Float8) -> dict[str, str | None]:
+    """Linear layer -> the recipe it takes, None for high precision. `ConfigError` for a pattern that decides
+    about none.
+    """
+    patterns = layer_recipes(settings)
+    chosen: dict[str, str | None] = {}
+    decided: set[LayerRecipe] = set()
+    for name in linears:
+        if any(part in name for part in settings.filter_fqns):
+            chosen[name] = None
+            continue
+        found = matching(patterns, name)
+        chosen[name] = rest if found is None else found.recipe
+        decided |= {found} if found is not None else set()
+    for pattern in patterns:
+        if pattern in decided:
+            continue
+        if not any(matching([pattern], name) for name in linears):
+            why = f"matches none of the model's linear layers, like {', '.join(linears[:3])}"
+        else:
+            why = "decides about no layer: float8.filter_fqns, or a later pattern, does about all it matches"
+        raise ConfigError(f"float8.layer_recipes: {pattern.text!r} {why}")
+    return chosen
+
+
+def _convert_to(
+    model: nn.Module, recipe: str, layers: Sequence[str], settings: Float8, device: torch.device
+) -> None:
+    """Convert `layers` to `recipe`, and log it. Their weights are gathered in float8 if that is asked for and
+    the recipe can.
+    """
+    config = _options(recipe)
+    gathers = settings.enable_fsdp_float8_all_gather and config.to_recipe().gatherable
+    config = replace(
+        config, emulate=True if settings.emulate else None, enable_fsdp_float8_all_gather=gathers
+    )
+    wanted = set(layers)
+    convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name in wanted)
+    logger.info(
+        "Float8 training active with recipe %s%s, %s",
+        recipe,
+        f" in {len(layers)} layers" if settings.layer_recipes else "",
+        describe_path(config.to_recipe(), device, config.emulate),
     )
     if settings.enable_fsdp_float8_all_gather:
-        logger.info("FSDP gathers the weights in float8")
+        how = "float8" if gathers else f"high precision: {recipe} has no one float8 weight"
+        whose = f" of the {len(layers)} {recipe} layers" if settings.layer_recipes else ""
+        logger.info("FSDP gathers the weights%s in %s", whose, how)
+
+
+def _listed(layers: Sequence[str], most: int = 8) -> str:
+    rest = f", and {len(layers) - most} more" if len(layers) > most else ""
+    return ", ".join(layers[:most]) + rest

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from octavo.config import files, flags, toml
+from octavo.config import files, flags, layer_recipes, toml
 from octavo.config.errors import ConfigError
 from octavo.config.ranges import shown
 from octavo.config.schema import JobConfig
@@ -43,7 +43,26 @@ def load(argv: Sequence[str], *, prog: str = "octavo train") -> JobConfig:
     for flag in given_flags:
         job.given[f"{flag.section}.{flag.key}"] = "cli"
         job.where[f"{flag.section}.{flag.key}"] = flag.typed
+    if job.float8.layer_recipes_file is not None:
+        _take_up_layer_recipes(job, job.float8.layer_recipes_file)
     return job
+
+
+def _take_up_layer_recipes(job: JobConfig, path: str) -> None:
+    """Put the content of the file `path` where a user could have written it."""
+    where = job.where[layer_recipes.FILE_KEY]
+    try:
+        entry = layer_recipes.read(path)
+    except ConfigError as error:
+        raise ConfigError(f"{where}={shown(path)}: {error}") from None
+    if job.float8.layer_recipes not in ([], entry.value):
+        raise ConfigError(
+            f"{job.where[layer_recipes.KEY]}: {layer_recipes.KEY} is given, and in {path} another; take one "
+            "of the two out"
+        )
+    job.float8.layer_recipes = entry.value
+    job.given.setdefault(layer_recipes.KEY, "toml")
+    job.where.setdefault(layer_recipes.KEY, entry.where)
 
 
 def _read_file(named: flags.Flag) -> tuple[list[toml.Entry], list[str]]:

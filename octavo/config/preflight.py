@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from octavo.config import data_checks, names
+from octavo.config import data_checks, layer_recipes, names
 from octavo.config.effects import fuses, without_effect
 from octavo.config.errors import ConfigError, did_you_mean
 from octavo.config.layout import Layout, layout_of
@@ -137,9 +137,12 @@ def _model(job: JobConfig) -> Iterator[str]:
 
 
 def _float8(job: JobConfig) -> Iterator[str]:
+    patterns = f"{layer_recipes.KEY} ({job.where.get(layer_recipes.KEY, 'the default')})"
+    problems = [f"{patterns}: {message}" for message in layer_recipes.wrong(job.float8)]
+    yield from problems
     recipe = job.float8.recipe_name or names.GATHERABLE_RECIPES[0]
-    wanted = "float8" in job.model.converters and job.float8.enable_fsdp_float8_all_gather
-    if wanted and recipe not in names.GATHERABLE_RECIPES:
+    wanted = "float8" in job.model.converters and job.float8.enable_fsdp_float8_all_gather and not problems
+    if wanted and not set(layer_recipes.recipes_named(job.float8)) & set(names.GATHERABLE_RECIPES):
         yield (
             f"{named(job, 'float8.enable_fsdp_float8_all_gather')}: the recipe {recipe} casts a weight "
             "differently for the output and for grad_input, so there is no one float8 weight to gather; take "

@@ -301,6 +301,12 @@ class Float8:
     """Cast weights once per optimizer step, where accumulation or checkpointing would do it again; holds
     1 to 2 bytes a weight.
     """
+    layer_recipes: list[str] = field(default_factory=list)
+    """Comma-separated PATTERN=RECIPE for single layers, e.g. layers.*.attention.wk=high_precision; the last
+    that matches a layer counts, and filter_fqns before all.
+    """
+    layer_recipes_file: str | None = None
+    """TOML file with layer_recipes, as octavo tune writes it."""
 
 
 @dataclass

@@ -1,0 +1,89 @@
+"""A float8 recipe a layer: `float8.layer_recipes`, written by hand or, by `octavo tune`, as a file.
+
+    [float8]
+    layer_recipes = ["layers.*.attention.wk=high_precision", "layers.*.feed_forward.w?=tensorwise"]
+
+The left side is a pattern of whole module names (*, ? and [abc], as a shell's), the right one a recipe, or
+`high_precision`. Of several patterns that match a layer the last counts. Layers that none matches take
+`float8.recipe_name`; those that `float8.filter_fqns` names stay in high precision whatever the patterns say.
+
+A file of them is a TOML file with that one key. `float8.layer_recipes_file` names it, and its content becomes
+the value of `float8.layer_recipes` when the job is loaded, so that a run's record holds the recipes, not only
+where they once stood. Whether the patterns match is found out when there is a model.
+"""
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from octavo.config import names, toml
+from octavo.config.errors import ConfigError, did_you_mean
+from octavo.config.schema import Float8
+
+HIGH_PRECISION = "high_precision"
+KEY, FILE_KEY = "float8.layer_recipes", "float8.layer_recipes_file"
+
+
+@dataclass(frozen=True)
+class LayerRecipe:
+    """`recipe` (None: high precision) for layers whose names match `pattern`."""
+
+    pattern: str
+    recipe: str | None
+
+    @property
+    def text(self) -> str:
+        """As it is written in a configuration."""
+        return f"{self.pattern}={self.recipe or HIGH_PRECISION}"
+
+
+def parse(text: str) -> LayerRecipe:
+    """One element of the list; `ConfigError`, without its key, for what is none."""
+    pattern, equals, recipe = (part.strip() for part in text.partition("="))
+    known = (HIGH_PRECISION, *names.RECIPES)
+    if not pattern or not equals:
+        raise ConfigError(f"{text!r} must be PATTERN=RECIPE, like layers.*.attention.wk={HIGH_PRECISION}")
+    if recipe not in known:
+        hint = did_you_mean(recipe, known)
+        raise ConfigError(f"{text!r}: no recipe is called {recipe!r}; known: {', '.join(known)}{hint}")
+    return LayerRecipe(pattern, None if recipe == HIGH_PRECISION else recipe)
+
+
+def layer_recipes(settings: Float8) -> list[LayerRecipe]:
+    """All of them, in order; `ConfigError` for the first that is wrong."""
+    return [parse(text) for text in settings.layer_recipes]
+
+
+def wrong(settings: Float8) -> Iterator[str]:
+    """One message, without its key, for each element that cannot be read."""
+    for text in settings.layer_recipes:
+        try:
+            parse(text)
+        except ConfigError as error:
+            yield str(error)
+
+
+def recipes_named(settings: Float8) -> list[str]:
+    """The float8 recipes that layers may train in: those of the patterns, and the one for the rest."""
+    rest = settings.recipe_name or names.GATHERABLE_RECIPES[0]
+    return list(dict.fromkeys([rest, *(r.recipe for r in layer_recipes(settings) if r.recipe is not None)]))
+
+
+def read(path: str) -> toml.Entry:
+    """What a file of layer recipes sets; `ConfigError` if it sets anything else, or nothing."""
+    entries, problems = toml.read(path)
+    problems += [
+        f"{entry.where}: {entry.written} does not belong here: {FILE_KEY} names a file with {KEY} alone"
+        for entry in entries
+        if f"{entry.section}.{entry.key}" != KEY
+    ]
+    if not problems and not entries:
+        problems.append(f"{path}: has no {KEY}; octavo tune writes such a file")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return entries[0]
+
+
+def matching(recipes: Sequence[LayerRecipe], name: str) -> LayerRecipe | None:
+    """The last of `recipes` whose pattern is that of a module called `name`."""
+    return next((r for r in reversed(recipes) if fnmatch.fnmatchcase(name, r.pattern)), None)
