@@ -57,6 +57,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "octavo.train", "train a model in this process (./run_train.sh starts several)", _preflight_train
         ),
         "compare": Command("octavo.compare", "train in several recipes, and report which keep the loss"),
+        "tune": Command("octavo.tune", "find the fastest float8 recipe of each layer on this GPU"),
         "prepare": Command("octavo.prepare", "tokenise text into shards that training reads"),
         "export": Command("octavo.export", "write a trained model as a Hugging Face folder"),
         "import": Command(

@@ -22,6 +22,8 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
     "octavo.float8": ("octavo.float8",),
     "octavo.utils": ("octavo.float8",),  # an import path of the library's tutorial
     "octavo.quantization": ("octavo",),
+    "octavo.tune": ("octavo",),  # it times what quantization.py would choose
+    "octavo.tuning": ("octavo",),
     "octavo.roofline": ("octavo.roofline",),
     "octavo.config": ("octavo.config", "octavo.data.files", "octavo.data.spec", "octavo.data.shards"),
     "octavo": None,

@@ -47,6 +47,18 @@ class Pipelined:
 
 
 @dataclass(frozen=True)
+class Linears:
+    """What the linear layers of a family are to each other, by the last parts of their names.
+
+    same_input: groups of siblings that read one tensor, and so can share its casts. rows: those whose inputs
+    tensor parallelism shards; of the others it shards the outputs.
+    """
+
+    same_input: tuple[tuple[str, ...], ...] = ()
+    rows: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """One family of models.
 
@@ -76,6 +88,7 @@ class ModelSpec:
     pipeline: for pipeline parallelism, or None. The module's parts may then be absent (None, or missing from
         a ModuleDict); it is called as `module(h, tokens_BS=tokens)`, h being the tokens in the first stage
         and what the stage before returned in others.
+    linears: what `octavo tune` needs to know of its linear layers.
     """
 
     name: str
@@ -91,6 +104,7 @@ class ModelSpec:
     fuses: bool = False
     chunk_loss: Callable[[nn.Module, ChunkedLoss], None] | None = None
     pipeline: Pipelined | None = None
+    linears: Linears = Linears()
 
     def args(self, flavor: str) -> Any:
         """The arguments of `flavor`; `ConfigError` if there is no such flavor."""
@@ -132,4 +146,4 @@ def registered() -> Mapping[str, ModelSpec]:
 
 from octavo.models import llama3  # noqa: E402  registers itself; last, because it needs the names above
 
-__all__ = ["HuggingFace", "ModelSpec", "Pipelined", "get", "llama3", "register", "registered"]
+__all__ = ["HuggingFace", "Linears", "ModelSpec", "Pipelined", "get", "llama3", "register", "registered"]

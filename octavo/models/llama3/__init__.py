@@ -110,6 +110,7 @@ SPEC = models.ModelSpec(
     decoder=Decoder,
     fuses=True,
     chunk_loss=_chunk_loss,
+    linears=models.Linears(same_input=(("wq", "wk", "wv"), ("w1", "w3")), rows=("wo", "w2")),
     pipeline=models.Pipelined(units, width=lambda args: args.dim),
 )
 models.register(SPEC)
