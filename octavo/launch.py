@@ -14,14 +14,17 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from octavo import config
 from octavo.config import ConfigError, files, flags
 from octavo.config.ranges import shown
+from octavo.peers import Meeting
 from octavo.torchrun import Launch, run
 
 DEFAULT_CONFIG = "demo.toml"
 _LAST_PORT = 2**16 - 1
+_MEETS_WITHIN = 600
 
 VARIABLES = """\
 variables:
@@ -39,6 +42,7 @@ variables:
   RDZV_ID        a name that tells one job from another (default: octavo)
   NODE_RANK      this machine's number from 0, where ranks must follow the machines' order; RDZV_ENDPOINT's
                  host is number 0
+  RDZV_TIMEOUT   seconds that they wait for each other at the start (default: 600)
 
 SIGTERM, SIGUSR1 or Ctrl-C: all processes finish the step, save (with --checkpoint.enable) and exit with code
 75; the same command goes on. Ctrl-C again ends at once.
@@ -60,7 +64,8 @@ def plan(
     """
     processes = processes_wanted(environ, gpus)
     shown_ranks = _shown_ranks(environ, processes)
-    nodes, rendezvous = _rendezvous(environ)
+    meeting, rendezvous = _rendezvous(environ)
+    nodes = 1 if meeting is None else meeting.machines
     options = with_config_file(argv, environ)
     job = config.load(options)
     config.check(job, world_size=nodes * processes, gpus=gpus)
@@ -80,6 +85,7 @@ def plan(
         environment=_environment(environ, processes=processes, gpus=gpus, cores=cores, terminal=terminal),
         shown_ranks=shown_ranks,
         dump_folder=job.job.dump_folder,
+        meeting=meeting,
     )
 
 
@@ -121,11 +127,11 @@ def _shown_ranks(environ: Mapping[str, str], processes: int) -> frozenset[int]:
     return frozenset(map(int, ranks))
 
 
-def _rendezvous(environ: Mapping[str, str]) -> tuple[int, list[str]]:
-    """The number of machines, and how torchrun's agents find each other."""
+def _rendezvous(environ: Mapping[str, str]) -> tuple[Meeting | None, list[str]]:
+    """Where the launchers of several machines meet, and how torchrun's agents find each other."""
     nodes = _number(environ, "NNODES", default=1)
     if nodes == 1:
-        for name in ("RDZV_ENDPOINT", "RDZV_ID", "NODE_RANK"):
+        for name in ("RDZV_ENDPOINT", "RDZV_ID", "RDZV_TIMEOUT", "NODE_RANK"):
             if environ.get(name, "").strip():
                 raise ConfigError(
                     f"{name}={environ[name]} is for several machines, and NNODES is "
@@ -133,7 +139,7 @@ def _rendezvous(environ: Mapping[str, str]) -> tuple[int, list[str]]:
                     f"set NNODES to how many there are, or unset {name}"
                 )
         # Port 0: any free one. The name of this machine need not resolve, as a laptop's often does not.
-        return 1, [
+        return None, [
             "--nnodes=1",
             "--rdzv-backend=c10d",
             "--rdzv-endpoint=localhost:0",
@@ -141,25 +147,30 @@ def _rendezvous(environ: Mapping[str, str]) -> tuple[int, list[str]]:
         ]
 
     endpoint = environ.get("RDZV_ENDPOINT", "").strip()
-    match = re.fullmatch(r"\S+:([0-9]+)", endpoint)
+    match = re.fullmatch(r"(\S+):([0-9]+)", endpoint)
     if not match:
         raise ConfigError(
             f"RDZV_ENDPOINT={endpoint}: NNODES={nodes} needs host:port of one of the machines, "
             "the same on all, such as node0:29500"
         )
-    if not re.fullmatch(r"0*[1-9][0-9]{0,4}", match[1]) or int(match[1]) > _LAST_PORT:
+    if not re.fullmatch(r"0*[1-9][0-9]{0,4}", match[2]) or int(match[2]) > _LAST_PORT:
         raise ConfigError(f"RDZV_ENDPOINT={endpoint}: the port must be between 1 and {_LAST_PORT}")
+    timeout = _number(environ, "RDZV_TIMEOUT", default=_MEETS_WITHIN)
+    job = environ.get("RDZV_ID") or "octavo"
     found = [
         f"--nnodes={nodes}",
         f"--rdzv-endpoint={endpoint}",
-        f"--rdzv-id={environ.get('RDZV_ID') or 'octavo'}",
+        f"--rdzv-id={job}",
+        f"--rdzv-conf=timeout={timeout},join_timeout={timeout}",
     ]
+    meeting = Meeting(match[1].strip("[]"), int(match[2]), job, nodes, timeout)
     rank = environ.get("NODE_RANK", "").strip()
     if not rank:
-        return nodes, [*found, "--rdzv-backend=c10d"]
+        return meeting, [*found, "--rdzv-backend=c10d"]
     if not re.fullmatch(r"[0-9]{1,6}", rank) or int(rank) >= nodes:
         raise ConfigError(f"NODE_RANK={rank}: expected 0 to {nodes - 1}, for NNODES={nodes}")
-    return nodes, [*found, "--rdzv-backend=static", f"--node-rank={rank}"]
+    meeting = replace(meeting, number=int(rank))
+    return meeting, [*found, "--rdzv-backend=static", f"--node-rank={rank}"]
 
 
 def _config_file(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:

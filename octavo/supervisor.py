@@ -33,6 +33,7 @@ class Supervisor:
     deaths: the last words of processes that had gone, when first one had, without saying so.
     killed: the processes that were still there after the grace.
     ended_at_once: the signal of someone who did not wait for the save, if there was one.
+    for_others: whether the processes were to end because of another machine.
     """
 
     def __init__(self, folder: Path):
@@ -43,6 +44,7 @@ class Supervisor:
         self.deaths: list[Status] = []
         self.killed: list[Status] = []
         self.ended_at_once: int | None = None
+        self.for_others = False
 
     def __enter__(self) -> "Supervisor":
         for number in exits.STOPPING:
@@ -55,6 +57,15 @@ class Supervisor:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+
+    def look(self) -> tuple[list[int], list[str]]:
+        """The ranks of this machine, and what to tell other machines of those that died."""
+        ranks = [process.rank for process in status.read_all(self._folder)]
+        return ranks, [f"rank {one.rank} died {one.place}" for one in self.deaths if not self.for_others]
+
+    def end_for_others(self) -> None:
+        """Another machine is lost: the processes here are to end."""
+        self.for_others = True
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         if not _has_children():
@@ -81,7 +92,7 @@ class Supervisor:
             processes = status.read_all(self._folder)
             gone = [process for process in processes if not _exists(process.pid)]
             self.deaths = [process for process in gone if not process.ended]
-            if self.deaths or (gone and len(gone) < len(processes)):
+            if self.for_others or self.deaths or (gone and len(gone) < len(processes)):
                 self._end_the_others()
                 return
 

@@ -6,17 +6,27 @@ hidden. Signals and deaths are the `Supervisor`'s, who knows what a save needs. 
 the job starts.
 """
 
+import importlib
 import logging
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from octavo import exits
-from octavo.distributed.status import FOLDER_VARIABLE, Status, asked_to_stop, read_all, stacks_path
+from octavo.distributed.status import (
+    FOLDER_VARIABLE,
+    LAUNCHER_VARIABLE,
+    Status,
+    asked_to_stop,
+    read_all,
+    stacks_path,
+)
+from octavo.peers import Meeting, Peers
 from octavo.supervisor import Supervisor
 
 
@@ -33,6 +43,8 @@ class Launch:
     environment: Mapping[str, str]
     shown_ranks: frozenset[int]
     dump_folder: str
+    meeting: Meeting | None = None
+    """Where launchers meet, if there are several."""
 
 
 def run(launch: Launch) -> int:
@@ -43,35 +55,101 @@ def run(launch: Launch) -> int:
     logs = Path(tempfile.mkdtemp(prefix="octavo-logs-"))
     os.environ.update(launch.environment)
     os.environ[FOLDER_VARIABLE] = str(logs)
+    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     keep_logs = False
     try:
-        with Supervisor(logs) as supervisor:
-            failures = _torchrun([f"--log-dir={logs}", *launch.torchrun])
-        if supervisor.ended_at_once is not None:
-            return exits.of_signal(supervisor.ended_at_once)
-        if not failures:
-            return exits.DONE
-        # One that has gone with exit code 0 is no failure to torchrun; those that missed it are.
-        left = [one.rank for one in supervisor.deaths if one.rank not in failures]
-        rank = next(iter([*left, *failures]))
-        local_rank, exitcode = failures.get(rank, (None, 0))
-        code = _code(rank, exitcode, logs)
-        agreed = code in exits.AGREED or _stopped_by_signal(code, logs)
-        if local_rank is not None and local_rank not in launch.shown_ranks and not agreed:
-            print(_tail(logs, local_rank), end="", file=sys.stderr)
-        keep_logs = code not in exits.SAID and not agreed
-        if keep_logs:
-            _tell(rank, exitcode, supervisor.killed, logs, Path(launch.dump_folder).expanduser())
+        with ExitStack() as stack:
+            supervisor = stack.enter_context(Supervisor(logs))
+            peers = None
+            if launch.meeting is not None:
+                _import_torch_quietly()
+                peers = Peers(launch.meeting, supervisor.look, supervisor.end_for_others)
+                stack.enter_context(peers)
+            try:
+                failures = _torchrun([f"--log-dir={logs}", *launch.torchrun])
+            except _NotMet as error:
+                print(_unmet(launch.meeting, peers, str(error)), file=sys.stderr)
+                return exits.FAILED
+            if supervisor.ended_at_once is not None:
+                return exits.of_signal(supervisor.ended_at_once)
+            if not failures:
+                if peers is not None:
+                    peers.over(None, failed=False)
+                return exits.DONE
+            code, keep_logs = _failed(launch, logs, failures, supervisor, peers)
         return code
     finally:
         if not keep_logs:
             shutil.rmtree(logs, ignore_errors=True)
 
 
+def _import_torch_quietly() -> None:
+    """The store says in C++, with its stack, that a launcher has left; we say so in a sentence. The processes
+    that are started keep their warnings.
+    """
+    name = "TORCH_CPP_LOG_LEVEL"  # read once, at the import
+    chosen = os.environ.get(name)
+    os.environ[name] = chosen or "ERROR"
+    importlib.import_module("torch.distributed")
+    if chosen is None:
+        del os.environ[name]
+
+
+class _NotMet(Exception):
+    """torchrun's agents did not find each other, or lost the one that holds their store."""
+
+
+def _unmet(meeting: Meeting | None, peers: Peers | None, reason: str) -> str:
+    elsewhere = None if peers is None else peers.cause()
+    if elsewhere is not None:
+        return f"octavo: the job ends because of another machine: {elsewhere}"
+    if meeting is None:
+        return f"octavo: torchrun could not start: {reason}"
+    return (
+        f"octavo: the {meeting.machines} machines did not meet at {meeting.host}:{meeting.port} within "
+        f"{meeting.timeout:g} s (RDZV_TIMEOUT): {reason}"
+    )
+
+
+def _failed(
+    launch: Launch,
+    logs: Path,
+    failures: Mapping[int, tuple[int, int]],
+    supervisor: Supervisor,
+    peers: Peers | None,
+) -> tuple[int, bool]:
+    """Tell why; returns the exit code, and whether the processes' output is worth keeping."""
+    # One that has gone with exit code 0 is no failure to torchrun; those that missed it are.
+    left = [one.rank for one in supervisor.deaths if one.rank not in failures and not supervisor.for_others]
+    rank = next(iter([*left, *failures]))
+    local_rank, exitcode = failures.get(rank, (None, 0))
+    code = _code(rank, exitcode, logs)
+    agreed = code in exits.AGREED or _stopped_by_signal(code, logs)
+    told = code in exits.SAID or agreed
+    follows = supervisor.for_others or any(one.follows for one in read_all(logs) if one.rank == rank)
+    elsewhere = None
+    if peers is not None:
+        if follows and not told:
+            elsewhere = peers.cause()
+        reason = None if told or follows else f"rank {rank} ended with {_ended(rank, exitcode, logs)}"
+        peers.over(reason, failed=True)
+    if supervisor.for_others and not told:
+        code = exits.FAILED  # not that of our own kill
+    if local_rank is not None and local_rank not in launch.shown_ranks and not agreed:
+        print(_tail(logs, local_rank), end="", file=sys.stderr)
+    if not told:
+        if elsewhere is not None:
+            print(f"octavo: the job ends because of another machine: {elsewhere}", file=sys.stderr)
+        _tell(rank, exitcode, supervisor.killed, logs, Path(launch.dump_folder).expanduser())
+    return code, not told
+
+
 def _torchrun(arguments: list[str]) -> dict[int, tuple[int, int]]:
     """Run it; returns, for each process that failed, the first one first: rank -> local rank, exit code."""
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.run import main as torchrun
 
     # It reports each failed process as we do below, in words for torchrun's developers.
@@ -84,6 +162,8 @@ def _torchrun(arguments: list[str]) -> dict[int, tuple[int, int]]:
         return {rank: (error.failures[rank].local_rank, error.failures[rank].exitcode) for rank in ranks}
     except SignalException as error:  # SIGQUIT
         raise SystemExit(exits.of_signal(int(error.sigval))) from None
+    except (RendezvousError, DistError) as error:
+        raise _NotMet(str(error).strip().partition("\n")[0] or type(error).__name__) from None
     return {}
 
 
@@ -106,11 +186,9 @@ def _stopped_by_signal(code: int, logs: Path) -> bool:
 
 def _tell(rank: int, exitcode: int, killed: Sequence[Status], logs: Path, dump_folder: Path) -> None:
     """How the run came to its end, in one message; stacks are copied to where the run's files are."""
-    said = next((status for status in read_all(logs) if status.rank == rank), None)
-    where = f" {said.place}" if said else ""
     own = stacks_path(logs, rank)
     hung = own.exists() and own.read_text().startswith("Timeout (")
-    told = [f"octavo: rank {rank} ended with {_ending(exitcode)}{where}"]
+    told = [f"octavo: rank {rank} ended with {_ended(rank, exitcode, logs)}"]
     if hung:
         told.append(
             "no progress within comm.train_timeout_seconds (in the first step: comm.init_timeout_seconds)"
@@ -126,6 +204,12 @@ def _tell(rank: int, exitcode: int, killed: Sequence[Status], logs: Path, dump_f
         told.append(f"Python stacks: {folder}")
     told.append(f"output of all ranks: {logs}")
     print("; ".join(told), file=sys.stderr)
+
+
+def _ended(rank: int, exitcode: int, logs: Path) -> str:
+    """With what, and in which step."""
+    said = next((status for status in read_all(logs) if status.rank == rank), None)
+    return f"{_ending(exitcode)}{f' {said.place}' if said else ''}"
 
 
 def _ending(exitcode: int) -> str:

@@ -14,7 +14,7 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parent.parent
 
 LAUNCH_VARIABLES = (
-    *("NGPU", "LOG_RANK", "CONFIG_FILE", "NNODES", "NODE_RANK", "RDZV_ENDPOINT", "RDZV_ID"),
+    *("NGPU", "LOG_RANK", "CONFIG_FILE", "NNODES", "NODE_RANK", "RDZV_ENDPOINT", "RDZV_ID", "RDZV_TIMEOUT"),
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("OCTAVO_PYTHON", "OCTAVO_TORCH_INDEX", "HF_TOKEN"),
 )

@@ -13,19 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER_VARIABLE = "OCTAVO_STATUS"
+LAUNCHER_VARIABLE = "OCTAVO_LAUNCHER"
+"""The launcher's process id: who starts the training processes, and without whom they end."""
 _BYTES = 64
 
 
 @dataclass(frozen=True)
 class Status:
     """The last word of one process. step: the one it is in, 0 before the first. ended: it left by itself,
-    and knew it.
+    and knew it. follows: it did so because another process had failed.
     """
 
     pid: int
     rank: int
     step: int
     ended: bool
+    follows: bool = False
 
     @property
     def place(self) -> str:
@@ -43,9 +46,9 @@ class StatusFile:
         self._rank = rank
         self._file = os.open(folder / f"rank{rank}.status", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
 
-    def write(self, step: int, *, ended: bool = False) -> None:
+    def write(self, step: int, *, ended: bool = False, follows: bool = False) -> None:
         """Say which step this process is in; some microseconds."""
-        line = f"{os.getpid()} {self._rank} {step} {int(ended)}"
+        line = f"{os.getpid()} {self._rank} {step} {int(ended) + int(follows)}"
         os.pwrite(self._file, line.encode().ljust(_BYTES - 1) + b"\n", 0)
 
 
@@ -56,7 +59,7 @@ def read_all(folder: Path) -> list[Status]:
         words = path.read_text().split()
         if len(words) == 4:  # not one that is just being made
             pid, rank, step, ended = map(int, words)
-            found.append(Status(pid, rank, step, bool(ended)))
+            found.append(Status(pid, rank, step, ended > 0, ended > 1))
     return sorted(found, key=lambda status: status.rank)
 
 

@@ -6,23 +6,35 @@ sign of progress (a microbatch, an update); if it runs down, it writes all stack
 SIGUSR2, which the launcher sends to those who are left when one has died, the stacks are written and the
 process goes on. Winding up costs some 30 microseconds.
 
+A process ends with its launcher, too, which Linux sees to: nobody else would look after it, and it would keep
+its GPU.
+
 Where a step of one process alone takes its time nobody waits, so a job of one process has no timer.
 """
 
+import ctypes
 import faulthandler
 import os
 import re
 import signal
+import sys
 import traceback
 from pathlib import Path
 from typing import IO
 
 import torch.distributed as dist
 
-from octavo.distributed.status import FOLDER_VARIABLE, StatusFile, asked_to_stop, stacks_path
+from octavo.distributed.status import (
+    FOLDER_VARIABLE,
+    LAUNCHER_VARIABLE,
+    StatusFile,
+    asked_to_stop,
+    stacks_path,
+)
 
 _LATER = 10.0  # seconds: those who wait in a collective for this process come first, and say so
 _STANDARD_ERROR = 2
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _open_till_the_end: list[IO[str]] = []  # faulthandler keeps a file's number, and writes whatever has it
 
 
@@ -34,6 +46,7 @@ class Watchdog:
         self._stacks: IO[str] | None = None
         self._seconds: float | None = None
         self._timed = False
+        self._follows = False
         self.step = 0
         self.asked_to_stop: int | None = None
         """A signal that the launcher was sent before this process was there to be sent it."""
@@ -43,6 +56,7 @@ class Watchdog:
         rank = int(os.environ.get("RANK", "0"))
         self._timed = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if folder:
+            _end_with_the_launcher()
             self._stacks = stacks_path(Path(folder), rank).open("w")
             _open_till_the_end.append(self._stacks)
         faulthandler.enable(self._file, all_threads=True)
@@ -56,7 +70,7 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self.pause()
         if self._status is not None:
-            self._status.write(self.step, ended=True)
+            self._status.write(self.step, ended=True, follows=self._follows)
 
     @property
     def _file(self) -> IO[str] | int:
@@ -85,6 +99,7 @@ class Watchdog:
         """
         if not _lost_a_peer(error):
             return None
+        self._follows = True
         if self._stacks is not None:
             traceback.print_exception(error, file=self._stacks)
             self._stacks.flush()
@@ -97,6 +112,16 @@ class Watchdog:
             f"Step {self.step}: a collective {'timed out' if slow else 'broke off'}, since another process "
             f"{'hangs or has died' if slow else 'has ended'}: {text[:300]}"
         )
+
+
+def _end_with_the_launcher() -> None:
+    """From now on, if the launcher is killed this process is, too."""
+    launcher = os.environ.get(LAUNCHER_VARIABLE)
+    if launcher is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(launcher):  # it was killed before that
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _lost_a_peer(error: BaseException) -> bool:

@@ -1,0 +1,166 @@
+"""The Slurm job, with a Slurm that is two scripts: it trains, saves before its end, is requeued, goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import runs
+from tests.conftest import ROOT
+
+# srun as the job uses it: tasks on this machine, each with its number and its output; signals go on to
+# all of them, and the exit code is the highest.
+SRUN = f"""#!{sys.executable}
+import os, signal, subprocess, sys
+options = dict(word[2:].partition("=")[::2] for word in sys.argv[1:] if word.startswith("--"))
+command = sys.argv[1:]
+while command[0].startswith("--"):
+    command.pop(0)
+command = command if not os.environ.get("FAKE_COMMAND") else os.environ["FAKE_COMMAND"].split()
+tasks = []
+for number in range(int(options["ntasks"])):
+    output = open(options["output"].replace("%t", str(number)), "a")
+    environment = {{**os.environ, "SLURM_PROCID": str(number)}}
+    tasks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+for name in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(name, lambda number, frame: [task.send_signal(number) for task in tasks])
+codes = [task.wait() for task in tasks]
+sys.exit(max(128 - code if code < 0 else code for code in codes))
+"""
+SCONTROL = """#!/bin/bash
+case $1 in
+  show) printf 'localhost\\nlocalhost\\n' ;;
+  *) echo "$*" >>"$FAKE_SLURM/scontrol" ;;
+esac
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Starts the job, with options for training and variables."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    started = []
+
+    def start(*options: str, **environ: object) -> subprocess.Popen[str]:
+        job = str(10_000 + os.getpid() % 5_000 * 2 + len(started))
+        environment = {
+            **os.environ,
+            "PATH": f"{commands}:{os.environ['PATH']}",
+            "FAKE_SLURM": str(tmp_path),
+            "OCTAVO_ROOT": str(ROOT),
+            "OCTAVO_PYTHON": sys.executable,
+            "LOG_FOLDER": str(tmp_path / "logs"),
+            "SLURM_JOB_ID": job,
+            "SLURM_JOB_NODELIST": "localhost,localhost",
+            "SLURM_JOB_NUM_NODES": "2",
+            "NGPU": "1",
+            "GPUS": "0",
+            "MIN_FREE_GB": "0",
+            "DUMP_FOLDER": str(tmp_path / "out"),
+            "CONFIG_FILE": "debug_model.toml",
+            **{key: str(value) for key, value in environ.items()},
+        }
+        process = subprocess.Popen(
+            ["bash", str(ROOT / "scripts/slurm/train.sbatch"), *options],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def requeued(folder: Path) -> list[str]:
+    calls = folder / "scontrol"
+    return calls.read_text().splitlines() if calls.exists() else []
+
+
+def test_a_job_on_two_machines_saves_before_its_time_is_over_and_goes_on(slurm, tmp_path):
+    job = {
+        "job.dump_folder": tmp_path / "out",
+        "training.dataset": runs.small_corpus(),
+        **runs.TINY,
+        "checkpoint.enable": "true",
+        "checkpoint.interval": 1000,
+    }
+
+    def start(steps: int, **environ: object) -> subprocess.Popen[str]:
+        flags = {**job, "training.steps": steps}
+        return slurm(*(f"--{key}={value}" for key, value in flags.items()), **environ)
+
+    def logs() -> str:
+        return "".join(path.read_text() for path in sorted((tmp_path / "logs").iterdir()))
+
+    first = start(1000)
+    metrics, end = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 100
+    while not metrics.exists():
+        assert first.poll() is None, (first.communicate(), logs())
+        assert time.monotonic() < end, logs()
+        time.sleep(0.1)
+    first.send_signal(signal.SIGUSR1)
+    out, _ = first.communicate(timeout=60)
+    assert first.returncode == 75, (out, logs())
+    assert "octavo: SIGUSR1; the machines save and stop" in out
+    (call,) = requeued(tmp_path)
+    assert call.startswith("requeue 1")
+    for number in range(2):
+        log = (tmp_path / "logs" / f"node-{number}.log").read_text()
+        assert " is fit: 0 GPUs" in log
+        assert "SIGUSR1: training stops after this step" in log
+    assert "octavo: 2 processes reach each other by gloo" in logs()
+
+    done = len(metrics.read_text().splitlines())
+    again = start(done + 1, SLURM_RESTART_COUNT=1, CHECK_NETWORK=0)
+    out, _ = again.communicate(timeout=100)
+    assert again.returncode == 0, (out, logs())
+    assert f"resumed step {done}, " in logs()
+    assert len(metrics.read_text().splitlines()) == done + 1
+    assert len(requeued(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "starts", "code"),
+    [("false", 3, 1), ("test -d /nowhere -o", 1, 2), ("true", 1, 0)],
+)
+def test_what_may_pass_is_started_again_and_what_would_come_again_is_not(
+    slurm, tmp_path, command, starts, code
+):
+    job = slurm(FAKE_COMMAND=command, MAX_RESTARTS=2)
+    out, _ = job.communicate(timeout=30)
+    assert job.returncode == code, out
+    assert out.count("octavo: start ") == starts
+    assert requeued(tmp_path) == []
+
+
+def test_a_cancelled_job_is_not_requeued(slurm, tmp_path):
+    script = tmp_path / "saves.py"
+    script.write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(30)\n"
+    )
+    job = slurm(FAKE_COMMAND=f"{sys.executable} {script}")
+    logs = [tmp_path / "logs" / f"node-{number}.log" for number in range(2)]
+    while not all(log.exists() and "ready" in log.read_text() for log in logs):
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    out, _ = job.communicate(timeout=30)
+    assert job.returncode == 75, out
+    assert requeued(tmp_path) == []
