@@ -13,11 +13,12 @@ import shlex
 import sys
 from argparse import SUPPRESS, ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from octavo import exits, launch
-from octavo.comparing.execute import Executor, exit_code, is_over
+from octavo.comparing.execute import Executor, exit_code, is_over, measure_saved
 from octavo.comparing.plan import make_plan, parse_recipes, read_plan, remember
 from octavo.config import ConfigError
 from octavo.hf.arguments import Parser, whole
@@ -126,7 +127,15 @@ def _compare_folders(words: Sequence[str], options: Namespace, out: Path, argv: 
         load_run(Path(word).expanduser(), name=name) for word, name in zip(words, _names(words), strict=True)
     ]
     base = next((run for run in runs if run.recipe is None), runs[0])
+    runs = [_with_kind(run, base) for run in runs]
     return _report(out, runs, base, ["octavo", "compare", *argv], options.target_loss)
+
+
+def _with_kind(run: RunData, base: RunData) -> RunData:
+    """`run` as what it is beside `base`: of several runs without float8, one is the baseline."""
+    if run is base or run.recipe is not None:
+        return run
+    return replace(run, kind="recipe" if run.seed == base.seed else "seed")
 
 
 def _names(folders: Sequence[str]) -> list[str]:
@@ -167,6 +176,8 @@ def _train_and_compare(words: Sequence[str], options: Namespace, out: Path, argv
         print("octavo compare: stopped; the same command goes on", file=sys.stderr)
     if code != exits.DONE:
         return code
+    if not measure_saved(plan):
+        print("octavo compare: what is kept for backward could not be measured", file=sys.stderr)
     runs = _runs_of(out)
     base = next(run for run in runs if run.kind == "baseline")
     notes = [f"The runs ran {jobs} at a time, which each slowed the others."] if jobs > 1 else []

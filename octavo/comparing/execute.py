@@ -27,6 +27,7 @@ from octavo.comparing.plan import CHECKPOINTS, Plan, Run
 from octavo.comparing.progress import Progress
 from octavo.components.run_folder import LOCK
 from octavo.locks import try_lock
+from octavo.report.load import SAVED_FILE
 
 FINISHED_FILE = "finished.json"
 LOG_FILE = "log.txt"
@@ -108,7 +109,7 @@ class Executor:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=_environment(self._plan),
+            env=environment_of(self._plan),
             start_new_session=True,  # a terminal's Ctrl-C comes here, and is passed on once
             preexec_fn=_end_with(os.getpid()),
         )
@@ -169,7 +170,23 @@ def _write_over(folder: Path, code: int) -> None:
     os.replace(partial, folder / FINISHED_FILE)
 
 
-def _environment(plan: Plan) -> dict[str, str]:
+def measure_saved(plan: Plan) -> bool:
+    """Measure what the models of finished runs keep for backward, once; whether that could be done."""
+    wanted = [plan.folder(run) for run in plan.runs if run.kind in ("baseline", "recipe")]
+    if all((folder / SAVED_FILE).exists() for folder in wanted):
+        return True
+    ended = subprocess.run(
+        [sys.executable, "-P", "-m", "octavo.comparing.saved", str(plan.out)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env=environment_of(plan),
+        check=False,
+    )
+    return ended.returncode == 0
+
+
+def environment_of(plan: Plan) -> dict[str, str]:
+    """The variables of a run's process."""
     environment = dict(os.environ)
     if plan.threads is not None:
         environment["OMP_NUM_THREADS"] = str(plan.threads)

@@ -133,6 +133,7 @@ def _run(
         "target": None
         if reached is None
         else {"step": reached, "tokens": tokens[reached], "seconds": reached * seconds},
+        "saved_bytes": run.saved_bytes,
         "validation": _validation(run),
         "health": health_of(run.health),
     }

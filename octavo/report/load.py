@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from octavo.config import ConfigError
+from octavo.config import ConfigError, names
+
+SAVED_FILE = "saved.json"
+"""What `octavo.comparing.saved` writes into a run's folder."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class RunData:
     health: tuple[Mapping[str, Any], ...] = ()
     exit_code: int | None = None
     command: str = ""
+    saved_bytes: int | None = None
+    """That its model keeps for backward, where it was measured."""
     losses: Mapping[int, float] = field(init=False)
     """Step -> loss; NaN where it was not finite."""
 
@@ -79,7 +84,7 @@ def load_run(folder: Path, *, name: str | None = None, **known: Any) -> RunData:
     return RunData(
         **{
             "name": name or folder.name or str(folder),
-            "kind": "baseline" if recipe is None else "recipe",
+            "kind": _kind(recipe),
             "folder": folder,
             "recipe": recipe,
             "seed": seed,
@@ -87,9 +92,16 @@ def load_run(folder: Path, *, name: str | None = None, **known: Any) -> RunData:
             "reports": tuple(reports[step] for step in sorted(reports)),
             "validations": tuple(line for line in lines if "validation_loss" in line),
             "health": tuple(_lines(folder / "health.jsonl")),
+            "saved_bytes": next((line.get("bytes") for line in _lines(folder / SAVED_FILE)), None),
             **known,
         }
     )
+
+
+def _kind(recipe: str | None) -> str:
+    if recipe is None:
+        return "baseline"
+    return "control" if recipe in names.CONTROLS else "recipe"
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -87,7 +87,7 @@ def speeds_of(figures: Mapping[str, Any]) -> Table:
             continue
         target = run["target"]
         ratio, speedup = run["tps_ratio"], run["speedup_to_target"]
-        saved = run.get("saved_bytes")
+        saved = run["saved_bytes"]
         rows.append(
             (
                 run["name"],
