@@ -73,8 +73,11 @@ def build_model(
     """
     spec = models.get(job.model.name)
     logger.info("Building %s %s with %s", spec.name, job.model.flavor, args)
+    dtype = DTYPES[job.training.dtype]
     with torch.device("meta"):
         model = spec.build(args)
+        for parameter in model.parameters():
+            parameter.data = parameter.to(dtype)
     if recipe is not None:
         if job.compile.enable:
             quantization.keep_casts_under_compile()
@@ -153,8 +156,12 @@ def _work(
 def _plan(job: JobConfig, param_dtype: torch.dtype, world: World) -> Parallelize:
     sharding = replicas = None
     reduce_dtype = DTYPES[job.training.mixed_precision_reduce]
-    # Whole parameters in float32 need no wrapper; FSDP2 also casts to param_dtype, and offloads.
-    whole = world.layout.sharded == 1 and param_dtype is torch.float32 and not job.training.enable_cpu_offload
+    # Whole parameters of the dtype computed in need no wrapper; FSDP2 also casts, and offloads.
+    whole = (
+        world.layout.sharded == 1
+        and param_dtype is DTYPES[job.training.dtype]
+        and not job.training.enable_cpu_offload
+    )
     if whole and world.layout.replicate == world.size > 1:
         replicas = Replicas(world.sharding["dp_replicate"], reduce_dtype)
     elif not whole or world.layout.replicate > 1:

@@ -2,11 +2,15 @@
 as in its peers.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from octavo.components import small_states
+from octavo.components.device import DTYPES
 from octavo.config.schema import Optimizer
 from octavo.distributed.pipeline import over_stages
 
@@ -19,16 +23,24 @@ _IMPLEMENTATIONS: dict[str, dict[str, bool]] = {
 
 
 def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """Adam or AdamW over the parameters of `model` that need gradients."""
+    """The optimizer over the parameters of `model` that need gradients.
+
+    AdamW with bfloat16 moments, or over bfloat16 parameters, and AdamW8bit are our own (`small_states.py`).
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return _CLASSES[settings.name](
-        parameters,
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        **_IMPLEMENTATIONS[settings.implementation],
-    )
+    numbers: dict[str, Any] = {
+        "lr": settings.lr,
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.name == "AdamW8bit":
+        return small_states.AdamW8bit(parameters, **numbers)
+    narrow = any(p.dtype == torch.bfloat16 for p in parameters)
+    if settings.name == "AdamW" and (narrow or settings.state_dtype != "float32"):
+        return small_states.AdamW(parameters, state_dtype=DTYPES[settings.state_dtype], **numbers)
+    numbers |= _IMPLEMENTATIONS[settings.implementation]
+    return _CLASSES[settings.name](parameters, **numbers)
 
 
 def clip_gradients(model: nn.Module, max_norm: float, pipeline: DeviceMesh | None = None) -> Tensor:

@@ -259,6 +259,23 @@ NEEDS: tuple[Need, ...] = (
         "lower it, or leave it out",
     ),
     Need(
+        ("optimizer.implementation",),
+        lambda job, _: (
+            job.optimizer.name == "Adam"
+            or (
+                job.optimizer.name == "AdamW" and job.optimizer.state_dtype == job.training.dtype == "float32"
+            )
+        ),
+        "it chooses among PyTorch's own steps; octavo's runs moments or weights of fewer bits",
+        "leave it out",
+    ),
+    Need(
+        ("optimizer.state_dtype",),
+        lambda job, _: job.optimizer.name == "AdamW",
+        "only AdamW's moments have a choice of type",
+        "set --optimizer.name=AdamW",
+    ),
+    Need(
         ("training.verify_data",),
         lambda job, _: job.training.dataset not in names.DATASETS,
         "only folders made by octavo prepare have checksums",

@@ -43,6 +43,7 @@ def check(job: JobConfig, *, world_size: int, gpus: int | None = None) -> None:
             *_float8(job),
             *_fuse(job),
             *_chunked_loss(job),
+            *_optimizer(job, world_size),
             *_on_disk(data_checks.dataset, job, "training.dataset"),
             *_on_disk(data_checks.validation, job, "validation.dataset"),
             *_on_disk(_tokenizer, job, "model.hf_assets_path"),
@@ -176,6 +177,26 @@ def _chunked_loss(job: JobConfig) -> Iterator[str]:
                 f"{named(job, 'training.loss_chunk_tokens')} does not go with {named(job, key)}: {instead}; "
                 "leave one of the two out"
             )
+
+
+def _optimizer(job: JobConfig, world_size: int) -> Iterator[str]:
+    name, dtype = job.optimizer.name, job.training.dtype
+    if name == "Adam" and dtype == "bfloat16":
+        yield (
+            f"{named(job, 'optimizer.name')} rounds weights to nearest, so that "
+            f"{named(job, 'training.dtype')} would lose small updates; take AdamW, which rounds "
+            "them stochastically"
+        )
+    if name != "AdamW8bit":
+        return
+    copies = job.parallelism.data_parallel_replicate_degree * job.parallelism.pipeline_parallel_degree
+    if world_size != copies:
+        yield (
+            f"{named(job, 'optimizer.name')} needs whole parameters, since its blocks of 256 numbers would "
+            "straddle shards; train on one process or on copies "
+            "(parallelism.data_parallel_replicate_degree), or take AdamW with "
+            "optimizer.state_dtype = bfloat16"
+        )
 
 
 def _custom_import(job: JobConfig) -> Iterator[str]:
@@ -339,6 +360,7 @@ def _packages(job: JobConfig) -> Iterator[str]:
         ("metrics.enable_tensorboard", job.metrics.enable_tensorboard, "tensorboard", extra),
         ("metrics.enable_wandb", job.metrics.enable_wandb, "wandb", "wandb"),
         ("metrics.enable_trackio", job.metrics.enable_trackio, "trackio", "trackio"),
+        ("optimizer.name", job.optimizer.name == "AdamW8bit", "bitsandbytes", "'octavo[adam8bit]'"),
         ("training.dataset", job.training.dataset in names.STREAMED_DATASETS, "datasets", extra),
         ("validation.dataset", job.validation.dataset in names.STREAMED_DATASETS, "datasets", extra),
     ):

@@ -86,7 +86,7 @@ class Model:
 @dataclass
 class Optimizer:
     name: names.OptimizerName = "AdamW"
-    """Optimizer."""
+    """Optimizer; AdamW8bit keeps moments of one byte (bitsandbytes)."""
     lr: float = 8e-4
     """Peak learning rate."""
     beta1: float = 0.9
@@ -96,9 +96,11 @@ class Optimizer:
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
-    """Weight decay: decoupled in AdamW, added to the gradient in Adam."""
+    """Weight decay: decoupled in AdamW and AdamW8bit, added to the gradient in Adam."""
     implementation: names.OptimizerImplementation = "fused"
     """How PyTorch runs the step; all three compute the same update."""
+    state_dtype: names.StateDtype = "float32"
+    """Type of AdamW's moments; bfloat16, rounded stochastically, takes half the memory."""
 
 
 @dataclass
@@ -153,6 +155,10 @@ class Training:
     """Optimizer steps to run."""
     enable_cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory (needs a GPU)."""
+    dtype: names.WeightDtype = "float32"
+    """Type of the weights themselves and of their gradients; bfloat16 takes half the memory, and AdamW rounds
+    its updates stochastically.
+    """
     mixed_precision_param: names.ParamDtype = "auto"
     """Type of parameters and activations in forward and backward; auto: bfloat16, or float32 on a CPU
     without bf16 units.

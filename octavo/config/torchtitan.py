@@ -63,7 +63,6 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
         "enable_loss_parallel": _moved("parallelism.disable_loss_parallel, its opposite"),
         "enable_async_tensor_parallel": _moved("parallelism.enable_async_tensor_parallel"),
         "enable_compiled_autograd": "the backward pass is compiled together with the forward",
-        "dtype": "master weights are float32; the type computed in is training.mixed_precision_param",
         "gc_debug": "garbage collection has no debug mode",
         "dataloader": _moved("training.num_workers, threads that make batches ahead"),
         "debug_moe_force_load_balance": _NO_EXPERTS,

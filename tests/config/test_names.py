@@ -39,9 +39,11 @@ def test_streamed_corpora() -> None:
 
 
 def test_optimizers() -> None:
-    import torch
+    from octavo.components import optimizer, small_states
 
-    assert all(issubclass(getattr(torch.optim, name), torch.optim.Optimizer) for name in names.OPTIMIZERS)
+    ours = {name for name in names.OPTIMIZERS if hasattr(small_states, name)}
+    assert ours == {"AdamW", "AdamW8bit"}
+    assert ours | set(optimizer._CLASSES) == set(names.OPTIMIZERS)
 
 
 def test_decay_types() -> None:

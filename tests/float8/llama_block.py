@@ -17,11 +17,12 @@ class Attention(nn.Module):
         self.wo = nn.Linear(heads * self.head_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv)
-        )
+        return self.wo(self.attend(self.wq(x), self.wk(x), self.wv(x)))
+
+    def attend(self, *projected: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in projected)
         y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True, enable_gqa=True)
-        return self.wo(y.transpose(1, 2).flatten(2))
+        return y.transpose(1, 2).flatten(2)
 
 
 def rotate(x: Tensor) -> Tensor:

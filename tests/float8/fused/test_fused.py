@@ -1,0 +1,193 @@
+"""Fused modules compute what their modules do, keep no more for backward, and leave parameters alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from octavo.float8 import Float8LinearConfig, cast_weights_once, convert_to_float8_training
+from octavo.float8.fused import GatedLinear, NormedInput, SharedInput
+from octavo.float8.fused.shared_input import why_unjoinable
+from octavo.float8.health import Monitor
+from octavo.float8.recipe import RECIPES
+from tests.float8.graphs import compiles, saved_bytes
+from tests.float8.llama_block import LlamaBlock
+
+DIM, HIDDEN = 256, 384  # q is 256 rows and k 128: blocks of 128 do not straddle them
+
+
+class Fused(LlamaBlock):
+    """`LlamaBlock`, fused; `fuse` sets what it computes with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, qkv = self.enter(x)
+        q, k, v = (part.value for part in qkv)
+        (out,) = self.leave(self.attention.attend(q, k, v.contiguous()), note_maxima=True)
+        h, (gate, up) = self.gates(out, h, note_maxima=True)
+        return h + self.down(gate, up).value
+
+
+def fuse(block: LlamaBlock, *, shared_scales: bool = False) -> Fused:
+    block.__class__ = Fused
+    a, f = block.attention, block.feed_forward
+    block.enter = NormedInput(block.attention_norm, (a.wq, a.wk, a.wv), shared_scales=shared_scales)
+    block.leave = SharedInput([a.wo])
+    block.gates = NormedInput(block.ffn_norm, (f.w1, f.w3), shared_scales=shared_scales)
+    block.down = GatedLinear(f.w2)
+    return block
+
+
+def make(recipe: str | None, dtype: torch.dtype = torch.float32) -> LlamaBlock:
+    torch.manual_seed(0)
+    block = LlamaBlock(DIM, heads=8, kv_heads=4, hidden=HIDDEN)
+    with torch.no_grad():  # outliers, so that a scale shared by too many would show
+        for p in block.parameters():
+            p.mul_(torch.exp2(torch.randint(-3, 4, p.shape[:1]).float()).view(-1, *[1] * (p.dim() - 1)))
+    if recipe is not None:
+        config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=True)
+        convert_to_float8_training(block, config=config)
+    return block.to(dtype)
+
+
+def data(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, 24, DIM, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def gradients(run: nn.Module, block: nn.Module, x: Tensor) -> list[Tensor]:
+    block.zero_grad()
+    x = x.clone().requires_grad_()
+    y = run(x * 1.0)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype))
+    return [y.detach(), x.grad, *(p.grad for p in block.parameters())]
+
+
+def assert_near(got: Sequence[Tensor], want: Sequence[Tensor], limit: float) -> None:
+    for one, other in zip(got, want, strict=True):
+        assert one.dtype == other.dtype
+        assert float((one.double() - other.double()).norm() / other.double().norm()) <= limit
+
+
+@pytest.mark.parametrize("recipe", [None, *RECIPES])
+def test_a_block_computes_the_same(recipe: str | None) -> None:
+    plain = make(recipe)
+    fused = fuse(copy.deepcopy(plain))
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    want = gradients(plain, plain, data())
+    assert_near(gradients(fused, fused, data()), want, 1e-6)
+    with cast_weights_once(fused):
+        assert (fused.enter.shared.held is not None) == (recipe not in (None, "tensorwise"))
+        assert_near(gradients(fused, fused, data()), want, 1e-6)
+    assert fused.enter.shared.held is None
+    assert fused.attention.wq.weight_casts is None if recipe else True
+
+
+@pytest.mark.parametrize("recipe", [None, "rowwise", "blockwise"])
+def test_joined_linears_are_one_product(recipe: str | None) -> None:
+    fused = fuse(make(recipe))
+    assert fused.enter.shared.why_separate() is None
+    (q, k, v) = fused.enter(data())[1]
+    assert q.value.untyped_storage().data_ptr() == v.value.untyped_storage().data_ptr()
+    assert (q.value.shape, k.value.shape) == ((2, 24, 256), (2, 24, 128))
+
+
+def test_what_cannot_be_joined_is_called_one_by_one() -> None:
+    tensorwise = fuse(make("tensorwise"))
+    assert "one scale" in tensorwise.enter.shared.why_separate()
+    assert "straddle" in why_unjoinable(RECIPES["blockwise"].output.b, [96, 128])
+    hooked = fuse(make("rowwise"))
+    seen = []
+    hooked.attention.wk.register_forward_hook(lambda *args: seen.append(args))
+    assert "hooks" in hooked.enter.shared.why_separate()
+    hooked(data())
+    assert len(seen) == 1
+    mixed = make(None)
+    convert_to_float8_training(
+        mixed, config="rowwise", module_filter_fn=lambda module, fqn: not fqn.endswith("wk")
+    )
+    want = gradients(mixed, mixed, data())
+    fused = fuse(mixed)
+    assert "different recipes" in fused.enter.shared.why_separate()
+    assert_near(gradients(fused, fused, data()), want, 1e-6)
+    with pytest.raises(ValueError, match="one scale each"):
+        fuse(make("rowwise"), shared_scales=True)
+    with pytest.raises(ValueError, match="one in_features"):
+        SharedInput([nn.Linear(4, 4), nn.Linear(5, 4)])
+
+
+def test_one_scale_for_several_weights_costs_little() -> None:
+    """The bound: a block's results are at most 1 dB further from high precision than tensorwise's own."""
+    plain, fused = make("tensorwise"), fuse(make("tensorwise"), shared_scales=True)
+    assert fused.enter.shared.why_separate() is None
+    exact, want, got = (gradients(block, block, data()) for block in (make(None), plain, fused))
+    for truth, one, other in zip(exact, want, got, strict=True):
+        apart, shared = (20 * torch.log10(truth.norm() / (made - truth).norm()) for made in (one, other))
+        assert shared > apart - 1
+    assert not torch.equal(want[0], got[0])
+    with cast_weights_once(fused):
+        assert_near(gradients(fused, fused, data()), got, 0.0)
+
+
+@pytest.mark.parametrize("recipe", [None, "rowwise", "blockwise"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_more_is_kept_for_backward(recipe: str | None, dtype: torch.dtype) -> None:
+    plain = make(recipe, dtype)
+    x = data(dtype).requires_grad_()
+    want = saved_bytes(lambda x: plain(x * 1.0), x, plain)
+    fused = fuse(plain)
+    assert saved_bytes(lambda x: fused(x * 1.0), x, fused) <= want
+
+
+@compiles
+@pytest.mark.parametrize("recipe", [None, "rowwise"])
+def test_compiled_in_one_graph(recipe: str | None) -> None:
+    fused = fuse(make(recipe))
+    torch._dynamo.reset()
+    run = torch.compile(fused, fullgraph=True)
+    want = gradients(fused, fused, data())
+    assert_near(gradients(run, fused, data()), want, 1e-2 if recipe else 1e-5)
+
+
+def test_gradients_asked_for_separately_take_each_product_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As zero-bubble pipelines do: 3 products for 3 weights' inputs, then 3 for the weights."""
+    from octavo.float8.fused import product
+
+    calls = []
+    multiply = product.matmul
+    monkeypatch.setattr(product, "matmul", lambda *a, **k: calls.append(a[2]) or multiply(*a, **k))
+    block = make("rowwise")
+    shared = SharedInput([block.attention.wq, block.attention.wk, block.attention.wv])
+    x = (data() * 1.0).requires_grad_()
+    total = sum(made.value.sum() for made in shared(x * 1.0))
+    weights = [linear.weight for linear in shared.linears]
+    assert len(calls) == 1
+    torch.autograd.grad(total, [x], retain_graph=True)
+    assert len(calls) == 4
+    torch.autograd.grad(total, weights)
+    assert len(calls) == 7
+    assert calls[4:] == [RECIPES["rowwise"].grad_weight] * 3
+
+
+def test_health_sees_fused_linears() -> None:
+    fused = fuse(make("rowwise"))
+    monitor = Monitor(fused, every=1)
+    with monitor.step():
+        gradients(fused, fused, data())
+    layers = {row.layer for row in monitor.table.rows}
+    assert layers == {name for name, m in fused.named_modules() if isinstance(m, nn.Linear)}
+
+
+def test_bias_and_odd_shapes() -> None:
+    torch.manual_seed(0)
+    first, second = nn.Linear(16, 5), nn.Linear(16, 7)
+    shared = SharedInput([first, second])
+    for shape in ((16,), (0, 16), (2, 3, 16)):
+        x = torch.randn(shape)
+        for made, linear in zip(shared(x), (first, second), strict=True):
+            torch.testing.assert_close(made.value, linear(x))
+    with pytest.raises(ValueError, match="16 input features"):
+        shared(torch.randn(2, 17))
