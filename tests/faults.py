@@ -96,14 +96,15 @@ class _Times(torch.autograd.Function):
 
 def build_model(*args, **kwargs):
     """The trainer's build_model, with a hook on the module FAULT["module"]."""
-    model, flops = _build_model(*args, **kwargs)
-    if KIND in ("activation", "gradient"):
+    built = _build_model(*args, **kwargs)
+    names = {name for name, _ in built.model.named_modules()}
+    if FAULT.get("module") in names and KIND in ("activation", "gradient"):
         factors = (torch.nan, 1.0) if KIND == "activation" else (1.0, torch.nan)
-        module = model.get_submodule(FAULT["module"])
+        module = built.model.get_submodule(FAULT["module"])
         module.register_forward_hook(
             lambda _, inputs, output: _Times.apply(output, *factors) if _strikes() else None
         )
-    return model, flops
+    return built
 
 
 def gradients(self, *args):

@@ -11,6 +11,7 @@ torch asserts some of this, and hangs on the rest. So a file is played through h
 """
 
 import csv
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,12 +87,10 @@ def _miscounted(rows: Sequence[Sequence[Action]], stages: int, microbatches: int
     for row in rows:
         for action in row:
             kinds.setdefault((action.stage, action.microbatch), []).append(action.kind)
-    for stage, microbatch in sorted({*kinds, *((s, m) for s in range(stages) for m in range(microbatches))}):
-        if microbatch >= microbatches:
-            return (
-                f"has a microbatch {microbatch}, and local_batch_size / pipeline_parallel_microbatch_size = "
-                f"{microbatches}"
-            )
+    if (most := max(microbatch for _, microbatch in kinds)) >= microbatches:
+        terms = "local_batch_size / pipeline_parallel_microbatch_size"
+        return f"has a microbatch {most}, and {terms} = {microbatches}"
+    for stage, microbatch in itertools.product(range(stages), range(microbatches)):
         done = "".join(kinds.get((stage, microbatch), []))
         if done not in ("FB", "FIW"):
             return (
