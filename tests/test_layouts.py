@@ -1,170 +1,126 @@
 """Every layout computes what one process does: same weights, same batches, same losses and gradient norms."""
 
 import hashlib
-import json
 import os
 import warnings
-from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import pytest
 from torch.distributed.tensor import DTensor
 
 from octavo import config
+from octavo.checkpoint.checkpointer import Checkpointer
 from octavo.components.init import plain_name
 from octavo.components.signals import Signals
 from octavo.distributed import mesh
 from octavo.distributed.watchdog import Watchdog
 from octavo.train import Trainer
 from tests import ranks, runs
+from tests.layouts import ALL, BASE, DEGREES, PRECISIONS, SCHEDULE, Case, Precision, in_every_way, measure
 
-BASE = {
-    "training.global_batch_size": 8,
-    "training.local_batch_size": 2,
-    "training.steps": 3,
-    "metrics.log_grad_norm": True,
+TENSOR, CONTEXT, REPLICATE, PIPELINE = (DEGREES[a] for a in ("tensor", "context", "replicate", "pipeline"))
+
+# One case of each layout; `pytest -m slow` runs the others, `python -m tests.layout_table` all of them.
+CHOSEN = {
+    "DDP 2": "bfloat16",
+    "FSDP 2": "tensorwise",
+    "HSDP 2 x 2": "rowwise",
+    "TP 2": "float32",
+    "CP 2": "rowwise",
+    "CP 2, keys travel": "float32",
+    "PP 2": "tensorwise",
+    "FSDP 2, TP 2": "tensorwise",
+    "FSDP 2, PP 2": "bfloat16",
+    "FSDP 2, CP 2": "float32",
+    "HSDP 2 x 1, TP 2": "rowwise",
+    "TP 2, CP 2": "float32",
+    "TP 2, PP 2": "rowwise",
+    "CP 2, PP 2": "float32",
+    "FSDP 2, TP 2, PP 2": "tensorwise",
+    "FSDP 2, TP 2, CP 2": "float32",
+    "FSDP 2, PP 2, GPipe": "float32",
+    "FSDP 2, PP 2, LoopedBFS": "float32",
+    "FSDP 2, PP 2, Interleaved1F1B": "rowwise",
+    "FSDP 2, PP 2, InterleavedZeroBubble": "tensorwise",
+    "FSDP 2, PP 2, ZBVZeroBubble": "float32",
 }
-REPLICATE, TENSOR, CONTEXT = (
-    f"parallelism.{axis}_degree"
-    for axis in ("data_parallel_replicate", "tensor_parallel", "context_parallel")
-)
-BFLOAT16 = {"training.mixed_precision_param": "bfloat16"}
-TRAVEL = {"parallelism.context_parallel_rotate_method": "alltoall"}
-COMPILED = {"training.compile": True}
-# The most that a loss and a gradient norm may differ by, relatively.
-EXACT, ROUNDED = 1e-5, 1e-2
-GATHERED = {**runs.recipe("tensorwise"), "float8.enable_fsdp_float8_all_gather": True}
-
-
-@dataclass(frozen=True)
-class Row:
-    """`world` processes with `degrees`, under `flags`, compared with one process under `alone`."""
-
-    name: str
-    world: int
-    degrees: dict[str, int]
-    flags: dict[str, object] = field(default_factory=dict)
-    alone: dict[str, object] = field(default_factory=dict)
-    limit: float = EXACT
-
-
-ROWS = [
-    Row("DDP 2", 2, {REPLICATE: 2}, {"validation.steps": 1}),
-    Row("DDP 4, bfloat16", 4, {REPLICATE: 4}, *[runs.recipe("tensorwise") | BFLOAT16] * 2, ROUNDED),
-    Row("TP 2", 2, {TENSOR: 2}),
-    Row("TP 2, whole logits", 2, {TENSOR: 2}, {"parallelism.disable_loss_parallel": True}),
-    Row("TP 2, float8 whole", 2, {TENSOR: 2}, *[{"model.converters": "float8"}] * 2, ROUNDED),
-    Row("CP 2, documents", 2, {CONTEXT: 2}, *[{"training.document_mask": True}] * 2),
-    Row("CP 2, keys travel", 2, {CONTEXT: 2}, TRAVEL),
-    Row("HSDP 2 x 1, TP 2", 4, {REPLICATE: 2, TENSOR: 2}, *[runs.recipe("rowwise")] * 2, ROUNDED),
-    Row("FSDP 2, TP 2", 4, {TENSOR: 2}, GATHERED, runs.recipe("tensorwise"), ROUNDED),
-    Row("FSDP 2, CP 2", 4, {CONTEXT: 2}, *[runs.recipe("rowwise")] * 2, ROUNDED),
-    Row("TP 2, CP 2, validated", 4, {TENSOR: 2, CONTEXT: 2}),
-]
-THREE_WAYS = [
-    Row("DDP 2, compiled", 2, {REPLICATE: 2}, *[runs.recipe("rowwise") | COMPILED] * 2, ROUNDED),
-    Row(
-        "DDP 3",
-        3,
-        {REPLICATE: 3},
-        {"training.global_batch_size": 12, "validation.steps": 1},
-        {"training.global_batch_size": 12, "validation.steps": 3},
-    ),
-    Row(
-        "HSDP 2 x 2",
-        4,
-        {REPLICATE: 2},
-        {
-            "parallelism.fsdp_reshard_after_forward": "never",
-            "training.local_batch_size": 1,
-            "validation.steps": 1,
-        },
-    ),
-    Row("FSDP 2, TP 2, CP 2", 8, {TENSOR: 2, CONTEXT: 2}),
-    Row(
-        "FSDP 2, TP 2, CP 2, gathered",
-        8,
-        {TENSOR: 2, CONTEXT: 2},
-        GATHERED,
-        runs.recipe("tensorwise"),
-        ROUNDED,
-    ),
-    Row("TP 2, compiled", 2, {TENSOR: 2}, *[runs.recipe("rowwise") | COMPILED] * 2, ROUNDED),
-    Row("CP 2, compiled", 2, {CONTEXT: 2}, *[runs.recipe("rowwise") | COMPILED] * 2, ROUNDED),
-    Row("CP 4, keys travel", 4, {CONTEXT: 4}, TRAVEL),
-    Row(
-        "CP 2, keys travel, compiled",
+QUICK = [case for case in ALL if not case.compiled and CHOSEN.get(case.layout) == case.precision.name]
+DOCUMENTS = {"training.document_mask": True}
+VARIANTS = [
+    Case("TP 2, whole logits", 2, {"tensor": 2}, flags={"parallelism.disable_loss_parallel": True}),
+    Case("DDP 2, one reduction a step", 2, {"replicate": 2}),
+    Case("TP 2, float8 whole", 2, {"tensor": 2}, Precision("all", {"model.converters": "float8"}, 1e-2)),
+    Case("CP 2, documents", 2, {"context": 2}, both=DOCUMENTS),
+    Case(
+        "PP 2, documents, recomputed",
         2,
-        {CONTEXT: 2},
-        runs.recipe("rowwise") | COMPILED | TRAVEL,
-        runs.recipe("rowwise") | COMPILED,
-        ROUNDED,
+        {"pipeline": 2},
+        flags={SCHEDULE: "ZBVZeroBubble", "activation_checkpoint.mode": "full"},
+        both=DOCUMENTS,
     ),
-    Row(
-        "FSDP 2, TP 2, bfloat16",
+    Case(
+        "FSDP 2, PP 2, resharded",
         4,
-        {TENSOR: 2},
-        *[BFLOAT16] * 2,
-        ROUNDED,
+        {"pipeline": 2},
+        PRECISIONS["tensorwise"],
+        flags={SCHEDULE: "Interleaved1F1B", "parallelism.fsdp_reshard_after_forward": "always"},
     ),
 ]
-VALIDATED = {
-    "validation.enable": True,
-    "validation.fraction": 0.05,
-    "validation.freq": 3,
-    "validation.steps": 2,
-}
+_alone: dict[str, runs.Run] = {}
 
 
-@cache
-def alone(flags: str, folder: Path) -> runs.Run:
-    return runs.train(folder / f"alone{abs(hash(flags))}", {**BASE, **VALIDATED, **json.loads(flags)})
+@pytest.fixture
+def alone(tmp_path_factory):
+    """Runs of one process, each made once."""
+
+    def run(case: Case) -> runs.Run:
+        key = str(case.alone)
+        if key not in _alone:
+            _alone[key] = runs.train(tmp_path_factory.mktemp("alone"), case.alone)
+        return _alone[key]
+
+    return run
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("layouts")
+def check(case: Case, alone, folder: Path) -> None:
+    found = measure(case, alone, folder)
+    assert found.loss <= case.precision.limit
+    assert found.grad_norm <= case.precision.limit
+    assert found.validation <= case.precision.limit
 
 
-def check(row: Row, folder: Path) -> None:
-    want = alone(json.dumps(row.alone), folder)
-    got = runs.train(
-        folder / row.name.replace(" ", "_"),
-        {**BASE, **VALIDATED, **row.flags, **row.degrees},
-        world=row.world,
-    )
-    assert got.exit_codes == [0] * row.world
-    assert got.losses == pytest.approx(want.losses, rel=row.limit)
-    norms = [line["grad_norm"] for line in got.metrics]
-    assert norms == pytest.approx([line["grad_norm"] for line in want.metrics], rel=row.limit)
-    assert got.validation_losses == pytest.approx(want.validation_losses, rel=row.limit)
-    assert len(got.losses) == 3
-    assert got.validation_losses
-
-
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_layout_equals_one_process(row, folder):
-    check(row, folder)
+@pytest.mark.parametrize("case", [*QUICK, *VARIANTS], ids=lambda case: case.name)
+def test_layout_equals_one_process(case, alone, tmp_path):
+    check(case, alone, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", THREE_WAYS, ids=lambda row: row.name)
-def test_more_layouts_equal_one_process(row, folder):
-    check(row, folder)
+@pytest.mark.parametrize("case", [case for case in ALL if case not in QUICK], ids=lambda case: case.name)
+def test_layout_equals_one_process_in_every_way(case, alone, tmp_path):
+    check(case, alone, tmp_path)
+
+
+def test_every_layout_is_run():
+    left_out = {case.layout for case in ALL} - {case.layout for case in QUICK}
+    assert left_out == {"HSDP 2 x 2, TP 2", "CP 4, keys travel"}  # more processes for what fewer do, too
+    assert len(ALL) == len({case.name for case in ALL}) == 21 * 8 + 2 * 4
+    assert len(in_every_way(ALL[0])) == 8
 
 
 def _whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def loaded(argv, port, rank, world):
-    """Hashes of all parameters and optimizer states that this rank has after loading the checkpoint."""
+def loaded(argv, port, rank, world, again=None):
+    """Hashes of all parameters and optimizer states that this rank has after loading the checkpoint, which it
+    then saves into the folder `again`.
+    """
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
     warnings.simplefilter("ignore")
+    job = config.load(argv)
     with Signals() as signals, Watchdog() as watchdog:
-        trainer = Trainer(config.load(argv), signals, watchdog)
+        trainer = Trainer(job, signals, watchdog)
         step = trainer._resume()
     found = {"step": step}
     for name, parameter in trainer.model.named_parameters():
@@ -173,30 +129,69 @@ def loaded(argv, port, rank, world):
             found[f"{plain_name(name)} {kind}"] = hashlib.sha256(
                 _whole(tensor).contiguous().numpy().tobytes()
             ).hexdigest()
+    if again is not None:
+        Checkpointer(job.checkpoint, again, trainer.model, trainer.optimizer).save(step, 0, trainer._state())
     mesh.finish()
     return found
 
 
+def everywhere(world, flags, again=None):
+    """What `world` processes have after loading; each knows all that it has as the others do."""
+    port = ranks.free_port()
+    argv = [f"--{key}={value}" for key, value in flags.items()]
+    told = ranks.fork([(loaded, (argv, port, rank, world, again)) for rank in range(world)])
+    found = {}
+    for one in told:
+        assert all(found.get(key, value) == value for key, value in one.items())
+        found |= one
+    return found
+
+
+SAVED = {"checkpoint.enable": True, "training.steps": 2}
+ZBV = {PIPELINE: 2, SCHEDULE: "ZBVZeroBubble", "training.local_batch_size": 4}
+SINGLE = {PIPELINE: 2, "training.local_batch_size": 4}
+
+
+def flags_for(folder: Path) -> dict[str, object]:
+    corpus = runs.small_corpus()
+    return {**runs.TINY, **BASE, **SAVED, "job.dump_folder": folder, "training.dataset": corpus}
+
+
 def test_a_checkpoint_loads_into_every_layout_bit_for_bit(tmp_path):
-    checkpoint = {"checkpoint.enable": True, "training.steps": 2}
-    runs.train(tmp_path, {**BASE, **checkpoint, TENSOR: 2}, world=4)
-    flags = {
-        **runs.TINY,
-        **BASE,
-        **checkpoint,
-        "job.dump_folder": tmp_path,
-        "training.dataset": runs.small_corpus(),
-    }
-    found = []
-    for world, degrees in ((1, {}), (3, {}), (4, {TENSOR: 2, CONTEXT: 2}), (4, {REPLICATE: 2, TENSOR: 2})):
-        argv = [f"--{key}={value}" for key, value in {**flags, **degrees}.items()]
-        if world == 3:
-            argv.append("--training.global_batch_size=6")
-        port = ranks.free_port()
-        found += ranks.fork([(loaded, (argv, port, rank, world)) for rank in range(world)])
+    runs.train(tmp_path, {**BASE, **SAVED, TENSOR: 2}, world=4)
+    layouts = [
+        (1, {}),
+        (3, {"training.global_batch_size": 6}),
+        (4, {TENSOR: 2, CONTEXT: 2}),
+        (4, {REPLICATE: 2, TENSOR: 2}),
+        (2, ZBV),
+    ]
+    found = [everywhere(world, flags_for(tmp_path) | degrees) for world, degrees in layouts]
     assert len(found[0]) > 100
     assert found[0]["step"] == 2
     assert all(other == found[0] for other in found)
+
+
+def test_a_checkpoint_goes_from_layout_to_layout_bit_for_bit(tmp_path):
+    """FSDP 4 saves; TP 2 x PP 2 loads and saves; one process loads that."""
+    trained = flags_for(tmp_path / "a")
+    runs.train(tmp_path / "a", {**BASE, **SAVED}, world=4)
+    first = everywhere(4, trained)
+    second = everywhere(4, trained | SINGLE | {TENSOR: 2}, tmp_path / "b" / "checkpoint")
+    (tmp_path / "b").mkdir(exist_ok=True)
+    third = everywhere(1, flags_for(tmp_path / "b"))
+    assert len(first) > 100
+    assert first == second == third
+
+
+def test_a_checkpoint_of_a_pipeline_loads_without_one(tmp_path):
+    runs.train(tmp_path, {**BASE, **SAVED, **ZBV}, world=2)
+    found = [
+        everywhere(world, flags_for(tmp_path) | degrees)
+        for world, degrees in ((2, ZBV), (2, {}), (4, SINGLE | {SCHEDULE: "Interleaved1F1B"}))
+    ]
+    assert len(found[0]) > 100
+    assert found[0] == found[1] == found[2]
 
 
 def test_sizes_that_do_not_divide_are_one_error(tmp_path):
