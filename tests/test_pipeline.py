@@ -48,7 +48,7 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit_and_exports_its_model(tmp_pat
     # one process goes on from it, and exports the same model
     monkeypatch.undo()
     alone = {"checkpoint.initial_load_path": tmp_path / "whole" / last, "optimizer.lr": 1e-30}
-    more = {"training.steps": 1, "optimizer.weight_decay": 0, "optimizer.eps": 1e3}
+    more = {"training.steps": 2, "optimizer.weight_decay": 0, "optimizer.eps": 1e3}
     again = runs.train(tmp_path / "alone", {**SAVES, **alone, **more, "checkpoint.last_save_in_hf": True})
     assert again.exit_codes == [0]
     exported = [next((tmp_path / run / "checkpoint").glob("*-hf")) for run in ("whole", "alone")]
@@ -65,7 +65,7 @@ def test_a_pipeline_starts_from_a_seed_checkpoint_and_from_an_export(tmp_path):
     start = {
         "checkpoint.initial_load_path": tmp_path / "run" / "checkpoint" / "step-4-hf",
         "checkpoint.initial_load_in_hf": True,
-        "training.steps": 1,
+        "training.steps": 2,
     }
     one, two = (
         runs.train(tmp_path / name, {**start, **degrees}, world=world)

@@ -26,6 +26,15 @@ def lay_logits(model: nn.Module, plan: TensorParallel, layout: Placement) -> Non
     model.register_forward_hook(lay)
 
 
+def settle(module: nn.Module) -> None:
+    """Make what `module` puts out wait for its communication, by a copy.
+
+    A style's output is a tensor that is still on its way. Code compiled with PyTorch 2.13 takes such a tensor
+    for an ordinary one, and its backward then hands a wrong gradient, or none, back to the style.
+    """
+    module.register_forward_hook(lambda module, args, output: output.clone())
+
+
 def loss_context(*, parallel: bool) -> AbstractContextManager[None]:
     """The scope of forward, loss and backward in which sharded logits may be given to cross entropy."""
     return loss_parallel() if parallel else nullcontext()

@@ -16,7 +16,7 @@ from octavo.distributed.context_parallel import share_sequences
 from octavo.distributed.fsdp import shard
 from octavo.distributed.plan import Parallelize, TensorParallel
 from octavo.distributed.replicas import replicate_model
-from octavo.distributed.tensor_parallel import lay_logits, overlap_products
+from octavo.distributed.tensor_parallel import lay_logits, overlap_products, settle
 from octavo.models.llama3.fuse import fuse
 from octavo.models.llama3.model import Llama, LlamaArgs, TransformerBlock
 
@@ -89,6 +89,8 @@ def share_products(model: Llama, plan: TensorParallel) -> None:
             model.output, input_layouts=_TOKENS, output_layouts=_LAST, use_local_output=False
         )
     parallelize_module(model, plan.mesh, styles)
+    if model.tok_embeddings is not None:
+        settle(model.tok_embeddings)
     lay_logits(model, plan, _LAST)
     for layer in model.layers.values():
         parallelize_module(layer, plan.mesh, _layer_styles(layer, plan))

@@ -1,0 +1,42 @@
+"""Compiled layers under tensor parallelism have the gradients that eager ones have."""
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+from octavo import quantization
+from octavo.components.init import init_weights
+from octavo.distributed.tensor_parallel import loss_context
+from octavo.models.llama3.model import Llama
+from octavo.models.llama3.parallelize import share_products
+from octavo.train import loss_sum
+from tests import ranks
+from tests.models.small_llama import small
+
+
+def gradients(*, compiled: bool) -> dict[str, object]:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    with torch.device("meta"):
+        model = Llama(small(vocab_size=128))
+    share_products(model, quantization.tensor_parallel(mesh, loss_parallel=True))
+    for layer in model.layers.values() if compiled else ():
+        layer.compile(fullgraph=True, backend="aot_eager")
+    model.to_empty(device="cpu")
+    init_weights(model, seed=1)
+    tokens, labels = torch.randint(128, (2, 2, 16), generator=torch.Generator().manual_seed(2)).unbind(0)
+    with loss_context(parallel=True):
+        loss_sum(model(tokens), labels).backward()
+    return {name: parameter.grad.full_tensor().numpy() for name, parameter in model.named_parameters()}
+
+
+def both() -> tuple[dict[str, object], dict[str, object]]:
+    return gradients(compiled=False), gradients(compiled=True)
+
+
+def test_compiled_layers_hand_the_embedding_its_gradient():
+    for eager, compiled in ranks.run(2, both):
+        assert "tok_embeddings.weight" in eager
+        assert eager.keys() == compiled.keys()
+        for name, gradient in eager.items():
+            torch.testing.assert_close(
+                *map(torch.from_numpy, (compiled[name], gradient)), rtol=1e-5, atol=1e-5
+            )
