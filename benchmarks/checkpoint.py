@@ -108,7 +108,10 @@ def main() -> None:
         "--folder", type=Path, default=None, help="on the disk to measure (default: a temporary one)"
     )
     parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--smoke", action="store_true", help="seconds: does it work at all?")
     options = parser.parse_args()
+    if options.smoke:
+        options.megabytes, options.rounds = 2, 1
     logging.getLogger().setLevel(logging.WARNING)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with tempfile.TemporaryDirectory(prefix="octavo-benchmark-", dir=options.folder) as name:

@@ -128,7 +128,11 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
     parser.add_argument("--modes", nargs="+", default=("eager", "compiled"), choices=("eager", "compiled"))
     parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--smoke", action="store_true", help="seconds: does it work at all?")
     args = parser.parse_args()
+    if args.smoke:
+        args.layers, args.batch, args.length, args.vocab = 1, 1, 32, 64
+        args.steps, args.warmup, args.recipes, args.modes = 2, 1, ["rowwise"], ["eager"]
 
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, "

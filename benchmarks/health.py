@@ -42,13 +42,16 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10, help="k")
     parser.add_argument("--steps", type=int, default=20, help="pairs of steps, after two that don't count")
     parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--smoke", action="store_true", help="seconds: does it work at all?")
     options = parser.parse_args()
     if options.steps < 1 or options.every < 1:
         parser.error("--steps and --every must be at least 1")
     warnings.simplefilter("ignore")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dim, hidden, batch, tokens = SIZES[device]
+    dim, hidden, batch, tokens = (64, 128, 1, 32) if options.smoke else SIZES[device]
+    if options.smoke:
+        options.steps = 2
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     model = Llama(LAYERS, dim, hidden).to(device, dtype)

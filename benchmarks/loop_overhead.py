@@ -97,7 +97,11 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=60, help="pairs of steps, after three that don't count")
     parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--smoke", action="store_true", help="seconds: does it work at all?")
     options = parser.parse_args()
+    global LENGTH
+    if options.smoke:
+        options.steps, LENGTH = 1, 16
     if options.steps < 1:
         parser.error("--steps must be at least 1")
     logging.getLogger("octavo").setLevel(logging.WARNING)

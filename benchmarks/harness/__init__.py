@@ -1,0 +1,11 @@
+"""What all GPU benchmarks share: the command line, the rounds, the conditions they ran under, and the report.
+
+options.py     --smoke, --minutes, --rounds, --out, --predict
+machine.py     what it ran on: device, versions, commit, and clocks, power and temperature while it ran
+comparison.py  the sides of a comparison, timed in turn, with a control that is one side twice
+report.py      JSON, a table, a plot
+gradients.py   how precise they are
+makers.py      kernels that do more than cast, for cast_bandwidth.py
+sizes.py       the layers that are run
+svg.py         the plot, without a library
+"""
