@@ -123,6 +123,8 @@ def _compare_folders(words: Sequence[str], options: Namespace, out: Path, argv: 
         raise ConfigError(f"{flags[0]}: is for runs that are to be trained, and {words[0]} is a run that was")
     if len(words) < 2:
         raise ConfigError(f"{words[0]}: one run has nothing to be compared with; name two or more")
+    if read_plan(out) is not None:
+        raise ConfigError(f"--out {out}: holds a comparison that trains; name another folder")
     runs = [
         load_run(Path(word).expanduser(), name=name) for word, name in zip(words, _names(words), strict=True)
     ]

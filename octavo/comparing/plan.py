@@ -220,11 +220,14 @@ def _runs(recipes: Sequence[str], seeds: int, control: bool, seed: int) -> Itera
 def _computed(job: JobConfig) -> dict[str, dict[str, Any]]:
     """The part of a configuration that decides the losses of its runs."""
     ours = {tuple(key.split(".")) for key in _OURS}
-    return {
+    found = {
         section: {key: value for key, value in values.items() if (section, key) not in ours}
         for section, values in job.to_dict().items()
         if section not in _NOT_THE_MATHS
     }
+    found["checkpoint"] = {"initial_load_path": job.checkpoint.initial_load_path}
+    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(found))  # as it is read back
+    return plain
 
 
 def remember(plan: Plan) -> None:
@@ -275,5 +278,6 @@ def _changes(there: Mapping[str, Any], plan: Plan) -> list[str]:
     ]
     for section, values in plan.config.items():
         before = there["config"].get(section, {})
-        pairs += [(f"{section}.{key}", before.get(key), value) for key, value in values.items()]
+        # A key that an older octavo did not have says nothing.
+        pairs += [(f"{section}.{key}", before[key], value) for key, value in values.items() if key in before]
     return [f"{name} was {shown(old)} and is {shown(new)}" for name, old, new in pairs if old != new]

@@ -1,5 +1,6 @@
 """The charts of a report, drawn from its figures."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -130,7 +131,7 @@ def _heatmaps(runs: Sequence[Run]) -> dict[str, str]:
             if not shares:
                 continue
             percent = [[None if v is None else 100 * v for v in row] for row in grid["flushed"]]
-            name = f"health_{run['name']}_{operand}"
+            name = re.sub(r"\W", "_", f"health_{run['name']}_{operand}")  # of a file, too
             drawn[name] = svg.heatmap(
                 grid["layers"],
                 grid["steps"],
