@@ -1,0 +1,195 @@
+"""`octavo compare` on real runs, of a few dozen tokens a step: killed, gone on with, and reported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo import compare
+from octavo.comparing.execute import exit_code
+from octavo.config import ConfigError
+from tests.runs import small_corpus
+
+STEPS = 16
+# As many tokens as it takes for the gradients to be small: the control has to lose them.
+SMALL = ["--config_file=debug_model.toml", "--training.seq_len=128", "--checkpoint.interval=4"]
+
+
+def command(out: Path, *flags: str) -> list[str]:
+    asked = ["--steps", str(STEPS), "--recipes", "bf16,tensorwise", "--bf16-seeds", "2", "--jobs", "2"]
+    corpus = f"--training.dataset={small_corpus()}"
+    return [sys.executable, "-m", "octavo.cli", "compare", *SMALL, corpus, *asked, "--out", str(out), *flags]
+
+
+def last_step(out: Path, run: str) -> int:
+    path = out / "runs" / run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def killed_twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A comparison that was killed in the middle of its first runs, gone on with, and called once more."""
+    out = tmp_path_factory.mktemp("comparison")
+    first = subprocess.Popen(command(out), stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while last_step(out, "bf16") < 6 and time.monotonic() < end:
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    at = last_step(out, "bf16")
+    second = subprocess.run(command(out), capture_output=True, text=True, timeout=600, check=False)
+    assert second.returncode == 0, second.stderr
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/metrics.jsonl")}
+    third = subprocess.run(command(out), capture_output=True, text=True, timeout=200, check=False)
+    assert third.returncode == 0, third.stderr
+    untouched = stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    return out, {"at": at, "second": second, "third": third, "untouched": untouched}
+
+
+def test_a_killed_comparison_goes_on_where_it_was(killed_twice: tuple[Path, dict[str, Any]]) -> None:
+    out, told = killed_twice
+    assert 6 <= told["at"] < STEPS
+    assert "bf16: goes on" in told["second"].stderr
+    log = (out / "runs" / "bf16" / "log.txt").read_text()
+    assert log.count("Training starts at step 1.") == 1  # the second start resumed
+    for run in ("bf16", "bf16_seed43", "tensorwise", "unscaled_e5m2"):
+        lines = (out / "runs" / run / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+        assert exit_code(out / "runs" / run) == 0
+        assert not (out / "runs" / run / "checkpoint").exists()
+
+
+def test_finished_runs_are_not_repeated(killed_twice: tuple[Path, dict[str, Any]]) -> None:
+    _, told = killed_twice
+    assert told["untouched"]
+    assert "4 done already" in told["third"].stderr
+    assert "starts" not in told["third"].stderr
+
+
+def test_the_control_is_outside_and_the_recipe_inside(killed_twice: tuple[Path, dict[str, Any]]) -> None:
+    out, told = killed_twice
+    figures = json.loads((out / "report.json").read_text())
+    verdicts = {run["name"]: run["verdict"] for run in figures["runs"]}
+    assert verdicts["tensorwise"] == "inside"
+    assert verdicts["unscaled_e5m2"] == "outside"
+    assert figures["control_outside"] is True
+    assert "unscaled_e5m2: outside" in told["third"].stdout
+
+
+def test_float8_keeps_less_for_backward(killed_twice: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = killed_twice
+    kept = {run["name"]: run["saved_bytes"] for run in json.loads((out / "report.json").read_text())["runs"]}
+    assert kept["tensorwise"] < 0.9 * kept["bf16"]
+    assert kept["unscaled_e5m2"] is None
+
+
+def test_all_runs_read_the_same_batches_and_seeds_start_from_other_weights(
+    killed_twice: tuple[Path, dict[str, Any]],
+) -> None:
+    out, _ = killed_twice
+    plan = json.loads((out / "comparison.json").read_text())
+    flags = {run["name"]: run["flags"] for run in plan["runs"]}
+    assert all("--training.data_seed=42" in each for each in flags.values())
+    assert "--training.seed=43" in flags["bf16_seed43"]
+    first = {
+        name: json.loads((out / "runs" / name / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        for name in flags
+    }
+    assert first["bf16"] != first["bf16_seed43"]
+    assert first["bf16"] == pytest.approx(first["tensorwise"], abs=0.01)
+
+
+def test_another_configuration_in_the_same_folder_is_one_error(
+    killed_twice: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = killed_twice
+    argv = command(out)[4:]
+    with pytest.raises(ConfigError, match=r"optimizer.lr was 0.0008 and is 0.004") as error:
+        compare.main([*argv, "--optimizer.lr=0.004"])
+    assert str(error.value).count("\n") == 0
+    with pytest.raises(ConfigError, match="--steps was 16 and is 31"):
+        compare.main([*argv, "--steps", "31"])
+
+
+def test_finished_folders_are_compared(killed_twice: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, _ = killed_twice
+    names = ["bf16", "tensorwise", "bf16_seed43"]
+    assert compare.main([*(str(out / "runs" / name) for name in names), "--out", str(tmp_path)]) == 0
+    figures = json.loads((tmp_path / "report.json").read_text())
+    whole = json.loads((out / "report.json").read_text())
+    for run in figures["runs"]:
+        (same,) = [one for one in whole["runs"] if one["name"] == run["name"]]
+        assert (run["verdict"], run["widest"], run["gaps"]) == (same["verdict"], same["widest"], same["gaps"])
+
+
+def test_a_report_on_folders_does_not_replace_another(killed_twice: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = killed_twice
+    folders = [str(out / "runs" / name) for name in ("bf16", "tensorwise")]
+    with pytest.raises(ConfigError, match="holds a comparison that trains"):
+        compare.main([*folders, "--out", str(out)])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--recipes", "rowise"],
+            "--recipes: 'rowise' is not one of bf16, tensorwise.*did you mean 'rowwise'",
+        ),
+        (["--recipes", "rowwise,rowwise"], "names rowwise twice"),
+        (["--steps", "0"], "--steps: expected a whole number from 1"),
+        (["--bf16-seeds", "none"], "--bf16_seeds: expected a whole number"),
+        (["--training.steps=5"], "octavo compare sets this itself; say --steps"),
+        (["--model.converters=float8"], "say --recipes"),
+        (["--training.sequence=5"], "unknown flag"),
+        (["--config_file=nowhere.toml"], "no such file"),
+        (["--checkpoint.load_only"], "comparison"),
+        (["nowhere", "nowhere2"], "nowhere: no such folder"),
+        (["octavo"], "one run has nothing to be compared with"),
+        (["octavo", "octavo"], "named twice"),
+        (["octavo", "tests", "--steps", "3"], "--steps: is for runs that are to be trained"),
+        (["octavo", "tests"], "octavo is no run's folder: there is no run.json"),
+        (["--target_loss", "0"], "expected a loss above 0"),
+    ],
+)
+def test_mistakes_are_told_before_anything_starts(
+    argv: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    with pytest.raises(ConfigError, match=message):
+        compare.main([*argv, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_several_machines_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NNODES", "2")
+    with pytest.raises(ConfigError, match="starts runs on one machine"):
+        compare.main(["--out", str(tmp_path)])
+
+
+def test_one_comparison_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    import fcntl
+
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another octavo compare is at work"):
+            compare.main(["--out", str(tmp_path)])
+
+
+def test_a_signal_stops_the_runs_and_asks_for_the_same_command(tmp_path: Path) -> None:
+    flags = command(tmp_path, "--no-control")
+    with subprocess.Popen(flags, stderr=subprocess.PIPE, text=True) as started:
+        assert started.stderr is not None
+        for line in started.stderr:
+            if "starts" in line:
+                break
+        os.kill(started.pid, signal.SIGTERM)
+        rest = started.stderr.read()
+        assert started.wait(timeout=120) == 75, rest
+    assert "the same command goes on" in rest
