@@ -2,6 +2,7 @@
 given memory and its initial weights.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -67,9 +68,12 @@ def build_model(
     param_dtype: torch.dtype,
     world: World,
     pipeline: PipelinePlan | None = None,
+    materialise: Callable[[nn.Module], object] | None = None,
 ) -> Built:
     """The model with `args` on `device`, in float8 `recipe` if there is one; its work per token is the
     whole model's.
+
+    `materialise` gives a part, built on no device, its memory; the default also gives the initial weights.
     """
     spec = models.get(job.model.name)
     logger.info("Building %s %s with %s", spec.name, job.model.flavor, args)
@@ -102,8 +106,11 @@ def build_model(
 
     def ready(part: nn.Module) -> nn.Module:
         spec.parallelize(part, replace(_plan(job, param_dtype, world), fusion=fusion))
-        part.to_empty(device="cpu" if job.training.enable_cpu_offload else device)
-        init_weights(part, job.training.seed)
+        if materialise is not None:
+            materialise(part)
+        else:
+            part.to_empty(device="cpu" if job.training.enable_cpu_offload else device)
+            init_weights(part, job.training.seed)
         return part.train()
 
     if pipeline is None or world.pipeline is None:

@@ -63,6 +63,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "import": Command(
             "octavo.import_hf", "make a checkpoint from a Hugging Face or an original Llama model"
         ),
+        "estimate": Command("octavo.estimate", "memory, messages and time of a job, without running it"),
         "generate": Command("octavo.generate", "continue a text with a trained model"),
         "doctor": Command("octavo.doctor.main", "look whether training works here, and with a config"),
         "download": Command("octavo.download", "fetch a tokenizer from Hugging Face"),

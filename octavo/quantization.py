@@ -33,6 +33,8 @@ from octavo.float8 import (
 )
 from octavo.float8.fused import GatedLinear, NormedInput, SharedInput
 from octavo.float8.matmul import choose_path, describe_path
+from octavo.float8.pretend import as_on_a_gpu as as_on_a_gpu
+from octavo.float8.pretend import expect_hardware as expect_hardware
 from octavo.float8.selfcheck import Check, check_device
 from octavo.float8.tensor_parallel import (
     Float8ColwiseParallel,

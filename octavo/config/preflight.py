@@ -27,8 +27,10 @@ _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _STEP = re.compile(r"step-(\d+)")
 
 
-def check(job: JobConfig, *, world_size: int, gpus: int | None = None) -> None:
+def check(job: JobConfig, *, world_size: int, gpus: int | None = None, elsewhere: bool = False) -> None:
     """Judge a loaded job for `world_size` processes on a machine with `gpus` GPUs (None: not known).
+
+    `elsewhere`: that machine is not this one, so files, packages and compilers are not looked for.
 
     Raises:
         ConfigError: with one line for each thing wrong.
@@ -44,23 +46,28 @@ def check(job: JobConfig, *, world_size: int, gpus: int | None = None) -> None:
             *_fuse(job),
             *_chunked_loss(job),
             *_optimizer(job, world_size),
-            *_on_disk(data_checks.dataset, job, "training.dataset"),
-            *_on_disk(data_checks.validation, job, "validation.dataset"),
-            *_on_disk(_tokenizer, job, "model.hf_assets_path"),
-            *_on_disk(_outputs, job, "job.dump_folder"),
-            *_on_disk(_load_step, job, "checkpoint.folder"),
-            *_on_disk(_initial_load, job, "checkpoint.initial_load_path"),
             *_gpu_only(job, gpus),
             *_rotation(job, gpus),
             *_offload(job, world_size),
-            *_compiler(job, gpus),
             *_rewind(job),
             *_seed(job, world_size),
-            *_packages(job),
+            *([] if elsewhere else _here(job, gpus)),
         ]
     problems += without_effect(job, world_size)
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _here(job: JobConfig, gpus: int | None) -> Iterator[str]:
+    """What this machine must have."""
+    yield from _on_disk(data_checks.dataset, job, "training.dataset")
+    yield from _on_disk(data_checks.validation, job, "validation.dataset")
+    yield from _on_disk(_tokenizer, job, "model.hf_assets_path")
+    yield from _on_disk(_outputs, job, "job.dump_folder")
+    yield from _on_disk(_load_step, job, "checkpoint.folder")
+    yield from _on_disk(_initial_load, job, "checkpoint.initial_load_path")
+    yield from _compiler(job, gpus)
+    yield from _packages(job)
 
 
 def notes(job: JobConfig) -> list[str]:

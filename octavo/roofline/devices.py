@@ -22,6 +22,7 @@ class Gpu:
     attention: FLOP/s of fused causal attention, (forward, backward). hbm, hbm_bytes: memory, as it is sold;
     drivers show some 5 % more, which pays for CUDA's context, NCCL and fragmentation. link: to a neighbour in
     the machine; network: to another machine. sms: streaming multiprocessors (compute units).
+    capability: which float8 products its units have; (0, 0): none that we use.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Gpu:
     attention: tuple[float, float]
     bf16_seen: float | None = None
     float8_seen: float | None = None
+    capability: tuple[int, int] = (9, 0)
     in_a_machine: int = 8
 
     @property
@@ -81,19 +83,21 @@ _TABLE = (
         _H100_BF16, _H100_FLOAT8),
     # NVIDIA HGX B200 data sheet: 180 GB, 7.7 TB/s, NVLink 1.8 TB/s both ways.
     Gpu("b200", "B200", 2250 * _T, 4500 * _T, 7.7e12, 180 * _G, 900 * _G, 50 * _G, 148,
-        _attention(2250 * _T)),
+        _attention(2250 * _T), capability=(10, 0)),
     # NVIDIA A100 data sheet, 80 GB SXM: 2.039 TB/s, NVLink 600 GB/s both ways; DGX A100: 200 Gb/s a GPU.
     # Attention: FlashAttention-2 (arXiv:2307.08691, figures 5 and 6), causal, read off; E.
-    Gpu("a100", "A100", 312 * _T, None, 2.039e12, 80 * _G, 300 * _G, 25 * _G, 108, (195 * _T, 165 * _T)),
+    Gpu("a100", "A100", 312 * _T, None, 2.039e12, 80 * _G, 300 * _G, 25 * _G, 108, (195 * _T, 165 * _T),
+        capability=(8, 0)),
     # NVIDIA L40S data sheet: 48 GB, 864 GB/s, PCIe 4 x16. Network E.
-    Gpu("l40s", "L40S", 362 * _T, 733 * _T, 0.864e12, 48 * _G, 32 * _G, 25 * _G, 142, _attention(362 * _T)),
+    Gpu("l40s", "L40S", 362 * _T, 733 * _T, 0.864e12, 48 * _G, 32 * _G, 25 * _G, 142, _attention(362 * _T),
+        capability=(8, 9)),
     # AMD Instinct MI300X data sheet: 192 GB, 5.3 TB/s, 7 links of 64 GB/s a direction. Products:
     # SemiAnalysis, December 2024, 620 and 990 TFLOP/s. Attention E.
     Gpu("mi300x", "MI300X", 1307 * _T, 2615 * _T, 5.3e12, 192 * _G, 448 * _G, 50 * _G, 304,
-        (400 * _T, 300 * _T), 620 * _T, 990 * _T),
+        (400 * _T, 300 * _T), 620 * _T, 990 * _T, capability=(0, 0)),
     # NVIDIA Ada architecture paper, products accumulated in float32: 24 GB, 1008 GB/s, PCIe 4 x16. Network E.
     Gpu("rtx4090", "RTX 4090", 165 * _T, 330 * _T, 1.008e12, 24 * _G, 32 * _G, 12.5 * _G, 128,
-        _attention(165 * _T)),
+        _attention(165 * _T), capability=(8, 9)),
 )  # fmt: skip
 
 GPUS: Final[Mapping[str, Gpu]] = MappingProxyType({gpu.name: gpu for gpu in _TABLE})

@@ -1,0 +1,1 @@
+"""What a job will need, found out without running it: see `octavo/estimate.py`."""

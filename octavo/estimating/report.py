@@ -1,0 +1,177 @@
+"""One job on so many GPUs: its trials, put together, as a table and as JSON."""
+
+import multiprocessing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from octavo import quantization
+from octavo.config import JobConfig
+from octavo.config.layout import KEYS, Layout, layout_of
+from octavo.estimating.memory import Memory, memory_of
+from octavo.estimating.operations import Message
+from octavo.estimating.time import StepTime, by_message, mfu, step_time
+from octavo.estimating.trial import Trial, run_trial
+from octavo.roofline import Gpu
+
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `octavo estimate` tells. rank: the process with the highest peak. time is of the slowest; None on
+    a CPU.
+    """
+
+    gpu: Gpu | None
+    gpus: int
+    layout: Layout
+    rank: int
+    memory: Memory
+    parameters: int
+    all_parameters: int
+    messages: Mapping[Message, float]
+    time: StepTime | None
+    global_tokens: int
+    microbatches: int
+    flops_per_token: float
+    compiled: bool
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak fits into the device's memory; None on a CPU."""
+        return None if self.gpu is None else self.memory.peak <= self.gpu.hbm_bytes
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of each GPU."""
+        return None if self.time is None else self.global_tokens / self.time.total / self.gpus
+
+    @property
+    def mfu(self) -> float | None:
+        rate = self.tokens_per_second
+        return None if rate is None or self.gpu is None else mfu(self.flops_per_token, rate, self.gpu)
+
+    def as_json(self) -> dict[str, Any]:
+        """Bytes, seconds, and plain numbers."""
+        return {
+            "device": "cpu" if self.gpu is None else self.gpu.name,
+            "gpus": self.gpus,
+            "layout": {KEYS[axis]: degree for axis, degree in self.layout.degrees.items()},
+            "rank": self.rank,
+            "parameters": self.all_parameters,
+            "parameters_per_rank": self.parameters,
+            "peak_bytes": self.memory.peak,
+            "peak_at": self.memory.when,
+            "memory_bytes": dict(self.memory.kinds),
+            "host_bytes": self.memory.host,
+            "device_bytes": None if self.gpu is None else self.gpu.hbm_bytes,
+            "fits": self.fits,
+            "sent_bytes_per_step": [
+                {"kind": m.kind, "axis": m.axis, "processes": m.size, "bytes": round(sent)}
+                for m, sent in self.messages.items()
+            ],
+            "microbatches": self.microbatches,
+            "global_tokens": self.global_tokens,
+            "step_seconds": None if self.time is None else self.time.total,
+            "step_seconds_by": None if self.time is None else asdict(self.time),
+            "tokens_per_second_per_gpu": self.tokens_per_second,
+            "mfu": self.mfu,
+            "compiled_layers_modelled_as_eager": self.compiled,
+        }
+
+
+def estimate(job: JobConfig, gpus: int, gpu: Gpu | None) -> Estimate:
+    """Trace what can differ among the processes: one of each pipeline stage's.
+
+    `ConfigError` as training would raise.
+    """
+    layout = layout_of(job.parallelism, gpus)
+    stride = gpus // layout.pipeline
+    ranks = _telling(layout.pipeline, stride)
+    recipe = quantization.recipe_name(job.model.converters, job.float8)
+    trials = [
+        _alone(job, gpus, rank, gpu) if len(ranks) > 1 else run_trial(job, gpus, gpu=gpu) for rank in ranks
+    ]
+    offload = job.training.enable_cpu_offload
+    memories = {trial.rank: memory_of(trial.log, offload=offload) for trial in trials}
+    worst: Trial = max(trials, key=lambda trial: memories[trial.rank].peak)
+    times = [] if gpu is None else [step_time(trial, job, gpu, recipe) for trial in trials]
+    one_pass = job.training.local_batch_size * layout.data
+    return Estimate(
+        gpu=gpu,
+        gpus=gpus,
+        layout=layout,
+        rank=worst.rank,
+        memory=memories[worst.rank],
+        parameters=worst.parameters,
+        all_parameters=worst.all_parameters,
+        messages=by_message(worst),
+        time=max(times, key=lambda time: time.total) if times else None,
+        global_tokens=one_pass * worst.microbatches * job.training.seq_len,
+        microbatches=worst.microbatches,
+        flops_per_token=worst.flops_per_token,
+        compiled=job.compile.enable,
+    )
+
+
+def _alone(job: JobConfig, gpus: int, rank: int, gpu: Gpu | None) -> Trial:
+    """A trial in a process of its own: PyTorch remembers the groups of meshes that are gone."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(run_trial, (job, gpus), {"rank": rank, "gpu": gpu})
+
+
+def _telling(stages: int, stride: int) -> list[int]:
+    """The first process of the first, the second and the last stages: others lie between."""
+    return [stride * place for place in sorted({0, min(1, stages - 1), stages - 1})]
+
+
+_NAMES = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "float8": "float8 buffers",
+    "communication": "gathered, and messages",
+}
+
+
+def as_text(found: Estimate) -> str:
+    """The table for a terminal."""
+    axes = [f"{axis} {degree}" for axis, degree in found.layout.degrees.items() if degree > 1]
+    device = "CPU" if found.gpu is None else found.gpu.name.upper()
+    lines = [
+        f"{found.gpus} x {device}: {', '.join(axes) or 'one process'}",
+        f"parameters: {found.all_parameters:,}, of which {found.parameters:,} on process {found.rank}",
+        "",
+        f"memory of process {found.rank} at its peak ({found.memory.when})",
+    ]
+    lines += [f"  {_NAMES[kind]:<24}{size / _GB:10.3f} GB" for kind, size in found.memory.kinds.items()]
+    total = f"  {'in all':<24}{found.memory.peak / _GB:10.3f} GB"
+    if found.gpu is not None:
+        verdict = "fits" if found.fits else "DOES NOT FIT"
+        total += f"   {verdict} into {found.gpu.hbm_bytes / _GB:.0f} GB"
+    lines.append(total)
+    if found.memory.host:
+        lines.append(f"  {'on the host':<24}{found.memory.host / _GB:10.3f} GB")
+    if found.compiled:
+        lines.append("  (layers are counted as in eager mode; compiled ones save less)")
+    lines += ["", "sent by it in a step"]
+    rows = [
+        f"  {m.kind + ', ' + m.axis:<36}{sent / _GB:10.3f} GB   among {m.size}"
+        for m, sent in sorted(found.messages.items(), key=lambda item: -item[1])
+        if sent >= 1e5
+    ]
+    lines += rows or ["  nothing to speak of"]
+    if found.time is not None:
+        lines += ["", "a step on paper (every kernel at its ceiling; see docs/estimate.md)"]
+        lines += [f"  {name:<24}{1e3 * value:10.1f} ms" for name, value in asdict(found.time).items()]
+        lines.append(f"  {'in all':<24}{1e3 * found.time.total:10.1f} ms")
+        rate = found.tokens_per_second
+        assert rate is not None
+        assert found.mfu is not None
+        lines += [
+            "",
+            f"tokens/s: {rate:,.0f} a GPU, {rate * found.gpus:,.0f} in all; MFU {100 * found.mfu:.1f} %",
+        ]
+    return "\n".join(lines)

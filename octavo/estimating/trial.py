@@ -1,0 +1,265 @@
+"""One process of a job, of any number of processes, run for a step on tensors without memory.
+
+The process group is fake: collectives return at once and move nothing. Everything else is the trainer's own:
+mesh, conversion, parallelisation, optimizer and the code of a step; so layouts, float8, checkpointing and
+sharding are the real ones. Layers run eagerly also where the job compiles them (see docs/estimate.md).
+
+Under a GPU's name the tensors still call themselves CPU tensors, as a build of PyTorch for CPUs knows no
+others. What a GPU does otherwise is put in by hand: bfloat16, float8 products in hardware, and casts by
+kernels, which need no scratch memory.
+"""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from octavo import models, quantization
+from octavo.building import build_model, model_args, pipeline_plan
+from octavo.components.device import choose_param_dtype
+from octavo.components.optimizer import build_optimizer, clip_gradients
+from octavo.config import JobConfig
+from octavo.config.layout import Layout, layout_of
+from octavo.distributed import mesh
+from octavo.estimating.operations import Operations
+from octavo.estimating.tokenizer import tokenizer_of
+from octavo.estimating.tracker import COMMUNICATION, GRADIENTS, OPTIMIZER, PARAMETERS, Log, Tracker
+from octavo.roofline import Gpu
+from octavo.train import Trainer, loss_sum
+
+_MICROBATCHES = 2
+"""As many as it takes until another one changes no peak: it finds gradients to add to."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one process's step showed.
+
+    log: its allocations. operations: products, attention and messages of one microbatch, and of the rest of
+    the step. parameters: of this process, all_parameters: of the model. microbatches: a step has. work: FLOPs
+    per token of the whole model.
+    """
+
+    rank: int
+    layout: Layout
+    log: Log
+    operations: Operations
+    parameters: int
+    all_parameters: int
+    flops_per_token: float
+    microbatches: int
+    args: Any
+    stages: int
+    traced: int
+
+
+@contextmanager
+def fake_processes(rank: int, size: int) -> Iterator[None]:
+    """Be process `rank` of `size` that do not exist."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def run_trial(job: JobConfig, size: int, *, rank: int = 0, gpu: Gpu | None = None) -> Trial:
+    """Trace process `rank` of `size`, on a `gpu`, or on this CPU (None). `ConfigError` as training."""
+    if job.experimental.custom_import:
+        importlib.import_module(job.experimental.custom_import)
+    job = _eager(job)
+    device = torch.device("cpu")
+    dtype = choose_param_dtype(job.training.mixed_precision_param, torch.device("cuda" if gpu else "cpu"))
+    args = model_args(job, tokenizer_of(job))
+    plan = pipeline_plan(job, args)
+    recipe = quantization.recipe_name(job.model.converters, job.float8)
+    layout = layout_of(job.parallelism, size)
+    all_parameters = _size(job, args)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    operations = Operations(layout)
+
+    def materialise(part: nn.Module) -> None:
+        if gpu:
+            quantization.expect_hardware(part)
+        with fake:
+            part.to_empty(device=device)
+
+    with fake_processes(rank, size), ExitStack() as scopes:
+        if gpu:
+            scopes.enter_context(quantization.as_on_a_gpu(gpu.capability))
+        world = mesh.build_world(device, layout, loss_parallel=not job.parallelism.disable_loss_parallel)
+        model, work, stages = build_model(
+            job,
+            args,
+            recipe,
+            device=device,
+            param_dtype=dtype,
+            world=world,
+            pipeline=plan,
+            materialise=materialise,
+        )
+        one_pass = job.training.local_batch_size * layout.data
+        microbatches = max(job.training.global_batch_size, one_pass) // one_pass
+        traced = min(microbatches, _MICROBATCHES)
+        step: Any = object.__new__(Trainer)  # its methods that compute, without what it reads and writes
+        vars(step).update(
+            job=job,
+            world=world,
+            model=model,
+            model_args=args,
+            device=device,
+            param_dtype=dtype,
+            accumulation=traced,
+            chunked=job.training.loss_chunk_tokens is not None,
+            loss_sum=loss_sum,
+            global_tokens=one_pass * microbatches * job.training.seq_len,
+            watchdog=SimpleNamespace(progress=lambda: None),
+            pipeline=None,
+        )
+        if step.chunked:
+            step.loss_sum = lambda tokens, labels: model(tokens, labels_BS=labels)
+        tracker = Tracker(fake, operations.see)
+        scopes.enter_context(_aside(tracker))
+        scopes.enter_context(fake)
+        if plan is not None:
+            step.pipeline = step._pipeline(plan, stages)
+        optimizer = build_optimizer(model, job.optimizer)
+        parameters = list(model.parameters())
+        scopes.enter_context(tracker)
+        tracker.claim([*parameters, *model.buffers()], PARAMETERS)
+        _first_update(parameters, optimizer)
+        tracker.claim([v for state in optimizer.state.values() for v in state.values()], OPTIMIZER)
+        _step(step, optimizer, tracker, operations, traced)
+        tracker.claim([p.grad for p in parameters if p.grad is not None], GRADIENTS)
+        return Trial(
+            rank=rank,
+            layout=layout,
+            log=tracker.log,
+            operations=operations,
+            parameters=sum(_local(p).numel() for p in parameters),
+            all_parameters=all_parameters,
+            flops_per_token=work.total,
+            microbatches=microbatches,
+            args=args,
+            stages=1 if plan is None else len(plan.stages),
+            traced=traced,
+        )
+
+
+def _eager(job: JobConfig) -> JobConfig:
+    """`job` without compilation, with everything on one device (what is offloaded is subtracted later), and
+    with weights gathered in high precision (`messages_of` counts their bytes in float8).
+    """
+    changed = replace(
+        job,
+        compile=replace(job.compile, enable=False),
+        training=replace(job.training, enable_cpu_offload=False),
+        float8=replace(
+            job.float8,
+            enable_fsdp_float8_all_gather=False,
+            precompute_float8_dynamic_scale_for_fsdp=False,
+        ),
+    )
+    changed.given, changed.where = job.given, job.where
+    return changed
+
+
+def _size(job: JobConfig, args: Any) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in models.get(job.model.name).build(args).parameters())
+
+
+def _local(parameter: Tensor) -> Tensor:
+    local = getattr(parameter, "to_local", None)
+    return parameter if local is None else local()
+
+
+def _first_update(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """An update without a forward pass, which makes the optimizer's states."""
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _step(
+    step: Any, optimizer: torch.optim.Optimizer, tracker: Tracker, operations: Operations, microbatches: int
+) -> None:
+    """What `Trainer._step` does with the device's memory."""
+    job, world = step.job, step.world
+    operations.clear()
+    batches = []
+
+    def next_batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for number in range(microbatches):
+            tracker.mark(f"microbatch {number + 1}")
+            shape = (job.training.local_batch_size, job.training.seq_len)
+            labels = world.local_labels(torch.zeros(shape, dtype=torch.int64))
+            batches.append((torch.zeros(shape, dtype=torch.int64), labels))
+            yield batches[-1]
+
+    step._gradients(next_batches())
+    operations.end_of_microbatches()
+    tracker.mark("clipping")
+    clip_gradients(step.model, job.training.max_norm, world.pipeline)
+    tracker.mark("update")
+    optimizer.step()
+    quantization.after_optimizer_step(step.model, job.float8)
+    tracker.mark("end")
+
+
+@contextmanager
+def _aside(tracker: Tracker) -> Iterator[None]:
+    """What is not this step's memory is not counted, and what FSDP2 gathers is known as that."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
+    from torch.distributed.pipelining import PipelineStage
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    def labelled(function: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with tracker.label(COMMUNICATION):
+                return function(*args, **kwargs)
+
+        return run
+
+    def unseen(function: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with tracker.pause():
+                return function(*args, **kwargs)
+
+        return run
+
+    def agreed(function: Any) -> Any:
+        return lambda *args, **kwargs: SimpleNamespace(item=lambda: 1)
+
+    changes = [
+        (_fsdp_param_group, "foreach_all_gather", labelled),
+        (_fsdp_param_group, "foreach_all_gather_copy_out", labelled),
+        (_fsdp_param_group, "foreach_reduce", labelled),
+        (_fsdp_param.FSDPParam, "init_all_gather_outputs", labelled),
+        (_fsdp_param.FSDPParam, "init_unsharded_param", labelled),
+        # Stages that do not exist cannot vote on whether shapes are fixed; ours are.
+        (PipelineStage, "_warmup_forward_vote", agreed),
+        (PipelineStage, "_warmup_backward_result", agreed),
+        # Shapes of DTensors are found by running an operation on the whole tensors, without memory.
+        (ShardingPropagator, "_propagate_tensor_meta_non_cached", unseen),
+    ]
+    before = [(owner, name, getattr(owner, name, None)) for owner, name, _ in changes]
+    try:
+        for owner, name, change in changes:
+            if hasattr(owner, name):
+                setattr(owner, name, change(getattr(owner, name)))
+        yield
+    finally:
+        for owner, name, function in before:
+            if function is not None:
+                setattr(owner, name, function)

@@ -1,0 +1,92 @@
+"""`octavo estimate` as a command: what it tells, and its mistakes."""
+
+import json
+
+import pytest
+
+from octavo import estimate
+from octavo.cli import main
+from octavo.config.layout import Layout
+from octavo.estimating.operations import sent
+from octavo.estimating.weak_scaling import choose
+from octavo.roofline import GPUS
+from tests import ranks
+
+SMALL = ["--training.seq_len=64", "--training.local_batch_size=2", "--activation_checkpoint.mode=none"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--ngpu", "0"], "--ngpu: expected a whole number from 1 to 999999, got '0'"),
+        (["--ngpu", "-8"], "--ngpu: expected a whole number from 1 to 999999, got '-8'"),
+        (["--ngpu", "many"], "got 'many'"),
+        ([], "--ngpu is missing"),
+        (["--ngpu", "8", "--device", "h1000"], "no GPU is called 'h1000'"),
+        (["--ngpu", "8", "--config-file", "nowhere.toml"], "nowhere.toml"),
+        (["--ngpu", "8", "--parallelism.tensor_parallel_degree", "3"], "does not divide 8 processes"),
+        (["--ngpu", "8", "--parallelism.tensor_paralel_degree", "2"], "tensor_parallel_degree"),
+        (["--ngpu", "8", "--json=yes"], "--json takes no value"),
+        (["--weak-scaling", "--ngpu", "8"], "--ngpu has no effect with --weak-scaling"),
+    ],
+)
+def test_mistakes_end_with_one_message_and_exit_code_2(argv, told, capsys):
+    assert main(["estimate", *argv]) == 2
+    captured = capsys.readouterr()
+    assert told in captured.err
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+
+
+def told(argv):
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = estimate.main(argv)
+    return code, out.getvalue()
+
+
+def run(*argv):
+    return ranks.fork([(told, ([*SMALL, *argv],))])[0]
+
+
+def test_a_job_on_eight_gpus_as_json():
+    code, text = run("--ngpu", "8", "--json", "--model.converters=float8")
+    found = json.loads(text)
+    assert code == 0
+    assert found["fits"] is True
+    assert sum(found["memory_bytes"].values()) == found["peak_bytes"]
+    assert found["parameters_per_rank"] * 8 == pytest.approx(found["parameters"], rel=0.001)
+    kinds = {(m["kind"], m["axis"]) for m in found["sent_bytes_per_step"]}
+    assert {("all-gather", "shard"), ("reduce-scatter", "shard")} <= kinds
+    assert 0 < found["mfu"] < 1
+    assert sum(found["step_seconds_by"].values()) == pytest.approx(found["step_seconds"])
+
+
+def test_what_does_not_fit_is_exit_code_1():
+    code, text = run(
+        "--ngpu", "1", "--device", "rtx4090", "--model.flavor", "8B", "--model.hf_assets_path", "x"
+    )
+    assert code == 1
+    assert "DOES NOT FIT into 24 GB" in text
+
+
+def test_bytes_sent_by_a_ring():
+    assert sent("all-gather", 8, 800.0) == 700.0
+    assert sent("all-reduce", 8, 800.0) == 1400.0
+    assert sent("send", 2, 800.0) == 800.0
+
+
+def test_the_layout_that_is_recommended_fits_and_uses_all_gpus():
+    for model, gpus in (("8B", 8), ("70B", 512)):
+        choice = choose(model, gpus, GPUS["h100"], "rowwise")
+        assert choice is not None
+        assert choice.peak_bytes < 80e9
+        layout: Layout = choice.layout
+        assert layout.pipeline * layout.data * layout.context * layout.tensor == gpus
+        plain = choose(model, gpus, GPUS["h100"], None)
+        assert plain is not None
+        assert choice.tokens_per_second > plain.tokens_per_second
+    assert choose("405B", 8, GPUS["h100"], None) is None
