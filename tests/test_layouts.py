@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -200,3 +201,16 @@ def test_sizes_that_do_not_divide_are_one_error(tmp_path):
     assert told.exit_codes == [2, 2, 2]
     assert "parallelism.tensor_parallel_degree = 3: the model has 16 heads" in told.log
     assert "Traceback" not in told.log
+
+
+@pytest.mark.slow
+def test_three_replicas_resume_bit_for_bit(tmp_path):
+    """From three on the order of a sum shows: buckets must not be sorted anew after the first step."""
+    saves = {"checkpoint.enable": True, "checkpoint.interval": 2, "training.steps": 4}
+    flags = {**BASE, **saves, REPLICATE: 3, "training.global_batch_size": 12}
+    whole = runs.train(tmp_path / "whole", flags, world=3)
+    step = tmp_path / "resumed" / "checkpoint" / "step-2"
+    shutil.copytree(tmp_path / "whole" / "checkpoint" / "step-2", step)
+    resumed = runs.train(tmp_path / "resumed", flags, world=3)
+    assert [line["step"] for line in resumed.metrics] == [3, 4]
+    assert resumed.losses == whole.losses[2:]

@@ -27,7 +27,9 @@ def shard(model: nn.Module, groups: Sequence[Sequence[nn.Module]], sharding: Sha
     `reshard_last` asks for its memory in between. `model` may be a stage of a pipeline.
     """
     policy = MixedPrecisionPolicy(param_dtype=sharding.param_dtype, reduce_dtype=sharding.reduce_dtype)
-    offload = CPUOffloadPolicy() if sharding.cpu_offload else OffloadPolicy()
+    offload = OffloadPolicy()
+    if sharding.cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=sharding.mesh.device_type == "cuda")
     shard_fully = partial(fully_shard, mesh=sharding.mesh, mp_policy=policy, offload_policy=offload)
     for group in groups:
         last = group is groups[-1]

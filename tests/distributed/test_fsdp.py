@@ -31,12 +31,12 @@ def gradients(tied, tokens, sharding):
     }
 
 
-def compare(tied, reshard, replicas):
+def compare(tied, reshard, replicas, offload):
     world, rank = dist.get_world_size(), dist.get_rank()
     shape = (replicas, world // replicas) if replicas > 1 else (world,)
     names = ("dp_replicate", "dp_shard")[-len(shape) :]
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-    sharding = Sharding(mesh, torch.float32, torch.float32, reshard=reshard, cpu_offload=False)
+    sharding = Sharding(mesh, torch.float32, torch.float32, reshard=reshard, cpu_offload=offload)
     tokens = torch.arange(2 * world * 8).remainder(67).view(2 * world, 8)
     expected = gradients(tied, tokens, None)
     got = gradients(tied, tokens[2 * rank : 2 * rank + 2], sharding)
@@ -45,8 +45,14 @@ def compare(tied, reshard, replicas):
 
 
 @pytest.mark.parametrize(
-    ("world", "replicas", "tied", "reshard"),
-    [(2, 1, False, True), (3, 1, True, True), (4, 2, False, False), (2, 2, True, True)],
+    ("world", "replicas", "tied", "reshard", "offload"),
+    [
+        (2, 1, False, True, False),
+        (3, 1, True, True, False),
+        (4, 2, False, False, False),
+        (2, 2, True, True, False),
+        (2, 1, False, True, True),  # what of offloading is the same without a GPU: where states live
+    ],
 )
-def test_gradients_add_up_to_those_of_one_process(world, replicas, tied, reshard):
-    assert max(ranks.run(world, compare, tied, reshard, replicas)) < 1e-6
+def test_gradients_add_up_to_those_of_one_process(world, replicas, tied, reshard, offload):
+    assert max(ranks.run(world, compare, tied, reshard, replicas, offload)) < 1e-6

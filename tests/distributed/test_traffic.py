@@ -107,7 +107,7 @@ def test_replicas_reduce_their_gradients_once_a_step():
     for sent, gathers in ranks.run(2, step, None, torch.float32, 3):
         assert gathers == 0
         assert sent["gradients"] == 2 * (2 - 1) * SIZE * 4 // 2
-        assert sent.get("weights", 0) < 100  # DDP tells all in which order it has sorted its buckets
+        assert "weights" not in sent
 
 
 def test_float8_gathers_send_one_byte_a_weight():
