@@ -159,7 +159,14 @@ def _gather(
 def fusion(job: JobConfig, recipe: str | None, device: torch.device) -> Fusion | None:
     """What computes fused layers; None where modules are called one by one."""
     kernels = recipe is not None and device.type == "cuda"
-    if not fuses(job) or (job.model.fuse == "auto" and not kernels):
+    if not fuses(job):
+        if kernels and job.model.fuse == "auto":
+            logger.info(
+                "Layers are not fused: tensor parallel weights, and scales from the step before, need them "
+                "called one by one"
+            )
+        return None
+    if job.model.fuse == "auto" and not kernels:
         return None
     share = job.float8.share_scales and recipe == "tensorwise"
     logger.info(
@@ -167,16 +174,18 @@ def fusion(job: JobConfig, recipe: str | None, device: torch.device) -> Fusion |
         "by kernels" if device.type == "cuda" else "in plain PyTorch",
         ", their weights cast with one scale" if share else "",
     )
-    return Fusion(
-        normed_input=lambda norm, linears: NormedInput(
-            norm,
-            linears,
-            shared_scales=share
-            and all(isinstance(linear, Float8Linear) and linear.recipe.name == recipe for linear in linears),
-        ),
-        gated_linear=GatedLinear,
-        shared_input=SharedInput,
-    )
+    told: set[str] = set()
+
+    def normed_input(norm: nn.Module, linears: Sequence[Any]) -> NormedInput:
+        ours = all(isinstance(linear, Float8Linear) and linear.recipe.name == recipe for linear in linears)
+        made = NormedInput(norm, linears, shared_scales=share and ours)
+        why = made.shared.why_separate()
+        if why is not None and why not in told:
+            told.add(why)
+            logger.info("Some layers of one input stay products of their own: %s", why)
+        return made
+
+    return Fusion(normed_input=normed_input, gated_linear=GatedLinear, shared_input=SharedInput)
 
 
 def _options(recipe: str) -> Float8LinearConfig:

@@ -21,15 +21,51 @@ def losses(folder, flags, world=1):
     return run.losses
 
 
-@pytest.mark.parametrize("recipe", [None, "rowwise", "blockwise"])
-def test_fused_layers_train_alike_and_share_checkpoints(tmp_path, recipe):
-    """Also where one stops and the other goes on."""
+@pytest.mark.parametrize(
+    ("recipe", "starts_fused"),
+    [
+        ("rowwise", False),
+        ("blockwise", True),
+        pytest.param(None, True, marks=pytest.mark.slow),
+        pytest.param(None, False, marks=pytest.mark.slow),
+        pytest.param("rowwise", True, marks=pytest.mark.slow),
+        pytest.param("blockwise", False, marks=pytest.mark.slow),
+    ],
+)
+def test_fused_layers_train_alike_and_share_checkpoints(tmp_path, recipe, starts_fused):
+    """Also where one stops and the other goes on, in both directions."""
     flags = {**(runs.recipe(recipe) if recipe else {}), "float8.emulate": True} if recipe else {}
     want = losses(tmp_path / "plain", {**flags, **CHECKPOINTED})
     near(losses(tmp_path / "fused", {**flags, **CHECKPOINTED, "model.fuse": "on"}), want)
     half = {**flags, **CHECKPOINTED, "training.steps": 2}
-    losses(tmp_path / "both", {**half, "model.fuse": "on"})
-    near(losses(tmp_path / "both", {**flags, **CHECKPOINTED}), want)
+    first, then = ({"model.fuse": "on"}, {}) if starts_fused else ({}, {"model.fuse": "on"})
+    losses(tmp_path / "both", {**half, **first})
+    near(losses(tmp_path / "both", {**flags, **CHECKPOINTED, **then}), want)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param({}, id="high precision"),
+        pytest.param(
+            {**runs.recipe("rowwise"), "float8.emulate": True}, id="rowwise", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {**runs.recipe("tensorwise"), "float8.emulate": True}, id="tensorwise", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_compiled_fused_layers_and_a_chunked_loss_train_alike(tmp_path, monkeypatch, flags):
+    """In float8 against compiled layers that are not fused, as eager ones round elsewhere; and with whole
+    logits, as a sum in another order would move values over a rounding's edge.
+    """
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))  # of this process alone
+    flags = {**flags, "training.steps": 2, "training.local_batch_size": 2}
+    compiled = {**flags, "training.compile": True}
+    float8 = "float8.emulate" in flags
+    want = losses(tmp_path / "plain", compiled if float8 else flags)
+    fused = {"model.fuse": "on"} if float8 else {"model.fuse": "on", "training.loss_chunk_tokens": 48}
+    near(losses(tmp_path / "fused", {**compiled, **fused}), want)
 
 
 def test_fused_layers_on_two_processes_checkpointed_accumulating(tmp_path):

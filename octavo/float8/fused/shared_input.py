@@ -92,6 +92,8 @@ class SharedInput:
                 return "their weights are sharded"
             if has_hooks(linear):
                 return "one has hooks"
+            if getattr(linear, "operands", None) is not None:  # its forward keeps the books
+                return "one takes its scales from the step before"
         if len(self.linears) == 1:
             return None
         if self.shared_scales:

@@ -105,6 +105,9 @@ def test_what_cannot_be_joined_is_called_one_by_one() -> None:
     assert "hooks" in hooked.enter.shared.why_separate()
     hooked(data())
     assert len(seen) == 1
+    kept = fuse(make("rowwise"))
+    kept.attention.wq.operands = ()
+    assert "step before" in kept.enter.shared.why_separate()
     mixed = make(None)
     convert_to_float8_training(
         mixed, config="rowwise", module_filter_fn=lambda module, fqn: not fqn.endswith("wk")
@@ -117,6 +120,23 @@ def test_what_cannot_be_joined_is_called_one_by_one() -> None:
         fuse(make("rowwise"), shared_scales=True)
     with pytest.raises(ValueError, match="one in_features"):
         SharedInput([nn.Linear(4, 4), nn.Linear(5, 4)])
+
+
+def test_a_recipe_a_layer_and_casts_without_scales() -> None:
+    """Two of one input in one recipe, the third in another; and e5m2 as the negative control takes it."""
+    control = RECIPES["tensorwise"].map_casts(lambda cast: replace(cast, scaled=False))
+    for others, wk in (("rowwise", "blockwise"), ("tensorwise", "mxfp8"), ("control", "control")):
+        plain = make(None)
+        for recipe, is_wk in ((others, False), (wk, True)):
+            options = Float8LinearConfig.from_recipe(RECIPES.get(recipe, control))
+            convert_to_float8_training(
+                plain,
+                config=replace(options, emulate=True),
+                module_filter_fn=lambda _, fqn, is_wk=is_wk: fqn.endswith("wk") == is_wk,
+            )
+        fused = fuse(copy.deepcopy(plain))
+        assert fused.enter.shared.why_separate() is not None
+        assert_near(gradients(fused, fused, data()), gradients(plain, plain, data()), 1e-6)
 
 
 def test_one_scale_for_several_weights_costs_little() -> None:
@@ -169,11 +189,18 @@ def test_gradients_asked_for_separately_take_each_product_once(monkeypatch: pyte
     assert calls[4:] == [RECIPES["rowwise"].grad_weight] * 3
 
 
-def test_health_sees_fused_linears() -> None:
+@compiles
+@pytest.mark.parametrize("compiled", [False, True])
+def test_health_sees_fused_linears(compiled: bool) -> None:
     fused = fuse(make("rowwise"))
+    run = fused
+    if compiled:  # traced before the step that is measured; no code is generated
+        torch._dynamo.reset()
+        run = torch.compile(fused, backend="aot_eager", fullgraph=True)
+        gradients(run, fused, data())
     monitor = Monitor(fused, every=1)
     with monitor.step():
-        gradients(fused, fused, data())
+        gradients(run, fused, data())
     layers = {row.layer for row in monitor.table.rows}
     assert layers == {name for name, m in fused.named_modules() if isinstance(m, nn.Linear)}
 
