@@ -109,9 +109,12 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         raise ConfigError(f"--out={options.out}: {error.strerror or error}") from None
     _print(choices, groups)
-    print(f"{options.out} is written: --model.converters=float8 --float8.layer_recipes_file={options.out}")
     if all(choice.recipe == HIGH_PRECISION for choice in choices):
-        print("No layer gains from float8 here: train without --model.converters=float8")
+        print(f"{options.out} is written. No layer gains from float8 here: train without it, and the file")
+    else:
+        print(
+            f"{options.out} is written: --model.converters=float8 --float8.layer_recipes_file={options.out}"
+        )
     return 0
 
 
@@ -120,7 +123,12 @@ def _job(argv: Sequence[str], processes: int) -> tuple[JobConfig, Layout]:
     if processes < 1:
         raise ConfigError(f"--processes={processes} must be at least 1")
     job = config.load(argv, prog="octavo tune")
+    if job.job.config_file is None:
+        raise ConfigError("name the job to tune: --config-file llama3_8b.toml, say")
     problems = out_of_range(job)
+    for key in ("layer_recipes", "layer_recipes_file", "recipe_name"):
+        if job.given.get(f"float8.{key}") == "cli":
+            problems.append(f"--float8.{key} has no effect on octavo tune, which chooses the recipes itself")
     if problems:
         raise ConfigError("\n".join(problems))
     return job, layout_of(job.parallelism, processes)
@@ -129,6 +137,8 @@ def _job(argv: Sequence[str], processes: int) -> tuple[JobConfig, Layout]:
 def _candidates(text: str) -> list[str]:
     given = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     unknown = [name for name in given if name not in CANDIDATES]
+    if given == [HIGH_PRECISION]:
+        raise ConfigError(f"--recipes={text}: nothing to choose from; name a float8 recipe")
     if unknown or not given:
         what = f"{unknown[0]!r} is no recipe" if unknown else "names none"
         raise ConfigError(f"--recipes={text}: {what}; there are {', '.join(CANDIDATES)}")

@@ -88,6 +88,8 @@ def test_measuring(tmp_path, capsys, monkeypatch):
         (["--refresh"], "--refresh would have no effect: nothing is measured, as there is no GPU here"),
         (["--no-cache", "--gpu=h100"], r"--no-cache would have no effect: nothing is measured \(--gpu\)"),
         (["--refresh", "--no-cache"], "take one of the two"),
+        (["--recipes=high_precision"], "nothing to choose from; name a float8 recipe"),
+        (["--float8.layer_recipes=layers.*=rowwise"], "layer_recipes has no effect on octavo tune"),
         (["--processes=0"], "--processes=0 must be at least 1"),
         (["--parallelism.tensor_parallel_degree=2"], "does not divide 1 process"),
         (["--out=/none/tuned.toml"], "--out=/none/tuned.toml: no such folder"),
@@ -101,3 +103,8 @@ def test_errors(argv, message, capsys):
     assert cli.main(["tune", *DEBUG, *argv]) == 2
     told = capsys.readouterr().err
     assert re.search(message, told), told
+
+
+def test_a_job_must_be_named(capsys):
+    assert cli.main(["tune", "--out=nowhere.toml"]) == 2
+    assert "name the job to tune" in capsys.readouterr().err

@@ -42,6 +42,8 @@ from octavo.float8.kernels import (
 )
 from octavo.float8.kernels.numerics import INTERPRETING, SCALE_FORMATS, Config
 
+ARCHITECTURES = (89, 90, 100, 103, 120)
+"""Compute capabilities, times ten, with the hardware's conversion to float8."""
 BOTH = {"ROWS": True, "COLUMNS": True}
 ROWS_ONLY, COLUMNS_ONLY = {"ROWS": True, "COLUMNS": False}, {"ROWS": False, "COLUMNS": True}
 FORMATS = [("e4m3", "fp32"), ("e4m3", "pow2"), ("e5m2", "fp32")]
@@ -226,10 +228,15 @@ def main(argv: list[str] | None = None) -> int:
     """Print the report. Exit code 1 where a default configuration spills or lacks the hardware's
     conversion.
     """
-    parser = argparse.ArgumentParser(prog="python -m octavo.float8.kernels.report", description=__doc__)
-    parser.add_argument("--arch", type=int, default=90)
-    parser.add_argument("--all", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    parser = argparse.ArgumentParser(
+        prog="python -m octavo.float8.kernels.report",
+        description="What a GPU's compiler makes of each kernel.",
+    )
+    parser.add_argument(
+        "--arch", type=int, default=90, choices=ARCHITECTURES, help="90 is Hopper (default), 100 Blackwell"
+    )
+    parser.add_argument("--all", action="store_true", help="every number format and dtype")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args(argv)
     if INTERPRETING:
         parser.error("TRITON_INTERPRET=1 compiles nothing: unset it")
