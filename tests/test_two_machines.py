@@ -50,18 +50,18 @@ class Machines:
 
     def wait_for_step(self, step: int) -> None:
         """Until a report of `step` is written."""
-        metrics, end = self.folder / "metrics.jsonl", time.monotonic() + 100
+        metrics, end = self.folder / "metrics.jsonl", time.monotonic() + 300
         while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
             assert time.monotonic() < end, self.end()
             assert all(launcher.poll() is None for launcher in self.launchers), self.end()
             time.sleep(0.05)
 
     def end(self) -> tuple[list[int], list[str]]:
-        """Exit codes and standard errors; who does not end by himself is killed after 60 s."""
+        """Exit codes and standard errors; who does not end by himself is killed after 300 s."""
         codes, errs = [], []
         for launcher in self.launchers:
             try:
-                _, err = launcher.communicate(timeout=60)
+                _, err = launcher.communicate(timeout=300)
             except subprocess.TimeoutExpired:
                 launcher.kill()
                 _, err = launcher.communicate()
@@ -151,7 +151,7 @@ def test_who_is_killed_on_one_machine_is_named_on_the_other(start, killed):
 
     other = 1 - int(number)
     assert codes[other] == 1, errs
-    assert took < 20, errs  # some 4 s on a machine that does nothing else
+    assert took < 90, errs  # some 4 s on a quiet machine; training's own timeout is 100 s
     host = os.uname().nodename
     cause = KILLED[killed].format(host=host)
     assert f"octavo: the job ends because of another machine: {cause}" in errs[other], errs

@@ -68,7 +68,7 @@ _SENT: dict[str, Callable[..., int]] = {
     f"{_FUNCTIONAL}::all_to_all_single": lambda x, received, sent, group: _exchanged(x, sent, group),
     f"{_FUNCTIONAL}::broadcast": lambda x, *_: x.nbytes,
 }
-_SILENT = ("barrier", "wait_tensor", "recv", "monitored_barrier")
+_SILENT = ("barrier", "wait_tensor", "wrap_tensor_autograd", "recv", "monitored_barrier")
 
 
 class Traffic(TorchDispatchMode):

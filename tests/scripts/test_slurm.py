@@ -107,13 +107,13 @@ def test_a_job_on_two_machines_saves_before_its_time_is_over_and_goes_on(slurm, 
         return "".join(path.read_text() for path in sorted((tmp_path / "logs").iterdir()))
 
     first = start(1000)
-    metrics, end = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 100
+    metrics, end = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 300
     while not metrics.exists():
         assert first.poll() is None, (first.communicate(), logs())
         assert time.monotonic() < end, logs()
         time.sleep(0.1)
     first.send_signal(signal.SIGUSR1)
-    out, _ = first.communicate(timeout=60)
+    out, _ = first.communicate(timeout=300)
     assert first.returncode == 75, (out, logs())
     assert "octavo: SIGUSR1; the machines save and stop" in out
     (call,) = requeued(tmp_path)
@@ -126,7 +126,7 @@ def test_a_job_on_two_machines_saves_before_its_time_is_over_and_goes_on(slurm, 
 
     done = len(metrics.read_text().splitlines())
     again = start(done + 1, SLURM_RESTART_COUNT=1, CHECK_NETWORK=0)
-    out, _ = again.communicate(timeout=100)
+    out, _ = again.communicate(timeout=300)
     assert again.returncode == 0, (out, logs())
     assert f"resumed step {done}, " in logs()
     assert len(metrics.read_text().splitlines()) == done + 1
@@ -141,7 +141,7 @@ def test_what_may_pass_is_started_again_and_what_would_come_again_is_not(
     slurm, tmp_path, command, starts, code
 ):
     job = slurm(FAKE_COMMAND=command, MAX_RESTARTS=2)
-    out, _ = job.communicate(timeout=30)
+    out, _ = job.communicate(timeout=120)
     assert job.returncode == code, out
     assert out.count("octavo: start ") == starts
     assert requeued(tmp_path) == []
@@ -161,6 +161,6 @@ def test_a_cancelled_job_is_not_requeued(slurm, tmp_path):
         assert job.poll() is None
         time.sleep(0.05)
     job.send_signal(signal.SIGTERM)
-    out, _ = job.communicate(timeout=30)
+    out, _ = job.communicate(timeout=120)
     assert job.returncode == 75, out
     assert requeued(tmp_path) == []
