@@ -5,7 +5,7 @@
     octavo estimate --weak-scaling
 
 Options of its own are --ngpu, --device, --json and --weak-scaling; all others are those of training. Exit
-codes: 0 it fits, 1 it does not, 2 a mistake in the command line or the config.
+codes: 0 it fits, 1 it does not, 2 a mistake in the command line or the config, 3 it could not be traced.
 """
 
 import json
@@ -21,7 +21,7 @@ from octavo.roofline import Gpu, find_gpu
 _OWN = {"ngpu": True, "device": True, "json": False, "weak_scaling": False}
 """Option -> whether it takes a value."""
 
-DOES_NOT_FIT = 1
+DOES_NOT_FIT, NOT_TRACED = 1, 3
 
 _HELP = """usage: octavo estimate [--config-file FILE] --ngpu N [--device NAME] [--json] [training's options]
        octavo estimate --weak-scaling [--device NAME] [--json]
@@ -34,7 +34,7 @@ Memory, messages and time of a job, without running it.
   --weak-scaling    tokens/s and MFU of Llama3 8B, 70B and 405B on 8 to 4096 GPUs, with a layout for each
 
 All options of octavo train (octavo train --help) count as there. Exit codes: 0 it fits, 1 it does not, 2 a
-mistake."""
+mistake, 3 a process could not be traced in time."""
 
 
 @dataclass
@@ -113,9 +113,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpus = 0 if options.gpu is None else options.ngpu
     config.check(job, world_size=options.ngpu, gpus=gpus, elsewhere=True)
 
-    from octavo.estimating.report import as_text, estimate  # torch, after the config has been judged
+    from octavo.estimating.apart import TraceFailed  # torch, after the config has been judged
+    from octavo.estimating.report import as_text, estimate
 
-    found = estimate(job, options.ngpu, options.gpu)
+    try:
+        found = estimate(job, options.ngpu, options.gpu)
+    except TraceFailed as error:
+        print(f"octavo estimate: {error}", file=sys.stderr)
+        return NOT_TRACED
     print(json.dumps(found.as_json(), indent=2) if options.json else as_text(found))
     return DOES_NOT_FIT if found.fits is False else 0
 

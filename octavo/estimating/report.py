@@ -1,6 +1,5 @@
 """One job on so many GPUs: its trials, put together, as a table and as JSON."""
 
-import multiprocessing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from octavo import quantization
 from octavo.config import JobConfig
 from octavo.config.layout import KEYS, Layout, layout_of
+from octavo.estimating.apart import apart
 from octavo.estimating.memory import Memory, memory_of
 from octavo.estimating.operations import Message
 from octavo.estimating.time import StepTime, by_message, mfu, step_time
@@ -90,9 +90,7 @@ def estimate(job: JobConfig, gpus: int, gpu: Gpu | None) -> Estimate:
     stride = gpus // layout.pipeline
     ranks = _telling(layout.pipeline, stride)
     recipe = quantization.recipe_name(job.model.converters, job.float8)
-    trials = [
-        _alone(job, gpus, rank, gpu) if len(ranks) > 1 else run_trial(job, gpus, gpu=gpu) for rank in ranks
-    ]
+    trials: list[Trial] = apart(run_trial, (job, gpus), [{"rank": rank, "gpu": gpu} for rank in ranks])
     offload = job.training.enable_cpu_offload
     memories = {trial.rank: memory_of(trial.log, offload=offload) for trial in trials}
     worst: Trial = max(trials, key=lambda trial: memories[trial.rank].peak)
@@ -113,12 +111,6 @@ def estimate(job: JobConfig, gpus: int, gpu: Gpu | None) -> Estimate:
         flops_per_token=worst.flops_per_token,
         compiled=job.compile.enable,
     )
-
-
-def _alone(job: JobConfig, gpus: int, rank: int, gpu: Gpu | None) -> Trial:
-    """A trial in a process of its own: PyTorch remembers the groups of meshes that are gone."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(run_trial, (job, gpus), {"rank": rank, "gpu": gpu})
 
 
 def _telling(stages: int, stride: int) -> list[int]:

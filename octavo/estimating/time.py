@@ -103,7 +103,7 @@ def block_of(args: object) -> Block | None:
 def step_time(trial: Trial, job: JobConfig, gpu: Gpu, recipe: str | None) -> StepTime:
     """The step of the process that `trial` traced; 0 for elementwise work of models other than Llama."""
     layout, times = trial.layout, trial.microbatches / trial.traced
-    counts = trial.operations.microbatches
+    counts = trial.microbatch
     products = _products(counts, gpu) * times
     attention = _attention(counts, gpu) * times
     elementwise, casts = _elementwise(trial, job, gpu, recipe)
@@ -155,7 +155,7 @@ def by_message(trial: Trial) -> Mapping[Message, float]:
     """Bytes that this process sends in a step, by kind and axis."""
     times = trial.microbatches / trial.traced
     found: dict[Message, float] = {}
-    for counts, factor in ((trial.operations.microbatches, times), (trial.operations.rest, 1.0)):
+    for counts, factor in ((trial.microbatch, times), (trial.rest, 1.0)):
         for message, payload in counts.messages.items():
             bytes_sent = sent(message.kind, message.size, payload) * factor
             found[message] = found.get(message, 0.0) + bytes_sent

@@ -28,14 +28,20 @@ PARAMETERS, GRADIENTS, OPTIMIZER = "parameters", "gradients", "optimizer"
 ACTIVATIONS, FLOAT8, COMMUNICATION = "activations", "float8", "communication"
 KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, FLOAT8, COMMUNICATION)
 
+Place = tuple[str, int, int]
+"""Where in a step something is: forward or backward, number of the stage, number of the layer."""
+
 
 @dataclass
 class Log:
-    """Changes in order: (storage's number, bytes more or less, number of the mark before it)."""
+    """Changes in order: (storage's number, bytes more or less, number of the mark before it). places: of the
+    layers that begin or end at the marks.
+    """
 
     changes: list[tuple[int, int, int]] = field(default_factory=list)
     kinds: dict[int, str] = field(default_factory=dict)
     marks: list[str] = field(default_factory=lambda: ["start"])
+    places: list[Place | None] = field(default_factory=lambda: [None])
 
     def peaks(self, without: Iterable[str] = ()) -> list[tuple[str, dict[str, int]]]:
         """For each mark, in order, what was held by kind at the highest moment until the next mark.
@@ -90,6 +96,12 @@ class Tracker(TorchDispatchMode):
     def mark(self, name: str) -> None:
         """What follows is `name`."""
         self.log.marks.append(name)
+        self.log.places.append(None)
+
+    def cut(self, place: Place) -> None:
+        """What follows bears the same name, but is counted on its own."""
+        self.log.marks.append(self.log.marks[-1])
+        self.log.places.append(place)
 
     @contextmanager
     def label(self, kind: str) -> Iterator[None]:

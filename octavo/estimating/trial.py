@@ -27,8 +27,10 @@ from octavo.components.device import choose_param_dtype
 from octavo.components.optimizer import build_optimizer, clip_gradients
 from octavo.config import JobConfig
 from octavo.config.layout import Layout, layout_of
+from octavo.config.pipeline import PipelinePlan
 from octavo.distributed import mesh
-from octavo.estimating.operations import Operations
+from octavo.estimating.layers import Grown, grown, left_out, watch, without
+from octavo.estimating.operations import Counts, Operations
 from octavo.estimating.tokenizer import tokenizer_of
 from octavo.estimating.tracker import COMMUNICATION, GRADIENTS, OPTIMIZER, PARAMETERS, Log, Tracker
 from octavo.roofline import Gpu
@@ -42,15 +44,16 @@ _MICROBATCHES = 2
 class Trial:
     """What one process's step showed.
 
-    log: its allocations. operations: products, attention and messages of one microbatch, and of the rest of
-    the step. parameters: of this process, all_parameters: of the model. microbatches: a step has. work: FLOPs
-    per token of the whole model.
+    log: its allocations. microbatch, rest: products, attention and messages of the microbatches traced, and
+    of the rest of the step. parameters: of this process, all_parameters: of the model. microbatches: a step
+    has, traced: so many of them. stages: of the whole pipeline.
     """
 
     rank: int
     layout: Layout
-    log: Log
-    operations: Operations
+    log: Log | Grown
+    microbatch: Counts
+    rest: Counts
     parameters: int
     all_parameters: int
     flops_per_token: float
@@ -72,18 +75,81 @@ def fake_processes(rank: int, size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def run_trial(job: JobConfig, size: int, *, rank: int = 0, gpu: Gpu | None = None) -> Trial:
-    """Trace process `rank` of `size`, on a `gpu`, or on this CPU (None). `ConfigError` as training."""
+def run_trial(
+    job: JobConfig, size: int, *, rank: int = 0, gpu: Gpu | None = None, all_layers: bool = False
+) -> Trial:
+    """Trace process `rank` of `size`, on a `gpu`, or on this CPU (None). `ConfigError` as training.
+
+    With `all_layers`, none of equal layers are left out (see `layers.py`).
+    """
     if job.experimental.custom_import:
         importlib.import_module(job.experimental.custom_import)
     job = _eager(job)
-    device = torch.device("cpu")
-    dtype = choose_param_dtype(job.training.mixed_precision_param, torch.device("cuda" if gpu else "cpu"))
     args = model_args(job, tokenizer_of(job))
     plan = pipeline_plan(job, args)
-    recipe = quantization.recipe_name(job.model.converters, job.float8)
     layout = layout_of(job.parallelism, size)
-    all_parameters = _size(job, args)
+    all_parameters, flops_per_token = _size(job, args)
+    less = 0 if all_layers else left_out(job, args, plan)
+    one_pass = job.training.local_batch_size * layout.data
+    microbatches = max(job.training.global_batch_size, one_pass) // one_pass
+    traced = min(microbatches, _MICROBATCHES)
+
+    with fake_processes(rank, size), ExitStack() as scopes:
+        if gpu:
+            scopes.enter_context(quantization.as_on_a_gpu(gpu.capability))
+        device = torch.device("cpu")
+        world = mesh.build_world(device, layout, loss_parallel=not job.parallelism.disable_loss_parallel)
+
+        def trace(less: int) -> _Trace:
+            return _trace(job, *without(args, plan, less), world, gpu, microbatches, traced)
+
+        found = trace(less)
+        log: Log | Grown = found.log
+        counts, parameters = (found.operations.microbatches, found.operations.rest), found.parameters
+        if less:
+            longer = trace(less - 1)
+            log = Grown(found.log, longer.log, less)
+            counts = (
+                grown(counts[0], longer.operations.microbatches, less),
+                grown(counts[1], longer.operations.rest, less),
+            )
+            parameters += less * (longer.parameters - parameters)
+    return Trial(
+        rank=rank,
+        layout=layout,
+        log=log,
+        microbatch=counts[0],
+        rest=counts[1],
+        parameters=parameters,
+        all_parameters=all_parameters,
+        flops_per_token=flops_per_token,
+        microbatches=microbatches,
+        args=args,
+        stages=1 if plan is None else len(plan.stages),
+        traced=traced,
+    )
+
+
+@dataclass(frozen=True)
+class _Trace:
+    log: Log
+    operations: Operations
+    parameters: int
+
+
+def _trace(
+    job: JobConfig,
+    args: Any,
+    plan: PipelinePlan | None,
+    world: mesh.World,
+    gpu: Gpu | None,
+    microbatches: int,
+    traced: int,
+) -> _Trace:
+    """One step of `traced` microbatches of the model with `args`, or of this process's stages of it."""
+    device, layout = torch.device("cpu"), world.layout
+    dtype = choose_param_dtype(job.training.mixed_precision_param, torch.device("cuda" if gpu else "cpu"))
+    recipe = quantization.recipe_name(job.model.converters, job.float8)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     operations = Operations(layout)
 
@@ -93,71 +159,52 @@ def run_trial(job: JobConfig, size: int, *, rank: int = 0, gpu: Gpu | None = Non
         with fake:
             part.to_empty(device=device)
 
-    with fake_processes(rank, size), ExitStack() as scopes:
-        if gpu:
-            scopes.enter_context(quantization.as_on_a_gpu(gpu.capability))
-        world = mesh.build_world(device, layout, loss_parallel=not job.parallelism.disable_loss_parallel)
-        model, work, stages = build_model(
-            job,
-            args,
-            recipe,
-            device=device,
-            param_dtype=dtype,
-            world=world,
-            pipeline=plan,
-            materialise=materialise,
-        )
-        one_pass = job.training.local_batch_size * layout.data
-        microbatches = max(job.training.global_batch_size, one_pass) // one_pass
-        traced = min(microbatches, _MICROBATCHES)
-        step: Any = object.__new__(Trainer)  # its methods that compute, without what it reads and writes
-        vars(step).update(
-            job=job,
-            world=world,
-            model=model,
-            model_args=args,
-            device=device,
-            param_dtype=dtype,
-            accumulation=traced,
-            chunked=job.training.loss_chunk_tokens is not None,
-            loss_sum=loss_sum,
-            global_tokens=one_pass * microbatches * job.training.seq_len,
-            watchdog=SimpleNamespace(progress=lambda: None),
-            pipeline=None,
-        )
-        if step.chunked:
-            step.loss_sum = lambda tokens, labels: model(tokens, labels_BS=labels)
-        tracker = Tracker(fake, operations.see)
-        scopes.enter_context(_aside(tracker))
-        scopes.enter_context(fake)
+    model, _, stages = build_model(
+        job,
+        args,
+        recipe,
+        device=device,
+        param_dtype=dtype,
+        world=world,
+        pipeline=plan,
+        materialise=materialise,
+    )
+    step: Any = object.__new__(Trainer)  # its methods that compute, without what it reads and writes
+    vars(step).update(
+        job=job,
+        world=world,
+        model=model,
+        model_args=args,
+        device=device,
+        param_dtype=dtype,
+        accumulation=traced,
+        chunked=job.training.loss_chunk_tokens is not None,
+        loss_sum=loss_sum,
+        global_tokens=job.training.local_batch_size * layout.data * microbatches * job.training.seq_len,
+        watchdog=SimpleNamespace(progress=lambda: None),
+        pipeline=None,
+    )
+    if step.chunked:
+        step.loss_sum = lambda tokens, labels: model(tokens, labels_BS=labels)
+    tracker = Tracker(fake, operations.see)
+    watch(stages or [model], tracker)
+    with _aside(tracker), fake:
         if plan is not None:
             step.pipeline = step._pipeline(plan, stages)
         optimizer = build_optimizer(model, job.optimizer)
         parameters = list(model.parameters())
-        scopes.enter_context(tracker)
-        tracker.claim([*parameters, *model.buffers()], PARAMETERS)
-        _first_update(parameters, optimizer)
-        tracker.claim([v for state in optimizer.state.values() for v in state.values()], OPTIMIZER)
-        _step(step, optimizer, tracker, operations, traced)
-        tracker.claim([p.grad for p in parameters if p.grad is not None], GRADIENTS)
-        return Trial(
-            rank=rank,
-            layout=layout,
-            log=tracker.log,
-            operations=operations,
-            parameters=sum(_local(p).numel() for p in parameters),
-            all_parameters=all_parameters,
-            flops_per_token=work.total,
-            microbatches=microbatches,
-            args=args,
-            stages=1 if plan is None else len(plan.stages),
-            traced=traced,
-        )
+        with tracker:
+            tracker.claim([*parameters, *model.buffers()], PARAMETERS)
+            _first_update(parameters, optimizer)
+            tracker.claim([v for state in optimizer.state.values() for v in state.values()], OPTIMIZER)
+            _step(step, optimizer, tracker, operations, traced)
+            tracker.claim([p.grad for p in parameters if p.grad is not None], GRADIENTS)
+    return _Trace(tracker.log, operations, sum(_local(p).numel() for p in parameters))
 
 
 def _eager(job: JobConfig) -> JobConfig:
     """`job` without compilation, with everything on one device (what is offloaded is subtracted later), and
-    with weights gathered in high precision (`messages_of` counts their bytes in float8).
+    with weights gathered in high precision, an upper bound of their memory and messages.
     """
     changed = replace(
         job,
@@ -173,9 +220,12 @@ def _eager(job: JobConfig) -> JobConfig:
     return changed
 
 
-def _size(job: JobConfig, args: Any) -> int:
+def _size(job: JobConfig, args: Any) -> tuple[int, float]:
+    """(parameters, FLOPs per token) of the whole model."""
+    spec = models.get(job.model.name)
     with torch.device("meta"):
-        return sum(p.numel() for p in models.get(job.model.name).build(args).parameters())
+        model = spec.build(args)
+    return sum(p.numel() for p in model.parameters()), spec.flops_per_token(args, model, job.training.seq_len)
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from octavo.config.layout import Layout
 from octavo.estimating.operations import sent
 from octavo.estimating.weak_scaling import choose
 from octavo.roofline import GPUS
-from tests import ranks
 
 SMALL = ["--training.seq_len=64", "--training.local_batch_size=2", "--activation_checkpoint.mode=none"]
 
@@ -38,22 +37,17 @@ def test_mistakes_end_with_one_message_and_exit_code_2(argv, told, capsys):
     assert "Traceback" not in captured.err
 
 
-def told(argv):
-    import contextlib
-    import io
+@pytest.fixture
+def run(capsys):
+    def command(*argv):
+        code = estimate.main([*SMALL, *argv])
+        return code, capsys.readouterr().out
 
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        code = estimate.main(argv)
-    return code, out.getvalue()
-
-
-def run(*argv):
-    return ranks.fork([(told, ([*SMALL, *argv],))])[0]
+    return command
 
 
-def test_a_job_on_eight_gpus_as_json():
-    code, text = run("--ngpu", "8", "--json", "--model.converters=float8")
+def test_a_job_on_eight_gpus_as_json(run):
+    code, text = run("--ngpu", "8", "--json", "--model.converters=float8", "--float8.recipe_name=rowwise")
     found = json.loads(text)
     assert code == 0
     assert found["fits"] is True
@@ -65,12 +59,22 @@ def test_a_job_on_eight_gpus_as_json():
     assert sum(found["step_seconds_by"].values()) == pytest.approx(found["step_seconds"])
 
 
-def test_what_does_not_fit_is_exit_code_1():
+def test_what_does_not_fit_is_exit_code_1(run):
     code, text = run(
         "--ngpu", "1", "--device", "rtx4090", "--model.flavor", "8B", "--model.hf_assets_path", "x"
     )
     assert code == 1
     assert "DOES NOT FIT into 24 GB" in text
+
+
+def test_stages_of_a_pipeline_are_traced_apart_and_the_fullest_is_told(run):
+    code, text = run("--ngpu", "4", "--json", "--parallelism.pipeline_parallel_degree=2")
+    found = json.loads(text)
+    assert code == 0
+    assert found["layout"]["pipeline_parallel_degree"] == 2
+    assert found["rank"] in (0, 2)
+    assert found["step_seconds_by"]["bubble"] > 0
+    assert ("all-reduce", "pipeline") in {(m["kind"], m["axis"]) for m in found["sent_bytes_per_step"]}
 
 
 def test_bytes_sent_by_a_ring():

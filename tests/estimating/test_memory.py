@@ -38,7 +38,13 @@ def estimated(folder, changes, processes):
     return ranks.fork([(peak, (flags(folder, changes), processes))])[0]
 
 
-@pytest.mark.parametrize("name", CASES)
+OFTEN = ("one process", "full checkpointing", "accumulation", "FSDP, rowwise", "tensor parallel")
+"""The others take a minute of CPU together: marked slow."""
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
 def test_within_a_tenth_of_a_real_run(tmp_path, name):
     processes, changes = CASES[name]
     changes = SMALL | changes

@@ -1,0 +1,100 @@
+"""A model told from two short traces equals one that is traced whole."""
+
+from dataclasses import replace
+
+import pytest
+
+from octavo import config
+from octavo.estimating.apart import TraceFailed, apart
+from octavo.estimating.layers import left_out
+from octavo.estimating.memory import memory_of
+from octavo.estimating.trial import run_trial
+from octavo.models.llama3 import FLAVORS
+from octavo.roofline import GPUS
+
+SMALL = ["--training.seq_len=64", "--training.local_batch_size=2"]
+ROWWISE = ["--model.converters=float8", "--float8.recipe_name=rowwise"]
+CASES = {
+    "FSDP, rowwise, full checkpointing": (8, [*ROWWISE, "--activation_checkpoint.mode=full"]),
+    "pipeline": (
+        2,
+        ["--parallelism.pipeline_parallel_degree=2", "--activation_checkpoint.mode=none"],
+    ),
+    "one process, no checkpointing": (1, ["--activation_checkpoint.mode=none"]),
+    "FSDP, selective checkpointing": (8, ["--activation_checkpoint.mode=selective"]),
+    "FSDP, accumulation": (2, ["--activation_checkpoint.mode=none", "--training.global_batch_size=12"]),
+    "FSDP and tensor parallel, tensorwise": (
+        4,
+        [
+            "--activation_checkpoint.mode=none",
+            "--parallelism.tensor_parallel_degree=2",
+            "--model.converters=float8",
+        ],
+    ),
+}
+OFTEN = ("FSDP, rowwise, full checkpointing",)
+
+
+@pytest.fixture
+def many_layers(monkeypatch):
+    def give(number):
+        few = replace(FLAVORS["debugmodel"], n_layers=number, dim=64, hidden_dim=192, n_heads=8, n_kv_heads=8)
+        monkeypatch.setitem(FLAVORS, "debugmodel", few)
+
+    return give
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
+def test_few_layers_tell_the_same_as_all(many_layers, name):
+    processes, flags = CASES[name]
+    many_layers(30 if name == "pipeline" else 15)
+    job = config.load([*SMALL, *flags])
+    calls = [{"gpu": GPUS["h100"], "all_layers": whole} for whole in (False, True)]
+    few, whole = apart(run_trial, (job, processes), calls)
+
+    assert type(few.log) is not type(whole.log)
+    assert memory_of(few.log) == memory_of(whole.log)
+    assert few.parameters == whole.parameters
+    for ours, theirs in ((few.microbatch, whole.microbatch), (few.rest, whole.rest)):
+        assert vars(ours) == vars(theirs)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model.converters=float8", "--float8.filter_fqns=layers.3"],
+        ["--model.converters=float8", "--float8.layer_recipes=layers.3.*=rowwise"],
+        ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=2"],
+    ],
+)
+def test_layers_that_differ_are_all_traced(many_layers, flags):
+    many_layers(30)
+    args = FLAVORS["debugmodel"]
+    assert left_out(config.load(SMALL), args, None) == 24
+    assert left_out(config.load([*SMALL, *flags]), args, None) == 0
+
+
+def _answer(what):
+    if what == "raise":
+        raise config.ConfigError("a mistake")
+    if what == "die":
+        import os
+
+        os._exit(5)
+    if what == "hang":
+        import time
+
+        time.sleep(60)
+    return what
+
+
+def test_calls_apart_answer_in_order_and_tell_what_went_wrong():
+    assert apart(_answer, (), [{"what": n} for n in range(3)]) == [0, 1, 2]
+    with pytest.raises(config.ConfigError, match="a mistake"):
+        apart(_answer, (), [{"what": "raise"}])
+    with pytest.raises(TraceFailed, match="exit code 5"):
+        apart(_answer, (), [{"what": 1}, {"what": "die"}])
+    with pytest.raises(TraceFailed, match="within 0 s"):
+        apart(_answer, (), [{"what": "hang"}], limit=0.2)
