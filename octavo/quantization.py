@@ -18,15 +18,16 @@ from torch.distributed.tensor.parallel import (
 )
 
 from octavo.components.logging import logger
-from octavo.config import ConfigError, JobConfig
+from octavo.config import ConfigError, JobConfig, names
 from octavo.config.effects import casts_weights_again, fuses
-from octavo.config.layer_recipes import LayerRecipe, layer_recipes, matching
+from octavo.config.layer_recipes import LayerRecipe, layer_recipes, matching, recipes_named
 from octavo.config.schema import Float8
 from octavo.distributed.plan import Fusion, TensorParallel
 from octavo.float8 import (
     RECIPES,
     Float8Linear,
     Float8LinearConfig,
+    PreviousStep,
     cast_weights_once,
     convert_to_float8_training,
     precompute_float8_dynamic_scale_for_fsdp,
@@ -198,6 +199,60 @@ def after_optimizer_step(model: nn.Module, settings: Float8) -> None:
     """Compute the scales of weights that FSDP gathers in float8 in one reduction, if that is asked for."""
     if settings.enable_fsdp_float8_all_gather and settings.precompute_float8_dynamic_scale_for_fsdp:
         precompute_float8_dynamic_scale_for_fsdp(model)
+
+
+class PreviousScales:
+    """What the trainer does about scales that are the previous step's: ends steps, tells, saves. Does nothing
+    in other recipes.
+    """
+
+    def __init__(self, scales: PreviousStep | None) -> None:
+        self._scales = scales
+        self._largest, self._fallbacks = 0.0, 0
+
+    def end_step(self, step: int) -> None:
+        """Make the maxima of `step` the next one's scales. All processes call it, after the gradients."""
+        if self._scales is None:
+            return
+        told = self._scales.end_step()
+        self._largest = max(self._largest, told.largest)
+        self._fallbacks += told.falls_back
+        if told.falls_back:
+            logger.warning(
+                "Step %d: %.2g of the elements of %s lay beyond the previous step's maximum, more than "
+                "float8.max_saturated = %g; the next step measures its own",
+                *(step, told.largest, told.worst, self._scales.bound),
+            )
+
+    def take_counts(self) -> dict[str, Any]:
+        """For the report of a step: the worst since the last report, and the fallbacks so far."""
+        largest, self._largest = self._largest, 0.0
+        return {"float8_saturated": largest, "float8_fallbacks": self._fallbacks}
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What a resumed run needs to cast as this one would; JSON-able, the same on every process."""
+        if self._scales is None:
+            return None
+        return {**self._scales.state_dict(), "fallbacks": self._fallbacks}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> dict[str, str]:
+        """Go on from `state`; why not exactly, if so."""
+        if self._scales is None:
+            return {}
+        if state is None:
+            return {"float8 scales": "nothing was saved of the previous step's"}
+        self._fallbacks = state["fallbacks"]
+        self._scales.load_state_dict(state)
+        return {}
+
+
+def previous_scales(
+    model: nn.Module, recipe: str | None, settings: Float8, device: torch.device
+) -> PreviousScales:
+    """The scales of the step before, if `recipe`, or that of single layers, casts with them."""
+    if recipe is None or not set(recipes_named(settings)) & set(names.PREVIOUS_STEP_RECIPES):
+        return PreviousScales(None)
+    return PreviousScales(PreviousStep(model, bound=settings.max_saturated, device=device))
 
 
 def convert(

@@ -143,6 +143,7 @@ class Trainer:
             self.loss_sum = lambda tokens, labels: self.model(tokens, labels_BS=labels)
         elif compile_loss:
             self.loss_sum = torch.compile(loss_sum)
+        self.scales = quantization.previous_scales(self.model, self.recipe, job.float8, self.device)
         self.optimizer = build_optimizer(self.model, job.optimizer)
         self.schedule = schedule_of(job.optimizer, job.lr_scheduler, job.training.steps)
 
@@ -282,6 +283,7 @@ class Trainer:
 
         batches: list[tuple[Tensor, Tensor]] = []  # kept until the step is known to be sound
         local_loss = self._gradients(self._next_batches(batches))
+        self.scales.end_step(step)
         norm = clip_gradients(self.model, settings.training.max_norm, self.world.pipeline)
         # The one place where the host waits for the device: no update without finite numbers.
         both = self.world.sum(torch.stack([local_loss, local_loss.new_tensor(self.signals.asked)]))
@@ -301,7 +303,7 @@ class Trainer:
                 grad_norm=grad_norm,
                 lr=lr,
                 tokens=self.tokens_seen,
-                counts=self.guard.counts(),
+                counts={**self.guard.counts(), **self.scales.take_counts()},
             )
         if verdict.action is Action.STOP:
             raise BadNumbers(self._diagnosis(step, verdict, batches))
@@ -380,6 +382,7 @@ class Trainer:
         done = int(state["step"])
         self.tokens_seen = state["tokens_seen"]
         self.guard.rewound(state["guard"])
+        self.scales.load_state_dict(state.get("scales"))
         self.metrics.start(done)
         logger.warning(
             "Step %d: %s. Back to the checkpoint of step %d; the data goes on after step %d, so that what "
@@ -413,6 +416,7 @@ class Trainer:
             "data": merge_state_dicts(data_states),
             "schedule": self.schedule,
             "guard": self.guard.state_dict(),
+            "scales": self.scales.state_dict(),
         }
 
     def _resume(self) -> int:
@@ -427,6 +431,7 @@ class Trainer:
         not_exact = {"data position": data, **state["not_exact"]}
         if "guard" in state:
             self.guard.load_state_dict(state["guard"])
+        not_exact |= self.scales.load_state_dict(state.get("scales"))
         logger.info("%s", resumed(state["step"], self.tokens_seen, not_exact))
         if state["schedule"] != self.schedule:
             logger.warning(

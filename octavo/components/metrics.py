@@ -37,6 +37,8 @@ class StepReport:
     took, in all these steps together. mfu, mfu_mixed, hfu: percent, None where a peak is unknown.
     loss_max: the mean loss of that process where it is largest. skipped_steps, spikes, rewinds: since the run
     began. step_p50, step_p90, step_p99: seconds of the last steps in which nothing was compiled.
+    float8_saturated: where scales are the previous step's, the largest share of an operand's elements that
+    lay beyond them in a step; float8_fallbacks: steps since the run began that led to one just in time.
     """
 
     step: int
@@ -67,6 +69,8 @@ class StepReport:
     step_p50: float | None = None
     step_p90: float | None = None
     step_p99: float | None = None
+    float8_saturated: float = 0.0
+    float8_fallbacks: int = 0
 
     @property
     def data_percent(self) -> float:
@@ -103,6 +107,8 @@ _TRACKED = {
     "fault_tolerance/skipped_steps": "skipped_steps",
     "fault_tolerance/spikes": "spikes",
     "fault_tolerance/rewinds": "rewinds",
+    "float8/saturated": "float8_saturated",
+    "float8/fallbacks": "float8_fallbacks",
 }
 
 
@@ -235,7 +241,7 @@ class MetricsLogger:
         lr: float,
         tokens: int,
         loss_max: float | None = None,
-        counts: Mapping[str, int] = MappingProxyType({}),
+        counts: Mapping[str, Any] = MappingProxyType({}),
     ) -> StepReport:
         """Report the steps since the last report; the device must have finished them. `counts`: the fields
         of a `StepReport` that the guard counts.

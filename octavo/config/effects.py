@@ -57,9 +57,18 @@ def casts_weights_again(job: JobConfig, world_size: int) -> bool:
     return accumulates or gathers or job.activation_checkpoint.mode != "none"
 
 
+def uses_previous_step(job: JobConfig) -> bool:
+    """Whether some layer takes its scales from the step before."""
+    # Patterns that cannot be read are another check's.
+    recipes = {job.float8.recipe_name, *(text.partition("=")[2].strip() for text in job.float8.layer_recipes)}
+    return "float8" in job.model.converters and bool(recipes & set(names.PREVIOUS_STEP_RECIPES))
+
+
 def fuses(job: JobConfig) -> bool:
     """Whether layers may be fused; whether "auto" does it, the device decides."""
-    return job.model.fuse != "off" and job.parallelism.tensor_parallel_degree == 1
+    # Fused casts take the maxima that were just measured.
+    alone = job.parallelism.tensor_parallel_degree == 1 and not uses_previous_step(job)
+    return job.model.fuse != "off" and alone
 
 
 def _tokens_of_a_pass(job: JobConfig, world_size: int) -> int:
@@ -93,6 +102,12 @@ NEEDS: tuple[Need, ...] = (
         lambda job, _: "float8" in job.model.converters,
         "the model is not converted to float8",
         'add --model.converters="float8"',
+    ),
+    Need(
+        ("float8.max_saturated",),
+        lambda job, _: uses_previous_step(job),
+        "scales are those of the tensors at hand, and nothing lies beyond them",
+        f"add --float8.recipe_name={names.PREVIOUS_STEP_RECIPES[0]}",
     ),
     Need(
         ("float8.precompute_float8_dynamic_scale_for_fsdp",),

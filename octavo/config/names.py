@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, get_args
 
-RecipeName = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise", "mxfp8"]
+RecipeName = Literal[
+    "tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise", "mxfp8", "tensorwise_previous_step"
+]
 ControlName = Literal["unscaled_e5m2"]
 AnyRecipeName = Literal[RecipeName, ControlName]
 OptimizerName = Literal["Adam", "AdamW", "AdamW8bit"]
@@ -36,8 +38,11 @@ RECIPES: tuple[str, ...] = get_args(RecipeName)
 CONTROLS: tuple[str, ...] = get_args(ControlName)
 """Recipes that are known to train badly: what a comparison has to find (`octavo compare`)."""
 
-GATHERABLE_RECIPES: tuple[str, ...] = ("tensorwise", "blockwise")
+GATHERABLE_RECIPES: tuple[str, ...] = ("tensorwise", "blockwise", "tensorwise_previous_step")
 """Recipes whose weights FSDP can gather in float8: one cast serves both products that read the weight."""
+
+PREVIOUS_STEP_RECIPES: tuple[str, ...] = ("tensorwise_previous_step",)
+"""Recipes that take scales from the step before."""
 
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 DECAY_TYPES: tuple[str, ...] = get_args(DecayType)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from octavo.config import data_checks, layer_recipes, names
-from octavo.config.effects import fuses, without_effect
+from octavo.config.effects import fuses, uses_previous_step, without_effect
 from octavo.config.errors import ConfigError, did_you_mean
 from octavo.config.layout import Layout, layout_of
 from octavo.config.pipeline import problems as pipeline_problems
@@ -159,6 +159,12 @@ def _float8(job: JobConfig) -> Iterator[str]:
 
 
 def _fuse(job: JobConfig) -> Iterator[str]:
+    if job.model.fuse == "on" and uses_previous_step(job):
+        yield (
+            f"{named(job, 'model.fuse')}: fused layers cast with the maxima that they just measured, and the "
+            f"recipe {names.PREVIOUS_STEP_RECIPES[0]} with those of the step before; leave it at auto, which "
+            "then calls the modules one by one, or take another recipe"
+        )
     if job.model.fuse == "on" and job.parallelism.tensor_parallel_degree > 1:
         yield (
             f"{named(job, 'model.fuse')}: tensor parallel weights are not fused; leave it at auto, which "

@@ -137,7 +137,9 @@ RULES: tuple[Rule, ...] = (
         ("optimizer.beta1", "optimizer.beta2"), lambda value: 0 <= value < 1, "must be at least 0 and below 1"
     ),
     Rule(
-        ("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor"), _within(0, 1), "must be between 0 and 1"
+        ("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor", "float8.max_saturated"),
+        _within(0, 1),
+        "must be between 0 and 1",
     ),
     Rule(
         ("activation_checkpoint.selective_ac_option",),

@@ -298,7 +298,9 @@ class Float8:
     emulate: bool = False
     """Compute float8 matmuls in high precision from float8-rounded operands, also where hardware exists."""
     enable_fsdp_float8_all_gather: bool = False
-    """FSDP gathers weights in float8, one byte each; for the recipes tensorwise and blockwise."""
+    """FSDP gathers weights in float8, one byte each; for the recipes tensorwise, tensorwise_previous_step and
+    blockwise.
+    """
     precompute_float8_dynamic_scale_for_fsdp: bool = False
     """Reduce the scales of all gathered weights at once, after the optimizer's step."""
     share_scales: bool = False
@@ -306,6 +308,10 @@ class Float8:
     cast_weights_once: bool = True
     """Cast weights once per optimizer step, where accumulation or checkpointing would do it again; holds
     1 to 2 bytes a weight.
+    """
+    max_saturated: float = 1e-3
+    """Where scales are the previous step's: the share of any operand's elements that may lie beyond them
+    before the next step measures its own; 0 to 1.
     """
     layer_recipes: list[str] = field(default_factory=list)
     """Comma-separated PATTERN=RECIPE for single layers, e.g. layers.*.attention.wk=high_precision; the last

@@ -19,7 +19,8 @@ from octavo.float8.convert import auto_filter_for_recipe as _auto_filter_for_rec
 from octavo.float8.fsdp import precompute_float8_dynamic_scale_for_fsdp
 from octavo.float8.linear import Float8Linear
 from octavo.float8.matmul import EmulationWarning, describe_path
-from octavo.float8.recipe import FULL, RECIPES, Cast, Gemm, Recipe, ScaleFormat
+from octavo.float8.previous_step import PreviousStep
+from octavo.float8.recipe import FULL, RECIPES, Cast, Gemm, Recipe, ScaleFormat, When
 from octavo.float8.tensor_parallel import (
     Float8ColwiseParallel,
     Float8RowwiseParallel,
@@ -41,10 +42,12 @@ __all__ = [
     "Float8RowwiseParallel",
     "Gemm",
     "PrepareFloat8ModuleInput",
+    "PreviousStep",
     "Recipe",
     "ScaleFormat",
     "ScalingGranularity",
     "ScalingType",
+    "When",
     "_auto_filter_for_recipe",
     "auto_filter_for_recipe",
     "cast_weights_once",

@@ -159,6 +159,7 @@ _ROWWISE = (Threshold(None, 2048), Threshold(1024, None), Threshold(2048, 4096))
 TOO_SMALL: dict[str, tuple[Threshold, ...]] = {
     # From torchao's published measurements on an H100, so that the same layers are converted.
     "tensorwise": (Threshold(4096, 1024),),
+    "tensorwise_previous_step": (Threshold(4096, 1024),),
     "rowwise": _ROWWISE,
     # These cast as rowwise does, or more finely, and their products are no faster: the same limits.
     "rowwise_with_gw_hp": _ROWWISE,

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.float8.quantize import Quantized, quantize_both, transposed
+from octavo.float8.operand import Operand, quantize_operand
+from octavo.float8.quantize import Quantized, transposed
 from octavo.float8.recipe import FULL, Cast
 from octavo.float8.shared import Casts
 from octavo.float8.split import Split
@@ -81,9 +82,23 @@ def scatter_rows(x: Tensor, pieces: int, size: int, group: str) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(out)
 
 
-def cast_and_gather(x: Tensor, row: Cast, col: Cast | None, *, pieces: int, size: int, group: str) -> Casts:
-    """The casts of the whole `x[M, K]`, as `[M, K]` and `[K, M]`, given this rank's rows of it."""
-    first, second = quantize_both(x, row, col, Split(0, group))
+def cast_and_gather(
+    x: Tensor,
+    row: Cast,
+    col: Cast | None,
+    *,
+    pieces: int,
+    size: int,
+    group: str,
+    operand: Operand | None = None,
+    notes: bool = True,
+    counts: bool = True,
+) -> Casts:
+    """The casts of the whole `x[M, K]`, as `[M, K]` and `[K, M]`, given this rank's rows of it.
+
+    `operand`, `notes`, `counts` as in `quantize_operand`.
+    """
+    first, second = quantize_operand(x, row, col, Split(0, group), operand, notes=notes, counts=counts)
     assert isinstance(first, Quantized)
     shared = col == row and row.square
     sent: list[Tensor] = []

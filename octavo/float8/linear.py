@@ -33,6 +33,7 @@ from octavo.float8.fsdp import plain_parameter, shard_in_float8
 from octavo.float8.gather import Gathered, cast_and_gather, scatter_rows
 from octavo.float8.keep import keep
 from octavo.float8.matmul import matmul, warn_if_emulated
+from octavo.float8.operand import Operand, Operands, is_recomputing, quantize_operand
 from octavo.float8.quantize import Quantized, quantize, quantize_both
 from octavo.float8.recipe import Recipe
 from octavo.float8.sharded import local_input, scatters, sharding_of, whole_output
@@ -89,12 +90,13 @@ class Float8Matmul(torch.autograd.Function):
         recipe: Recipe,
         emulate: bool | None,
         sharding: Sharding | None,
+        grad_output: Operand | None = None,
     ) -> Tensor:
         need_x, need_w = ctx.needs_input_grad[:2]
         keep_x = (x if x_KM is None else x_KM, x_KM_scale) if need_w else (None, None)
         keep_w = (w if w_KN is None else w_KN, w_KN_scale) if need_x else (None, None)
         ctx.save_for_backward(*keep_x, *keep_w)
-        ctx.recipe, ctx.emulate, ctx.sharding = recipe, emulate, sharding
+        ctx.recipe, ctx.emulate, ctx.sharding, ctx.grad_output = recipe, emulate, sharding, grad_output
         y = matmul(
             _operand(x_MK, x_MK_scale, x),
             _operand(w_NK, w_NK_scale, w.to(x.dtype) if recipe.output.b is None else w),
@@ -122,7 +124,11 @@ class Float8Matmul(torch.autograd.Function):
         want_x, want_w = _wanted(ctx)
         dx = dw = None
         with torch.no_grad():
-            dy_MN, dy_NM = _cast_grad_output(dy, recipe, sharding, want_x=want_x, want_w=want_w)
+            # Of two passes over the same graph, one counts.
+            counts = want_x or not ctx.needs_input_grad[0]
+            dy_MN, dy_NM = _cast_grad_output(
+                dy, recipe, sharding, ctx.grad_output, want_x=want_x, want_w=want_w, counts=counts
+            )
             if want_x:
                 if w_scale is not None:
                     w_KN: Quantized | Tensor = Quantized(w, w_scale)
@@ -135,11 +141,18 @@ class Float8Matmul(torch.autograd.Function):
             if want_w:
                 x_KM = x.t() if x_scale is None else Quantized(x, x_scale)
                 dw = matmul(dy_NM, x_KM, grad_weight, dy.dtype, emulate=emulate)
-        return dx, dw, *[None] * 11
+        return dx, dw, *[None] * 12
 
 
 def _cast_grad_output(
-    dy: Tensor, recipe: Recipe, sharding: Sharding | None, *, want_x: bool, want_w: bool
+    dy: Tensor,
+    recipe: Recipe,
+    sharding: Sharding | None,
+    operand: Operand | None,
+    *,
+    want_x: bool,
+    want_w: bool,
+    counts: bool,
 ) -> tuple[Quantized | Tensor, Quantized | Tensor]:
     """`dy[M, N]` as `[M, N]` for grad_input and as `[N, M]` for grad_weight, gathered if tokens are spread
     over ranks.
@@ -148,21 +161,39 @@ def _cast_grad_output(
     if sharding is not None and sharding.pieces is not None:
         assert row is not None
         first, second = cast_and_gather(
-            dy, row, col, pieces=sharding.pieces, size=sharding.size, group=sharding.group
+            dy,
+            row,
+            col,
+            pieces=sharding.pieces,
+            size=sharding.size,
+            group=sharding.group,
+            operand=operand,
+            counts=counts,
         )
         assert first is not None
         return first, dy if second is None else second
-    return quantize_both(dy, row if want_x else None, col, sharding.grad_output if sharding else None)
+    split = sharding.grad_output if sharding else None
+    return quantize_operand(dy, row if want_x else None, col, split, operand, counts=counts)
 
 
-def cast_input(x: Tensor, recipe: Recipe, *, for_grad_weight: bool, split: Split | None = None) -> Casts:
+def cast_input(
+    x: Tensor,
+    recipe: Recipe,
+    *,
+    for_grad_weight: bool,
+    split: Split | None = None,
+    operand: Operand | None = None,
+    notes: bool = False,
+) -> Casts:
     """`x[M, K]` as the output's operand `[M, K]` and, if asked for, as grad_weight's `[K, M]`.
 
     None where the operand stays in high precision or is not asked for. `split` says how x is split over
-    ranks.
+    ranks; `operand` and `notes` as in `quantize_operand`.
     """
     row, col = recipe.output.a, recipe.grad_weight.b if for_grad_weight else None
-    first, second = quantize_both(x, row, col, split)
+    first, second = quantize_operand(
+        x, row, col, split, operand, notes=notes, counts=notes and not is_recomputing()
+    )
     return first if isinstance(first, Quantized) else None, second if isinstance(second, Quantized) else None
 
 
@@ -188,17 +219,26 @@ def multiply(
     x_casts: Casts | None = None,
     w_casts: Casts | None = None,
     sharding: Sharding | None = None,
+    operands: Operands | None = None,
 ) -> Tensor:
     """`x[M, K] . w[N, K]^T` as `y[M, N]` in x's dtype, differentiable in both.
 
     `x_casts` and `w_casts` are what `cast_input` and `cast_weight` give, if already made. Without `w_casts`,
     the weight is cast for the output now and for grad_input in backward, so that nothing of its size is held
-    between. `sharding` says that x and w are one rank's parts of a tensor parallel product.
+    between. `sharding` says that x and w are one rank's parts of a tensor parallel product; `operands` have
+    the previous step's maxima.
     """
+    known = operands or Operands()
+    notes = torch.is_grad_enabled()
     with torch.no_grad():
         if x_casts is None:
             x_casts = cast_input(
-                x, recipe, for_grad_weight=w.requires_grad, split=sharding.input if sharding else None
+                x,
+                recipe,
+                for_grad_weight=w.requires_grad,
+                split=sharding.input if sharding else None,
+                operand=known.input,
+                notes=notes,
             )
         if w_casts is None:
             w_casts = (
@@ -210,7 +250,14 @@ def multiply(
             )
     # Views, so that neither edge of the graph is a leaf: the engine answers `_wanted` for inner nodes only.
     return Float8Matmul.apply(
-        x.view_as(x), w.view_as(w), *_flat(x_casts), *_flat(w_casts), recipe, emulate, sharding
+        x.view_as(x),
+        w.view_as(w),
+        *_flat(x_casts),
+        *_flat(w_casts),
+        recipe,
+        emulate,
+        sharding,
+        known.grad_output,
     )
 
 
@@ -240,6 +287,7 @@ class Float8Linear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.recipe, self.config = resolve(config)
         self.emulate = emulate if self.config is None or emulate is not None else self.config.emulate
+        self.operands: Operands | None = None  # set by `PreviousStep`
         self.weight_casts: Casts | None = None
         self._held_weight: tuple[weakref.ref[Tensor], int] | None = None  # what those are the casts of
         self.watch: Callable[[Tensor, Tensor], Tensor] | None = None  # set on steps that `health` measures
@@ -310,16 +358,23 @@ class Float8Linear(nn.Linear):
         sharding: Sharding | None = None,
     ) -> Tensor:
         """`y_MN`. `owner` is the tensor whose casts those of x_MK are."""
-        for_grad_weight = weight.requires_grad and torch.is_grad_enabled()
+        trains = torch.is_grad_enabled()
+        for_grad_weight = weight.requires_grad and trains
+        operand = None if self.operands is None else self.operands.input
         split = sharding.input if sharding else None
         if x_casts is None:
             row, col = self.recipe.output.a, self.recipe.grad_weight.b if for_grad_weight else None
             with torch.no_grad():
                 x_casts = shared_casts(
                     owner,
-                    (x_MK.dtype, row, col, split),
+                    (x_MK.dtype, row, col, split, operand),
                     lambda: cast_input(
-                        x_MK.detach(), self.recipe, for_grad_weight=for_grad_weight, split=split
+                        x_MK.detach(),
+                        self.recipe,
+                        for_grad_weight=for_grad_weight,
+                        split=split,
+                        operand=operand,
+                        notes=trains,
                     ),
                 )
                 if torch.compiler.is_compiling() and (self.keep_input or x_MK.dtype == torch.float32):
@@ -332,6 +387,7 @@ class Float8Linear(nn.Linear):
             x_casts=x_casts,
             w_casts=self._held_casts(),
             sharding=sharding,
+            operands=self.operands,
         )
 
     def _forward_sharded(self, x: Tensor | Gathered, weight: DTensor) -> Tensor:
@@ -388,7 +444,7 @@ class Float8Linear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold parameters only.
-        return self.__dict__ | {"weight_casts": None, "_held_weight": None, "watch": None}
+        return self.__dict__ | {"weight_casts": None, "_held_weight": None, "watch": None, "operands": None}
 
     def extra_repr(self) -> str:
         emulate = "" if self.emulate is None else f", emulate={self.emulate}"

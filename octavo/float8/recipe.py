@@ -66,6 +66,17 @@ class ScaleFormat(Enum):
         return self in (ScaleFormat.E8M0, ScaleFormat.E8M0_FLOOR)
 
 
+class When(Enum):
+    """When the maximum that a scale comes from was measured.
+
+    JUST_IN_TIME: on the tensor at hand, which must be read before it can be cast. PREVIOUS_STEP: on the same
+    operand in the step before; where that is not known (`previous_step.py`), just in time.
+    """
+
+    JUST_IN_TIME = "just in time"
+    PREVIOUS_STEP = "previous step"
+
+
 @dataclass(frozen=True)
 class Cast:
     """How one operand becomes low precision.
@@ -73,13 +84,15 @@ class Cast:
     `dtype`: torch.float8_e4m3fn or torch.float8_e5m2. `block`: (rows, contraction) elements that share a
     scale, each a positive number or FULL. `scale`: the numbers a scale may be. `scaled`: False makes every
     scale 1, so that what lies outside the type's range is lost: it shows what scales are for, and no kernel
-    casts so.
+    casts so. `when`: when its maximum was measured; PREVIOUS_STEP is for one
+    scale a tensor.
     """
 
     dtype: torch.dtype
     block: tuple[int, int]
     scale: ScaleFormat = ScaleFormat.FP32
     scaled: bool = True
+    when: When = When.JUST_IN_TIME
 
     def __post_init__(self) -> None:
         if self.dtype not in FLOAT8_DTYPES:
@@ -98,6 +111,14 @@ class Cast:
         expect(self, "scaled", bool)
         if not self.scaled and self.scale.one_byte:
             raise ValueError(f"Cast.scale is {self.scale} of a cast without scales; leave it out")
+        expect(self, "when", When)
+        if self.when is When.PREVIOUS_STEP and (
+            self.block != (FULL, FULL) or self.scale.one_byte or not self.scaled
+        ):
+            raise ValueError(
+                f"Cast takes the previous step's maximum for {self.blocks} and {self.scale}; it is kept for "
+                "one float32 scale a tensor only: use When.JUST_IN_TIME"
+            )
 
     @property
     def square(self) -> bool:
@@ -198,6 +219,8 @@ _HIGH_PRECISION: Final = Gemm(None, None)
 
 _TENSOR = Cast(_E4M3, (FULL, FULL))
 _TENSOR_GRAD = Cast(_E5M2, (FULL, FULL))
+_TENSOR_BEFORE = replace(_TENSOR, when=When.PREVIOUS_STEP)
+_TENSOR_GRAD_BEFORE = replace(_TENSOR_GRAD, when=When.PREVIOUS_STEP)
 _TENSOR_POW2 = replace(_TENSOR, scale=ScaleFormat.POW2)
 _ROW = Cast(_E4M3, (1, FULL), ScaleFormat.POW2)
 _BLOCK = Cast(_E4M3, (1, 128))
@@ -243,6 +266,14 @@ RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
                 output=Gemm(_MX, _MX),
                 grad_input=Gemm(_MX, _MX),
                 grad_weight=Gemm(_MX, _MX),
+            ),
+            # Tensorwise, with what a step measures serving the next: one read of each input and gradient.
+            # A weight is cast once a step, so its own maximum costs next to nothing.
+            Recipe(
+                "tensorwise_previous_step",
+                output=Gemm(_TENSOR_BEFORE, _TENSOR, fast_accum=True),
+                grad_input=Gemm(_TENSOR_GRAD_BEFORE, _TENSOR),
+                grad_weight=Gemm(_TENSOR_GRAD_BEFORE, _TENSOR_BEFORE),
             ),
         )
     }

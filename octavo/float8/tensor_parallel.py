@@ -42,7 +42,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 
 from octavo.float8.gather import Gathered, can_gather, cast_and_gather, gather, pieces_of
 from octavo.float8.linear import Float8Linear
-from octavo.float8.recipe import Recipe
+from octavo.float8.operand import is_recomputing
 from octavo.float8.sharded import group_name
 from octavo.float8.shared import shared_casts
 from octavo.float8.split import Sharding
@@ -60,10 +60,15 @@ def _linear(module: nn.Module, style: str) -> Float8Linear:
     return module
 
 
-def _gather(x: Any, layout: Placement, recipe: Recipe, *, for_grad_weight: bool, mesh: DeviceMesh) -> Any:
-    """`x[..., K]`, of which this rank holds the part that `layout` says, gathered whole in float8; or None
-    where that cannot be.
+def _gather(
+    x: Any, layout: Placement, linear: Float8Linear, *, for_grad_weight: bool, mesh: DeviceMesh
+) -> Any:
+    """`x[..., K]`, of which this rank holds the part that `layout` says, gathered whole in float8 as `linear`
+    casts its input; or None where that cannot be.
     """
+    recipe = linear.recipe
+    operand = None if linear.operands is None else linear.operands.input
+    trains = torch.is_grad_enabled()
     if isinstance(x, DTensor):
         layout = x.placements[0]
     if not isinstance(layout, Shard) or isinstance(x, Gathered):
@@ -86,8 +91,18 @@ def _gather(x: Any, layout: Placement, recipe: Recipe, *, for_grad_weight: bool,
     with torch.no_grad():
         casts = shared_casts(
             x,
-            ("gathered", group, dim, row, col),
-            lambda: cast_and_gather(x_MK.detach(), row, col, pieces=pieces, size=size, group=group),
+            ("gathered", group, dim, row, col, operand),
+            lambda: cast_and_gather(
+                x_MK.detach(),
+                row,
+                col,
+                pieces=pieces,
+                size=size,
+                group=group,
+                operand=operand,
+                notes=trains,
+                counts=trains and not is_recomputing(),
+            ),
         )
     shape = torch.Size((*x.shape[:dim], x.shape[dim] * size, *x.shape[dim + 1 :]))
     return gather(x_MK, casts, shape, pieces=pieces, size=size, group=group)
@@ -118,9 +133,7 @@ class Float8ColwiseParallel(ColwiseParallel):
         if isinstance(x, Gathered):
             return x
         assert isinstance(mod, Float8Linear)
-        x_gathered = _gather(
-            x, input_layouts[0], mod.recipe, for_grad_weight=_trains([mod]), mesh=device_mesh
-        )
+        x_gathered = _gather(x, input_layouts[0], mod, for_grad_weight=_trains([mod]), mesh=device_mesh)
         if x_gathered is not None:
             return x_gathered
         return ColwiseParallel._prepare_input_fn(
@@ -230,7 +243,7 @@ class PrepareFloat8ModuleInput(PrepareModuleInput):
             gathered = _gather(
                 input,
                 input_layout,
-                self.readers[0].recipe,
+                self.readers[0],
                 for_grad_weight=_trains(self.readers),
                 mesh=mesh,
             )

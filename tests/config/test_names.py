@@ -12,10 +12,17 @@ def test_models() -> None:
 
 
 def test_recipes() -> None:
-    from octavo.float8.recipe import RECIPES
+    from octavo.float8.recipe import RECIPES, When
 
     assert tuple(RECIPES) == names.RECIPES
     assert tuple(name for name in RECIPES if RECIPES[name].gatherable) == names.GATHERABLE_RECIPES
+    before = When.PREVIOUS_STEP
+    previous = [
+        name
+        for name, recipe in RECIPES.items()
+        if any(cast and cast.when is before for g in recipe.gemms.values() for cast in (g.a, g.b))
+    ]
+    assert tuple(previous) == names.PREVIOUS_STEP_RECIPES
 
 
 def test_controls() -> None:

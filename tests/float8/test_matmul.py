@@ -6,9 +6,12 @@ tensors, which know the real limits on shapes and layouts, where it has not.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.float8 import RECIPES, Gemm, ScaleFormat, describe_path
 from octavo.float8.matmul import (
@@ -110,6 +113,47 @@ def test_the_gpu_calls_meet_the_gpus_limits(
             y = path.run(a, b, gemm, dtype)
             assert y.shape == (M, N)
             assert y.dtype == dtype
+
+
+class Calls(TorchDispatchMode):
+    """Notes the operators that run under it, and their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple, dict]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        self.seen.append((func._schema.name.split("::")[1], args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_with_gw_hp"])
+def test_rowwise_products_hand_rows_scales_to_the_gpu_and_scale_nothing_themselves(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda t: t.clone(memory_format=torch.contiguous_format))
+    M, C, N = 64, 128, 256
+    with FakeTensorMode():
+        for name, gemm in RECIPES[recipe].gemms.items():
+            if gemm.a is None or gemm.b is None:
+                continue
+            path = find_path(gemm, HOPPER)
+            assert path is not None
+            a = quantize(torch.empty(M, C, device="cuda"), gemm.a)
+            b = quantize(torch.empty(N, C, device="cuda"), gemm.b)
+            with Calls() as calls:
+                path.run(a, b, gemm, torch.bfloat16)
+            names = [call for call, _, _ in calls.seen]
+            assert names.count("_scaled_mm") == 1
+            assert not any(call.startswith(("mul", "div")) for call in names)
+            _, args, kwargs = next(call for call in calls.seen if call[0] == "_scaled_mm")
+            given = dict(
+                zip(("a", "b", "scale_a", "scale_b", "bias", "result", "dtype", "fast"), args, strict=False)
+            )
+            given |= {"fast": kwargs["use_fast_accum"]} if "use_fast_accum" in kwargs else {}
+            assert given["scale_a"].shape == (M, 1)
+            assert given["scale_b"].shape == (1, N)
+            assert bool(given.get("fast", False)) == (name == "output")
 
 
 def test_fake_tensors_do_enforce_the_limits() -> None:

@@ -11,10 +11,15 @@ from octavo.float8.recipe import find_recipe
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def test_the_five_recipes() -> None:
-    assert list(RECIPES) == ["tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise", "mxfp8"]
+def test_the_recipes() -> None:
+    just_in_time = ["tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise", "mxfp8"]
+    assert list(RECIPES) == [*just_in_time, "tensorwise_previous_step"]
     assert all(recipe.name == name for name, recipe in RECIPES.items())
-    assert [name for name, recipe in RECIPES.items() if recipe.gatherable] == ["tensorwise", "blockwise"]
+    assert [name for name, recipe in RECIPES.items() if recipe.gatherable] == [
+        "tensorwise",
+        "blockwise",
+        "tensorwise_previous_step",
+    ]
     assert not RECIPES["rowwise_with_gw_hp"].grad_weight.float8
     assert {c.scale for g in RECIPES["mxfp8"].gemms.values() for c in (g.a, g.b)} == {ScaleFormat.E8M0}
 

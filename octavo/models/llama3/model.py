@@ -129,6 +129,8 @@ class CoreAttention(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query self-attention, over the whole sequence or over what a mask leaves."""
 
+    same_input = (("wq", "wk", "wv"),)  # linears that read one tensor
+
     def __init__(self, args: LlamaArgs):
         super().__init__()
         self.head_dim = args.head_dim
@@ -154,6 +156,8 @@ class Attention(nn.Module):
 
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    same_input = (("w1", "w3"),)
 
     def __init__(self, args: LlamaArgs):
         super().__init__()
