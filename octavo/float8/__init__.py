@@ -6,6 +6,7 @@
 `recipe.py` is the file to read first; docs/float8.md explains the rest.
 """
 
+from octavo.float8.adamw import Float8AdamW
 from octavo.float8.config import (
     CastConfig,
     Float8GemmConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "Cast",
     "CastConfig",
     "EmulationWarning",
+    "Float8AdamW",
     "Float8ColwiseParallel",
     "Float8GemmConfig",
     "Float8Linear",

@@ -290,6 +290,7 @@ class Float8Linear(nn.Linear):
         self.operands: Operands | None = None  # set by `PreviousStep`
         self.weight_casts: Casts | None = None
         self._held_weight: tuple[weakref.ref[Tensor], int] | None = None  # what those are the casts of
+        self._made_casts: tuple[Casts, weakref.ref[Tensor], int] | None = None
         self.watch: Callable[[Tensor, Tensor], Tensor] | None = None  # set on steps that `health` measures
         # Set by tensor parallel styles: whether one was applied, and what becomes of an output that is a sum
         # over ranks.
@@ -427,8 +428,19 @@ class Float8Linear(nn.Linear):
             return
         if not isinstance(self.weight, nn.Parameter):  # computed anew at each use, as by weight_norm
             return
-        self.weight_casts = cast_weight(weight.detach(), self.recipe, for_grad_input=True, split=split)
+        made = self._made_casts if split is None else None
+        self._made_casts = None
+        if made is None or made[1]() is not self.weight or made[2] != self.weight._version:
+            self.weight_casts = cast_weight(weight.detach(), self.recipe, for_grad_input=True, split=split)
+        else:  # by the optimizer, with the step
+            self.weight_casts = made[0]
         self._held_weight = weakref.ref(self.weight), self.weight._version
+
+    def take_weight_casts(self, casts: Casts) -> None:
+        """Take the casts of the weight as it is now, which an optimizer made; `hold_weight_casts` uses them
+        unless the weight is written to before.
+        """
+        self._made_casts = casts, weakref.ref(self.weight), self.weight._version
 
     def _held_casts(self) -> Casts | None:
         """`weight_casts`, unless another weight has taken the place of the one that they are of, or someone
@@ -444,7 +456,13 @@ class Float8Linear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold parameters only.
-        return self.__dict__ | {"weight_casts": None, "_held_weight": None, "watch": None, "operands": None}
+        return self.__dict__ | {
+            "weight_casts": None,
+            "_held_weight": None,
+            "watch": None,
+            "operands": None,
+            "_made_casts": None,
+        }
 
     def extra_repr(self) -> str:
         emulate = "" if self.emulate is None else f", emulate={self.emulate}"

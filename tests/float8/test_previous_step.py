@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from octavo.float8 import (
@@ -83,7 +84,7 @@ def test_only_one_float32_scale_a_tensor_can_be_the_previous_steps() -> None:
     with pytest.raises(ValueError, match=r"blocks of 1 x FULL .* use When.JUST_IN_TIME"):
         Cast(torch.float8_e4m3fn, (1, FULL), when=When.PREVIOUS_STEP)
     with pytest.raises(ValueError, match="one float32 scale a tensor only"):
-        Cast(torch.float8_e4m3fn, (FULL, FULL), ScaleFormat.E8M0, When.PREVIOUS_STEP)
+        Cast(torch.float8_e4m3fn, (FULL, FULL), ScaleFormat.E8M0, when=When.PREVIOUS_STEP)
     with pytest.raises(ValueError, match=r"bound = 2: a share"):
         PreviousStep(build(), bound=2)
 
@@ -278,7 +279,7 @@ def test_weights_cast_once_change_no_bit() -> None:
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_compiled_code_equals_eager_in_two_graphs(checkpointed: bool) -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     eager, model = build(checkpointed=checkpointed), build(checkpointed=checkpointed)
     run = torch.compile(model, fullgraph=True, backend=counter)
     one, other = PreviousStep(eager, bound=0.5), PreviousStep(model, bound=0.5)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from octavo.float8 import RECIPES, Cast, Float8Linear, ScaleFormat, cast_on_gpu
+from octavo.float8 import RECIPES, Cast, Float8AdamW, Float8Linear, ScaleFormat, cast_on_gpu
 from octavo.float8.cast_on_gpu import serves, use_kernels
+from octavo.float8.linear import cast_weight
+from octavo.float8.operand import Operand, quantize_operand
 from octavo.float8.quantize import Quantized, quantize, quantize_both
 from octavo.float8.recipe import FULL
 from octavo.float8.split import Split
@@ -81,3 +83,51 @@ def test_what_kernels_leave_to_pytorch() -> None:
     first, second = quantize_both(x, row, None)
     assert isinstance(first, Quantized)
     assert second.data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise"])
+def test_an_optimizers_step_by_kernels_makes_the_casts(recipe: str) -> None:
+    torch.manual_seed(0)
+    plain, model = (Float8Linear(70, 48, config=recipe, emulate=True, bias=False) for _ in range(2))
+    model.load_state_dict(plain.state_dict())
+    one = torch.optim.AdamW(plain.parameters(), lr=1e-2, foreach=False)
+    other = Float8AdamW(model.parameters(), model=model, lr=1e-2)
+    for seed in range(3):
+        grad = torch.randn(48, 70, generator=torch.Generator().manual_seed(seed))
+        plain.weight.grad, model.weight.grad = grad.clone(), grad.clone()
+        one.step()
+        other.step()
+        assert model._made_casts is not None
+        casts, _, version = model._made_casts
+        assert version == model.weight._version
+        assert torch.equal(model.weight.grad, grad)
+        with use_kernels(False):
+            want = cast_weight(model.weight.detach(), model.recipe, for_grad_input=True)
+        for got, wanted in zip(casts, want, strict=True):
+            assert got is not None
+            assert wanted is not None
+            assert_same(got.data, wanted.data, "data")
+            assert_same(got.scale, wanted.scale, "scale")
+    torch.testing.assert_close(model.weight, plain.weight, rtol=1e-6, atol=1e-6)
+    assert one.state_dict()["state"].keys() == other.state_dict()["state"].keys()
+    for name, value in one.state[plain.weight].items():
+        torch.testing.assert_close(other.state[model.weight][name], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_an_operand_of_the_previous_step_is_cast_and_measured_by_kernels(known: bool) -> None:
+    cast = RECIPES["tensorwise_previous_step"].output.a
+    assert cast is not None
+    x = make_x((70, 133), torch.bfloat16, "spread")
+    results = []
+    for kernels in (True, False):
+        operand = Operand.on(x.device)
+        operand.amax.fill_(2.0)
+        operand.known = known
+        with use_kernels(kernels):
+            first, second = quantize_operand(x, cast, cast, operand=operand)
+        assert isinstance(first, Quantized)
+        assert isinstance(second, Quantized)
+        results.append((first.data, first.scale, second.data, operand.seen, operand.counts.float()))
+    for got, wanted in zip(*results, strict=True):
+        assert_same(got, wanted, "part")
