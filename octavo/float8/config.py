@@ -102,6 +102,7 @@ class Float8LinearRecipeName(Enum):
     TENSORWISE = "tensorwise"
     ROWWISE = "rowwise"
     ROWWISE_WITH_GW_HP = "rowwise_with_gw_hp"
+    TENSORWISE_PREVIOUS_STEP = "tensorwise_previous_step"
     BLOCKWISE = "blockwise"
     MXFP8 = "mxfp8"
 

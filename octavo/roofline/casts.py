@@ -26,6 +26,7 @@ FLOAT8_GEMMS: Final[Mapping[str | None, tuple[str, ...]]] = MappingProxyType(
     {
         None: (),
         "tensorwise": ("output", "grad_input", "grad_weight"),
+        "tensorwise_previous_step": ("output", "grad_input", "grad_weight"),
         "rowwise": ("output", "grad_input", "grad_weight"),
         "rowwise_with_gw_hp": ("output", "grad_input"),
         "blockwise": ("output", "grad_input", "grad_weight"),
