@@ -69,7 +69,7 @@ def gradients(model: nn.Module, *xs: Tensor, run: Callable[[Tensor], Tensor] | N
     outputs = []
     for x in xs:
         x = x.clone().requires_grad_()
-        y = (run or model)(x)
+        y = (model if run is None else run)(x)
         y.square().sum().backward()
         assert x.grad is not None
         outputs += [y.detach(), x.grad]
