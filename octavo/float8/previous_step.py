@@ -41,11 +41,10 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.
 
 @dataclass(frozen=True)
 class Told:
-    """What a step showed. saturated: the share of saturated elements, of all and of the worst operand, which
-    is called `worst`. just_in_time: whether this step was cast just in time; falls_back: whether the next is.
+    """What a step showed. largest: the share of saturated elements of the worst operand, which is called
+    `worst`. just_in_time: whether this step was cast just in time; falls_back: whether the next is.
     """
 
-    saturated: float
     largest: float
     worst: str
     just_in_time: bool
@@ -108,7 +107,6 @@ class PreviousStep:
     def end_step(self) -> Told:
         """Make this step's maxima the next step's scales. Every rank calls it, whatever layers it holds."""
         names, seen, counts = self._measured()
-        saturated, elements = (sum(c[i] for c in counts) for i in (0, 1))
         shares = {name: s / n for name, (s, n) in zip(names, counts, strict=True) if n}
         worst = max(shares, key=lambda name: shares[name], default="")
         falls_back = bool(shares) and shares[worst] > self.bound
@@ -116,7 +114,6 @@ class PreviousStep:
             if math.isfinite(amax) and amax > 0:
                 self._amax[name] = amax
         told = Told(
-            saturated / elements if elements else 0.0,
             shares.get(worst, 0.0),
             worst,
             just_in_time=not self._last,

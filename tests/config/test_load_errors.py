@@ -74,7 +74,7 @@ TOML = [
     # choices
     ('[float8]\nrecipe_name = "rowise"', "'rowise' is not one of tensorwise, rowwise, rowwise_with_gw_hp"),
     ('[float8]\nrecipe_name = "rowise"', "; did you mean 'rowwise'?"),
-    ('[optimizer]\nname = "adamw"', "'adamw' is not one of Adam, AdamW; did you mean 'AdamW'?"),
+    ('[optimizer]\nname = "adamw"', "'adamw' is not one of Adam, AdamW, AdamW8bit; did you mean 'AdamW'?"),
     ('[model]\nconverters = "float8,mx"', "'mx' is not float8"),
     ('[checkpoint]\nasync_mode = "async_with_pinned"', "is not one of disabled, async"),
     # TOML itself

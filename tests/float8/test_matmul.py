@@ -37,13 +37,16 @@ def operands(gemm: Gemm, M: int, C: int, N: int, device: str = "cpu") -> tuple[Q
     return quantize(a, gemm.a), quantize(b, gemm.b)
 
 
+TENSORWISE = {"tensorwise", "tensorwise_previous_step"}
+
+
 @pytest.mark.parametrize(
     ("device", "recipes"),
     [
-        (Device("cpu"), {"tensorwise", "rowwise", "rowwise_with_gw_hp"}),
-        (ADA, {"tensorwise"}),
-        (HOPPER, {"tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise"}),
-        (Device("cuda", (9, 0), (12, 8)), {"tensorwise", "rowwise", "rowwise_with_gw_hp"}),
+        (Device("cpu"), {*TENSORWISE, "rowwise", "rowwise_with_gw_hp"}),
+        (ADA, TENSORWISE),
+        (HOPPER, {*TENSORWISE, "rowwise", "rowwise_with_gw_hp", "blockwise"}),
+        (Device("cuda", (9, 0), (12, 8)), {*TENSORWISE, "rowwise", "rowwise_with_gw_hp"}),
         (Device("cuda", (8, 0), (13, 0)), set()),
         (Device("mps"), set()),
     ],

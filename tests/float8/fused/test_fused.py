@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from octavo.float8 import Float8LinearConfig, cast_weights_once, convert_to_float8_training
+from octavo.float8 import Float8LinearConfig, PreviousStep, cast_weights_once, convert_to_float8_training
 from octavo.float8.fused import GatedLinear, NormedInput, SharedInput
 from octavo.float8.fused.shared_input import why_unjoinable
 from octavo.float8.health import Monitor
@@ -80,10 +80,26 @@ def test_a_block_computes_the_same(recipe: str | None) -> None:
     want = gradients(plain, plain, data())
     assert_near(gradients(fused, fused, data()), want, 1e-6)
     with cast_weights_once(fused):
-        assert (fused.enter.shared.held is not None) == (recipe not in (None, "tensorwise"))
+        assert (fused.enter.shared.held is not None) == (
+            recipe not in (None, "tensorwise", "tensorwise_previous_step")
+        )
         assert_near(gradients(fused, fused, data()), want, 1e-6)
     assert fused.enter.shared.held is None
     assert fused.attention.wq.weight_casts is None if recipe else True
+
+
+def test_scales_of_the_step_before_are_used_and_noted() -> None:
+    plain = make("tensorwise_previous_step")
+    fused = fuse(copy.deepcopy(plain))
+    one, other = PreviousStep(plain), PreviousStep(fused)
+    assert "the step before" in fused.down.shared.why_separate()
+    for seed in range(2):
+        x = (1 + seed) * data()  # the second step's saturates
+        assert_near(gradients(fused, fused, x), gradients(plain, plain, x), 1e-6)
+        told = one.end_step()
+        assert other.end_step().largest == pytest.approx(told.largest)
+    assert not told.just_in_time
+    assert told.largest > 0
 
 
 @pytest.mark.parametrize("recipe", [None, "rowwise", "blockwise"])
