@@ -72,7 +72,8 @@ def layout_of(parallelism: Parallelism, processes: int) -> Layout:
     degrees = {axis: getattr(parallelism, key) for axis, key in KEYS.items()}
     there = f"{processes} process{'es' if processes > 1 else ''}"
     left = degrees["shard"] == -1
-    asked = {KEYS[axis]: n for axis, n in degrees.items() if n not in (1, -1)}
+    # A degree of 1 is no factor to tell, but for that of the axis that would take what is left.
+    asked = {KEYS[axis]: n for axis, n in degrees.items() if n not in (1, -1) or (axis, n) == ("shard", 1)}
     product = math.prod(asked.values())
     terms = f"parallelism.{' x '.join(asked)} = {' x '.join(map(str, asked.values()))}"
     if len(asked) > 1:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from octavo.config import pipeline_csv
+from octavo.config.effects import uses_previous_step
 from octavo.config.errors import ConfigError, did_you_mean
 from octavo.config.ranges import named
 from octavo.config.schema import JobConfig, Parallelism
@@ -94,9 +95,11 @@ def plan_of(job: JobConfig, units: Sequence[Sequence[str]]) -> PipelinePlan:
     else:
         count = _count(job, name, layers)
         if layers < count:
+            per_stage = settings.pipeline_parallel_layers_per_stage
+            by, remedy = (_P + "degree", "lower") if per_stage is None else (_P + "layers_per_stage", "raise")
             raise ConfigError(
-                f"{named(job, _P + 'degree')} makes {degree} x {count // degree} = {count} stages, which "
-                f"need a layer each, and this model has {layers}; lower the degree"
+                f"{named(job, by)} makes {degree} x {count // degree} = {count} stages, which "
+                f"need a layer each, and this model has {layers}; {remedy} it"
             )
         cuts = _even_cuts(job, count, layers)
     bounds = [0, *cuts, len(units)]
@@ -147,12 +150,37 @@ def problems(job: JobConfig) -> Iterator[str]:
     except ConfigError as error:
         yield str(error)
         return
-    if splits and job.compile.enable and "model" in job.compile.components:
+    if splits:
+        yield from _of_split_backward(job)
+    if uses_previous_step(job) and (splits or SCHEDULES[name].stages > 1):
         yield (
-            f"{named(job, 'compile.enable')}: this pipeline schedule computes the gradients of inputs and of "
-            "weights apart, and a compiled layer can only compute both together, so that each would be "
-            "computed twice; leave compilation out, compile the loss alone (--compile.components=loss), or "
-            f"take {_P}schedule = Interleaved1F1B"
+            f"{named(job, 'float8.recipe_name')} notes maxima a step, which is not right yet where a process "
+            f"has several stages ({name}); take another recipe, or {_P}schedule = 1F1B"
+        )
+
+
+def _of_split_backward(job: JobConfig) -> Iterator[str]:
+    """What cannot be had from a schedule that computes the gradients of inputs and of weights apart."""
+    apart = "this pipeline schedule computes the gradients of inputs and of weights apart, and"
+    instead = f"take {_P}schedule = Interleaved1F1B"
+    if job.compile.enable and "model" in job.compile.components:
+        yield (
+            f"{named(job, 'compile.enable')}: {apart} a compiled layer can only compute both together, so "
+            "that each would be computed twice; leave compilation out, compile the loss alone "
+            f"(--compile.components=loss), or {instead}"
+        )
+    if job.parallelism.fsdp_reshard_after_forward == "always":
+        # FSDP2 reduces the gradients of what is gathered, and weights' come when that is freed again.
+        yield (
+            f"{named(job, 'parallelism.fsdp_reshard_after_forward')}: {apart} FSDP2 would have freed the "
+            f"weights between the two, and lose gradients; leave it at default, or {instead}"
+        )
+    checkpointing = job.activation_checkpoint
+    if checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op":
+        yield (
+            f"{named(job, 'activation_checkpoint.mode')}: {apart} selective checkpointing of operations can "
+            "go back through a layer only once; take activation_checkpoint.mode = full, or "
+            f"{instead}"
         )
 
 
@@ -209,7 +237,8 @@ def _of_schedule(job: JobConfig, name: str) -> Iterator[str]:
 def _of_split_points(job: JobConfig, name: str) -> Iterator[str]:
     points = job.parallelism.pipeline_parallel_split_points
     if points:
-        yield from _of_count(job, name, len(points) + 1, f"{_P}split_points names {len(points)} cuts, which")
+        given = named(job, _P + "split_points")
+        yield from _of_count(job, name, len(points) + 1, f"{given} names {len(points)} cuts, which")
 
 
 def _of_count(job: JobConfig, name: str, count: int, makes: str) -> Iterator[str]:
@@ -227,7 +256,8 @@ def _of_count(job: JobConfig, name: str, count: int, makes: str) -> Iterator[str
         more = f", {2 * wanted}, ..." if schedule.most is None else ""
         yield (
             f"{told}, and {name} takes {several} for each of the {degree} processes "
-            f"({wanted}{more} stages in all)"
+            f"({wanted}{more} stages in all, {wanted - 1}{', ...' if more else ''} cuts); change it, or the "
+            "schedule"
         )
 
 

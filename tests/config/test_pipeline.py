@@ -22,7 +22,11 @@ def job(*flags: str, degree: int = 2, local: int = 8):
 
 
 def told(*flags: str, degree: int = 2, local: int = 8, more: tuple[str, ...] = ()) -> str:
-    argv = [f"{P}degree={degree}", f"--training.local_batch_size={local}"]
+    argv = [
+        f"{P}degree={degree}",
+        f"--training.local_batch_size={local}",
+        "--activation_checkpoint.mode=none",
+    ]
     try:
         check(load([*argv, *(f"{P}{flag}" for flag in flags), *more]), world_size=degree, gpus=0)
     except ConfigError as error:
@@ -53,7 +57,9 @@ def layers_of(plan) -> list[int]:
 )
 def test_layers_of_each_stage(flags, degree, layers, expected):
     if expected == [1] * 8:
-        with pytest.raises(ConfigError, match="8 stages, which need a layer each, and this model has 6"):
+        with pytest.raises(
+            ConfigError, match="layers_per_stage = 1 .* makes 2 x 4 = 8 stages, .* 6; raise it"
+        ):
             plan_of(job(*flags, degree=degree), units(layers))
         return
     plan = plan_of(job(*flags, degree=degree), units(layers))
@@ -115,17 +121,20 @@ WRONG = [
     (
         ("split_points=layers.2,layers.4",),
         {},
-        ["names 2 cuts, which makes 3 stages", "1F1B takes 1 for each of the 2"],
+        ["split_points = ", "names 2 cuts, which makes 3 stages", "(2 stages in all, 1 cuts)"],
     ),
     (
         ("schedule=Interleaved1F1B", "split_points=layers.2"),
         {},
-        ["makes 2 stages", "takes 2 or more for each of the 2 processes (4, 8, ... stages in all)"],
+        [
+            "makes 2 stages",
+            "takes 2 or more for each of the 2 processes (4, 8, ... stages in all, 3, ... cuts)",
+        ],
     ),
     (
         ("schedule=ZBVZeroBubble", "split_points=layers.1,layers.2,layers.3,layers.4,layers.5"),
         {},
-        ["makes 6 stages", "takes 2 for each of the 2 processes (4 stages in all)"],
+        ["makes 6 stages", "takes 2 for each of the 2 processes (4 stages in all, 3 cuts)"],
     ),
     (("split_points=layers.1", "layers_per_stage=3"), {}, ["layers_per_stage would have no effect"]),
     (
@@ -142,6 +151,16 @@ WRONG = [
         {"more": ("--training.compile",)},
         ["would be computed twice", "--compile.components=loss"],
     ),
+    (
+        ("schedule=InterleavedZeroBubble",),
+        {"more": ("--activation_checkpoint.mode=selective",)},
+        ["activation_checkpoint.mode = selective", "only once", "take activation_checkpoint.mode = full"],
+    ),
+    (
+        ("schedule=LoopedBFS",),
+        {"more": ("--model.converters=float8", "--float8.recipe_name=tensorwise_previous_step")},
+        ["float8.recipe_name = tensorwise_previous_step", "several stages (LoopedBFS)"],
+    ),
 ]
 
 
@@ -150,6 +169,17 @@ def test_what_is_wrong_whatever_the_model_is(flags, where, parts):
     message = told(*flags, **where)
     assert all(part in message for part in parts), message
     assert message.count("\n") == 0
+
+
+@pytest.mark.parametrize("schedule", ["ZBVZeroBubble", "Interleaved1F1B"])
+def test_weights_freed_between_the_two_halves_of_a_backward(schedule):
+    flags = [f"{P}degree=2", f"{P}schedule={schedule}", "--parallelism.fsdp_reshard_after_forward=always"]
+    job = load(flags)
+    if schedule == "Interleaved1F1B":
+        check(job, world_size=4)
+        return
+    with pytest.raises(ConfigError, match=r"fsdp_reshard_after_forward = always .* lose gradients"):
+        check(job, world_size=4)
 
 
 @pytest.mark.parametrize("schedule", [name for name, s in SCHEDULES.items() if not s.csv])
@@ -201,9 +231,7 @@ def test_stages_that_this_model_has_not(flags, message):
 
 
 def test_more_stages_than_layers():
-    with pytest.raises(
-        ConfigError, match=r"degree = 4 .* makes 4 x 2 = 8 stages, .* model has 6; lower the degree"
-    ):
+    with pytest.raises(ConfigError, match=r"degree = 4 .* makes 4 x 2 = 8 stages, .* model has 6; lower it"):
         plan_of(job("schedule=Interleaved1F1B", degree=4), units())
 
 
