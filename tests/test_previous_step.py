@@ -54,14 +54,13 @@ def test_too_much_saturation_is_told_and_leads_to_steps_just_in_time(tmp_path):
     [
         (2, {"training.local_batch_size": 2, "float8.enable_fsdp_float8_all_gather": True}),
         (2, {PIPELINE: 2, SCHEDULE: "GPipe"}),
-        pytest.param(2, {PIPELINE: 2, SCHEDULE: "ZBVZeroBubble"}, marks=pytest.mark.slow),
         pytest.param(2, {"parallelism.tensor_parallel_degree": 2}, marks=pytest.mark.slow),
         pytest.param(
             1, {"training.local_batch_size": 2, "training.global_batch_size": 4}, marks=pytest.mark.slow
         ),
         pytest.param(1, {"activation_checkpoint.mode": "full"}, marks=pytest.mark.slow),
     ],
-    ids=["data, gathered in float8", "GPipe", "ZBV", "tensor", "accumulation", "checkpointing"],
+    ids=["data, gathered in float8", "GPipe", "tensor", "accumulation", "checkpointing"],
 )
 def test_scales_do_not_depend_on_the_layout(world, flags, whole, tmp_path):
     one, _ = whole
