@@ -30,7 +30,7 @@ from octavo.config.layout import Layout, layout_of
 from octavo.config.pipeline import PipelinePlan
 from octavo.distributed import mesh
 from octavo.estimating.layers import Grown, grown, left_out, watch, without
-from octavo.estimating.operations import Counts, Operations
+from octavo.estimating.operations import Counts, Message, Operations
 from octavo.estimating.tokenizer import tokenizer_of
 from octavo.estimating.tracker import COMMUNICATION, GRADIENTS, OPTIMIZER, PARAMETERS, Log, Tracker
 from octavo.roofline import Gpu
@@ -114,6 +114,10 @@ def run_trial(
                 grown(counts[1], longer.operations.rest, less),
             )
             parameters += less * (longer.parameters - parameters)
+        if plan is not None and world.pipeline is not None:
+            message = Message("send", "pipeline", layout.pipeline)
+            handed_on = _handed_on(job, plan, world.pipeline.get_local_rank(), layout, args, bool(gpu))
+            counts[0].messages[message] += traced * handed_on
     return Trial(
         rank=rank,
         layout=layout,
@@ -128,6 +132,22 @@ def run_trial(
         stages=1 if plan is None else len(plan.stages),
         traced=traced,
     )
+
+
+def _handed_on(
+    job: JobConfig, plan: PipelinePlan, place: int, layout: Layout, args: Any, on_gpu: bool
+) -> int:
+    """Bytes of activations, and of their gradients, that process `place` of a pipeline sends to others in one
+    local batch. They are handed on outside of what is traced.
+    """
+    pipeline = models.get(job.model.name).pipeline
+    assert pipeline is not None
+    dtype = choose_param_dtype(job.training.mixed_precision_param, torch.device("cuda" if on_gpu else "cpu"))
+    mine, last = plan.stages_of(place), len(plan.stages) - 1
+    forward = sum(stage < last and plan.process_of[stage + 1] != place for stage in mine)
+    backward = sum(stage > 0 and plan.process_of[stage - 1] != place for stage in mine)
+    positions = job.training.local_batch_size * job.training.seq_len // (layout.context * layout.tensor)
+    return (forward + backward) * positions * pipeline.width(args) * dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,10 @@ def test_stages_of_a_pipeline_are_traced_apart_and_the_fullest_is_told(run):
     assert found["layout"]["pipeline_parallel_degree"] == 2
     assert found["rank"] in (0, 2)
     assert found["step_seconds_by"]["bubble"] > 0
-    assert ("all-reduce", "pipeline") in {(m["kind"], m["axis"]) for m in found["sent_bytes_per_step"]}
+    sent = {(m["kind"], m["axis"]): m["bytes"] for m in found["sent_bytes_per_step"]}
+    assert ("all-reduce", "pipeline") in sent
+    # 2 sequences of 64 positions, 256 wide, in bfloat16, to the one other stage
+    assert sent["send", "pipeline"] == 2 * 64 * 256 * 2
 
 
 def test_bytes_sent_by_a_ring():
