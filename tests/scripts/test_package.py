@@ -67,7 +67,7 @@ def test_the_package_alone_needs_torch_only(metadata):
     needs = metadata.get_all("Requires-Dist")
 
     assert [need for need in needs if "extra ==" not in need] == ["torch>=2.11"]
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "test", "gpu"}
+    assert set(metadata.get_all("Provides-Extra")) == {"adam8bit", "docs", "gpu", "test", "train"}
 
 
 def test_licence_and_version(wheel, metadata):
