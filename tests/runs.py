@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from octavo import train as trainer
 from octavo.assets import CORPORA
 from tests import ranks
@@ -71,6 +73,8 @@ def _main(argv: list[str], log: Path, port: int, rank: int, world: int) -> int:
         WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT="0",
     )
     file = log.open("w", buffering=1)
     for descriptor in (1, 2):
@@ -86,9 +90,10 @@ def train(folder: Path, flags: dict[str, Any], *, world: int = 1) -> Run:
     merged = {"job.dump_folder": folder, "training.dataset": small_corpus(), **TINY, **flags}
     argv = [f"--{key}={value}" for key, value in merged.items()]
     logs = [folder / f"rank{rank}.log" for rank in range(world)]
-    port = ranks.free_port()
+    # As torchrun's agent does: a rank that ends early must not take the others' meeting place with it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     try:
-        codes = ranks.fork([(_main, (argv, log, port, rank, world)) for rank, log in enumerate(logs)])
+        codes = ranks.fork([(_main, (argv, log, store.port, rank, world)) for rank, log in enumerate(logs)])
     except AssertionError as error:
         raise AssertionError(f"{error}\n{logs[0].read_text()}") from None
     metrics = folder / "metrics.jsonl"

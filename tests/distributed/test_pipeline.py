@@ -49,6 +49,7 @@ class Products(TorchDispatchMode):
 def job_for(schedule: str, csv: str | None = None, degree: int = 2) -> JobConfig:
     job = JobConfig()
     job.training = replace(job.training, local_batch_size=BATCH)
+    job.activation_checkpoint = replace(job.activation_checkpoint, mode="none")
     job.parallelism = replace(
         job.parallelism,
         pipeline_parallel_degree=degree,
