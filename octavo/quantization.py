@@ -1,13 +1,14 @@
 """The trainer's one door to `octavo.float8`: convert the model as the config says, and tell what was done."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement
 from torch.distributed.tensor.parallel import (
@@ -17,6 +18,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
 )
 
+from octavo.components.init import plain_name
 from octavo.components.logging import logger
 from octavo.config import ConfigError, JobConfig, names
 from octavo.config.effects import casts_weights_again, fuses
@@ -33,6 +35,7 @@ from octavo.float8 import (
     precompute_float8_dynamic_scale_for_fsdp,
 )
 from octavo.float8.fused import GatedLinear, NormedInput, SharedInput
+from octavo.float8.health import Monitor, Row, audit
 from octavo.float8.matmul import choose_path, describe_path
 from octavo.float8.pretend import as_on_a_gpu as as_on_a_gpu
 from octavo.float8.pretend import expect_hardware as expect_hardware
@@ -44,6 +47,8 @@ from octavo.float8.tensor_parallel import (
 )
 
 DEFAULT_RECIPE = "tensorwise"
+REMEDIES = ("rowwise", "blockwise")
+"""Recipes with finer scales, which a layer that loses much is tried in; the first that helps is named."""
 
 CONTROLS = MappingProxyType(
     {
@@ -85,6 +90,51 @@ def keep_casts_under_compile() -> None:
 
     if not hasattr(inductor, "emulate_precision_casts_on_saved_tensors"):
         inductor.emulate_precision_casts = True
+
+
+def monitor_of(model: nn.Module, settings: Float8) -> Monitor | None:
+    """What measures the float8 layers of `model`, over all processes' tokens; None if nothing is to be."""
+    if settings.health_every == 0 or not converted(model):
+        return None
+    return Monitor(model, every=1, group=_everyone())
+
+
+def _everyone() -> dist.ProcessGroup | None:
+    return dist.group.WORLD if dist.get_world_size() > 1 else None
+
+
+def measured(monitor: Monitor | None) -> AbstractContextManager[object]:
+    """The scope of all forwards and backwards of a step that `monitor`, if there is one, measures."""
+    return nullcontext() if monitor is None else monitor.step()
+
+
+def try_recipes(
+    model: nn.Module, layer: str, settings: Float8, loss: Callable[[], Tensor]
+) -> tuple[Sequence[Row], Sequence[str]]:
+    """What other recipes would do to the operands of `layer`, in one more forward and backward, which leaves
+    no gradient: its rows in its own recipe and in the others, and the others' names, by preference. Nothing
+    where a layer cannot be watched so. `loss` runs the model.
+    """
+    own = {
+        module.recipe.name
+        for name, module in model.named_modules()
+        if isinstance(module, Float8Linear) and plain_name(f"{name}.") == f"{layer}."
+    }
+    possible = names.GATHERABLE_RECIPES if settings.enable_fsdp_float8_all_gather else names.RECIPES
+    others = [name for name in REMEDIES if name in possible and name not in own]
+    try:
+        table = audit(
+            model,
+            (),
+            forward=loss,
+            recipes=others,
+            filter_fn=lambda _, name: name == layer,
+            group=_everyone(),
+        )
+    except ValueError as error:
+        logger.debug("No other recipe could be tried on %s: %s", layer, error)
+        return [], []
+    return table.rows, others
 
 
 def converted(model: nn.Module) -> bool:

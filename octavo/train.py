@@ -34,6 +34,7 @@ from octavo.components.device import choose_param_dtype, fastest_attention, peak
 from octavo.components.diagnosis import first_non_finite
 from octavo.components.garbage import GarbageCollector
 from octavo.components.guard import Action, BadNumbers, Guard, Verdict
+from octavo.components.health import HealthReport, Row, curves
 from octavo.components.init import set_determinism
 from octavo.components.logging import init_logger, logger, wants_color
 from octavo.components.lr_scheduler import lr_factor, schedule_of, set_lr
@@ -171,6 +172,8 @@ class Trainer:
             config=job.to_dict(),
             description=job.job.description,
         )
+        self.health = HealthReport(job.float8, self.folder.path if self.world.rank == 0 else None)
+        self.monitor = quantization.monitor_of(self.model, job.float8)
         self.guard = Guard(job.fault_tolerance)
         self.tokens_seen = 0
         logger.info(
@@ -235,6 +238,7 @@ class Trainer:
         else:
             logger.info("All %d steps of this run are done; a larger training.steps goes on from here", done)
         self.metrics.start(done)
+        self.health.start(done)
         with (
             closing(self.data),
             closing(self.metrics),
@@ -282,7 +286,9 @@ class Trainer:
         self.optimizer.zero_grad()
 
         batches: list[tuple[Tensor, Tensor]] = []  # kept until the step is known to be sound
-        local_loss = self._gradients(self._next_batches(batches))
+        monitor = self.monitor if self.health.due(step) else None
+        with quantization.measured(monitor):
+            local_loss = self._gradients(self._next_batches(batches))
         self.scales.end_step(step)
         norm = clip_gradients(self.model, settings.training.max_norm, self.world.pipeline)
         # The one place where the host waits for the device: no update without finite numbers.
@@ -290,6 +296,8 @@ class Trainer:
         loss, asked, grad_norm = torch.cat([both, norm.to(both).view(1)]).tolist()
 
         verdict = self.guard.judge(step, loss, grad_norm)
+        if monitor is not None:
+            self._tell_health(step, monitor.table.rows, batches[0])
         if verdict.action is Action.UPDATE:
             self.optimizer.step()
             quantization.after_optimizer_step(self.model, settings.float8)
@@ -339,6 +347,29 @@ class Trainer:
         """What `loss_sum` takes."""
         return tokens_BS if self.chunked else self.model(tokens_BS)
 
+    def _tell_health(self, step: int, rows: Sequence[Row], batch: tuple[Tensor, Tensor]) -> None:
+        """Write what was measured, and warn where it is bad; other recipes are tried on `batch`."""
+        tokens_BS, labels_BS = batch
+        self.health.write(step, rows)
+        if self.metrics.tracks:
+            self.metrics.track(step, curves(rows))
+
+        def trial(layer: str) -> tuple[Sequence[Row], Sequence[str]]:
+            start = time.perf_counter()
+            reduce_gradients_now(self.model, last=False)  # it makes none
+            with loss_context(parallel=self.world.loss_parallel):
+                found = quantization.try_recipes(
+                    self.model,
+                    layer,
+                    self.job.float8,
+                    lambda: self.loss_sum(self._logits(tokens_BS), labels_BS) / self.global_tokens,
+                )
+            self.metrics.pause(time.perf_counter() - start)
+            self.watchdog.progress()
+            return found
+
+        self.health.judge(step, rows, trial)
+
     def _next_batches(self, keep: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """The microbatches of one step, which are also put into `keep`."""
         for _ in range(self.accumulation):
@@ -384,6 +415,7 @@ class Trainer:
         self.guard.rewound(state["guard"])
         self.scales.load_state_dict(state.get("scales"))
         self.metrics.start(done)
+        self.health.start(done)
         logger.warning(
             "Step %d: %s. Back to the checkpoint of step %d; the data goes on after step %d, so that what "
             "was read since is skipped",

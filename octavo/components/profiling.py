@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from octavo.components.logging import logger
+from octavo.components.trace_summary import write_summary
 from octavo.config.schema import Profiling
 
 _WARMUP, _ACTIVE = 3, 1  # steps of profiling that are thrown away, and that are kept
@@ -21,7 +22,9 @@ def _trace_schedule(every: int) -> Callable[[int], torch.profiler.ProfilerAction
 
 @contextmanager
 def _traces(settings: Profiling, folder: Path, rank: int) -> Iterator[Callable[[], None]]:
-    """Chrome traces: `<folder>/iteration_<step>/rank<rank>_trace.json` for every `profile_freq`-th step."""
+    """Chrome traces, `<folder>/iteration_<step>/rank<rank>_trace.json` for every `profile_freq`-th step, each
+    with a page on it, `rank<rank>_summary.txt`.
+    """
 
     def save(profiler: torch.profiler.profile) -> None:
         start = time.perf_counter()
@@ -29,6 +32,10 @@ def _traces(settings: Profiling, folder: Path, rank: int) -> Iterator[Callable[[
         path.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(path))
         logger.info("Saved trace %s in %.2f seconds", path, time.perf_counter() - start)
+        try:
+            logger.info("Where the time of that step went: %s", write_summary(path))
+        except (OSError, ValueError) as error:  # a page less is no reason to end a run
+            logger.warning("%s: no summary of it could be written: %s", path, error)
 
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():

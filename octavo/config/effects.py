@@ -128,6 +128,18 @@ NEEDS: tuple[Need, ...] = (
         "set --model.fuse=on, and leave tensor parallelism out",
     ),
     Need(
+        ("float8.health_max_flushed", "float8.health_max_saturated", "float8.health_min_sqnr"),
+        lambda job, _: job.float8.health_every > 0,
+        "no step is measured",
+        "add --float8.health_every",
+    ),
+    Need(
+        ("float8.health_every",),
+        lambda job, _: job.float8.health_every <= job.training.steps,
+        "it exceeds training.steps, so no step is measured",
+        "lower it",
+    ),
+    Need(
         ("float8.cast_weights_once",),
         casts_weights_again,
         "nothing casts a weight twice in a step: no accumulation, checkpointed activations or float8 gather",

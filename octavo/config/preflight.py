@@ -46,6 +46,7 @@ def check(job: JobConfig, *, world_size: int, gpus: int | None = None, elsewhere
             *_fuse(job),
             *_chunked_loss(job),
             *_optimizer(job, world_size),
+            *_health(job),
             *_gpu_only(job, gpus),
             *_rotation(job, gpus),
             *_offload(job, world_size),
@@ -210,6 +211,22 @@ def _optimizer(job: JobConfig, world_size: int) -> Iterator[str]:
             "(parallelism.data_parallel_replicate_degree), or take AdamW with "
             "optimizer.state_dtype = bfloat16"
         )
+
+
+def _health(job: JobConfig) -> Iterator[str]:
+    """A measurement needs whole operands, forward and backward of one layer in one process."""
+    if "float8" not in job.model.converters or job.float8.health_every == 0:
+        return
+    for key, what in (
+        ("tensor_parallel_degree", "each process has a part of every operand"),
+        ("pipeline_parallel_degree", "the schedule runs forward and backward by itself"),
+    ):
+        degree = getattr(job.parallelism, key)
+        if degree > 1:
+            yield (
+                f"{named(job, 'float8.health_every')}: with parallelism.{key} = {degree} {what}, and nothing "
+                "can be measured; set it to 0, and measure in a run with data parallelism only"
+            )
 
 
 def _custom_import(job: JobConfig) -> Iterator[str]:

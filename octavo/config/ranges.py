@@ -85,12 +85,19 @@ RULES: tuple[Rule, ...] = (
         (
             "lr_scheduler.warmup_steps",
             "training.max_bad_records",
+            "float8.health_every",
             "parallelism.pipeline_parallel_first_stage_less_layers",
             "parallelism.pipeline_parallel_last_stage_less_layers",
         ),
         _within(0, _MOST),
         f"must be at least 0 and at most {_MOST}",
     ),
+    Rule(
+        ("float8.health_max_flushed", "float8.health_max_saturated"),
+        _within(0, 100),
+        "must be a percentage, between 0 and 100",
+    ),
+    Rule(("float8.health_min_sqnr",), _within(-100, 100), "must be decibels between -100 and 100"),
     Rule(("training.num_workers",), _within(0, 64), "must be at least 0 and at most 64"),
     Rule(
         ("validation.steps",),

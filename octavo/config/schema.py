@@ -319,6 +319,16 @@ class Float8:
     """
     layer_recipes_file: str | None = None
     """TOML file with layer_recipes, as octavo tune writes it."""
+    health_every: int = 0
+    """Steps from one measurement of what casting does to every float8 layer to the next (health.jsonl); 0:
+    none.
+    """
+    health_max_flushed: float = 5.0
+    """Percent of an operand's values that may become zero by their cast before a warning names the layer."""
+    health_max_saturated: float = 1.0
+    """Percent of an operand's values that may exceed the format's range before a warning names the layer."""
+    health_min_sqnr: float = 15.0
+    """Decibels that an operand must be above its rounding error, or a warning names the layer."""
 
 
 @dataclass

@@ -7,11 +7,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from octavo.float8.config import Options, resolve
 from octavo.float8.health.table import Table
-from octavo.float8.health.watch import Watch, linears_of, rows_of
+from octavo.float8.health.watch import LayerFilter, Watch, linears_of, rows_of
 from octavo.float8.linear import Float8Linear
 
 
@@ -21,6 +22,9 @@ def audit(
     *,
     loss: Callable[[Any], Tensor] | None = None,
     recipes: Sequence[Options] | None = None,
+    filter_fn: LayerFilter | None = None,
+    group: dist.ProcessGroup | None = None,
+    forward: Callable[..., Any] | None = None,
 ) -> Table:
     """What casting does to every operand of every linear layer, in one forward and backward of `batch`.
 
@@ -28,7 +32,9 @@ def audit(
     loss(output): a scalar to differentiate. None takes the output's `loss`, the output itself if it is a
     scalar, or else the mean of its squares, whose gradients have the real loss's place but not its values.
     recipes: names, `Recipe`s or `Float8LinearConfig`s to try on the same tensors, beside each layer's own;
-    with them, linears that were not converted are measured too.
+    with them, linears that were not converted are measured too. filter_fn(module, fqn): whether to measure
+    that layer; None measures all. group: ranks that each have a batch of their own, and all get the numbers
+    of all. forward: what to call with the batch; None calls the model.
 
     Every value is measured, in eager mode, as though no parameter were frozen. Layers that the loss does not
     depend on are left out. Parameters, buffers, gradients, modes and the state of random number generators
@@ -43,6 +49,10 @@ def audit(
         raise ValueError(f"recipes is the string {recipes!r}: give a list, [{recipes!r}]")
     others = [resolve(recipe)[0] for recipe in recipes or ()]
     linears = linears_of(model, nn.Linear if others else Float8Linear)
+    if linears and filter_fn is not None:
+        linears = {name: linear for name, linear in linears.items() if filter_fn(linear, name)}
+        if not linears:
+            raise ValueError("filter_fn chose none of the model's linear layers")
     if not linears:
         raise ValueError(
             "the model has no linear layers"
@@ -59,14 +69,19 @@ def audit(
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.enable_grad())
         for watch in watches:
-            stack.callback(watch.linear.register_forward_hook(watch.hook).remove)
+            if isinstance(watch.linear, Float8Linear):  # whose forward need not be called: see `fused`
+                stack.callback(setattr, watch.linear, "watch", watch.linear.watch)
+                setattr(watch.linear, "watch", watch)  # noqa: B010
+            else:
+                stack.callback(watch.linear.register_forward_hook(watch.hook).remove)
             watch.start()
+        call = model if forward is None else forward
         if isinstance(batch, Mapping):
-            output = model(**batch)
+            output = call(**batch)
         elif isinstance(batch, (tuple, list)):
-            output = model(*batch)
+            output = call(*batch)
         else:
-            output = model(batch)
+            output = call(batch)
         value = _default_loss(output) if loss is None else loss(output)
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ValueError(f"the loss is {_describe(value)}; it must be one number: give loss=")
@@ -74,7 +89,7 @@ def audit(
         probes = [probe for watch in watches for probe in watch.probes]
         if probes and value.requires_grad:
             value.backward(inputs=probes)
-        rows = rows_of(watches)
+        rows = rows_of(watches, group)
     if not rows:
         raise ValueError(
             "nothing was measured: the loss depends on no linear layer, because it was detached, or because "

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch.distributed as dist
 from torch import nn
 
 from octavo.float8.health.table import Table
-from octavo.float8.health.watch import Watch, linears_of, rows_of
+from octavo.float8.health.watch import LayerFilter, Watch, linears_of, rows_of
 from octavo.float8.linear import Float8Linear
-
-LayerFilter = Callable[[nn.Module, str], bool]
 
 
 class Monitor:
@@ -28,7 +27,8 @@ class Monitor:
     tokens (rows of a weight) are counted, None for all; scales and amax are always those of the whole tensor.
 
     Compiled code compiles once more on the first measured step. On several ranks each measures its own
-    tokens; weights sharded by FSDP are gathered one at a time, so all ranks must take the same steps. A layer
+    tokens, or, with `group`, all get the numbers of all its ranks' tokens; weights sharded by FSDP are
+    gathered one at a time, so all ranks must take the same steps. A layer
     that compiled code calls several times for one batch shows the sum of those calls' amaxes.
 
     Raises ValueError if no layer is chosen, `every` or `sample` is less than 1, or a chosen layer is sharded
@@ -45,6 +45,7 @@ class Monitor:
         every: int = 10,
         filter_fn: LayerFilter | None = None,
         sample: int | None = 128,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         for name, value in (("every", every), ("sample", 1 if sample is None else sample)):
             if not isinstance(value, int) or value < 1:
@@ -59,6 +60,7 @@ class Monitor:
                 else "the model has no Float8Linear: convert it first"
             )
         self.every, self.steps, self.table = every, 0, Table(())
+        self._group = group
         self._watches = [
             Watch(name, linear, [linear.recipe], sample, frozen=False)
             for name, linear in chosen.items()
@@ -88,7 +90,7 @@ class Monitor:
                 setattr(watch.linear, "watch", watch)  # noqa: B010
                 stack.callback(setattr, watch.linear, "watch", None)
             yield True
-        rows = rows_of(self._watches)
+        rows = rows_of(self._watches, self._group)
         for watch in self._watches:
             watch.seen = []
         if not rows:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -16,6 +17,8 @@ from octavo.float8.health.measure import NUMBERS, Slot, measure, slots_of
 from octavo.float8.health.table import Row
 from octavo.float8.linear import Float8Linear
 from octavo.float8.recipe import Recipe
+
+LayerFilter = Callable[[nn.Module, str], bool]
 
 
 class _Tap(torch.autograd.Function):
@@ -99,33 +102,60 @@ class Watch:
         return self(args[0], y)
 
 
-def rows_of(watches: Sequence[Watch]) -> tuple[Row, ...]:
-    """What `watches` saw, brought from the device in one piece."""
+def rows_of(watches: Sequence[Watch], group: dist.ProcessGroup | None = None) -> tuple[Row, ...]:
+    """What `watches` saw, brought from the device in one piece; over all ranks of `group`, whose inputs
+    differ.
+    """
     watches = [watch for watch in watches if watch.seen]
     with torch.no_grad():
         pieces = [piece for watch in watches for piece in (watch.of_weight(), *watch.seen)]
     if not pieces:
         return ()
-    numbers = iter(torch.cat([piece.to(pieces[0].device) for piece in pieces]).tolist())
+    device = watches[0].seen[0].device
+    numbers = iter(torch.cat([piece.to(device) for piece in pieces]).tolist())
 
     def take(slots: Sequence[Slot]) -> list[list[float]]:
         return [[next(numbers) for _ in range(NUMBERS)] for _ in slots]
 
-    rows = []
+    found: list[tuple[str, Slot, list[float]]] = []
     for watch in watches:
         has_weight = not isinstance(watch.linear.weight, Carrier)
-        of_weight = (
-            [(slot, [n]) for slot, n in zip(watch.weight, take(watch.weight), strict=True)]
-            if has_weight
-            else []
-        )
+        of_weight = list(zip(watch.weight, take(watch.weight), strict=True)) if has_weight else []
         moving = watch.input + watch.grad_output
         calls = [take(moving) for _ in watch.seen]
-        of_moving = [(slot, [call[i] for call in calls]) for i, slot in enumerate(moving)]
+        of_moving = [(slot, _together([call[i] for call in calls])) for i, slot in enumerate(moving)]
         k = len(watch.input)
         ordered = [*of_moving[:k], *of_weight, *of_moving[k:]]
-        rows += [_row(watch.layer, slot, seen) for slot, seen in ordered]
-    return tuple(rows)
+        found += [(watch.layer, slot, seen) for slot, seen in ordered]
+    if group is not None:
+        moved = [seen for _, slot, seen in found if slot.operand != "weight"]  # a weight is the same on all
+        for seen, whole in zip(moved, _over_ranks(moved, device, group), strict=True):
+            seen[:] = whole
+    return tuple(_row(layer, slot, seen) for layer, slot, seen in found)
+
+
+def _together(seen: Sequence[Sequence[float]]) -> list[float]:
+    """The numbers of several calls as one: the largest amax, and sums."""
+    amaxes = [numbers[0] for numbers in seen]
+    sums = [
+        math.fsum(column) if all(map(math.isfinite, column)) else sum(column)
+        for column in list(zip(*seen, strict=True))[1:]
+    ]
+    return [math.nan if any(map(math.isnan, amaxes)) else max(amaxes), *sums]
+
+
+def _over_ranks(
+    seen: Sequence[Sequence[float]], device: torch.device, group: dist.ProcessGroup
+) -> list[list[float]]:
+    """`_together` over the ranks of `group`; a NaN among their amaxes counts as infinite, because not every
+    backend's maximum keeps it.
+    """
+    numbers = torch.tensor(seen, dtype=torch.float64, device=device)
+    amax = torch.nan_to_num(numbers[:, 0], nan=math.inf, posinf=math.inf).contiguous()
+    sums = numbers[:, 1:].contiguous()
+    dist.all_reduce(amax, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(sums, group=group)
+    return torch.cat([amax.unsqueeze(1), sums], dim=1).tolist()
 
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -142,13 +172,9 @@ def linears_of(model: nn.Module, kind: type[nn.Linear]) -> dict[str, nn.Linear]:
     return found
 
 
-def _row(layer: str, slot: Slot, seen: Sequence[Sequence[float]]) -> Row:
-    """The row of what was measured in several calls."""
-    amaxes = [numbers[0] for numbers in seen]
-    values, nonfinite, flushed, saturated, signal, noise = (
-        math.fsum(column) if all(map(math.isfinite, column)) else sum(column)
-        for column in list(zip(*seen, strict=True))[1:]
-    )
+def _row(layer: str, slot: Slot, seen: Sequence[float]) -> Row:
+    """The row of the numbers of one cast."""
+    amax, values, nonfinite, flushed, saturated, signal, noise = seen
     share = 1 / values if values else 0.0
     return Row(
         layer=layer,
@@ -156,7 +182,7 @@ def _row(layer: str, slot: Slot, seen: Sequence[Sequence[float]]) -> Row:
         operand=slot.operand,
         gemms=slot.gemms,
         values=int(values),
-        amax=math.nan if any(map(math.isnan, amaxes)) else max(amaxes),
+        amax=amax,
         flushed=flushed * share,
         saturated=saturated * share,
         nonfinite=nonfinite * share,

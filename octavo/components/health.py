@@ -1,0 +1,252 @@
+"""What float8 does to each layer, told while training: a file, curves, and warnings with their remedy.
+
+`octavo.float8.health` defines and measures the numbers; here they are written to `health.jsonl`, one object
+a step and cast, handed to the trackers, and held against the limits of `[float8]`. A layer beyond a limit is
+named with what would help: another recipe, which is tried on the same tensors first, or high precision.
+
+A run of thousands of steps must not repeat itself. A layer's operand is told of once, and again only when it
+has become twice as bad; a measurement tells of the three worst, and counts the others. Trying other recipes
+costs a forward and a backward in eager mode, for the worst layer alone, and happens at most once in ten
+measurements.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from octavo.components.jsonl import Jsonl
+from octavo.components.logging import logger
+from octavo.config.schema import Float8
+
+_TOLD_AT_ONCE = 3
+_BETWEEN_TRIALS = 10  # measurements
+
+
+class Row(Protocol):
+    """One cast of one layer, as `octavo.float8.health.Row`: shares are of 1, sqnr in decibels."""
+
+    @property
+    def layer(self) -> str: ...
+    @property
+    def recipe(self) -> str: ...
+    @property
+    def operand(self) -> str: ...
+    @property
+    def gemms(self) -> tuple[str, ...]: ...
+    @property
+    def values(self) -> int: ...
+    @property
+    def amax(self) -> float: ...
+    @property
+    def flushed(self) -> float: ...
+    @property
+    def saturated(self) -> float: ...
+    @property
+    def nonfinite(self) -> float: ...
+    @property
+    def sqnr(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A number of a row that can be too bad. loss: how bad it is, growing. exceeded: whether it is too bad.
+    shows: the number, with its unit; means: what it is.
+    """
+
+    name: str
+    loss: Callable[[Row], float]
+    exceeded: Callable[[Row, Float8], bool]
+    shows: Callable[[Row], str]
+    means: str
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g}%" if share < 0.995 else "100%"
+
+
+def _noise(row: Row) -> float:
+    """Noise over signal, as a ratio of amplitudes."""
+    return math.inf if math.isnan(row.sqnr) else 10 ** (-row.sqnr / 20)
+
+
+LIMITS = (
+    Limit(
+        "flushed",
+        lambda row: row.flushed,
+        lambda row, settings: 100 * row.flushed > settings.health_max_flushed,
+        lambda row: _percent(row.flushed),
+        "flushed to zero",
+    ),
+    Limit(
+        "saturated",
+        lambda row: row.saturated,
+        lambda row, settings: 100 * row.saturated > settings.health_max_saturated,
+        lambda row: _percent(row.saturated),
+        "saturated",
+    ),
+    Limit(
+        "sqnr",
+        _noise,
+        lambda row, settings: row.sqnr < settings.health_min_sqnr,
+        lambda row: f"{row.sqnr:.1f} dB",
+        "between values and rounding error",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row beyond a limit."""
+
+    row: Row
+    limit: Limit
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.row.layer, self.row.operand, self.limit.name
+
+
+def findings(rows: Iterable[Row], settings: Float8) -> list[Finding]:
+    """The operands beyond a limit, by the cast of each that is worst, the worst operand first. A row with
+    values that are not finite is none: it is the guard's matter.
+    """
+    worst: dict[tuple[str, str, str], Finding] = {}
+    for row in rows:
+        if row.nonfinite or not math.isfinite(row.amax):
+            continue
+        for limit in LIMITS:
+            finding = Finding(row, limit)
+            before = worst.get(finding.key)
+            if limit.exceeded(row, settings) and (before is None or limit.loss(row) > limit.loss(before.row)):
+                worst[finding.key] = finding
+    order = {limit.name: place for place, limit in enumerate(LIMITS)}
+    return sorted(worst.values(), key=lambda f: (order[f.limit.name], -f.limit.loss(f.row)))
+
+
+def curves(rows: Iterable[Row]) -> dict[str, float]:
+    """What trackers get: the worst cast of each layer's operand."""
+    values: dict[str, float] = {}
+
+    def keep(tag: str, value: float, pick: Callable[[float, float], float]) -> None:
+        if math.isfinite(value):
+            values[tag] = pick(values[tag], value) if tag in values else value
+
+    for row in rows:
+        place = f"float8_health/{row.layer}.{row.operand}"
+        keep(f"{place}/amax", row.amax, max)
+        keep(f"{place}/flushed(%)", 100 * row.flushed, max)
+        keep(f"{place}/saturated(%)", 100 * row.saturated, max)
+        keep(f"{place}/sqnr(dB)", row.sqnr, min)
+    return values
+
+
+class HealthReport:
+    """Writes and judges measurements.
+
+    Every process calls `judge` with the same rows, and so decides the same; only those with a `folder` write.
+    """
+
+    def __init__(self, settings: Float8, folder: Path | None):
+        self._settings = settings
+        self._jsonl = None if folder is None else Jsonl(folder / "health.jsonl")
+        self._told: dict[tuple[str, str, str], float] = {}
+        self._since_trial = _BETWEEN_TRIALS
+
+    def start(self, step: int) -> None:
+        """Training begins, or goes on, after `step`."""
+        if self._jsonl:
+            self._jsonl.start(step)
+
+    def due(self, step: int) -> bool:
+        """Whether `step` is measured."""
+        every = self._settings.health_every
+        return every > 0 and step % every == 0
+
+    def write(self, step: int, rows: Sequence[Row]) -> None:
+        """Add one measurement to the file."""
+        if self._jsonl:
+            self._jsonl.write(*(_line(step, row) for row in rows))
+
+    def judge(
+        self, step: int, rows: Sequence[Row], trial: Callable[[str], tuple[Sequence[Row], Sequence[str]]]
+    ) -> None:
+        """Warn of what is beyond the limits and was not told.
+
+        `trial(layer)` gives rows of that layer on the same tensors, in its own recipe and others, and the
+        others by preference.
+        """
+        found = [f for f in findings(rows, self._settings) if self._is_news(f)]
+        self._since_trial += 1
+        if not found:
+            return
+        tried: tuple[Sequence[Row], Sequence[str]] = ((), ())
+        if self._since_trial > _BETWEEN_TRIALS:
+            self._since_trial = 0
+            tried = trial(found[0].row.layer)
+        for finding in found:
+            self._told[finding.key] = finding.limit.loss(finding.row)
+        for number, finding in enumerate(found[:_TOLD_AT_ONCE]):
+            better = self._better(finding, *tried) if number == 0 else None
+            logger.warning("Step %d: %s", step, self._warning(finding, better))
+        more = len(found) - _TOLD_AT_ONCE
+        if more > 0:
+            logger.warning("Step %d: and %d more beyond the limits of [float8]: see health.jsonl", step, more)
+
+    def _is_news(self, finding: Finding) -> bool:
+        told = self._told.get(finding.key)
+        return told is None or finding.limit.loss(finding.row) > 2 * told
+
+    def _better(self, finding: Finding, rows: Sequence[Row], others: Sequence[str]) -> Row | None:
+        """The same cast in another recipe: the first that is within the limit, or else the best that loses
+        less than half as much.
+        """
+        limit, own = finding.limit, finding.row
+        same = {
+            name: max(
+                (
+                    row
+                    for row in rows
+                    if (row.recipe, row.layer, row.operand) == (name, own.layer, own.operand)
+                    and set(row.gemms) & set(own.gemms)
+                ),
+                key=limit.loss,
+                default=None,
+            )
+            for name in others
+        }
+        candidates = [row for row in same.values() if row is not None]
+        within = [row for row in candidates if not limit.exceeded(row, self._settings)]
+        if within:
+            return within[0]
+        best = min(candidates, key=limit.loss, default=None)
+        return best if best is not None and limit.loss(best) < limit.loss(own) / 2 else None
+
+    def _warning(self, finding: Finding, better: Row | None) -> str:
+        row, limit = finding.row, finding.limit
+        kept = ",".join([*self._settings.filter_fqns, row.layer])
+        high = f"keep this layer in high precision: --float8.filter_fqns={kept}"
+        told = f"{row.layer} {row.operand}: {limit.shows(row)} {limit.means} in {row.recipe}"
+        if better is None:
+            return f"{told}; {high}"
+        rules = ",".join([*self._settings.layer_recipes, f"{row.layer}={better.recipe}"])
+        return (
+            f"{told}; {better.recipe} gives {limit.shows(better)}: --float8.layer_recipes={rules}, or {high}"
+        )
+
+
+def _line(step: int, row: Row) -> Mapping[str, Any]:
+    return {
+        "step": step,
+        "layer": row.layer,
+        "operand": row.operand,
+        "recipe": row.recipe,
+        "gemms": list(row.gemms),
+        "values": row.values,
+        "amax": row.amax,
+        "flushed": row.flushed,
+        "saturated": row.saturated,
+        "nonfinite": row.nonfinite,
+        "sqnr": row.sqnr,
+    }

@@ -1,0 +1,63 @@
+"""The picture of speedups: figures that are the roofline's, said to be, in a file that stands alone."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from benchmarks.gemm_heatmap import colour, layers_of, main, speedups
+from octavo.roofline import Tensors, cast_seconds, find_gpu, gemm_seconds, linear_shapes
+
+
+def test_layers_are_the_model_s_own():
+    layers = layers_of("llama3", "8B")
+    assert layers["layers.*.attention.wk"] == (4096, 1024)
+    assert layers["layers.*.feed_forward.w2"] == (14336, 4096)
+    assert layers["output"] == (4096, 128256)
+    assert len(layers) == 8
+
+
+def test_picture_on_paper(tmp_path, capsys):
+    out, figures = tmp_path / "x.svg", tmp_path / "x.json"
+    flags = ["--gpu", "h200", "--tokens", "512,8192", "--recipes", "rowwise,rowwise_with_gw_hp"]
+    assert main([*flags, "--out", str(out), "--json", str(figures)]) == 0
+    made = json.loads(figures.read_text())
+    assert "NOT MEASURED: the roofline of h200" in made["source"]
+
+    gpu, M, K, N = find_gpu("h200"), 8192, 14336, 4096
+    high = sum(gemm_seconds(gpu, shape) for shape in linear_shapes(M, K, N).values())
+    low = sum(gemm_seconds(gpu, shape) for shape in linear_shapes(M, K, N, float8=True).values())
+    casts = cast_seconds(gpu, Tensors((0, 0, M * K), (0, 0, M * N), K * N), "rowwise", "kernels")
+    told = made["speedups"]["rowwise"]["layers.*.feed_forward.w2"]
+    assert told[1] == pytest.approx(high / (low + casts))
+    assert told[0] < told[1]  # few tokens: the casts of the weight cost as much as before
+
+    root = ElementTree.parse(out).getroot()
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert f"{told[1]:.2f}" in texts
+    assert any(text.startswith("NOT MEASURED") for text in texts)
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}rect"))) == 1 + 2 * 2 * 8
+    assert "href" not in out.read_text()
+
+
+def test_speedup_is_high_precision_over_float8():
+    found = speedups(
+        {"w": (16, 32)}, [8], ["rowwise"], lambda M, K, N, recipe: 3.0 if recipe is None else 2.0
+    )
+    assert found == {"rowwise": {"w": [1.5]}}
+
+
+def test_colours_part_at_one():
+    assert colour(1.0) == "#ffffff"
+    assert colour(1.7) == colour(9.0) == "#1b7837"
+    assert colour(0.5) == colour(0.1) == "#b2182b"
+
+
+@pytest.mark.parametrize(
+    "flags", [["--gpu", "h1000"], ["--recipes", "colwise"], ["--tokens", "0"], ["--flavor", "9B"]]
+)
+def test_mistakes_are_usage_errors(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--gpu", "h100", *flags])
+    assert caught.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err

@@ -1,0 +1,189 @@
+"""Warnings about float8 name the layer and what helps, once; the file survives a resume; measuring changes no
+bit of the training. (`tests/float8/test_health.py` holds the numbers against their definitions.)
+"""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from octavo.components import health
+from octavo.components.health import HealthReport, curves, findings
+from octavo.config import ConfigError, JobConfig, check
+from octavo.config.schema import Float8
+from tests import runs
+
+
+@dataclass(frozen=True)
+class Row:
+    layer: str = "layers.3.feed_forward.w2"
+    recipe: str = "tensorwise"
+    operand: str = "grad_output"
+    gemms: tuple[str, ...] = ("grad_input", "grad_weight")
+    values: int = 1000
+    amax: float = 2.0
+    flushed: float = 0.0
+    saturated: float = 0.0
+    nonfinite: float = 0.0
+    sqnr: float = 30.0
+
+
+@pytest.fixture
+def told(monkeypatch):
+    lines = []
+    monkeypatch.setattr(health.logger, "warning", lambda text, *args: lines.append(text % args))
+    return lines
+
+
+SETTINGS = Float8(filter_fqns=["output"], health_every=10)
+
+
+def never(layer):
+    raise AssertionError("no trial is due")
+
+
+def rowwise(**numbers):
+    """A trial in which rowwise gives `numbers`."""
+    return lambda layer: ([Row(), Row(recipe="rowwise", gemms=("grad_input",), **numbers)], ["rowwise"])
+
+
+def test_names_the_layer_the_loss_and_both_remedies(told):
+    HealthReport(SETTINGS, None).judge(40, [Row(), Row(layer="x"), Row(flushed=0.12)], rowwise(flushed=0.004))
+    assert told == [
+        "Step 40: layers.3.feed_forward.w2 grad_output: 12% flushed to zero in tensorwise; "
+        "rowwise gives 0.4%: --float8.layer_recipes=layers.3.feed_forward.w2=rowwise, or "
+        "keep this layer in high precision: "
+        "--float8.filter_fqns=output,layers.3.feed_forward.w2"
+    ]
+
+
+def test_a_recipe_that_is_no_better_is_not_named(told):
+    HealthReport(SETTINGS, None).judge(40, [Row(flushed=0.12)], rowwise(flushed=0.11))
+    assert told == [
+        "Step 40: layers.3.feed_forward.w2 grad_output: 12% flushed to zero in tensorwise; "
+        "keep this layer in high precision: --float8.filter_fqns=output,layers.3.feed_forward.w2"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        (Row(saturated=0.02), "2% saturated in tensorwise"),
+        (Row(sqnr=12.34), "12.3 dB between values and rounding error in tensorwise"),
+    ],
+)
+def test_other_limits(told, row, part):
+    HealthReport(SETTINGS, None).judge(1, [row], rowwise())
+    assert part in told[0]
+    assert "--float8.layer_recipes=layers.3.feed_forward.w2=rowwise" in told[0]
+
+
+def test_within_the_limits_there_is_nothing_to_tell(told):
+    edge = Row(flushed=0.05, saturated=0.01, sqnr=15.0)
+    HealthReport(SETTINGS, None).judge(1, [edge], never)
+    assert told == []
+    assert not findings(
+        [Row(flushed=0.5, nonfinite=0.1), Row(sqnr=float("nan"), amax=float("inf"))], SETTINGS
+    )
+
+
+def test_the_same_warning_comes_once_and_again_when_twice_as_bad(told):
+    report, tried = HealthReport(SETTINGS, None), []
+
+    def trial(layer):
+        tried.append(layer)
+        return [], []
+
+    for step, flushed in enumerate([0.12, 0.12, 0.2, 0.24, 0.25, 0.3]):
+        report.judge(step, [Row(flushed=flushed)], trial)
+    assert [line.split(":")[0] for line in told] == ["Step 0", "Step 4"]
+    assert len(tried) == 1  # trials are dear
+
+
+def test_the_three_worst_are_told_and_the_rest_counted(told):
+    rows = [Row(layer=f"layers.{n}", flushed=n / 10) for n in range(1, 8)]
+    HealthReport(SETTINGS, None).judge(5, rows, rowwise())
+    assert [line.split()[2] for line in told[:3]] == ["layers.7", "layers.6", "layers.5"]
+    assert told[3:] == ["Step 5: and 4 more beyond the limits of [float8]: see health.jsonl"]
+
+
+def test_curves_show_the_worst_cast_of_an_operand():
+    rows = [
+        Row(gemms=("grad_input",), flushed=0.1, sqnr=20.0),
+        Row(gemms=("grad_weight",), sqnr=10.0, amax=3.0),
+    ]
+    place = "float8_health/layers.3.feed_forward.w2.grad_output"
+    assert curves(rows) == {
+        f"{place}/amax": 3.0,
+        f"{place}/flushed(%)": 10.0,
+        f"{place}/saturated(%)": 0.0,
+        f"{place}/sqnr(dB)": 10.0,
+    }
+    assert curves([Row(sqnr=float("inf"))]).keys() == curves([Row()]).keys() - {f"{place}/sqnr(dB)"}
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+def test_what_cannot_be_measured_is_told_at_once(axis):
+    job = JobConfig()
+    job.model.converters, job.float8.health_every = ["float8"], 10
+    setattr(job.parallelism, f"{axis}_parallel_degree", 2)
+    with pytest.raises(ConfigError, match=f"float8.health_every = 10 .*{axis}_parallel_degree = 2"):
+        check(job, world_size=2)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "health.jsonl").read_text().splitlines()]
+
+
+HEALTH = {**runs.recipe("tensorwise"), "float8.health_every": 2}
+
+
+def test_measures_what_a_training_step_casts(tmp_path):
+    """Every second step, every layer; measuring changes no bit; a resume tells each step once. On two
+    processes, the numbers of the weights stay, and those of the rest are over all tokens.
+    """
+    saved = {"checkpoint.enable": "true", "checkpoint.interval": 2}
+    plain = runs.train(tmp_path / "plain", {**runs.recipe("tensorwise"), "training.local_batch_size": 2})
+    first = {**HEALTH, **saved, "training.local_batch_size": 2}
+    runs.train(tmp_path / "one", {**first, "training.steps": 2})
+    run = runs.train(tmp_path / "one", first)
+    rows = lines(tmp_path / "one")
+    assert run.losses == plain.losses
+    assert len(rows) == 2 * 42 * 3
+    assert [row["step"] for row in rows] == [2] * 126 + [4] * 126
+    assert {row["recipe"] for row in rows} == {"tensorwise"}
+
+    runs.train(tmp_path / "two", {**HEALTH, "training.local_batch_size": 1, "training.steps": 2}, world=2)
+    key = ("layer", "operand", "gemms")
+    both = {tuple(str(row[k]) for k in key): row for row in lines(tmp_path / "two")}
+    for row in rows[:126]:
+        other = both[tuple(str(row[k]) for k in key)]
+        assert other["amax"] == pytest.approx(row["amax"], rel=1e-3)
+        assert other["flushed"] == pytest.approx(row["flushed"], abs=0.02)
+        assert other["sqnr"] == pytest.approx(row["sqnr"], abs=1.0)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_injected_outlier_is_named_with_the_remedy(tmp_path, monkeypatch, world):
+    """One input of one layer is far larger than the rest of its tensor."""
+    build = runs.trainer.build_model
+
+    def with_outlier(*args, **kwargs):
+        built = build(*args, **kwargs)
+
+        def outlier(module, inputs):
+            x = inputs[0].clone()
+            x[0, 0, 0] = 1e6  # in rowwise it spoils one row and one column
+            return (x,)
+
+        built.model.get_submodule("layers.3.feed_forward.w2").register_forward_pre_hook(outlier)
+        return built
+
+    monkeypatch.setattr(runs.trainer, "build_model", with_outlier)
+    run = runs.train(tmp_path, {**HEALTH, "training.steps": 2, "training.local_batch_size": 2}, world=world)
+    (first, *_) = [line for line in run.log.splitlines() if "WARNING - Step 2:" in line]
+    assert "layers.3.feed_forward.w2 input: " in first
+    assert "flushed to zero in tensorwise; rowwise gives 0" in first
+    assert "--float8.layer_recipes=layers.3.feed_forward.w2=rowwise" in first
+    assert "--float8.filter_fqns=output,layers.3.feed_forward.w2" in first
+    assert len(run.losses) == 2
