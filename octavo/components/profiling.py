@@ -2,6 +2,7 @@
 
 import pickle
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ def _traces(settings: Profiling, folder: Path, rank: int) -> Iterator[Callable[[
     """
 
     def save(profiler: torch.profiler.profile) -> None:
+        if profiler.step_num % settings.profile_freq:
+            return  # training ended as a step's recording had just begun
         start = time.perf_counter()
         path = folder / f"iteration_{profiler.step_num}" / f"rank{rank}_trace.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,6 +40,8 @@ def _traces(settings: Profiling, folder: Path, rank: int) -> Iterator[Callable[[
         except (OSError, ValueError) as error:  # a page less is no reason to end a run
             logger.warning("%s: no summary of it could be written: %s", path, error)
 
+    # Each trace is saved as its cycle ends, so that nothing is lost.
+    warnings.filterwarnings("ignore", ".*Profiler clears events at the end of each cycle")
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)

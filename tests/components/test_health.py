@@ -158,7 +158,9 @@ def test_measures_what_a_training_step_casts(tmp_path):
     both = {tuple(str(row[k]) for k in key): row for row in lines(tmp_path / "two")}
     for row in rows[:126]:
         other = both[tuple(str(row[k]) for k in key)]
-        assert other["amax"] == pytest.approx(row["amax"], rel=1e-3)
+        # By step 2 the parameters differ in a float8 rounding; of half the tokens it would be off by 0.3.
+        within = 0.02 if row["operand"] == "weight" else 0.1
+        assert other["amax"] == pytest.approx(row["amax"], rel=within)
         assert other["flushed"] == pytest.approx(row["flushed"], abs=0.02)
         assert other["sqnr"] == pytest.approx(row["sqnr"], abs=1.0)
 

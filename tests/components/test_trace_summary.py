@@ -177,7 +177,8 @@ def test_a_recorded_step_gets_its_page(tmp_path, monkeypatch):
     monkeypatch.setattr(profiling_module, "write_summary", fails)
     monkeypatch.setattr(profiling_module.logger, "warning", lambda text, *args: warnings.append(text % args))
     with profiling(Profiling(enable_profiling=True, profile_freq=2), tmp_path / "b", 0) as end_of_step:
-        end_of_step()
-        end_of_step()
+        for _ in range(2):
+            (a @ a).relu()
+            end_of_step()
     assert len(warnings) == 1
     assert "odd trace" in warnings[0]
