@@ -65,6 +65,17 @@ def test_a_killed_comparison_goes_on_where_it_was(killed_twice: tuple[Path, dict
         assert not (out / "runs" / run / "checkpoint").exists()
 
 
+def test_the_health_of_every_float8_layer_is_in_the_report(killed_twice: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = killed_twice
+    figures = json.loads((out / "report.json").read_text())
+    health = {run["name"]: run.get("health") for run in figures["runs"]}
+    assert not health["bf16"]
+    for run in ("tensorwise", "unscaled_e5m2"):
+        rows = [json.loads(line) for line in (out / "runs" / run / "health.jsonl").read_text().splitlines()]
+        assert {row["step"] for row in rows} == {10}
+        assert {row["operand"] for row in rows} == set(health[run]) == {"input", "weight", "grad_output"}
+
+
 def test_finished_runs_are_not_repeated(killed_twice: tuple[Path, dict[str, Any]]) -> None:
     _, told = killed_twice
     assert told["untouched"]

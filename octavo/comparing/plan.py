@@ -112,7 +112,21 @@ class Plan:
             mine.append(f"--checkpoint.interval={max(10, self.steps // 10)}")
         if "checkpoint.keep_latest_k" not in given:
             mine.append("--checkpoint.keep_latest_k=2")
+        if float8 and self.measures_health and "float8.health_every" not in given:
+            mine.append(f"--float8.health_every={self.health_every}")
         return (*theirs, *mine)
+
+    @property
+    def health_every(self) -> int:
+        """Steps between measurements of float8 health, where the caller says none: at most 50 of them."""
+        return max(10, self.steps // 50)
+
+    @property
+    def measures_health(self) -> bool:
+        """Whether there is a step to measure, and whole operands to measure in one process."""
+        layout = self.config["parallelism"]
+        split = any(layout[f"{axis}_parallel_degree"] > 1 for axis in ("tensor", "pipeline"))
+        return not split and self.health_every <= self.steps
 
     def to_json(self) -> dict[str, Any]:
         """What the comparison's folder keeps."""
