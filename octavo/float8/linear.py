@@ -7,7 +7,7 @@
 
 What is kept for backward is x_KM, one byte an element, and the weight, which exists anyway: half of what a
 bfloat16 linear keeps. The casts of x and of the weight are made outside the autograd function and handed in,
-because others can make them better: linears with the same input share its casts (`shared_casts`),
+because others can make them better: linears with the same input share its casts (`shared`),
 `cast_weights_once` keeps a weight's over a whole optimizer step, and FSDP and tensor parallelism gather them
 in float8.
 
@@ -37,7 +37,7 @@ from octavo.float8.operand import Operand, Operands, is_recomputing, quantize_op
 from octavo.float8.quantize import Quantized, quantize, quantize_both
 from octavo.float8.recipe import Recipe
 from octavo.float8.sharded import local_input, scatters, sharding_of, whole_output
-from octavo.float8.shared import Casts, shared_casts
+from octavo.float8.shared import Casts, shared
 from octavo.float8.split import Sharding, Split
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -366,7 +366,7 @@ class Float8Linear(nn.Linear):
         if x_casts is None:
             row, col = self.recipe.output.a, self.recipe.grad_weight.b if for_grad_weight else None
             with torch.no_grad():
-                x_casts = shared_casts(
+                x_casts = shared(
                     owner,
                     (x_MK.dtype, row, col, split, operand),
                     lambda: cast_input(

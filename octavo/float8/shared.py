@@ -1,4 +1,4 @@
-"""Linears that read the same input share its float8 casts.
+"""Linears that read the same input share its float8 casts, and what was measured of it.
 
 wq, wk and wv read one tensor, and so do w1 and w3. Each would cast it again and keep its own float8 copy for
 backward: three casts and three bytes an element where one of each will do. Linears with one input are called
@@ -17,6 +17,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,15 +25,16 @@ from torch import Tensor
 from octavo.float8.quantize import Quantized
 
 Casts = tuple[Quantized | None, Quantized | None]
+T = TypeVar("T")
 
 
 @dataclass
 class _Remembered:
-    """The casts of one tensor, by how it was cast. `tensor` is dead once the tensor is."""
+    """What was made of one tensor, by how it was made. `tensor` is dead once the tensor is."""
 
     tensor: weakref.ref[Tensor]
     version: int
-    casts: dict[Hashable, Casts] = field(default_factory=dict)
+    made: dict[Hashable, Any] = field(default_factory=dict)
 
 
 _last: _Remembered | None = None
@@ -44,7 +46,7 @@ def _forget(tensor: weakref.ref[Tensor]) -> None:
         _last = None
 
 
-def shared_casts(x: Tensor, how: Hashable, make: Callable[[], Casts]) -> Casts:
+def shared(x: Tensor, how: Hashable, make: Callable[[], T]) -> T:
     """`make()`, or what it gave for the same tensor, unchanged since, and the same `how`."""
     global _last
     if torch.compiler.is_compiling() or x.grad_fn is None or x.is_inference():
@@ -52,7 +54,7 @@ def shared_casts(x: Tensor, how: Hashable, make: Callable[[], Casts]) -> Casts:
     last = _last
     if last is None or last.tensor() is not x or last.version != x._version:
         last = _last = _Remembered(weakref.ref(x, _forget), x._version)
-    casts = last.casts.get(how)
-    if casts is None:
-        casts = last.casts[how] = make()
-    return casts
+    if how not in last.made:
+        last.made[how] = make()
+    found: T = last.made[how]
+    return found

@@ -44,7 +44,7 @@ from octavo.float8.gather import Gathered, can_gather, cast_and_gather, gather, 
 from octavo.float8.linear import Float8Linear
 from octavo.float8.operand import is_recomputing
 from octavo.float8.sharded import group_name
-from octavo.float8.shared import shared_casts
+from octavo.float8.shared import shared
 from octavo.float8.split import Sharding
 
 Layouts = tuple[Placement, ...]
@@ -89,7 +89,7 @@ def _gather(
         return None
     group = group_name(mesh)
     with torch.no_grad():
-        casts = shared_casts(
+        casts = shared(
             x,
             ("gathered", group, dim, row, col, operand),
             lambda: cast_and_gather(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from octavo.float8 import FULL, RECIPES, Cast, Float8LinearConfig, Gemm, Recipe, convert_to_float8_training
-from octavo.float8.health import Monitor, Row, Table, audit
+from octavo.float8.health import Monitor, Row, Table, audit, watch
 from octavo.float8.quantize import dequantize, quantize, scales_from_amax
 from octavo.float8.recipe import ScaleFormat
 from tests import ranks
@@ -315,6 +315,25 @@ def test_microbatches_and_repeated_calls_are_put_together() -> None:
     with monitor.step():
         mean_square(torch.cat([model(a), model(b)])).backward()
     assert find(monitor.table, "", "input", "output") == row
+
+
+def test_an_input_that_layers_share_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = converted(nn.ModuleList([nn.Linear(32, 16), nn.Linear(32, 48)]))
+    measure, measured = watch.measure, []
+
+    def counting(x: Tensor, *args: Any) -> Tensor:
+        measured.append(tuple(x.shape))
+        return measure(x, *args)
+
+    monkeypatch.setattr(watch, "measure", counting)
+    monitor = Monitor(model)
+    first, second = model.children()
+    with monitor.step():
+        x = torch.randn(64, 32, requires_grad=True) * 2.0
+        (first(x).sum() + second(x).sum() + first(x * 3.0).sum()).backward()
+    assert measured.count((64, 32)) == 2
+    amax = {row.layer: row.amax for row in monitor.table.rows if row.operand == "input"}
+    assert amax["0"] == pytest.approx(3 * amax["1"])
 
 
 def test_a_sample_has_the_whole_tensors_scales() -> None:

@@ -17,6 +17,7 @@ from octavo.float8.health.measure import NUMBERS, Slot, measure, slots_of
 from octavo.float8.health.table import Row
 from octavo.float8.linear import Float8Linear
 from octavo.float8.recipe import Recipe
+from octavo.float8.shared import shared
 
 LayerFilter = Callable[[nn.Module, str], bool]
 
@@ -86,7 +87,11 @@ class Watch:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.no_grad():
-            of_input = measure(x.detach().reshape(-1, x.shape[-1]), self.input, self.sample)
+            of_input = shared(
+                x,
+                (self.input, self.sample),
+                lambda: measure(x.detach().reshape(-1, x.shape[-1]), self.input, self.sample),
+            )
         # The gradients of one probe are added up; maxima should not be. A graph has one probe a layer.
         probe = self.probe if torch.compiler.is_compiling() else self.new_probe(y.device)
         if self.frozen:
