@@ -23,12 +23,13 @@ from octavo.comparing.plan import make_plan, parse_recipes, read_plan, remember
 from octavo.config import ConfigError
 from octavo.hf.arguments import Parser, whole
 from octavo.locks import try_lock
-from octavo.report.judge import figures_of
+from octavo.report.judge import choose_baseline, figures_of
 from octavo.report.load import RunData, load_run
 from octavo.report.write import environment_of, model_of, write_report
 
 _RECIPES = "bf16,tensorwise,rowwise"
 _MOST_JOBS = 64
+_MOST_SEEDS = 100
 
 
 def _loss(text: str) -> float:
@@ -49,7 +50,7 @@ def _parser() -> Parser:
         "octavo compare RUN_A RUN_B …",
         "All other flags are those of training, for every run: --config_file, --training.compile, … (octavo\n"
         "train --help). NGPU and CONFIG_FILE are as for ./run_train.sh. The same command goes on with an\n"
-        "interrupted comparison.",
+        "interrupted comparison. In names of flags - and _ are the same.",
     )
     parser.add_argument(
         "--steps", type=whole(1), default=SUPPRESS, metavar="N", help="of each run (default: training.steps)"
@@ -59,7 +60,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--bf16_seeds",
-        type=whole(1),
+        type=whole(1, _MOST_SEEDS),
         default=SUPPRESS,
         metavar="N",
         help="seeds of the high-precision run, whose differences are the noise (default: 3)",
@@ -72,7 +73,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--jobs",
-        type=whole(1),
+        type=whole(1, _MOST_JOBS),
         default=SUPPRESS,
         metavar="N",
         help="runs side by side (default: 2 on a CPU with cores enough, 1 on GPUs)",
@@ -125,10 +126,11 @@ def _compare_folders(words: Sequence[str], options: Namespace, out: Path, argv: 
         raise ConfigError(f"{words[0]}: one run has nothing to be compared with; name two or more")
     if read_plan(out) is not None:
         raise ConfigError(f"--out {out}: holds a comparison that trains; name another folder")
-    runs = [
-        load_run(Path(word).expanduser(), name=name) for word, name in zip(words, _names(words), strict=True)
-    ]
-    base = next((run for run in runs if run.recipe is None), runs[0])
+    folders = [Path(word).expanduser() for word in words]
+    if out.resolve() in [folder.resolve() for folder in folders]:
+        raise ConfigError(f"--out {out}: is one of the runs; name another folder for the report")
+    runs = [load_run(folder, name=name) for folder, name in zip(folders, _names(words), strict=True)]
+    base = choose_baseline(runs)
     runs = [_with_kind(run, base) for run in runs]
     return _report(out, runs, base, ["octavo", "compare", *argv], options.target_loss)
 
@@ -157,7 +159,6 @@ def _train_and_compare(words: Sequence[str], options: Namespace, out: Path, argv
     before = read_plan(out)
     processes = launch.processes_wanted(os.environ, gpus)
     jobs = getattr(options, "jobs", None) or (1 if gpus or cores < 2 * processes else 2)
-    jobs = min(jobs, _MOST_JOBS)
     threads = before["threads"] if before is not None else _threads(gpus, cores, jobs * processes)
     plan = make_plan(
         out=out,
@@ -245,9 +246,10 @@ def _report(
 
 
 def _how_far(run: Mapping[str, Any]) -> str:
+    if run["verdict_reason"] is not None:
+        return f": {run['verdict_reason']}"
     widest = run["widest"]
-    if widest is None:
-        return ""
+    assert widest is not None  # it gave the verdict
     return f", at most {widest['share']:.3f} of the band ({widest['gap']:+.4f} nats at step {widest['step']})"
 
 

@@ -139,6 +139,20 @@ def test_finished_folders_are_compared(killed_twice: tuple[Path, dict[str, Any]]
         assert (run["verdict"], run["widest"], run["gaps"]) == (same["verdict"], same["widest"], same["gaps"])
 
 
+def test_a_report_does_not_go_into_one_of_its_runs(killed_twice: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = killed_twice
+    folders = [str(out / "runs" / name) for name in ("bf16", "tensorwise")]
+    with pytest.raises(ConfigError, match="is one of the runs; name another folder"):
+        compare.main([*folders, "--out", folders[1]])
+
+
+def test_measuring_health_otherwise_is_no_other_comparison(
+    killed_twice: tuple[Path, dict[str, Any]],
+) -> None:
+    out, _ = killed_twice
+    assert compare.main([*command(out)[4:], "--float8.health_every=4"]) == 0
+
+
 def test_a_report_on_folders_does_not_replace_another(killed_twice: tuple[Path, dict[str, Any]]) -> None:
     out, _ = killed_twice
     folders = [str(out / "runs" / name) for name in ("bf16", "tensorwise")]
@@ -156,6 +170,9 @@ def test_a_report_on_folders_does_not_replace_another(killed_twice: tuple[Path, 
         (["--recipes", "rowwise,rowwise"], "names rowwise twice"),
         (["--steps", "0"], "--steps: expected a whole number from 1"),
         (["--bf16-seeds", "none"], "--bf16_seeds: expected a whole number"),
+        (["--bf16-seeds", "1000"], "--bf16_seeds: expected a whole number from 1 to 100"),
+        (["--recipes="], "--recipes=: names nothing to compare; name some of bf16, tensorwise"),
+        (["--recipes", "unscaled_e5m2"], "names nothing to compare"),
         (["--training.steps=5"], "octavo compare sets this itself; say --steps"),
         (["--model.converters=float8"], "say --recipes"),
         (["--training.sequence=5"], "unknown flag"),

@@ -33,8 +33,8 @@ FINISHED_FILE = "finished.json"
 LOG_FILE = "log.txt"
 
 _LOOKS_EVERY = 0.2
-_OVER = (exits.DONE, exits.BAD_NUMBERS)
-"""Exit codes that are a result: a run that ends for its numbers would end so again."""
+_OVER = {exits.DONE: "done", exits.BAD_NUMBERS: "ended because its numbers were not finite"}
+"""Exit codes that are a result, and how it is told: a run that ends for its numbers would end so again."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -124,7 +124,7 @@ class Executor:
         if code in _OVER:
             _write_over(folder, code)
             self._clean(run)
-            progress.over(run)
+            progress.over(run, _OVER[code])
             return
         if self._asked is not None or code == exits.REQUEUE:
             progress.say(f"{run.name}: stopped after step {progress.step(run)}")

@@ -46,10 +46,10 @@ class Progress:
             self._line = ""
         print(f"octavo compare: {text}", file=sys.stderr, flush=True)
 
-    def over(self, run: Run) -> None:
-        """`run` is over."""
+    def over(self, run: Run, ending: str) -> None:
+        """`run` is over, "done" or otherwise."""
         last = last_report(self._plan.folder(run))
-        self.say(f"{run.name}: done, step {last.get('step', 0)}, loss {_loss(last)}")
+        self.say(f"{run.name}: {ending}, step {last.get('step', 0)}, loss {_loss(last)}")
 
     def show(self, active: Sequence[Run]) -> None:
         """The state of things, if it is time to tell it."""

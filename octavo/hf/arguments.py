@@ -40,13 +40,14 @@ class Parser(argparse.ArgumentParser):
         return words
 
 
-def whole(low: int) -> Callable[[str], int]:
-    """A converter for argparse: whole numbers from `low` to 2^63 - 1."""
+def whole(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
+    """A converter for argparse: whole numbers from `low` to `high`."""
+    limits = f"from {low} to {'2^63 - 1' if high == 2**63 - 1 else high}"
 
     def convert(text: str) -> int:
         value = int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else -1
-        if not low <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to 2^63 - 1, got {text!r}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected a whole number {limits}, got {text!r}")
         return value
 
     return convert

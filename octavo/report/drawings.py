@@ -29,7 +29,7 @@ def drawings_of(figures: Mapping[str, Any]) -> dict[str, str]:
         "losses": _losses(runs, colours),
         "gaps": _gaps(figures, colours),
         **_bars(runs, colours),
-        **_heatmaps(runs),
+        **{name: _heatmap(name, shown) for name, shown in heatmaps_of(runs).items()},
     }
 
 
@@ -123,34 +123,33 @@ def _bars(runs: Sequence[Run], colours: Mapping[str, str]) -> dict[str, str]:
     return drawn
 
 
-def _heatmaps(runs: Sequence[Run]) -> dict[str, str]:
-    drawn = {}
+def heatmaps_of(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """name -> what a heatmap shows: title, unit, layers, steps, and a value for each layer and step."""
+    found = {}
     for run in runs:
         for operand, grid in (run["health"] or {}).items():
-            shares = [value for row in grid["flushed"] for value in row if value is not None]
-            if not shares:
-                continue
-            percent = [[None if v is None else 100 * v for v in row] for row in grid["flushed"]]
             name = re.sub(r"\W", "_", f"health_{run['name']}_{operand}")  # of a file, too
-            drawn[name] = svg.heatmap(
-                grid["layers"],
-                grid["steps"],
-                percent,
-                title=f"{run['name']}, {operand}: flushed to zero",
-                low=0.0,
-                high=max(1.0, 100 * max(shares)),
-                unit="%",
-                name=name,
-            )
-            drawn[f"{name}_sqnr"] = svg.heatmap(
-                grid["layers"],
-                grid["steps"],
-                grid["sqnr"],
-                title=f"{run['name']}, {operand}: signal to quantisation noise",
-                low=15.0,
-                high=35.0,
-                unit="dB",
-                bad_is_low=True,
-                name=f"{name}_sqnr",
-            )
-    return drawn
+            axes = {"layers": grid["layers"], "steps": grid["steps"]}
+            of = f"{run['name']}, {operand}"
+            percent = [[None if value is None else 100 * value for value in row] for row in grid["flushed"]]
+            if any(value is not None for row in percent for value in row):
+                found[name] = {"title": f"{of}: flushed to zero", "unit": "%", "values": percent, **axes}
+            if any(value is not None for row in grid["sqnr"] for value in row):
+                title = f"{of}: signal to quantisation noise"
+                found[f"{name}_sqnr"] = {"title": title, "unit": "dB", "values": grid["sqnr"], **axes}
+    for heatmap in found.values():
+        heatmap["values"] = [[_rounded(value) for value in row] for row in heatmap["values"]]
+    return found
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.3g}")
+
+
+def _heatmap(name: str, shown: Mapping[str, Any]) -> str:
+    if shown["unit"] == "dB":
+        scale: dict[str, Any] = {"low": 15.0, "high": 35.0, "bad_is_low": True}
+    else:
+        most = max(value for row in shown["values"] for value in row if value is not None)
+        scale = {"low": 0.0, "high": max(1.0, most)}
+    return svg.heatmap(**shown, **scale, name=name)

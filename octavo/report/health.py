@@ -5,7 +5,8 @@ defines them: shares from 0 to 1, the SQNR in decibels.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 MEASURES = ("flushed", "saturated", "sqnr")
@@ -26,6 +27,31 @@ def health_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             grid[measure] = [[found.get((layer, step)) for step in steps] for layer in layers]
         grids[operand] = grid
     return grids or None
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The worst value of a grid, and where it is."""
+
+    value: float
+    layer: str
+    step: int
+
+
+def worst_of(
+    grid: Mapping[str, Any], measure: str, worst: Callable[[Iterable[float]], float]
+) -> Worst | None:
+    """The first place of the worst value of `measure`; worst: max or min. None where nothing was measured."""
+    found = [
+        Worst(value, layer, step)
+        for layer, row in zip(grid["layers"], grid[measure], strict=True)
+        for step, value in zip(grid["steps"], row, strict=True)
+        if value is not None
+    ]
+    if not found:
+        return None
+    extreme = worst(each.value for each in found)
+    return next(each for each in found if each.value == extreme)
 
 
 def _number(value: Any) -> float | None:

@@ -11,28 +11,19 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from octavo import exits
 from octavo.report import noise
+from octavo.report.cautions import cautions_of
 from octavo.report.health import health_of
 from octavo.report.load import RunData
+from octavo.report.verdict import doubt_control, not_finite, verdict_of
 
-_SAME_BY_NATURE = {
-    ("job", "dump_folder"),
-    ("job", "description"),
-    ("job", "config_file"),
-    ("job", "print_config"),
-    ("training", "seed"),
-    ("training", "data_seed"),
-    ("model", "converters"),
-}
-_NOT_COMPARED = ("float8", "checkpoint", "metrics", "profiling", "comm", "memory_estimation")
 _EARLIER = 0.75  # of the baseline's steps: the loss there is the target, which runs somewhat worse also reach
 
 
 def figures_of(runs: Sequence[RunData], *, target: float | None = None) -> dict[str, Any]:
-    """What a report on `runs` says. The first baseline among them (or, if there is none, the first run) is
-    what the others are compared with. target: a loss to reach; None takes the baseline's after three quarters
-    of its steps.
+    """What a report on `runs` says. The first of kind "baseline" (or, if there is none, the first run) is
+    what the others are compared with. target: a loss to reach; None takes the baseline's after three
+    quarters of its steps.
     """
     base = next((run for run in runs if run.kind == "baseline"), runs[0])
     window = noise.window_of(len(base.reports))
@@ -47,6 +38,7 @@ def figures_of(runs: Sequence[RunData], *, target: float | None = None) -> dict[
     told = [_run(run, _partner(run, runs, base), base, band, window, target) for run in runs]
     _add_ratios(told, base.name)
     control = [run for run in told if run["kind"] == "control"]
+    doubt_control(told)
     return {
         "baseline": base.name,
         "window": window,
@@ -54,7 +46,7 @@ def figures_of(runs: Sequence[RunData], *, target: float | None = None) -> dict[
         "band": _pairs(band),
         "target_loss": target,
         "control_outside": all(run["verdict"] == "outside" for run in control) if control else None,
-        "warnings": _warnings(runs, base, seeds, told),
+        "warnings": cautions_of(runs, base, seeds, told),
         "runs": told,
     }
 
@@ -101,7 +93,7 @@ def _run(
     reached = None if target is None else noise.first_below(smoothed, target)
     tokens = {report["step"]: report["tokens"] for report in run.reports}
     widest = noise.widest(gaps, band)
-    bad = [step for step, loss in run.losses.items() if not math.isfinite(loss)]
+    verdict = verdict_of(run, partner, base, gaps, band)
     return {
         "name": run.name,
         "kind": run.kind,
@@ -119,12 +111,13 @@ def _run(
         "losses": _pairs(run.losses),
         "smoothed": _pairs(smoothed),
         "gaps": _pairs(gaps),
-        "verdict": _verdict(run, base, widest, bad),
+        "verdict": verdict.word,
+        "verdict_reason": verdict.reason,
         "widest": None if widest is None else asdict(widest),
         "largest_gap": _largest(gaps),
         "mean_gap": None if mean is None else asdict(mean),
         "steps_behind": mean.mean / falls if mean is not None and falls > 0 else None,
-        "not_finite": bad,
+        "not_finite": not_finite(run),
         "final_loss": next(reversed(smoothed.values()), None),
         "median_tps": median(report["tps"] for report in late),
         "median_step_seconds": seconds,
@@ -139,15 +132,16 @@ def _run(
     }
 
 
-def _verdict(run: RunData, base: RunData, widest: noise.Widest | None, bad: Sequence[int]) -> str:
-    """ "baseline", "inside", "outside", or "not judged" where there is no band."""
-    if run is base:
-        return "baseline"
-    if run.exit_code == exits.BAD_NUMBERS or (bad and bad[-1] == run.reports[-1]["step"]):
-        return "outside"
-    if widest is None:
-        return "not judged"
-    return "inside" if widest.inside else "outside"
+def choose_baseline(runs: Sequence[RunData]) -> RunData:
+    """Of the runs without float8 the one that most others share weights and batches with, the first of
+    equals; the first run where all are in float8.
+    """
+    free = [run for run in runs if run.recipe is None]
+
+    def alike(base: RunData) -> int:
+        return sum((run.seed, run.data_seed) == (base.seed, base.data_seed) for run in runs)
+
+    return max(free, key=alike) if free else runs[0]
 
 
 def _largest(gaps: Mapping[int, float]) -> dict[str, float] | None:
@@ -171,70 +165,6 @@ def _add_ratios(told: Sequence[dict[str, Any]], baseline: str) -> None:
         run["tps_ratio"] = run["median_tps"] / base["median_tps"] if base["median_tps"] else None
         both = run["target"] and base["target"]
         run["speedup_to_target"] = base["target"]["seconds"] / run["target"]["seconds"] if both else None
-
-
-def _warnings(
-    runs: Sequence[RunData], base: RunData, seeds: Sequence[RunData], told: Sequence[Mapping[str, Any]]
-) -> list[str]:
-    """What a reader has to know before believing the figures."""
-    found = []
-    if len(seeds) < 2:
-        found.append(
-            f"There is one seed of {base.name}, so its noise is not known and nothing is judged: run it with "
-            "other seeds too (--bf16-seeds 3)."
-        )
-    elif len(seeds) == 2:
-        found.append("Two seeds give a wide band: three or more judge better.")
-    for run in runs:
-        differing = _differences(base, run)
-        if differing:
-            found.append(f"{run.name} has another configuration than {base.name}: {'; '.join(differing)}.")
-        if run.reports[-1]["step"] != base.reports[-1]["step"] and run.exit_code != exits.BAD_NUMBERS:
-            found.append(
-                f"{run.name} ends at step {run.reports[-1]['step']}, {base.name} at step "
-                f"{base.reports[-1]['step']}: only the steps of both are compared."
-            )
-    for one in told:
-        if one["not_finite"]:
-            found.append(f"{one['name']}: the loss was not finite in step {one['not_finite'][0]}.")
-        if one["compared_with"] is not None and not one["same_batches"]:
-            found.append(
-                f"{one['name']} read its batches in another order than {one['compared_with']} "
-                "(training.seed, training.data_seed): the gap has the noise of the batches in it."
-            )
-        if one["kind"] == "recipe" and one["same_batches"] and not one["same_weights"]:
-            found.append(
-                f"{one['name']} started from other weights than {one['compared_with']} (training.seed)."
-            )
-        if one["kind"] == "seed" and one["verdict"] == "outside":
-            found.append(
-                f"{one['name']} itself comes out as outside: the seeds lie further apart than the band "
-                "allows for. Take more seeds before believing a verdict."
-            )
-        if one["kind"] == "control" and one["verdict"] != "outside":
-            found.append(
-                f"The negative control {one['name']} does not come out as outside: this comparison cannot "
-                "tell a bad recipe from a good one. Give it more steps."
-            )
-    devices = {(run.record.get("device"), run.record.get("processes")) for run in runs}
-    if len(devices) > 1:
-        found.append("The runs ran on different devices or numbers of processes: speeds do not compare.")
-    return found
-
-
-def _differences(base: RunData, run: RunData) -> list[str]:
-    """In words, the settings that differ beyond recipe and seed."""
-    differing = []
-    for section, values in base.config.items():
-        if section in _NOT_COMPARED:
-            continue
-        theirs = run.config.get(section, {})
-        differing += [
-            f"{section}.{key} is {theirs[key]}, not {value}"
-            for key, value in values.items()
-            if (section, key) not in _SAME_BY_NATURE and key in theirs and theirs[key] != value
-        ]
-    return differing
 
 
 def _pairs(series: Mapping[int, float]) -> list[list[float | None]]:

@@ -12,6 +12,17 @@ from octavo.config import ConfigError, names
 SAVED_FILE = "saved.json"
 """What `octavo.comparing.saved` writes into a run's folder."""
 
+_NUMBER = (int, float)
+_NEEDED: dict[str, Any] = {
+    "step": int,
+    "loss": (*_NUMBER, type(None)),
+    "tokens": int,
+    "tps": _NUMBER,
+    "seconds": _NUMBER,
+    "memory_gib": _NUMBER,
+}
+"""What the report of a step has, and of which type; a loss of null was not finite."""
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -77,8 +88,9 @@ def load_run(folder: Path, *, name: str | None = None, **known: Any) -> RunData:
         seed = int(config["training"]["seed"])
     except (OSError, ValueError, LookupError, TypeError):
         raise ConfigError(f"{path}: is not what a run of octavo writes") from None
-    lines = list(_lines(folder / "metrics.jsonl"))
-    reports = {line["step"]: line for line in lines if "loss" in line and isinstance(line.get("step"), int)}
+    path = folder / "metrics.jsonl"
+    lines = list(_lines(path))
+    reports = {line["step"]: line for line in lines if "loss" in line and _is_report(path, line)}
     if not reports:
         raise ConfigError(f"{folder}: metrics.jsonl tells no loss; the run has not begun, or was put aside")
     return RunData(
@@ -104,18 +116,34 @@ def _kind(recipe: str | None) -> str:
     return "control" if recipe in names.CONTROLS else "recipe"
 
 
+def _is_report(path: Path, line: Mapping[str, Any]) -> bool:
+    """Whether a line that tells a loss has all that a report needs; it is an error if not."""
+    for key, kinds in _NEEDED.items():
+        value = line.get(key)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise ConfigError(
+                f"{path}: {key} is {value!r} where a number has to be, in the line of step "
+                f"{line.get('step')}: the file is damaged. Delete that line, or train the run again"
+            )
+    return True
+
+
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects in a file of JSON lines; none if it is not there. A torn last line is passed over."""
+    """The objects in a file of JSON lines; none if it is not there. A torn last line is passed over: its
+    run was killed, or is still writing.
+    """
     try:
         written = path.read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    for line in written:
+    for number, line in enumerate(written, 1):
         try:
             found = json.loads(line)
         except ValueError:
-            continue
+            found = None
         if isinstance(found, dict):
             yield found
+        elif number < len(written):
+            raise ConfigError(f"{path}, line {number}: is no object of JSON; the file is damaged")

@@ -1,6 +1,7 @@
 """The report as Markdown, with its drawings as SVG files beside it."""
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 from octavo.report import words
@@ -8,7 +9,7 @@ from octavo.report import words
 
 def markdown_page(figures: Mapping[str, Any], drawings: Mapping[str, str]) -> str:
     """The page; it names the drawings as NAME.svg, in its own folder."""
-    parts = [f"# {words.title_of(figures)}", *words.summary_of(figures)]
+    parts = [f"# {_plain(words.title_of(figures))}", *map(_plain, words.summary_of(figures))]
     parts += [f"> **Note.** {_plain(warning)}" for warning in figures["warnings"]]
     parts += ["## Verdicts", _table(words.verdicts_of(figures))]
     parts += [
@@ -20,8 +21,10 @@ def markdown_page(figures: Mapping[str, Any], drawings: Mapping[str, str]) -> st
     if validation is not None:
         parts += ["## Validation", _table(validation)]
     health = [name for name in drawings if name.startswith("health_")]
-    if health:
-        parts += ["## Float8 health", *(_image(drawings, name, name) for name in health)]
+    worst = words.worst_layers_of(figures)
+    if worst is not None:
+        parts += ["## Float8 health: which layers suffer", _table(worst)]
+        parts += [_image(drawings, name, name) for name in health]
     parts += ["## How to read this", *(f"- {_plain(note)}" for note in words.notes_of(figures))]
     parts += ["## Where it ran", _table((("", ""), list(words.environment_of(figures))))]
     parts += ["## Commands", f"```bash\n{figures['command']}\n```"]
@@ -36,10 +39,13 @@ def _image(drawings: Mapping[str, str], name: str, text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return text.replace("\n", " ")
+    """`text` as a line that Markdown takes as text: a run's name is a folder's, which may be anything."""
+    return escape(text.replace("\n", " "), quote=False)
 
 
 def _table(table: tuple[Sequence[str], Sequence[Sequence[str]]]) -> str:
     head, rows = table
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )

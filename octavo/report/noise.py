@@ -9,11 +9,13 @@ recipe that moves the loss less than that has cost nothing that could be told fr
     g(t)    l of the recipe's run - l of the baseline's, which started from the same weights
     v(t)    variance of l(t) over the n seeds of the baseline (divided by n - 1)
     s2(t)   mean of v over a fifth of the run around t
-    b(t)    2 sqrt(2 s2(t)): two standard deviations of the difference of two seeds
+    b(t)    q sqrt(2 s2(t)), with q the 97.5% quantile of Student's t for n - 1 degrees of freedom
 
-A recipe is inside if |g(t)| <= b(t) from the first whole window to the last report. Three seeds give b to a
-third or so, and b is looked at many times: a fourth seed may well leave it somewhere. That makes the verdict
-"inside" the harder one to earn, which is meant, as the recipe has the seed's own weights to start from.
+So at one step the difference of two seeds is within b in 19 cases of 20, however few seeds have told the
+variance: two give q = 12.7, three 4.3, six 2.6. (With a fixed q of 2, as if three seeds told the variance
+exactly, a fourth leaves the band somewhere in seven runs of ten; with this q in one of nine:
+tests/report/test_noise.py draws them.) A recipe is inside if |g(t)| <= b(t) from the first whole window to
+the last report.
 
 The band cannot tell a small steady gap. So the mean difference over the second half of the run is told as
 well, with an interval from the means of `BATCHES` stretches of it (the method of batch means), and how many
@@ -28,11 +30,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-DEVIATIONS = 2.0
 BATCHES = 8
-_STUDENT = 2.365  # 97.5% quantile of Student's t with BATCHES - 1 degrees of freedom
+# 97.5% quantiles of Student's t with 1, 2, … degrees of freedom, as any table of it has them.
+_STUDENT = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
 _WINDOWS = 20  # in a run
 _SPANS = 5
+
+
+def deviations(values: int) -> float:
+    """How many estimated standard deviations hold 95%, where so many values gave the estimate."""
+    freedom = values - 1
+    return _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 1.96 + 2.46 / freedom
 
 
 def window_of(reports: int) -> int:
@@ -68,7 +80,7 @@ def noise_band(seeds: Sequence[Mapping[int, float]], window: int) -> dict[int, f
     band = {}
     for i, step in enumerate(steps):
         around = variances[max(0, i - half) : i + half + 1]
-        band[step] = DEVIATIONS * math.sqrt(2 * fmean(around))
+        band[step] = deviations(len(seeds)) * math.sqrt(2 * fmean(around))
     return band
 
 
@@ -130,7 +142,7 @@ def mean_difference(losses: Mapping[int, float], baseline: Mapping[int, float]) 
         return None
     late = late[len(late) - size * BATCHES :]
     means = [fmean(late[i : i + size]) for i in range(0, len(late), size)]
-    half_width = _STUDENT * stdev(means) / math.sqrt(BATCHES)
+    half_width = deviations(BATCHES) * stdev(means) / math.sqrt(BATCHES)
     return Interval(fmean(means), half_width)
 
 

@@ -32,6 +32,21 @@
   const steps = [...new Set(runs.flatMap((run) => [...run.smoothed.keys()]))].sort((a, b) => a - b);
   const shown = (value, digits) => (value == null ? "–" : value.toFixed(digits));
 
+  for (const [name, map] of Object.entries(figures.heatmaps)) {
+    const chart = document.getElementById(name);
+    const [left, top, cell, row] = chart.dataset.grid.split(" ").map(Number);
+    const text = chart.querySelector(".reading");
+    chart.addEventListener("pointermove", (event) => {
+      const box = chart.getBoundingClientRect();
+      const scale = chart.viewBox.baseVal.width / box.width;
+      const column = Math.floor(((event.clientX - box.left) * scale - left) / cell);
+      const line = Math.floor(((event.clientY - box.top) * scale - top) / row);
+      const value = map.values[line]?.[column];
+      text.textContent = value == null ? "" : `${map.layers[line]}, step ${map.steps[column]}: ${value} ${map.unit}`;
+    });
+    chart.addEventListener("pointerleave", () => { text.textContent = ""; });
+  }
+
   charts.forEach((chart) => {
     const [low, high, left, right] = chart.dataset.frame.split(" ").map(Number);
     chart.addEventListener("pointermove", (event) => {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.report import words
-from octavo.report.drawings import colours_of
+from octavo.report.drawings import colours_of, heatmaps_of
 
 _HERE = Path(__file__).parent
 
@@ -45,9 +45,10 @@ def html_page(figures: Mapping[str, Any], drawings: Mapping[str, str]) -> str:
     validation = words.validation_of(figures)
     if validation is not None:
         body += ["<h2>Validation</h2>", _table(validation)]
-    health = [drawing for name, drawing in drawings.items() if name.startswith("health_")]
-    if health:
-        body += ["<h2>Float8 health: layers and steps</h2>", *health]
+    worst = words.worst_layers_of(figures)
+    if worst is not None:
+        body += ["<h2>Float8 health: which layers suffer</h2>", _table(worst)]
+        body += [drawing for name, drawing in drawings.items() if name.startswith("health_")]
     body += [
         "<h2>How to read this</h2>",
         "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in words.notes_of(figures)) + "</ul>",
@@ -63,6 +64,7 @@ def html_page(figures: Mapping[str, Any], drawings: Mapping[str, str]) -> str:
     read = {
         "baseline": figures["baseline"],
         "runs": [{key: run[key] for key in ("name", "smoothed", "gaps")} for run in figures["runs"]],
+        "heatmaps": heatmaps_of(figures["runs"]),
     }
     data = json.dumps(read, separators=(",", ":")).replace("<", "\\u003c")
     return (
@@ -95,4 +97,5 @@ def _table(table: tuple[Sequence[str], Sequence[Sequence[str]]]) -> str:
 
 
 def _class(cell: str) -> str:
-    return f" class='{cell}'" if cell in ("inside", "outside") else ""
+    word = cell.partition(":")[0]
+    return f" class='{word}'" if word in ("inside", "outside") else ""

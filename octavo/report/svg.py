@@ -5,9 +5,10 @@ readers (Okabe and Ito's palette); everything else is `currentColor`, so that a 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 
 WIDTH, HEIGHT = 920, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 40
@@ -17,6 +18,8 @@ INK = "currentColor"
 GREY = "#9a9a9a"
 RED = "#d55e00"
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#b3a100", "#7a5195")
+
+_LEVELS = 24  # shades of a heatmap
 
 Points = Sequence[Sequence[float | None]]
 
@@ -184,10 +187,10 @@ def bar_chart(bars: Sequence[Bar], *, title: str, name: str = "") -> str:
 
 
 def heatmap(
+    *,
     layers: Sequence[str],
     steps: Sequence[int],
     values: Sequence[Sequence[float | None]],
-    *,
     title: str,
     low: float,
     high: float,
@@ -199,23 +202,23 @@ def heatmap(
     white.
     """
     row, left, top = 13, 220, 26
-    cell = max(2.0, (WIDTH - left - _RIGHT) / max(1, len(steps)))
+    cell = max(2, (WIDTH - left - _RIGHT) // max(1, len(steps)))
     parts = [f'<text x="4" y="16" font-weight="600">{escape(title)}</text>']
     for i, layer in enumerate(layers):
-        y = top + i * row
-        parts.append(
-            f'<text x="{left - 6}" y="{y + 10}" text-anchor="end" font-size="10">{escape(layer)}</text>'
-        )
-        for j, value in enumerate(values[i]):
-            if value is None:
-                continue
-            share = min(max((value - low) / ((high - low) or 1), 0), 1)
-            share = 1 - share if bad_is_low else share
-            parts.append(
-                f'<rect class="cell" x="{left + j * cell:.1f}" y="{y}" width="{cell + 0.3:.1f}" '
-                f'height="{row}" fill="{_shade(share)}">'
-                f"<title>{escape(layer)}, step {steps[j]}: {value:.4g} {unit}</title></rect>"
-            )
+        y = top + i * row + 10
+        parts.append(f'<text x="{left - 6}" y="{y}" text-anchor="end" font-size="10">{escape(layer)}</text>')
+    strokes: dict[int, list[str]] = {}  # by shade: a few long paths are far shorter than a box a cell
+    for i, line in enumerate(values):
+        shades = [None if value is None else _level(value, low, high, bad_is_low) for value in line]
+        for shade, j, run in _stretches(shades):
+            if shade is not None:
+                path = f"M{left + j * cell} {top + i * row + row / 2:g}h{run * cell}"
+                strokes.setdefault(shade, []).append(path)
+    parts += [
+        f'<path class="cells" fill="none" stroke="{_shade(level / _LEVELS)}" stroke-width="{row}" '
+        f'd="{"".join(pieces)}"/>'
+        for level, pieces in sorted(strokes.items())
+    ]
     bottom = top + len(layers) * row
     for j in sorted({0, len(steps) // 2, len(steps) - 1}):
         if 0 <= j < len(steps):
@@ -225,7 +228,24 @@ def heatmap(
     parts.append(
         f'<text x="4" y="{bottom + 14}" font-size="11">light {best:g} {unit}, dark {worst:g} {unit}</text>'
     )
-    return _svg(WIDTH, bottom + 22, "".join(parts), name)
+    parts.append(f'<text class="reading" x="{WIDTH - _RIGHT}" y="16" text-anchor="end"/>')
+    frame = f' data-grid="{left} {top} {cell} {row}"'
+    return _svg(WIDTH, bottom + 22, "".join(parts), name, frame)
+
+
+def _level(value: float, low: float, high: float, bad_is_low: bool) -> int:
+    """0 for the best to `_LEVELS` for the worst."""
+    share = min(max((value - low) / ((high - low) or 1), 0), 1)
+    return round(_LEVELS * (1 - share if bad_is_low else share))
+
+
+def _stretches(values: Sequence[int | None]) -> Iterator[tuple[int | None, int, int]]:
+    """Each stretch of equal values: the value, where it begins, how long it is."""
+    start = 0
+    for value, equal in groupby(values):
+        length = len(list(equal))
+        yield value, start, length
+        start += length
 
 
 def _shade(share: float) -> str:

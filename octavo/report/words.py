@@ -3,8 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from octavo.report.health import worst_of
+
 Run = Mapping[str, Any]
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+_ROUGH = 5  # reports in a smoothed loss below which it still has much of the batches' noise
 
 
 def title_of(figures: Mapping[str, Any]) -> str:
@@ -31,6 +35,16 @@ def summary_of(figures: Mapping[str, Any]) -> list[str]:
         names = [run["name"] for run in recipes if run["verdict"] == verdict]
         if names:
             found.append(f"{_verdict_words(verdict)}: {', '.join(names)}.")
+    steady = [
+        f"{run['name']} {mean['mean']:+.4f} ± {mean['half_width']:.4f} nats{_behind(run)}"
+        for run in recipes
+        if (mean := run["mean_gap"]) is not None and abs(mean["mean"]) > mean["half_width"]
+    ]
+    if steady:
+        found.append(
+            f"A steady difference to {base['name']} over the second half, within the band or not: "
+            f"{'; '.join(steady)}."
+        )
     if figures["control_outside"] is not None:
         control = next(run["name"] for run in figures["runs"] if run["kind"] == "control")
         found.append(
@@ -39,6 +53,13 @@ def summary_of(figures: Mapping[str, Any]) -> list[str]:
             else f"The negative control {control} is NOT outside: this comparison proves nothing."
         )
     return found
+
+
+def _behind(run: Run) -> str:
+    steps = run["steps_behind"]
+    if steps is None:
+        return ""
+    return f" ({abs(steps):.1f} steps {'behind' if steps > 0 else 'ahead'})"
 
 
 def _verdict_words(verdict: str) -> str:
@@ -59,7 +80,7 @@ def verdicts_of(figures: Mapping[str, Any]) -> Table:
         rows.append(
             (
                 run["name"],
-                run["verdict"],
+                run["verdict"] + (f": {run['verdict_reason']}" if run["verdict_reason"] else ""),
                 "n/a" if largest is None else f"{largest['gap']:+.4f} at step {largest['step']}",
                 "n/a" if widest is None else f"{widest['share']:.3f} at step {widest['step']}",
                 "n/a" if mean is None else f"{mean['mean']:+.5f} ± {mean['half_width']:.5f}",
@@ -77,6 +98,27 @@ def verdicts_of(figures: Mapping[str, Any]) -> Table:
         "final loss",
     )
     return head, rows
+
+
+def worst_layers_of(figures: Mapping[str, Any]) -> Table | None:
+    """Which layers suffer: for each float8 run and operand the worst layer by two measures; None without
+    health.
+    """
+    rows: list[tuple[str, ...]] = []
+    for run in figures["runs"]:
+        for operand, grid in (run["health"] or {}).items():
+            flushed, noisy = worst_of(grid, "flushed", max), worst_of(grid, "sqnr", min)
+            rows.append(
+                (
+                    run["name"],
+                    operand,
+                    "n/a"
+                    if flushed is None
+                    else f"{flushed.value:.2%}: {flushed.layer}, step {flushed.step}",
+                    "n/a" if noisy is None else f"{noisy.value:.1f} dB: {noisy.layer}, step {noisy.step}",
+                )
+            )
+    return (("run", "operand", "most flushed to zero", "lowest SQNR"), rows) if rows else None
 
 
 def speeds_of(figures: Mapping[str, Any]) -> Table:
@@ -137,9 +179,9 @@ def notes_of(figures: Mapping[str, Any]) -> list[str]:
         low, high = (f(width for _, width in figures["band"]) for f in (min, max))
         found.append(
             f"The band is the noise of the baseline: {len(seeds)} runs of it with other initial weights "
-            f"(seeds {', '.join(map(str, seeds))}). Its half-width is two standard deviations of the "
-            f"difference of two such runs, {low:.4f} to {high:.4f} nats here. A gap within it is no larger "
-            "than the luck of a seed."
+            f"(seeds {', '.join(map(str, seeds))}). At a step, the difference of two such runs is within it "
+            f"in 19 cases of 20, as far as {len(seeds)} runs can tell: {low:.4f} to {high:.4f} nats here. A "
+            "gap within it is no larger than the luck of a seed."
         )
     found += [
         "The mean gap is that of single steps over the second half of the run, with a 95% interval from "
@@ -147,6 +189,11 @@ def notes_of(figures: Mapping[str, Any]) -> list[str]:
         "behind: how many steps earlier the baseline had that loss.",
         "Speeds are medians over all reports but the first; seconds to a loss are steps times the median.",
     ]
+    if window < _ROUGH:
+        found.append(
+            f"A smoothed loss is a mean over {window} report{'s' if window > 1 else ''} only in a run this "
+            "short, so the tokens and seconds to a loss are rough."
+        )
     return [*found, *figures.get("speed_notes", [])]
 
 

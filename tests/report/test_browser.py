@@ -43,7 +43,7 @@ def test_the_page_draws_reads_and_asks_nobody(tmp_path: Path) -> None:
         assert page.evaluate("document.querySelectorAll('#losses g.line').length") == 4
         assert page.evaluate(drawn.format("losses"))
         assert page.evaluate("document.querySelector('#gaps .band').getBBox().height") > 10
-        assert page.evaluate("document.querySelectorAll('.cell').length") == 2
+        assert page.evaluate("document.querySelectorAll('.cells').length") == 2
 
         page.evaluate("document.getElementById('losses').scrollIntoView()")
         middle = "[0, 1].map((i) => i ? b.top + b.height / 2 : b.left + b.width / 2)"
@@ -58,6 +58,13 @@ def test_the_page_draws_reads_and_asks_nobody(tmp_path: Path) -> None:
         assert 25 <= step <= 40
         for name, losses in smoothed.items():
             assert f"{name} {losses[step]:.4f}" in reading
+
+        heatmap = "document.getElementById('health_rowwise_input')"
+        page.evaluate(f"{heatmap}.scrollIntoView()")
+        cells = f"{heatmap}.querySelector('.cells').getBoundingClientRect()"
+        page.move_pointer(*page.evaluate(f"[{cells}].map((b) => {middle})[0]"))
+        page.evaluate("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
+        assert page.evaluate(f"{heatmap}.querySelector('.reading').textContent") == "w1, step 10: 10 %"
 
         page.evaluate("document.querySelector('button[data-run=rowwise]').click()")
         hidden = "[...document.querySelectorAll('g.line')].filter((g) => g.style.display === 'none').length"

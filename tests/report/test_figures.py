@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shutil
+from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from octavo.config import ConfigError
-from octavo.report.judge import figures_of
+from octavo.report.judge import choose_baseline, figures_of
 from octavo.report.load import load_run
 from octavo.report.write import environment_of, model_of, write_report
 from tests.report.writing import falling, write_run
@@ -35,6 +37,16 @@ def folders(tmp_path: Path) -> dict[str, Path]:
         "seed43": write_run(runs / "seed43", falling(0.05, 0.03, 1.0), seed=43, data_seed=42),
         "seed44": write_run(runs / "seed44", falling(-0.04, 0.03, 2.0), seed=44, data_seed=42),
     }
+
+
+def rewriting(old: str, new: str) -> Callable[[Path], object]:
+    """What damages the metrics of the run in a folder."""
+
+    def damage(folder: Path) -> object:
+        path = folder / "metrics.jsonl"
+        return path.write_text(path.read_text().replace(old, new))
+
+    return damage
 
 
 def load_all(folders: dict[str, Path]) -> list[Any]:
@@ -69,7 +81,7 @@ def test_every_figure_follows_from_the_metrics(folders: dict[str, Path]) -> None
     variances = seeds.var(axis=0, ddof=1)
     half = max(WINDOW, len(variances) // 10)
     spread = [variances[max(0, i - half) : i + half + 1].mean() for i in range(len(variances))]
-    band = 2 * np.sqrt(2 * np.array(spread))
+    band = 4.303 * np.sqrt(2 * np.array(spread))  # Student, two degrees of freedom
     steps = np.arange(WINDOW, STEPS + 1)
     assert figures["window"] == WINDOW
     assert [step for step, _ in figures["band"]] == steps.tolist()
@@ -169,7 +181,11 @@ def test_health_becomes_a_grid_of_layers_and_steps(folders: dict[str, Path], tmp
     assert grid["steps"] == [10, 20]
     assert grid["flushed"] == [[0.1, None], [0.1, 0.2]]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "layers.1.w1, step 20: 20 %" in page
+    read = json.loads(re.findall("<script type='application/json'[^>]*>(.*?)</script>", page, re.S)[0])
+    assert read["heatmaps"]["health_rowwise_grad_output"]["values"] == [[10.0, None], [10.0, 20.0]]
+    for text in (unescape(re.sub("<[^>]*>", " ", page)), (tmp_path / "out" / "report.md").read_text()):
+        assert "20.00%: layers.1.w1, step 20" in text
+        assert "25.0 dB: layers.0.w1, step 10" in text
 
 
 @pytest.mark.parametrize(
@@ -197,7 +213,104 @@ def test_a_run_that_ends_for_its_numbers_is_outside(folders: dict[str, Path], tm
     )
     figures = figures_of(load_all(folders))
     assert told(figures)["nan"]["verdict"] == "outside"
+    assert told(figures)["nan"]["verdict_reason"] == (
+        "it ended at step 40, because its numbers were not finite"
+    )
     assert any("nan: the loss was not finite in step 40" in each for each in figures["warnings"])
+
+
+def test_a_loss_that_is_not_finite_on_the_way_is_outside(folders: dict[str, Path], tmp_path: Path) -> None:
+    folders["skips"] = write_run(
+        tmp_path / "skips", lambda s: None if s == 30 else falling()(s), recipe="rowwise"
+    )
+    run = told(figures_of(load_all(folders)))["skips"]
+    assert (run["verdict"], run["verdict_reason"]) == ("outside", "its loss was not finite in step 30")
+
+
+def test_a_baseline_that_failed_judges_nothing(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.rmtree(folders["bf16"])
+    write_run(folders["bf16"], lambda s: falling()(s) if s < 30 else None, steps=30)
+    figures = report(folders, tmp_path / "out")
+    verdicts = {name: run["verdict"] for name, run in told(figures).items()}
+    assert verdicts["rowwise"] == verdicts["bad"] == "not judged"
+    assert figures["warnings"][0].startswith(
+        "bf16, the baseline, ended at step 30 because its numbers were not"
+    )
+
+
+def test_a_seed_that_failed_ends_the_band(folders: dict[str, Path]) -> None:
+    shutil.rmtree(folders["seed44"])
+    write_run(folders["seed44"], lambda s: falling()(s) if s < 30 else None, steps=30, seed=44, data_seed=42)
+    figures = figures_of(load_all(folders))
+    rowwise = told(figures)["rowwise"]
+    assert rowwise["verdict"] == "not judged"
+    assert rowwise["verdict_reason"] == "inside, but known up to step 29 of 60 only"
+    assert any("seed44 ended at step 30" in each for each in figures["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("steps", "verdict", "reason"),
+    [
+        (1, "not judged", "it is too short"),
+        (50, "not judged", "inside, but known up to step 50 of 60 only"),
+        (60, "inside", None),
+        (70, "inside", None),
+    ],
+)
+def test_inside_is_said_of_whole_runs_only(
+    folders: dict[str, Path], tmp_path: Path, steps: int, verdict: str, reason: str | None
+) -> None:
+    folders["other"] = write_run(tmp_path / "other", falling(), recipe="rowwise", steps=steps)
+    folders["far"] = write_run(tmp_path / "far", falling(9.0), recipe="rowwise", steps=max(steps, 3))
+    runs = told(figures_of(load_all(folders)))
+    assert (runs["other"]["verdict"], runs["other"]["verdict_reason"]) == (verdict, reason)
+    assert runs["far"]["verdict"] == "outside"
+
+
+def test_another_model_is_not_judged(folders: dict[str, Path]) -> None:
+    path = folders["rowwise"] / "run.json"
+    path.write_text(path.read_text().replace('"debugmodel"', '"8B"'))
+    run = told(figures_of(load_all(folders)))["rowwise"]
+    assert (run["verdict"], run["verdict_reason"]) == ("not judged", "it has another model.flavor than bf16")
+
+
+def test_a_control_inside_takes_the_verdicts_back(folders: dict[str, Path], tmp_path: Path) -> None:
+    control = load_run(write_run(tmp_path / "c", falling(), recipe="tensorwise"), name="c", kind="control")
+    runs = told(figures_of([*load_all(folders), control]))
+    assert runs["rowwise"]["verdict"] == "not judged"
+    assert runs["rowwise"]["verdict_reason"] == "inside, but so would be anything: c is not outside"
+    assert runs["bad"]["verdict"] == "outside"
+
+
+def test_the_baseline_is_the_run_that_most_others_belong_to(folders: dict[str, Path]) -> None:
+    runs = [load_run(folders[name], name=name) for name in ("seed43", "bf16", "rowwise")]
+    assert choose_baseline(runs).name == "bf16"
+    assert choose_baseline(runs[:1] + runs[2:]).name == "seed43"
+    assert choose_baseline(runs[2:]).name == "rowwise"
+
+
+def test_a_gap_to_another_run_than_the_baseline_is_told(folders: dict[str, Path], tmp_path: Path) -> None:
+    folders["rowwise43"] = write_run(tmp_path / "r", falling(), recipe="rowwise", seed=43, data_seed=42)
+    figures = figures_of(load_all(folders))
+    assert told(figures)["rowwise43"]["compared_with"] == "seed43"
+    assert any("rowwise43 is compared with seed43" in each for each in figures["warnings"])
+
+
+def test_names_of_folders_are_text_in_markdown(folders: dict[str, Path], tmp_path: Path) -> None:
+    folders["<img src=x>|"] = folders.pop("rowwise")
+    report(folders, tmp_path / "out")
+    written = (tmp_path / "out" / "report.md").read_text()
+    assert "<img" not in written
+    assert "&lt;img src=x&gt;\\|" in written
+
+
+def test_the_summary_tells_a_steady_difference(folders: dict[str, Path], tmp_path: Path) -> None:
+    figures = report(folders, tmp_path / "out")
+    rowwise = told(figures)["rowwise"]
+    sentence = f"rowwise {rowwise['mean_gap']['mean']:+.4f} ± {rowwise['mean_gap']['half_width']:.4f} nats"
+    assert (
+        f"{sentence} ({rowwise['steps_behind']:.1f} steps behind)" in (tmp_path / "out/report.md").read_text()
+    )
 
 
 def test_one_seed_judges_nothing_and_a_control_inside_is_told(
@@ -227,6 +340,14 @@ def test_a_target_that_is_given(folders: dict[str, Path]) -> None:
         (lambda f: (f / "run.json").unlink(), "is no run's folder"),
         (lambda f: (f / "run.json").write_text("[]"), "is not what a run of octavo writes"),
         (lambda f: (f / "metrics.jsonl").unlink(), "tells no loss"),
+        (
+            rewriting('"loss": ', '"loss": "x", "was": '),
+            "loss is 'x' where a number has to be, .* step 1: .*damaged",
+        ),
+        (rewriting('"step": 1,', '"step": true,'), "step is True where a number"),
+        (rewriting('"tps": ', '"tps": null, "was": '), "tps is None where a number"),
+        (rewriting('"memory_gib": ', '"was": '), "memory_gib is None where a number"),
+        (rewriting('{"step": 5,', '{"step": 5;'), "metrics.jsonl, line 5: is no object of JSON"),
     ],
 )
 def test_folders_that_are_no_runs(folders: dict[str, Path], break_it: Any, message: str) -> None:
