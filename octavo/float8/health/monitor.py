@@ -44,7 +44,7 @@ class Monitor:
         *,
         every: int = 10,
         filter_fn: LayerFilter | None = None,
-        sample: int | None = 64,
+        sample: int | None = 32,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         for name, value in (("every", every), ("sample", 1 if sample is None else sample)):
