@@ -215,8 +215,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"no recipe is called {unknown[0]!r}")
         if min(tokens) < 1:
             raise ValueError(f"--tokens {options.tokens}: each must be at least 1")
+        if options.out.suffix != ".svg":
+            raise ValueError(f"--out {options.out}: an SVG is written; name a file that ends in .svg")
+        for path in (options.out, options.json):
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
         made = picture_of(options.model, options.flavor, tokens, recipes, options.gpu)
-    except (ValueError, ConfigError) as error:
+    except (ValueError, ConfigError, OSError) as error:
         parser.error(str(error))
     options.out.write_text(svg(made))
     print(f"{made.title} ({made.source}): {options.out}")

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from octavo import config
+from octavo.components.logging import count
 from octavo.config import ConfigError, files, flags
 from octavo.config.ranges import shown
 from octavo.peers import Meeting
@@ -94,7 +95,7 @@ def processes_wanted(environ: Mapping[str, str], gpus: int) -> int:
     processes = _number(environ, "NGPU", default=max(gpus, 1))
     if gpus and processes > gpus:
         raise ConfigError(
-            f"NGPU={processes}: this machine has {_count(gpus, 'visible GPU')}; "
+            f"NGPU={processes}: this machine has {count(gpus, 'visible GPU')}; "
             f"set NGPU to {gpus} or less, or unset it"
         )
     return processes
@@ -121,7 +122,7 @@ def _shown_ranks(environ: Mapping[str, str], processes: int) -> frozenset[int]:
     if not all(re.fullmatch(r"\s*[0-9]{1,6}\s*", rank) and int(rank) < processes for rank in ranks):
         allowed = "0" if processes == 1 else f"0 to {processes - 1}"
         raise ConfigError(
-            f"LOG_RANK={text}: expected local ranks, comma-separated; with {_count(processes, 'process')} "
+            f"LOG_RANK={text}: expected local ranks, comma-separated; with {count(processes, 'process')} "
             f"on this machine: {allowed}"
         )
     return frozenset(map(int, ranks))
@@ -217,11 +218,6 @@ def _environment(
     return wanted
 
 
-def _count(number: int, noun: str) -> str:
-    plural = noun + ("es" if noun.endswith("s") else "s")
-    return f"{number} {noun if number == 1 else plural}"
-
-
 def visible_gpus(listing: str, visible_devices: str | None) -> int:
     """How many GPUs CUDA would show, from the text of `nvidia-smi -L` and the value of CUDA_VISIBLE_DEVICES.
 
@@ -258,7 +254,7 @@ def count_gpus(environ: Mapping[str, str]) -> int:
         return gpus
     if gpus and torch.endswith("+cpu"):
         print(
-            f"[octavo] {_count(gpus, 'GPU')} present, but torch {torch} is a CPU build: training on the CPU",
+            f"[octavo] {count(gpus, 'GPU')} present, but torch {torch} is a CPU build: training on the CPU",
             file=sys.stderr,
         )
         return 0

@@ -1,5 +1,6 @@
 """The trainer's one door to `octavo.float8`: convert the model as the config says, and tell what was done."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -19,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from octavo.components.init import plain_name
-from octavo.components.logging import logger
+from octavo.components.logging import count, logger
 from octavo.config import ConfigError, JobConfig, names
 from octavo.config.effects import casts_weights_again, fuses
 from octavo.config.layer_recipes import LayerRecipe, layer_recipes, matching, recipes_named
@@ -36,7 +37,7 @@ from octavo.float8 import (
 )
 from octavo.float8.fused import GatedLinear, NormedInput, SharedInput
 from octavo.float8.health import Monitor, Row, audit
-from octavo.float8.matmul import choose_path, describe_path
+from octavo.float8.matmul import EmulationWarning, choose_path, describe_path
 from octavo.float8.pretend import as_on_a_gpu as as_on_a_gpu
 from octavo.float8.pretend import expect_hardware as expect_hardware
 from octavo.float8.selfcheck import Check, check_device
@@ -379,16 +380,17 @@ def _convert_to(
         config, emulate=True if settings.emulate else None, enable_fsdp_float8_all_gather=gathers
     )
     wanted = set(layers)
+    warnings.filterwarnings("ignore", category=EmulationWarning)  # the line below tells it
     convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name in wanted)
     logger.info(
         "Float8 training active with recipe %s%s, %s",
         recipe,
-        f" in {len(layers)} layers" if settings.layer_recipes else "",
+        f" in {count(len(layers), 'layer')}" if settings.layer_recipes else "",
         describe_path(config.to_recipe(), device, config.emulate),
     )
     if settings.enable_fsdp_float8_all_gather:
         how = "float8" if gathers else f"high precision: {recipe} has no one float8 weight"
-        whose = f" of the {len(layers)} {recipe} layers" if settings.layer_recipes else ""
+        whose = f" of the {count(len(layers), f'{recipe} layer')}" if settings.layer_recipes else ""
         logger.info("FSDP gathers the weights%s in %s", whose, how)
 
 

@@ -5,9 +5,9 @@ a step and cast, handed to the trackers, and held against the limits of `[float8
 named with what would help: another recipe, which is tried on the same tensors first, or high precision.
 
 A run of thousands of steps must not repeat itself. A layer's operand is told of once, and again only when it
-has become twice as bad; a measurement tells of the three worst, and counts the others. Trying other recipes
-costs a forward and a backward in eager mode, for the worst layer alone, and happens at most once in ten
-measurements.
+has become twice as bad; a measurement tells of the three worst, and counts the others by operand. Trying
+other recipes costs a forward and a backward in eager mode, for the worst layer alone, and happens at most
+once in ten measurements.
 """
 
 import math
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from octavo.components.jsonl import Jsonl
-from octavo.components.logging import logger
+from octavo.components.logging import count, logger
 from octavo.config.schema import Float8
 
 _TOLD_AT_ONCE = 3
@@ -190,9 +190,9 @@ class HealthReport:
         for number, finding in enumerate(found[:_TOLD_AT_ONCE]):
             better = self._better(finding, *tried) if number == 0 else None
             logger.warning("Step %d: %s", step, self._warning(finding, better))
-        more = len(found) - _TOLD_AT_ONCE
-        if more > 0:
-            logger.warning("Step %d: and %d more beyond the limits of [float8]: see health.jsonl", step, more)
+        more = found[_TOLD_AT_ONCE:]
+        if more:
+            logger.warning("Step %d: and beyond the limits of [float8], too: %s", step, _counted(more))
 
     def _is_news(self, finding: Finding) -> bool:
         told = self._told.get(finding.key)
@@ -234,6 +234,19 @@ class HealthReport:
         return (
             f"{told}; {better.recipe} gives {limit.shows(better)}: --float8.layer_recipes={rules}, or {high}"
         )
+
+
+def _counted(found: Sequence[Finding]) -> str:
+    """`found` in a few words: how many layers by operand and limit, and the worst, which is the first."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in found:
+        groups.setdefault((finding.row.operand, finding.limit.name), []).append(finding)
+    told = [
+        f"{operand} of {count(len(each), 'layer')}, at worst "
+        f"{each[0].limit.shows(each[0].row)} {each[0].limit.means} in {each[0].row.layer}"
+        for (operand, _), each in groups.items()
+    ]
+    return f"{'; '.join(told)}. See health.jsonl"
 
 
 def _line(step: int, row: Row) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ import torch
 
 from octavo.components.device import Peak, memory_in_use
 from octavo.components.jsonl import Jsonl
-from octavo.components.logging import logger
+from octavo.components.logging import count, logger
 from octavo.components.step_times import StepTimes, seconds_compiling
 from octavo.components.trackers import Service, TensorBoard, Tracker
 from octavo.components.utilization import Utilization, Work, utilization
@@ -339,7 +339,7 @@ class MetricsLogger:
             )
         waited = 100 * self._steady_data / steady
         return (
-            f"{len(self._times.steady)} steps took at most {times.p50:.3f} s (half of them), "
+            f"{count(len(self._times.steady), 'step')} took at most {times.p50:.3f} s (half of them), "
             f"{times.p90:.3f} s (90%), {times.p99:.3f} s (99%); {apart}. "
             f"Waited for data {waited:.2f}% of the time. tps {round(tps):,}, mfu {_percent(used.mfu)}, "
             f"mfu_mixed {_percent(used.mfu_mixed)}, hfu {_percent(used.hfu)}"

@@ -18,7 +18,9 @@ _WARMUP, _ACTIVE = 3, 1  # steps of profiling that are thrown away, and that are
 
 def _trace_schedule(every: int) -> Callable[[int], torch.profiler.ProfilerAction]:
     warmup = min(_WARMUP, every - _ACTIVE)
-    return torch.profiler.schedule(wait=every - warmup - _ACTIVE, warmup=warmup, active=_ACTIVE)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*won't be using warmup")  # profile_freq = 1 asks for that
+        return torch.profiler.schedule(wait=every - warmup - _ACTIVE, warmup=warmup, active=_ACTIVE)
 
 
 @contextmanager
@@ -27,9 +29,13 @@ def _traces(settings: Profiling, folder: Path, rank: int) -> Iterator[Callable[[
     with a page on it, `rank<rank>_summary.txt`.
     """
 
+    saved = 0
+
     def save(profiler: torch.profiler.profile) -> None:
-        if profiler.step_num % settings.profile_freq:
+        nonlocal saved
+        if profiler.step_num % settings.profile_freq or profiler.step_num == saved:
             return  # training ended as a step's recording had just begun
+        saved = profiler.step_num
         start = time.perf_counter()
         path = folder / f"iteration_{profiler.step_num}" / f"rank{rank}_trace.json"
         path.parent.mkdir(parents=True, exist_ok=True)

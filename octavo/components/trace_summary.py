@@ -9,8 +9,8 @@ it calls, summed over threads; idle is when no thread was in one.
 
 Kinds are told by name, so by rules that can miss: see `_KINDS`. Quantisation is what is `casts`: our own
 kernels, and those that the compiler made of a maximum of magnitudes or a clamp to float8's range. On a CPU
-float8 is emulated: its products are ordinary ones, and casts in eager mode are operators like any other,
-which count as `other`.
+float8 is emulated: its products are ordinary ones, and its casts are operators like any other, which count
+as `other`; the page says so rather than 0%.
 
 A trace can have gigabytes. It is read in pieces, and no further than `LARGEST` bytes; the page says so then.
 """
@@ -74,8 +74,10 @@ class Summary:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def quantisation(self) -> float:
-        """The share of the time that casts take."""
+    def quantisation(self) -> float | None:
+        """The share of the time that casts take; None where they cannot be told from other operators."""
+        if not self.on_gpu and CASTS not in self.kinds:
+            return None
         return self.kinds.get(CASTS, 0.0) / self.wall if self.wall else 0.0
 
 
@@ -127,7 +129,7 @@ class _Event:
 
 
 def summarise(events: Iterable[dict[str, Any] | None]) -> Summary:
-    """Count the complete events of a trace (times in microseconds)."""
+    """Count the complete events of a trace (times in microseconds); `ValueError` if there are none."""
     kernels: list[_Event] = []
     operators: list[_Event] = []
     steps: list[tuple[float, float]] = []
@@ -136,10 +138,15 @@ def summarise(events: Iterable[dict[str, Any] | None]) -> Summary:
         if event is None:
             cut_off = True
             continue
-        if event.get("ph") != "X" or "dur" not in event:
+        start, length = event.get("ts"), event.get("dur")
+        if (
+            event.get("ph") != "X"
+            or not isinstance(start, int | float)
+            or not isinstance(length, int | float)
+        ):
             continue
-        name, start, kind = str(event.get("name")), float(event["ts"]), str(event.get("cat", "")).lower()
-        found = _Event(name, start, start + float(event["dur"]), (event.get("pid"), event.get("tid")))
+        name, kind = str(event.get("name")), str(event.get("cat", "")).lower()
+        found = _Event(name, start, start + length, (event.get("pid"), event.get("tid")))
         if name.startswith("ProfilerStep"):
             if kind != "gpu_user_annotation":
                 steps.append((found.start, found.end))
@@ -147,6 +154,8 @@ def summarise(events: Iterable[dict[str, Any] | None]) -> Summary:
             kernels.append(found)
         elif kind == "cpu_op":
             operators.append(found)
+    if not kernels and not operators:
+        raise ValueError("no operator and no kernel is recorded in it")
     summary = _of_kernels(kernels, steps) if kernels else _of_operators(operators, steps)
     summary.cut_off = cut_off
     return summary
@@ -229,13 +238,16 @@ def page(summary: Summary, source: str) -> str:
     ]
     names = {GEMM: "bf16 GEMM" if summary.on_gpu else "GEMM (high precision, or emulated float8)"}
     for kind, seconds in rows:
+        if kind == CASTS and summary.quantisation is None:
+            lines.append(f"{kind:42} {'n/a':>13}")
+            continue
         lines.append(f"{names.get(kind, kind):42} {seconds * 1e3:10.2f} ms {100 * seconds / wall:6.1f}%")
     if summary.on_gpu:
         lines.append(
             f"{'communication that nothing hides':42} {summary.exposed * 1e3:10.2f} ms "
             f"{100 * summary.exposed / wall:6.1f}%"
         )
-    lines += ["", f"Quantisation takes {100 * summary.quantisation:.1f}% of the step.", ""]
+    lines += ["", _of_quantisation(summary), ""]
     lines.append(f"{'longest':>10} {'share':>7} {'calls':>7}  what")
     top = heapq.nlargest(_TOP, summary.kernels.items(), key=lambda item: item[1][0])
     for name, (seconds, calls) in top:
@@ -244,6 +256,15 @@ def page(summary: Summary, source: str) -> str:
             f"{seconds * 1e3:7.2f} ms {100 * seconds / wall:6.1f}% {calls:7}  [{kind_of(name)}] {shown}"
         )
     return "\n".join(lines) + "\n"
+
+
+def _of_quantisation(summary: Summary) -> str:
+    if summary.quantisation is None:
+        return (
+            "What quantisation takes cannot be told: a CPU emulates float8 by ordinary operators, which are "
+            f"in {OTHER!r}."
+        )
+    return f"Quantisation takes {100 * summary.quantisation:.1f}% of the step."
 
 
 def summarise_file(path: Path) -> str:
@@ -260,6 +281,26 @@ def write_summary(trace: Path) -> Path:
     return out
 
 
+def main(argv: Sequence[str]) -> int:
+    """Print the page of each trace that `argv` names; the exit code is 2 if one is none."""
+    if not argv or argv[0].startswith("-"):
+        print(
+            "usage: python -m octavo.components.trace_summary TRACE.json [TRACE.json.gz …]", file=sys.stderr
+        )
+        return 0 if argv[:1] in (["-h"], ["--help"]) else 2
+    for argument in argv:
+        try:
+            print(summarise_file(Path(argument)))
+        except (OSError, EOFError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else error
+            print(
+                f"{argument}: is no Chrome trace that can be read: {why}; name a …_trace.json that "
+                "--profiling.enable_profiling wrote",
+                file=sys.stderr,
+            )
+            return 2
+    return 0
+
+
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print(summarise_file(Path(argument)))
+    sys.exit(main(sys.argv[1:]))

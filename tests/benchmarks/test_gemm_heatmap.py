@@ -54,7 +54,15 @@ def test_colours_part_at_one():
 
 
 @pytest.mark.parametrize(
-    "flags", [["--gpu", "h1000"], ["--recipes", "colwise"], ["--tokens", "0"], ["--flavor", "9B"]]
+    "flags",
+    [
+        ["--gpu", "h1000"],
+        ["--recipes", "colwise"],
+        ["--tokens", "0"],
+        ["--flavor", "9B"],
+        ["--out", "speedups.txt"],
+        ["--out", "/proc/nowhere/speedups.svg"],
+    ],
 )
 def test_mistakes_are_usage_errors(flags, capsys):
     with pytest.raises(SystemExit) as caught:

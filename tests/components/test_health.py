@@ -104,7 +104,22 @@ def test_the_three_worst_are_told_and_the_rest_counted(told):
     rows = [Row(layer=f"layers.{n}", flushed=n / 10) for n in range(1, 8)]
     HealthReport(SETTINGS, None).judge(5, rows, rowwise())
     assert [line.split()[2] for line in told[:3]] == ["layers.7", "layers.6", "layers.5"]
-    assert told[3:] == ["Step 5: and 4 more beyond the limits of [float8]: see health.jsonl"]
+    assert told[3:] == [
+        "Step 5: and beyond the limits of [float8], too: grad_output of 4 layers, at worst 40% flushed to "
+        "zero in layers.4. See health.jsonl"
+    ]
+
+
+def test_the_rest_is_counted_by_operand_and_limit(told):
+    rows = [
+        *(Row(layer=f"layers.{n}", flushed=n / 10) for n in range(1, 6)),
+        Row(layer="layers.7", operand="input", saturated=0.3),
+    ]
+    HealthReport(SETTINGS, None).judge(5, rows, rowwise())
+    assert told[3].endswith(
+        "too: grad_output of 2 layers, at worst 20% flushed to zero in layers.2; input of 1 layer, at worst "
+        "30% saturated in layers.7. See health.jsonl"
+    )
 
 
 def test_curves_show_the_worst_cast_of_an_operand():

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from octavo.components.trace_summary import (
     OTHER,
     events_of,
     kind_of,
+    main,
+    page,
     summarise,
     summarise_file,
 )
@@ -146,6 +149,59 @@ def test_what_is_no_trace_is_told(tmp_path):
     path.write_text('{"loss": 1}')
     with pytest.raises(ValueError, match="no traceEvents"):
         summarise_file(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("missing.json", None, "No such file"),
+        ("", None, "Is a directory"),
+        ("x.json", b"hello", "no traceEvents in it"),
+        ("x.json", b"\xff\xfe\x00", "can't decode"),
+        ("x.json", b'{"traceEvents": []}', "no operator and no kernel"),
+        ("x.json", b'{"traceEvents": [{"ph": "X", "cat": "kernel", "ts": "soon", "dur": 1}]}', "no operator"),
+        ("x.json.gz", b"hello", "Not a gzipped file"),
+        ("x.json.gz", gzip.compress(b'{"traceEvents": []}')[:-9], "ended before"),
+    ],
+)
+def test_what_is_no_trace_is_one_sentence(tmp_path, capsys, name, content, why):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    assert main([str(path)]) == 2
+    told = capsys.readouterr().err
+    assert why in told
+    assert told.startswith(f"{path}: is no Chrome trace that can be read")
+    assert told.count("\n") == 1
+
+
+def test_a_trace_is_printed(tmp_path, capsys):
+    path = tmp_path / "x.json"
+    trace(CUDA, path)
+    assert main([str(path), str(path)]) == 0
+    assert capsys.readouterr().out.count("Quantisation takes 10.0% of the step.") == 2
+    assert main([]) == 2
+
+
+def test_emulated_casts_are_not_told_as_none():
+    told = page(
+        summarise([{**STEP, "dur": 100}, {**STEP, "cat": "cpu_op", "name": "aten::mul", "dur": 50}]), "x"
+    )
+    assert re.search(r"^casts +n/a$", told, re.M)
+    assert "What quantisation takes cannot be told" in told
+    assert "0.0% of the step" not in told
+
+
+def test_every_step_is_recorded_once_and_without_torchs_warning(tmp_path, recwarn):
+    a = torch.randn(64, 64)
+    with profiling(Profiling(enable_profiling=True, profile_freq=1), tmp_path, 0) as end_of_step:
+        for _ in range(3):
+            (a @ a).relu()
+            end_of_step()
+    pages = sorted(tmp_path.rglob("rank0_summary.txt"))
+    assert [path.parent.name for path in pages] == ["iteration_1", "iteration_2", "iteration_3"]
+    assert all("[GEMM] aten::mm" in path.read_text() for path in pages)
+    assert not [warning for warning in recwarn if "warmup" in str(warning.message)]
 
 
 def test_compressed_traces_are_read(tmp_path):
