@@ -68,8 +68,7 @@ def test_only_layers_that_can_are_gathered_in_float8(caplog):
     assert [model.a.gathers_float8, model.c.gathers_float8] == [True, False]
     assert "FSDP gathers the weights of the 1 tensorwise layer in float8" in caplog.text
     assert (
-        "FSDP gathers the weights of the 1 rowwise layer in high precision: rowwise has no one"
-        in caplog.text
+        "FSDP gathers the weights of the 1 rowwise layer in high precision: rowwise has no one" in caplog.text
     )
 
 

@@ -9,12 +9,13 @@ from octavo.config.ranges import shown
 from octavo.config.schema import JobConfig
 
 
-def load(argv: Sequence[str], *, prog: str = "octavo train") -> JobConfig:
+def load(argv: Sequence[str], *, prog: str = "octavo train", problems: list[str] | None = None) -> JobConfig:
     """Read a job from flags and from the TOML file that `--job.config_file` names: a path, or a shipped name.
 
     Nothing outside that file is looked at: ranges, paths and divisibility are `check`'s. `-h` or `--help`
     among the flags prints the help and exits with 0. Of a flag given several times the last counts, so that
-    a script's own flags can be overridden; two spellings of one key must agree.
+    a script's own flags can be overridden; two spellings of one key must agree. With `problems`, what is
+    wrong is added to that list and left out of the job, and nothing is raised.
 
     Raises:
         ConfigError: with one line for each thing wrong in the file and on the command line.
@@ -25,13 +26,15 @@ def load(argv: Sequence[str], *, prog: str = "octavo train") -> JobConfig:
     given_flags, flag_problems = flags.scan(argv)
     bad_values = flags.check_values(given_flags)
     named = flags.config_file(given_flags)
-    entries, problems = _read_file(named) if named is not None else ([], [])
-    problems += _contradictions((e.section, e.key, e.value, e.written, e.where) for e in entries)
-    problems += flag_problems + bad_values
-    if not bad_values:
-        problems += _contradictions((f.section, f.key, f.value(), f.written, f.typed) for f in given_flags)
-    if problems:
-        raise ConfigError("\n".join(problems))
+    entries, wrong = _read_file(named) if named is not None else ([], [])
+    wrong += _contradictions((e.section, e.key, e.value, e.written, e.where) for e in entries)
+    wrong += flag_problems + bad_values
+    given_flags = [flag for flag in given_flags if not flags.check_values([flag])]
+    wrong += _contradictions((f.section, f.key, f.value(), f.written, f.typed) for f in given_flags)
+    if wrong and problems is None:
+        raise ConfigError("\n".join(wrong))
+    if problems is not None:
+        problems += wrong
 
     job = JobConfig()
     for entry in entries:

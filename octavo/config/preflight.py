@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -52,15 +53,15 @@ def check(job: JobConfig, *, world_size: int, gpus: int | None = None, elsewhere
             *_offload(job, world_size),
             *_rewind(job),
             *_seed(job, world_size),
-            *([] if elsewhere else _here(job, gpus)),
+            *([] if elsewhere else here(job, gpus)),
         ]
     problems += without_effect(job, world_size)
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def _here(job: JobConfig, gpus: int | None) -> Iterator[str]:
-    """What this machine must have."""
+def here(job: JobConfig, gpus: int | None) -> Iterator[str]:
+    """What is wrong with the files, packages and programs that `job` needs on this machine, a line each."""
     yield from _on_disk(data_checks.dataset, job, "training.dataset")
     yield from _on_disk(data_checks.validation, job, "validation.dataset")
     yield from _on_disk(_tokenizer, job, "model.hf_assets_path")
@@ -264,7 +265,13 @@ def _tokenizer(job: JobConfig) -> Iterator[str]:
         wrong = f"the folder has none of {', '.join(_TOKENIZER_FILES)}"
     else:
         wrong = f"no such tokenizer{did_you_mean(given, names.TOKENIZERS)}"
-    yield f"{named(job, key)}: {wrong}\n  to fetch it: {download_command(given)}"
+    fetch = download_command(given)
+    remedy = (
+        f"instead: a folder with tokenizer.json, or a shipped one: {', '.join(names.TOKENIZERS)}"
+        if fetch is None
+        else f"to fetch it: {fetch}"
+    )
+    yield f"{named(job, key)}: {wrong}\n  {remedy}"
 
 
 def _outputs(job: JobConfig) -> Iterator[str]:
@@ -274,8 +281,13 @@ def _outputs(job: JobConfig) -> Iterator[str]:
         what = "is a file" if existing == folder else f"lies below {existing}, which is a file"
         yield f"{named(job, 'job.dump_folder')} {what}; name a folder"
         return
-    if not os.access(existing, os.W_OK | os.X_OK):
-        yield f"{named(job, 'job.dump_folder')}: {existing} is not writable"
+    try:  # permissions do not tell: a file system may be read-only, or take no files at all, as /proc
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        yield (
+            f"{named(job, 'job.dump_folder')}: cannot write in {existing} ({error.strerror}); name another "
+            "folder"
+        )
     for key, active, name in (
         ("checkpoint.folder", job.checkpoint.enable, job.checkpoint.folder),
         ("metrics.save_tb_folder", job.metrics.enable_tensorboard, job.metrics.save_tb_folder),

@@ -1,6 +1,7 @@
 """The programs that a job needs besides Python, and how to call our own: what a message can tell to run."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -27,15 +28,20 @@ def octavo_command() -> str:
     return f"PYTHONPATH={_shell(root)} {module}"
 
 
-def download_command(assets_path: str) -> str:
-    """The command that would put a tokenizer at `assets_path`, as far as the path tells which."""
+_LLAMA = re.compile(r"(Meta-)?Llama-\d(\.\d)?-\d+B(-\w+)*", re.IGNORECASE)
+
+
+def download_command(assets_path: str) -> str | None:
+    """The command that would put a tokenizer at `assets_path`; None where the path does not name one of
+    Meta's repositories.
+    """
     path = Path(assets_path)
     if path.suffix in (".json", ".model"):
         path = path.parent.parent if path.parent.name == "original" else path.parent
-    owner = "meta-llama" if "llama" in path.name.lower() else "OWNER"
+    if _LLAMA.fullmatch(path.name) is None:
+        return None
     folder = "" if path.parent == Path("assets/hf") else f" --local_dir {shlex.quote(str(path.parent))}"
-    name = shlex.quote(f"{owner}/{path.name or 'NAME'}")
-    return f"{octavo_command()} download --repo_id {name} --assets tokenizer{folder}"
+    return f"{octavo_command()} download --repo_id meta-llama/{path.name} --assets tokenizer{folder}"
 
 
 def missing_cxx() -> str | None:

@@ -9,12 +9,16 @@ import torch
 
 from octavo import config, launch, models, quantization
 from octavo.building import model_args
+from octavo.components.logging import count
 from octavo.components.tokenizer import build_tokenizer
-from octavo.config import ConfigError, JobConfig
+from octavo.config import ConfigError, JobConfig, names
+from octavo.config.ranges import out_of_range
+from octavo.doctor import memory
 from octavo.doctor.findings import Finding, fail, note, ok
+from octavo.torchrun import Launch
 
 _STATE_BYTES = 12  # a parameter in a checkpoint: float32 weight and the two moments of AdamW
-_REMEDY = "to fetch it:"  # how a message begins the line with a command that would help
+_REMEDIES = ("to fetch it:", "instead:")  # how a message begins the line with what would help
 _PROBE = "The quick brown fox; 1, 2, 3 …"
 
 
@@ -24,44 +28,63 @@ def look(options: Sequence[str], gpus: int) -> Iterator[Finding]:
         planned = launch.plan(options, os.environ, gpus=gpus, cores=os.cpu_count() or 1)
         job = config.load(planned.options)
     except ConfigError as error:
-        yield from _problems("config", error)
+        found = list(_problems("config", str(error)))
+        yield from [*found, *_also_missing(options, gpus, found)]
         return
-    yield ok("config", f"{job.job.config_file}: nothing wrong, for {_processes(planned.processes)}")
-    yield from _job(job)
+    yield ok("config", f"{job.job.config_file}: nothing wrong, for {count(planned.processes, 'process')}")
+    yield from _job(job, planned, gpus)
 
 
-def _processes(number: int) -> str:
-    return f"{number} process{'es' if number > 1 else ''}"
+def _also_missing(options: Sequence[str], gpus: int, found: Sequence[Finding]) -> list[Finding]:
+    """What the job lacks on this machine, as far as it can be read, beyond what was `found`: one round is
+    enough to learn of a misspelt key and of a tokenizer that is not there.
+    """
+    try:
+        job = config.load(launch.with_config_file(options, os.environ), problems=[])
+        lacking = list(_problems("config", "\n".join([*out_of_range(job), *config.here(job, gpus)])))
+    except (ConfigError, OSError, ValueError):  # of values that were told already
+        return []
+    more: list[Finding] = []
+    for finding in lacking:
+        key = finding.told.split(" ", 1)[0]  # of one key, what is wrong with it first
+        if not any(key in other.told for other in [*found, *more]):
+            more.append(finding)
+    return more
 
 
-def _problems(what: str, error: ConfigError) -> Iterator[Finding]:
+def _problems(what: str, message: str) -> Iterator[Finding]:
     """A finding for each line; lines that are set in belong to the one before, and may hold its remedy."""
     told: list[str] = []
-    for line in str(error).splitlines():
+    for line in message.splitlines():
         if told and line.startswith(" "):
             told[-1] += f"\n{line.strip()}"
         else:
             told.append(line)
     for text in told:
-        problem, _, command = text.partition(f"\n{_REMEDY}")
-        yield fail(what, problem, command.strip())
+        problem, remedy = text, ""
+        for begin in _REMEDIES:
+            if f"\n{begin}" in text:
+                problem, _, remedy = text.partition(f"\n{begin}")
+        yield fail(what, problem, remedy.strip())
 
 
-def _job(job: JobConfig) -> Iterator[Finding]:
+def _job(job: JobConfig, planned: Launch, gpus: int) -> Iterator[Finding]:
     try:
         tokenizer = build_tokenizer(job.model.hf_assets_path)
         length = len(tokenizer.encode(_PROBE, bos=False, eos=False))
-        yield ok(
-            "tokenizer", f"{job.model.hf_assets_path}: {tokenizer.vocab_size:,} tokens, {length} in a probe"
-        )
-        yield ok("data", f"{job.training.dataset}: there")
+    except ConfigError as error:
+        yield fail("tokenizer", str(error), f"or name a shipped one: {', '.join(names.TOKENIZERS)}")
+        return
+    yield ok("tokenizer", f"{job.model.hf_assets_path}: {tokenizer.vocab_size:,} tokens, {length} in a probe")
+    yield ok("data", f"{job.training.dataset}: there")
+    try:
         if job.experimental.custom_import:
             return  # running somebody's module is for training
         args = model_args(job, tokenizer)
         with torch.device("meta"):
             model = models.get(job.model.name).build(args)
     except ConfigError as error:
-        yield from _problems("job", error)
+        yield from _problems("job", str(error))
         return
     size = sum(p.numel() for p in model.parameters())
     recipe = quantization.recipe_name(job.model.converters, job.float8)
@@ -71,6 +94,8 @@ def _job(job: JobConfig) -> Iterator[Finding]:
         + (f"float8 {recipe}" if recipe else "high precision"),
     )
     yield _disk(job, size)
+    here = launch.processes_wanted(os.environ, gpus)
+    yield memory.look(planned.options, processes=planned.processes, here=here, gpus=gpus)
 
 
 def _disk(job: JobConfig, size: int) -> Finding:

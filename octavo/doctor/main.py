@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from octavo import __version__, exits, launch
+from octavo.config import flags
 from octavo.config.programs import octavo_command
 from octavo.doctor import machine
 from octavo.doctor.findings import Finding, Level, fail
@@ -109,13 +110,21 @@ def _verdict(
         wrong = [finding for finding in findings if finding.level is Level.FAIL]
         if wrong:
             count = f"{len(wrong)} thing{'s' if len(wrong) > 1 else ''}"
-            again = shlex.join([*shlex.split(octavo_command()), "doctor", *options])
+            again = shlex.join([*shlex.split(octavo_command()), "doctor", *_right(options)])
             remedy = next((finding.remedy for finding in wrong if finding.remedy), "mend what is marked FAIL")
             return code, f"Not ready: {count} to mend in {whose}.", f"{remedy}; then {again}"
     notes = sum(finding.level is Level.NOTE for finding in (*of_machine, *of_job))
     suffix = f" ({notes} note{'s' if notes > 1 else ''} above)" if notes else ""
     ready = f"Ready: {'this job' if wants_job else 'the machine'} can train{suffix}."
     return exits.DONE, ready, _train_command(options)
+
+
+def _right(options: Sequence[str]) -> list[str]:
+    """`options` without what is none; a config that was named without its flag gets it."""
+    found = [flag.canonical for flag in flags.scan(options)[0]]
+    if options and options[0].endswith(".toml") and not options[0].startswith("--"):
+        found.insert(0, f"--config-file={options[0]}")
+    return found
 
 
 def _train_command(options: Sequence[str]) -> str:

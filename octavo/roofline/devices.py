@@ -78,7 +78,11 @@ _TABLE = (
     # network card a GPU.
     Gpu("h100", "H100", 989 * _T, 1979 * _T, 3.35e12, 80 * _G, 450 * _G, 50 * _G, 132, _FA3,
         _H100_BF16, _H100_FLOAT8),
-    # NVIDIA H200 data sheet: 141 GB, 4.8 TB/s; the same chip.
+    # NVIDIA H200 data sheet, NVL column: 1671 and 3341 TFLOP/s with sparsity, 141 GB, 4.8 TB/s; NVLink bridge
+    # 900 GB/s both ways.
+    Gpu("h200-nvl", "H200 NVL", 835.5 * _T, 1670.5 * _T, 4.8e12, 141 * _G, 450 * _G, 50 * _G, 132,
+        _attention(835.5 * _T)),
+    # NVIDIA H200 data sheet, SXM column: 141 GB, 4.8 TB/s; the same chip.
     Gpu("h200", "H200", 989 * _T, 1979 * _T, 4.8e12, 141 * _G, 450 * _G, 50 * _G, 132, _FA3,
         _H100_BF16, _H100_FLOAT8),
     # NVIDIA HGX B200 data sheet: 180 GB, 7.7 TB/s, NVLink 1.8 TB/s both ways.
@@ -103,13 +107,13 @@ _TABLE = (
 GPUS: Final[Mapping[str, Gpu]] = MappingProxyType({gpu.name: gpu for gpu in _TABLE})
 """By the name that commands take. Special cases stand before the general ones: `gpu_of` takes the first."""
 
-_LESS_THAN_WHOLE = re.compile(r"\b(MIG|Laptop|Max-Q|4090 D|GRID)\b")
+_LESS_THAN_WHOLE = re.compile(r"\b(MIG|Laptop|Max-Q|4090 D|GRID|H100 \d+GB HBM2e?)\b")
 
 
 def gpu_of(driver_name: str) -> Gpu | None:
     """The GPU that the driver calls `driver_name` ("NVIDIA H100 80GB HBM3"); None if it is not in the
-    table: a slice of one (MIG), a slower relative (RTX 4090 Laptop), or a name that merely contains one
-    (GB200).
+    table: a slice of one (MIG), a slower relative (RTX 4090 Laptop, an H100 with HBM2), or a name that
+    merely contains one (GB200).
     """
     if _LESS_THAN_WHOLE.search(driver_name):
         return None

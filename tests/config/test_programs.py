@@ -40,12 +40,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         ("./assets/hf/Llama-3.1-8B/tokenizer.json", "--repo_id meta-llama/Llama-3.1-8B --assets tokenizer"),
         ("/data/Llama-3.1-8B", "--repo_id meta-llama/Llama-3.1-8B --assets tokenizer --local_dir /data"),
-        ("/my data/x", "--repo_id OWNER/x --assets tokenizer --local_dir '/my data'"),
-        ("assets/hf/other", "--repo_id OWNER/other --assets tokenizer"),
+        (
+            "/my data/Meta-Llama-3-8B-Instruct",
+            "--repo_id meta-llama/Meta-Llama-3-8B-Instruct --assets tokenizer --local_dir '/my data'",
+        ),
     ],
 )
 def test_download_command(path: str, command: str) -> None:
     assert download_command(path) == f"{octavo_command()} download {command}"
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "assets/hf/other", "my-llama", "/data/Llama-3.1-8B; rm", "/"])
+def test_no_repository_is_made_up(path: str) -> None:
+    assert download_command(path) is None
 
 
 def test_octavo_by_its_name_only_where_path_leads_to_this_environment(

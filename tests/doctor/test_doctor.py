@@ -82,7 +82,87 @@ def test_each_thing_wrong_in_a_config_is_a_finding(capsys):
     assert code == 2
     assert told["verdict"] == "Not ready: 2 things to mend in this job."
     assert any("--training.steps" in f["told"] for f in failures(told))
-    assert "doctor --job.config_file=debug_model.toml --training.stepz=5" in told["next"]
+    assert told["next"].endswith("doctor --job.config_file=debug_model.toml --optimizer.name=SGD")
+
+
+def test_what_is_wrong_is_told_in_one_round(capsys):
+    code, told = doctor(
+        capsys,
+        "--config-file=debug_model.toml",
+        "--training.stepz=5",
+        "--model.hf_assets_path=/nowhere",
+        "--job.dump_folder=/proc/x",
+        "--training.dataset=",
+    )
+
+    assert code == 2
+    texts = [f["told"] for f in failures(told)]
+    assert len(texts) == 4
+    assert texts[0].startswith("--training.stepz: unknown flag")
+    assert "must not be empty" in texts[1]
+    assert texts[2].startswith("model.hf_assets_path = /nowhere")
+    assert texts[3].startswith("job.dump_folder = /proc/x")
+
+
+def test_a_value_out_of_range_is_told_with_what_is_not_there(capsys):
+    _, told = doctor(
+        capsys, "--config-file=debug_model.toml", "--training.steps=-5", "--model.hf_assets_path=/nowhere"
+    )
+
+    assert [
+        f["told"][:19] if number == 0 else f["told"].split(" ")[0] for number, f in enumerate(failures(told))
+    ] == ["training.steps = -5", "model.hf_assets_path"]
+
+
+def test_a_config_without_its_flag_is_named_with_it_next(capsys):
+    code, told = doctor(capsys, "debug_model.toml")
+
+    assert code == 2
+    assert told["next"].endswith("doctor --config-file=debug_model.toml")
+
+
+@pytest.mark.parametrize("folder", ["/proc/x", "file/below"])
+def test_a_folder_that_cannot_be_written(capsys, tmp_path, folder):
+    (tmp_path / "file").write_text("")
+
+    code, told = doctor(capsys, "--config-file=debug_model.toml", f"--job.dump_folder={folder}")
+
+    assert code == 2
+    (problem,) = failures(told)
+    assert problem["told"].startswith(f"job.dump_folder = {folder}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_tokenizer_nobody_publishes_gets_no_made_up_command(capsys):
+    _, told = doctor(capsys, "--config-file=debug_model.toml", "--model.hf_assets_path=/nowhere/tok")
+
+    (problem,) = failures(told)
+    assert problem["remedy"] == "a folder with tokenizer.json, or a shipped one: octavo_bpe_2048"
+
+
+@pytest.mark.parametrize(
+    ("batch", "level", "words"), [(1, "ok", "and the machine has"), (10**6, "note", "not fit")]
+)
+def test_the_memory_that_a_job_would_take(capsys, monkeypatch, batch, level, words):
+    monkeypatch.setattr(job.memory, "_SECONDS", 60.0)
+
+    code, told = doctor(capsys, "--config-file=debug_model.toml", f"--training.local_batch_size={batch}")
+
+    assert code == 0
+    (found,) = [f for f in told["job"] if f["what"] == "memory"]
+    assert found["level"] == level
+    assert words in found["told"]
+
+
+def test_an_estimate_that_takes_too_long_is_left(capsys, monkeypatch):
+    monkeypatch.setattr(job.memory, "_SECONDS", 0.01)
+
+    code, told = doctor(capsys, "--config-file=debug_model.toml")
+
+    assert code == 0
+    (found,) = [f for f in told["job"] if f["what"] == "memory"]
+    assert "is not known" in found["told"]
+    assert "estimate --job.config_file=debug_model.toml --ngpu=1 --device=cpu" in found["remedy"]
 
 
 def test_a_missing_config_file(capsys):
@@ -108,7 +188,10 @@ def test_a_tokenizer_that_cannot_be_read(capsys, tmp_path):
     code, told = doctor(capsys, "--config-file", "debug_model.toml", f"--model.hf_assets_path={tmp_path}")
 
     assert code == 2
-    assert str(tmp_path) in failures(told)[0]["told"]
+    (problem,) = failures(told)
+    assert problem["what"] == "tokenizer"
+    assert str(tmp_path) in problem["told"]
+    assert "octavo_bpe_2048" in problem["remedy"]
 
 
 def test_a_disk_too_small_for_two_checkpoints(capsys, monkeypatch):

@@ -53,6 +53,36 @@ def test_an_unknown_gpu_is_told_with_the_known_ones():
     assert gpu_of("NVIDIA GeForce GTX 1080") is None
 
 
+@pytest.mark.parametrize(
+    ("driver_name", "known_as"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H100 64GB HBM2", None),
+        ("NVIDIA H100 80GB HBM2e", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H200 NVL", "h200-nvl"),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA H20", None),
+        ("NVIDIA H800", None),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA GB200", None),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L40", None),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("AMD Instinct MI300X", "mi300x"),
+    ],
+)
+def test_a_driver_name_is_this_gpu_or_none(driver_name, known_as):
+    found = gpu_of(driver_name)
+    assert (found and found.name) == known_as
+
+
 def test_ceilings_lie_below_peaks_and_float8_above_bf16():
     for gpu in GPUS.values():
         assert gpu.bf16_ceiling < gpu.bf16
