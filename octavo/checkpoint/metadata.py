@@ -30,10 +30,12 @@ from octavo.checkpoint.errors import DamagedCheckpoint, RefusedCheckpoint
 FILE = ".metadata"
 
 _DCP = "torch.distributed.checkpoint.metadata"
+_ENUMERATION = "_MEM_FORMAT_ENCODING"
+_GETATTR = ("builtins", "getattr")
 _KNOWN = {
     *((_DCP, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
     *((_DCP, name) for name in ("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata")),
-    (_DCP, "_MEM_FORMAT_ENCODING"),
+    (_DCP, _ENUMERATION),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
@@ -46,16 +48,36 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file)
         self._where = where
         self._stand_ins: dict[tuple[str, str], type] = {}
+        self._unused: tuple[str, str] | None = None
+
+    def load(self) -> Any:
+        found = super().load()
+        if self._unused is not None:
+            raise self._refused(*self._unused)
+        return found
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
+        if (module, name) == _GETATTR:
+            self._unused = _GETATTR
+            return self._member
         if (module, name) not in _KNOWN:
-            raise RefusedCheckpoint(
-                f"{self._where}: refused: it asks for {module}.{name}, which no checkpoint needs; "
-                "nothing of it was run. Do not use this checkpoint"
-            )
+            raise self._refused(module, name)
         return self._stand_ins.setdefault((module, name), _stand_in(name))
+
+    def _member(self, owner: Any, name: Any) -> Any:
+        """In place of getattr, by which Python before 3.11.4 pickles a member of an enumeration."""
+        if getattr(owner, "stands_for", None) != _ENUMERATION:
+            raise self._refused(*_GETATTR)
+        self._unused = None
+        return owner(name)
+
+    def _refused(self, module: str, name: str) -> RefusedCheckpoint:
+        return RefusedCheckpoint(
+            f"{self._where}: refused: it asks for {module}.{name}, which no checkpoint needs; "
+            "nothing of it was run. Do not use this checkpoint"
+        )
 
     def persistent_load(self, pid: Any) -> Any:
         raise RefusedCheckpoint(f"{self._where}: refused: it asks for a persistent object, {pid!r}")

@@ -1,5 +1,7 @@
 """The reader gives back what was saved, from any layout; and a hostile checkpoint runs nothing."""
 
+import copyreg
+import io
 import os
 import pickle
 import zipfile
@@ -8,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -138,6 +140,32 @@ def test_any_other_global_is_refused_by_name(folder, module, name, protocol):
         content = b"\x80\x04" + b"".join(words) + b"\x93."
     (folder / ".metadata").write_bytes(content)
     with pytest.raises(RefusedCheckpoint, match=f"asks for {module}.{name}, which"):
+        read_metadata(folder)
+
+
+@pytest.mark.parametrize(
+    ("reduce", "asks"),
+    [
+        (lambda member: (type(member), (member.value,)), False),
+        (lambda member: (getattr, (type(member), member.name)), True),  # Python before 3.11.4
+    ],
+)
+def test_members_of_an_enumeration_are_read_as_every_python_pickles_them(folder, reduce, asks):
+    found = pickle.loads((folder / ".metadata").read_bytes())
+    written = io.BytesIO()
+    pickler = pickle.Pickler(written)
+    pickler.dispatch_table = {**copyreg.dispatch_table, _MEM_FORMAT_ENCODING: reduce}
+    pickler.dump(found)
+    assert (b"getattr" in written.getvalue()) is asks
+    (folder / ".metadata").write_bytes(written.getvalue())
+    assert read_model(folder).keys() == WEIGHTS.keys()
+
+
+@pytest.mark.parametrize("owner", ["torch\nSize", "torch.distributed.checkpoint.metadata\nMetadata"])
+def test_getattr_gives_nothing_else(folder, owner):
+    content = f"cbuiltins\ngetattr\n(c{owner}\nS'__reduce__'\ntR.".encode()
+    (folder / ".metadata").write_bytes(content)
+    with pytest.raises(RefusedCheckpoint, match="asks for builtins.getattr, which"):
         read_metadata(folder)
 
 
