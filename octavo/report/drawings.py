@@ -129,6 +129,8 @@ def heatmaps_of(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     for run in runs:
         for operand, grid in (run["health"] or {}).items():
             name = re.sub(r"\W", "_", f"health_{run['name']}_{operand}")  # of a file, too
+            while name in found or f"{name}_sqnr" in found:  # of runs a-b and a_b
+                name += "_"
             axes = {"layers": grid["layers"], "steps": grid["steps"]}
             of = f"{run['name']}, {operand}"
             percent = [[None if value is None else 100 * value for value in row] for row in grid["flushed"]]

@@ -188,6 +188,18 @@ def test_health_becomes_a_grid_of_layers_and_steps(folders: dict[str, Path], tmp
         assert "25.0 dB: layers.0.w1, step 10" in text
 
 
+def test_runs_of_like_names_keep_their_own_heatmaps(folders: dict[str, Path], tmp_path: Path) -> None:
+    for name, flushed in (("a-b", 0.25), ("a_b", 0.5)):
+        folders[name] = write_run(tmp_path / name, falling(), recipe="rowwise")
+        row = {"step": 10, "layer": "w1", "operand": "input", "flushed": flushed, "sqnr": 20.0}
+        (folders[name] / "health.jsonl").write_text(json.dumps(row) + "\n")
+    report(folders, tmp_path / "out")
+    drawn = {path.name: path.read_text() for path in (tmp_path / "out").glob("health_*.svg")}
+    assert len(drawn) == 4
+    assert sum("a-b, input: flushed" in text for text in drawn.values()) == 1
+    assert sum("a_b, input: flushed" in text for text in drawn.values()) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "warning"),
     [
