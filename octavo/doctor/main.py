@@ -18,7 +18,9 @@ _EPILOG = """\
 Further options are the job's own, as ./run_train.sh takes them: --training.compile,
 --float8.recipe_name=rowwise. NGPU and the other variables of run_train.sh are heeded.
 
-exit codes: 0 ready, 1 something is wrong with the machine, 2 something is wrong with the job
+exit codes:
+  0 ready, or doubtful where something is marked warn, 1 something is wrong with the machine,
+  2 something is wrong with the job
 """
 
 
@@ -103,6 +105,7 @@ def _verdict(
     of_machine: Sequence[Finding], of_job: Sequence[Finding], options: Sequence[str], *, wants_job: bool
 ) -> tuple[int, str, str]:
     """The exit code, a sentence, and the command to run next."""
+    again = shlex.join([*shlex.split(octavo_command()), "doctor", *_right(options)])
     for findings, code, whose in (
         (of_machine, exits.FAILED, "this machine"),
         (of_job, exits.USER_ERROR, "this job"),
@@ -110,11 +113,14 @@ def _verdict(
         wrong = [finding for finding in findings if finding.level is Level.FAIL]
         if wrong:
             count = f"{len(wrong)} thing{'s' if len(wrong) > 1 else ''}"
-            again = shlex.join([*shlex.split(octavo_command()), "doctor", *_right(options)])
             remedy = next((finding.remedy for finding in wrong if finding.remedy), "mend what is marked FAIL")
             return code, f"Not ready: {count} to mend in {whose}.", f"{remedy}; then {again}"
     notes = sum(finding.level is Level.NOTE for finding in (*of_machine, *of_job))
     suffix = f" ({notes} note{'s' if notes > 1 else ''} above)" if notes else ""
+    warned = [finding for finding in (*of_machine, *of_job) if finding.level is Level.WARN]
+    if warned:
+        doubt = f"Doubtful: {'this job' if wants_job else 'training'} would start, but see the warning above."
+        return exits.DONE, doubt, f"{warned[0].remedy}; then {again}"
     ready = f"Ready: {'this job' if wants_job else 'the machine'} can train{suffix}."
     return exits.DONE, ready, _train_command(options)
 

@@ -1,8 +1,12 @@
 """octavo doctor: the verdict, the exit code and the next command, on sound and on broken set-ups."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -141,9 +145,10 @@ def test_a_tokenizer_nobody_publishes_gets_no_made_up_command(capsys):
 
 
 @pytest.mark.parametrize(
-    ("batch", "level", "words"), [(1, "ok", "and the machine has"), (10**6, "note", "not fit")]
+    ("batch", "level", "words", "verdict"),
+    [(1, "ok", "and the machine has", "Ready:"), (10**6, "warn", "not fit", "Doubtful:")],
 )
-def test_the_memory_that_a_job_would_take(capsys, monkeypatch, batch, level, words):
+def test_the_memory_that_a_job_would_take(capsys, monkeypatch, batch, level, words, verdict):
     monkeypatch.setattr(job.memory, "_SECONDS", 60.0)
 
     code, told = doctor(capsys, "--config-file=debug_model.toml", f"--training.local_batch_size={batch}")
@@ -152,6 +157,36 @@ def test_the_memory_that_a_job_would_take(capsys, monkeypatch, batch, level, wor
     (found,) = [f for f in told["job"] if f["what"] == "memory"]
     assert found["level"] == level
     assert words in found["told"]
+    assert told["verdict"].startswith(verdict)
+    assert ("run_train.sh" in told["next"]) == (level == "ok")
+
+
+def test_what_an_estimate_forked_ends_with_it(monkeypatch, tmp_path):
+    """The processes that trace are forks of the one that is waited for."""
+    program = tmp_path / "estimate"
+    program.write_text("#!/bin/sh\nsleep 60 &\necho $! > forked\nwait\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(job.memory.sys, "executable", str(program))
+    monkeypatch.setattr(job.memory, "_SECONDS", 1.0)
+
+    assert job.memory.look([], processes=1, here=1, gpus=0).level is Level.NOTE
+
+    forked = int((tmp_path / "forked").read_text())
+    for _ in range(50):  # the system reaps it in its own time
+        if _has_ended(forked):
+            return
+        time.sleep(0.1)
+    os.kill(forked, signal.SIGKILL)
+    pytest.fail("a fork of the estimate outlived it")
+
+
+def _has_ended(process):
+    try:
+        os.kill(process, 0)
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (ProcessLookupError, FileNotFoundError):
+        return True
+    return state == "Z"
 
 
 def test_an_estimate_that_takes_too_long_is_left(capsys, monkeypatch):
