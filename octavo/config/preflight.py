@@ -276,7 +276,11 @@ def _tokenizer(job: JobConfig) -> Iterator[str]:
 
 def _outputs(job: JobConfig) -> Iterator[str]:
     folder = Path(job.job.dump_folder).expanduser()
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = (path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    existing = next(there)
+    if not existing.exists():  # where mkdir makes no folder, whatever may be behind the link
+        yield f"{named(job, 'job.dump_folder')}: {existing} is a link to nothing; name another folder"
+        return
     if not existing.is_dir():
         what = "is a file" if existing == folder else f"lies below {existing}, which is a file"
         yield f"{named(job, 'job.dump_folder')} {what}; name a folder"

@@ -307,6 +307,9 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     assert "is a file; name a folder" in problems("--job.dump_folder=file")
     assert "lies below" in problems("--job.dump_folder=file/below/it")
     assert problems("--job.dump_folder=new/below/it") == ""
+    Path("link").symlink_to("gone")
+    assert "link is a link to nothing" in problems("--job.dump_folder=link")
+    assert "link is a link to nothing" in problems("--job.dump_folder=link/below")
     assert not (tmp_path / "new").exists()
     told = problems("--job.dump_folder=.", "--checkpoint.enable", "--checkpoint.folder=file")
     assert told == "checkpoint.folder = file (--checkpoint.folder): file is a file; name a folder"
