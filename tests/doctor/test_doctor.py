@@ -118,6 +118,37 @@ def test_a_value_out_of_range_is_told_with_what_is_not_there(capsys):
     ] == ["training.steps = -5", "model.hf_assets_path"]
 
 
+def test_a_key_that_a_hint_names_is_told_for_itself(capsys):
+    _, told = doctor(capsys, "--config-file=debug_model.toml", "--training.stepz=5", "--training.steps=-5")
+
+    first, second = failures(told)
+    assert first["told"].endswith("did you mean '--training.steps'?")
+    assert second["told"].startswith("training.steps = -5")
+
+
+@pytest.mark.parametrize("other", ["--training.stepz=5", "--training.steps=-5"])
+def test_a_broken_tokenizer_and_a_wrong_flavor_are_told_in_the_same_round(capsys, tmp_path, other):
+    (tmp_path / "tokenizer.json").write_text("{}")
+
+    _, told = doctor(
+        capsys,
+        "--config-file=debug_model.toml",
+        other,
+        f"--model.hf_assets_path={tmp_path}",
+        "--model.flavor=9B",
+    )
+
+    assert [f["what"] for f in failures(told)] == ["config", "config", "tokenizer"]
+    assert failures(told)[1]["told"].startswith("model.flavor = 9B")
+    assert str(tmp_path / "tokenizer.json") in failures(told)[2]["told"]
+
+
+def test_a_flavor_is_not_judged_without_its_model(capsys):
+    _, told = doctor(capsys, "--config-file=nowhere.toml", "--model.flavor=mine")
+
+    assert len(failures(told)) == 1
+
+
 def test_a_config_without_its_flag_is_named_with_it_next(capsys):
     code, told = doctor(capsys, "debug_model.toml")
 
@@ -141,7 +172,7 @@ def test_a_tokenizer_nobody_publishes_gets_no_made_up_command(capsys):
     _, told = doctor(capsys, "--config-file=debug_model.toml", "--model.hf_assets_path=/nowhere/tok")
 
     (problem,) = failures(told)
-    assert problem["remedy"] == "a folder with tokenizer.json, or a shipped one: octavo_bpe_2048"
+    assert problem["remedy"] == "name a folder with tokenizer.json, or a shipped one: octavo_bpe_2048"
 
 
 @pytest.mark.parametrize(
@@ -227,6 +258,19 @@ def test_a_tokenizer_that_cannot_be_read(capsys, tmp_path):
     assert problem["what"] == "tokenizer"
     assert str(tmp_path) in problem["told"]
     assert "octavo_bpe_2048" in problem["remedy"]
+
+
+def test_a_tokenizer_of_a_known_repository_that_cannot_be_read_is_fetched_again(capsys, tmp_path):
+    folder = tmp_path / "Llama-3.1-8B"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("not JSON")
+
+    _, told = doctor(capsys, "--config-file", "debug_model.toml", f"--model.hf_assets_path={folder}")
+
+    (problem,) = failures(told)
+    assert problem["what"] == "tokenizer"
+    assert "download --repo_id meta-llama/Llama-3.1-8B --assets tokenizer" in problem["remedy"]
+    assert told["next"].startswith(problem["remedy"])
 
 
 def test_a_disk_too_small_for_two_checkpoints(capsys, monkeypatch):
