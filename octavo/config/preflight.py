@@ -293,7 +293,7 @@ def _outputs(job: JobConfig) -> Iterator[str]:
         return
     if not existing.is_dir():
         what = "is a file" if existing == folder else f"lies below {existing}, which is a file"
-        yield f"{named(job, 'job.dump_folder')} {what}; name a folder"
+        yield f"{named(job, 'job.dump_folder')} {what}; name another folder"
         return
     try:  # permissions do not tell: a file system may be read-only, or take no files at all, as /proc
         tempfile.TemporaryFile(dir=existing).close()

@@ -18,7 +18,8 @@ from octavo.doctor.findings import Finding, Level, fail, note, ok
 from octavo.torchrun import Launch
 
 _STATE_BYTES = 12  # a parameter in a checkpoint: float32 weight and the two moments of AdamW
-_REMEDIES = ("to fetch it:", "instead:")  # how a message begins the line with what would help
+# How a message begins what would help.
+_REMEDIES = ("\nto fetch it:", "\ninstead:", "; name another folder", ": pip install ")
 _PROBE = "The quick brown fox; 1, 2, 3 …"
 
 
@@ -71,8 +72,9 @@ def _problems(what: str, message: str) -> Iterator[Finding]:
     for text in told:
         problem, remedy = text, ""
         for begin in _REMEDIES:
-            if f"\n{begin}" in text:
-                problem, _, remedy = text.partition(f"\n{begin}")
+            if begin in text:
+                problem, _, remedy = text.partition(begin)
+                remedy = remedy if begin.endswith(":") else f"{begin.lstrip(':; ')}{remedy}"
         yield fail(what, problem, remedy.strip())
 
 

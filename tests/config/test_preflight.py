@@ -304,7 +304,7 @@ def test_a_custom_import_is_found_but_not_imported(tmp_path: Path) -> None:
 
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "is a file; name a folder" in problems("--job.dump_folder=file")
+    assert "is a file; name another folder" in problems("--job.dump_folder=file")
     assert "lies below" in problems("--job.dump_folder=file/below/it")
     assert problems("--job.dump_folder=new/below/it") == ""
     Path("link").symlink_to("gone")

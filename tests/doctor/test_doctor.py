@@ -1,5 +1,6 @@
 """octavo doctor: the verdict, the exit code and the next command, on sound and on broken set-ups."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from octavo.doctor import float8, job, machine, main
-from octavo.doctor.findings import Level
+from octavo.doctor.findings import Level, fail
 from octavo.float8.selfcheck import Check
 
 
@@ -86,7 +87,7 @@ def test_each_thing_wrong_in_a_config_is_a_finding(capsys):
     assert code == 2
     assert told["verdict"] == "Not ready: 2 things to mend in this job."
     assert any("--training.steps" in f["told"] for f in failures(told))
-    assert told["next"].endswith("doctor --job.config_file=debug_model.toml --optimizer.name=SGD")
+    assert told["next"].endswith("doctor --job.config_file=debug_model.toml")
 
 
 def test_what_is_wrong_is_told_in_one_round(capsys):
@@ -149,11 +150,51 @@ def test_a_flavor_is_not_judged_without_its_model(capsys):
     assert len(failures(told)) == 1
 
 
-def test_a_config_without_its_flag_is_named_with_it_next(capsys):
-    code, told = doctor(capsys, "debug_model.toml")
+@pytest.mark.parametrize(
+    ("wrong", "kept"),
+    [
+        (["debug_model.toml"], "--config-file=debug_model.toml"),
+        (["--training.steps", "5", "debug_model.toml"], "--config-file=debug_model.toml --training.steps=5"),
+        (["--training.steps=5", "nowhere.toml"], "--training.steps=5"),
+        (["--config-file=debug_model.toml", "foo", "bar"], "--job.config_file=debug_model.toml"),
+        (["--config-file=debug_model.toml", "--training.steps=x"], "--job.config_file=debug_model.toml"),
+        (
+            ["--config-file=debug_model.toml", "--checkpoint.enable=maybe"],
+            "--job.config_file=debug_model.toml",
+        ),
+        (["--config-file=debug_model.toml", "--training.steps=-5"], "--job.config_file=debug_model.toml"),
+        (
+            ["--config-file=debug_model.toml", "--job.dump_folder=/proc/x"],
+            "--job.config_file=debug_model.toml",
+        ),
+        (
+            ["--config-file=debug_model.toml", "--model.tokenizer_path=/x"],
+            "--job.config_file=debug_model.toml",
+        ),
+        (["--config-file=nowhere.toml", "--training.steps=5"], "--training.steps=5"),
+    ],
+)
+def test_what_comes_next_works_as_it_stands(capsys, monkeypatch, wrong, kept):
+    monkeypatch.setattr(job.memory, "_SECONDS", 0.01)  # it is not about memory
+
+    code, told = doctor(capsys, *wrong)
 
     assert code == 2
-    assert told["next"].endswith("doctor --config-file=debug_model.toml")
+    again = told["next"].partition(" doctor ")[2]
+    assert again == kept
+    assert doctor(capsys, *again.split())[0] == 0
+
+
+def test_a_package_that_the_job_needs_is_installed_and_the_job_stays(capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+
+    _, told = doctor(capsys, "--config-file=debug_model.toml", "--metrics.enable_wandb")
+
+    (problem,) = failures(told)
+    assert problem["remedy"] == "pip install wandb"
+    assert told["next"].startswith("pip install wandb; then ")
+    assert told["next"].endswith("doctor --job.config_file=debug_model.toml --metrics.enable_wandb")
 
 
 @pytest.mark.parametrize("folder", ["/proc/x", "file/below"])
@@ -165,6 +206,7 @@ def test_a_folder_that_cannot_be_written(capsys, tmp_path, folder):
     assert code == 2
     (problem,) = failures(told)
     assert problem["told"].startswith(f"job.dump_folder = {folder}")
+    assert told["next"].startswith("name another folder; then ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
@@ -302,6 +344,19 @@ def test_without_torch_it_says_so_and_how_to_get_it():
         "remedy": "pip install 'torch>=2.11'",
     }
     assert told["next"].startswith("pip install 'torch>=2.11'")
+
+
+def test_a_machine_that_is_not_ready_beside_a_value_that_is_none(capsys, monkeypatch):
+    """Where torch is missing nothing has been said about the job."""
+    monkeypatch.setattr(
+        machine, "look", lambda: iter([fail("torch", "is not installed", "pip install torch")])
+    )
+    monkeypatch.setattr(main, "_job", lambda options: [])
+
+    code, told = doctor(capsys, "--config-file=debug_model.toml", "--checkpoint.enable=maybe")
+
+    assert code == 1
+    assert told["next"].endswith("doctor --job.config_file=debug_model.toml")
 
 
 def test_a_gpu_that_torch_does_not_see(capsys, monkeypatch):
