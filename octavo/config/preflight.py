@@ -53,14 +53,24 @@ def check(job: JobConfig, *, world_size: int, gpus: int | None = None, elsewhere
             *_offload(job, world_size),
             *_rewind(job),
             *_seed(job, world_size),
-            *([] if elsewhere else here(job, gpus)),
+            *([] if elsewhere else _here(job, gpus)),
         ]
     problems += without_effect(job, world_size)
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def here(job: JobConfig, gpus: int | None) -> Iterator[str]:
+def each(job: JobConfig, gpus: int | None) -> list[str]:
+    """What is wrong with single values of `job`, a line each: what can be told of each by itself, however
+    much else is wrong.
+    """
+    problems = [*out_of_range(job), *_here(job, gpus)]
+    if "model.name" in job.given:  # a flavor is one of a model, which may be what could not be read
+        problems += _model(job)
+    return problems
+
+
+def _here(job: JobConfig, gpus: int | None) -> Iterator[str]:
     """What is wrong with the files, packages and programs that `job` needs on this machine, a line each."""
     yield from _on_disk(data_checks.dataset, job, "training.dataset")
     yield from _on_disk(data_checks.validation, job, "validation.dataset")
@@ -267,7 +277,7 @@ def _tokenizer(job: JobConfig) -> Iterator[str]:
         wrong = f"no such tokenizer{did_you_mean(given, names.TOKENIZERS)}"
     fetch = download_command(given)
     remedy = (
-        f"instead: a folder with tokenizer.json, or a shipped one: {', '.join(names.TOKENIZERS)}"
+        f"instead: name a folder with tokenizer.json, or a shipped one: {', '.join(names.TOKENIZERS)}"
         if fetch is None
         else f"to fetch it: {fetch}"
     )
@@ -276,10 +286,14 @@ def _tokenizer(job: JobConfig) -> Iterator[str]:
 
 def _outputs(job: JobConfig) -> Iterator[str]:
     folder = Path(job.job.dump_folder).expanduser()
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = (path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    existing = next(there)
+    if not existing.exists():  # where mkdir makes no folder, whatever may be behind the link
+        yield f"{named(job, 'job.dump_folder')}: {existing} is a link to nothing; name another folder"
+        return
     if not existing.is_dir():
         what = "is a file" if existing == folder else f"lies below {existing}, which is a file"
-        yield f"{named(job, 'job.dump_folder')} {what}; name a folder"
+        yield f"{named(job, 'job.dump_folder')} {what}; name another folder"
         return
     try:  # permissions do not tell: a file system may be read-only, or take no files at all, as /proc
         tempfile.TemporaryFile(dir=existing).close()

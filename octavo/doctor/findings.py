@@ -5,10 +5,13 @@ from enum import Enum
 
 
 class Level(Enum):
-    """How much a finding matters. NOTE: works, but know it. FAIL: training would not start, or be wrong."""
+    """How much a finding matters. NOTE: works, but know it. WARN: starts, but is not expected to get far.
+    FAIL: training would not start, or be wrong.
+    """
 
     OK = "ok"
     NOTE = "note"
+    WARN = "warn"
     FAIL = "FAIL"
 
 
@@ -35,6 +38,10 @@ def ok(what: str, told: str) -> Finding:
 
 def note(what: str, told: str, remedy: str = "") -> Finding:
     return Finding(Level.NOTE, what, told, remedy)
+
+
+def warn(what: str, told: str, remedy: str = "") -> Finding:
+    return Finding(Level.WARN, what, told, remedy)
 
 
 def fail(what: str, told: str, remedy: str = "") -> Finding:

@@ -10,15 +10,16 @@ import torch
 from octavo import config, launch, models, quantization
 from octavo.building import model_args
 from octavo.components.logging import count
-from octavo.components.tokenizer import build_tokenizer
+from octavo.components.tokenizer import Tokenizer, build_tokenizer
 from octavo.config import ConfigError, JobConfig, names
-from octavo.config.ranges import out_of_range
+from octavo.config.programs import download_command
 from octavo.doctor import memory
-from octavo.doctor.findings import Finding, fail, note, ok
+from octavo.doctor.findings import Finding, Level, fail, note, ok
 from octavo.torchrun import Launch
 
 _STATE_BYTES = 12  # a parameter in a checkpoint: float32 weight and the two moments of AdamW
-_REMEDIES = ("to fetch it:", "instead:")  # how a message begins the line with what would help
+# How a message begins what would help.
+_REMEDIES = ("\nto fetch it:", "\ninstead:", "; name another folder", ": pip install ")
 _PROBE = "The quick brown fox; 1, 2, 3 …"
 
 
@@ -36,20 +37,28 @@ def look(options: Sequence[str], gpus: int) -> Iterator[Finding]:
 
 
 def _also_missing(options: Sequence[str], gpus: int, found: Sequence[Finding]) -> list[Finding]:
-    """What the job lacks on this machine, as far as it can be read, beyond what was `found`: one round is
-    enough to learn of a misspelt key and of a tokenizer that is not there.
+    """What is wrong with the job's values one by one, as far as they can be read, beyond what was `found`:
+    one round is enough to learn of a misspelt key and of a tokenizer that is not there.
     """
     try:
         job = config.load(launch.with_config_file(options, os.environ), problems=[])
-        lacking = list(_problems("config", "\n".join([*out_of_range(job), *config.here(job, gpus)])))
+        problems = list(_problems("config", "\n".join(config.each(job, gpus))))
     except (ConfigError, OSError, ValueError):  # of values that were told already
         return []
-    more: list[Finding] = []
-    for finding in lacking:
-        key = finding.told.split(" ", 1)[0]  # of one key, what is wrong with it first
-        if not any(key in other.told for other in [*found, *more]):
-            more.append(finding)
-    return more
+    told = {_key(finding) for finding in found}
+    more: dict[str, Finding] = {}  # of one key, what is wrong with it first
+    for finding in problems:
+        more.setdefault(_key(finding), finding)
+    if "model.hf_assets_path" not in more:
+        _, tokenizer = _tokenizer(job)
+        if tokenizer.level is not Level.OK:
+            more["model.hf_assets_path"] = tokenizer
+    return [finding for key, finding in more.items() if key not in told]
+
+
+def _key(finding: Finding) -> str:
+    """The key that a message about a value begins with."""
+    return finding.told.split(" ", 1)[0]
 
 
 def _problems(what: str, message: str) -> Iterator[Finding]:
@@ -63,19 +72,17 @@ def _problems(what: str, message: str) -> Iterator[Finding]:
     for text in told:
         problem, remedy = text, ""
         for begin in _REMEDIES:
-            if f"\n{begin}" in text:
-                problem, _, remedy = text.partition(f"\n{begin}")
+            if begin in text:
+                problem, _, remedy = text.partition(begin)
+                remedy = remedy if begin.endswith(":") else f"{begin.lstrip(':; ')}{remedy}"
         yield fail(what, problem, remedy.strip())
 
 
 def _job(job: JobConfig, planned: Launch, gpus: int) -> Iterator[Finding]:
-    try:
-        tokenizer = build_tokenizer(job.model.hf_assets_path)
-        length = len(tokenizer.encode(_PROBE, bos=False, eos=False))
-    except ConfigError as error:
-        yield fail("tokenizer", str(error), f"or name a shipped one: {', '.join(names.TOKENIZERS)}")
+    tokenizer, finding = _tokenizer(job)
+    yield finding
+    if tokenizer is None:
         return
-    yield ok("tokenizer", f"{job.model.hf_assets_path}: {tokenizer.vocab_size:,} tokens, {length} in a probe")
     yield ok("data", f"{job.training.dataset}: there")
     try:
         if job.experimental.custom_import:
@@ -96,6 +103,19 @@ def _job(job: JobConfig, planned: Launch, gpus: int) -> Iterator[Finding]:
     yield _disk(job, size)
     here = launch.processes_wanted(os.environ, gpus)
     yield memory.look(planned.options, processes=planned.processes, here=here, gpus=gpus)
+
+
+def _tokenizer(job: JobConfig) -> tuple[Tokenizer | None, Finding]:
+    """The job's tokenizer, tried out, if there is a sound one."""
+    path = job.model.hf_assets_path
+    try:
+        tokenizer = build_tokenizer(path)
+        length = len(tokenizer.encode(_PROBE, bos=False, eos=False))
+    except ConfigError as error:
+        fetch = download_command(path)
+        shipped = f"name a folder with a sound one, or a shipped one: {', '.join(names.TOKENIZERS)}"
+        return None, fail("tokenizer", str(error), fetch or shipped)
+    return tokenizer, ok("tokenizer", f"{path}: {tokenizer.vocab_size:,} tokens, {length} in a probe")
 
 
 def _disk(job: JobConfig, size: int) -> Finding:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from octavo import __version__, exits, launch
-from octavo.config import flags
+from octavo.config import ConfigError, files, flags
 from octavo.config.programs import octavo_command
 from octavo.doctor import machine
 from octavo.doctor.findings import Finding, Level, fail
@@ -18,7 +18,9 @@ _EPILOG = """\
 Further options are the job's own, as ./run_train.sh takes them: --training.compile,
 --float8.recipe_name=rowwise. NGPU and the other variables of run_train.sh are heeded.
 
-exit codes: 0 ready, 1 something is wrong with the machine, 2 something is wrong with the job
+exit codes:
+  0 ready, or doubtful where something is marked warn, 1 something is wrong with the machine,
+  2 something is wrong with the job
 """
 
 
@@ -103,6 +105,7 @@ def _verdict(
     of_machine: Sequence[Finding], of_job: Sequence[Finding], options: Sequence[str], *, wants_job: bool
 ) -> tuple[int, str, str]:
     """The exit code, a sentence, and the command to run next."""
+    again = shlex.join([*shlex.split(octavo_command()), "doctor", *_right(options, of_job)])
     for findings, code, whose in (
         (of_machine, exits.FAILED, "this machine"),
         (of_job, exits.USER_ERROR, "this job"),
@@ -110,21 +113,43 @@ def _verdict(
         wrong = [finding for finding in findings if finding.level is Level.FAIL]
         if wrong:
             count = f"{len(wrong)} thing{'s' if len(wrong) > 1 else ''}"
-            again = shlex.join([*shlex.split(octavo_command()), "doctor", *_right(options)])
             remedy = next((finding.remedy for finding in wrong if finding.remedy), "mend what is marked FAIL")
             return code, f"Not ready: {count} to mend in {whose}.", f"{remedy}; then {again}"
     notes = sum(finding.level is Level.NOTE for finding in (*of_machine, *of_job))
     suffix = f" ({notes} note{'s' if notes > 1 else ''} above)" if notes else ""
+    warned = [finding for finding in (*of_machine, *of_job) if finding.level is Level.WARN]
+    if warned:
+        doubt = f"Doubtful: {'this job' if wants_job else 'training'} would start, but see the warning above."
+        return exits.DONE, doubt, f"{warned[0].remedy}; then {again}"
     ready = f"Ready: {'this job' if wants_job else 'the machine'} can train{suffix}."
     return exits.DONE, ready, _train_command(options)
 
 
-def _right(options: Sequence[str]) -> list[str]:
-    """`options` without what is none; a config that was named without its flag gets it."""
-    found = [flag.canonical for flag in flags.scan(options)[0]]
-    if options and options[0].endswith(".toml") and not options[0].startswith("--"):
-        found.insert(0, f"--config-file={options[0]}")
-    return found
+def _right(options: Sequence[str], found: Sequence[Finding]) -> list[str]:
+    """`options` as they are to be given again: without those that are a mistake themselves, for which only
+    the user can say what was meant. A config that was named without its flag gets it.
+    """
+    commands = ("pip install ", octavo_command())  # after which the job works as it was asked for
+    wrong = [f for f in found if f.level is Level.FAIL and not f.remedy.startswith(commands)]
+    read, problems = flags.scan(options)
+    kept = [flag.canonical for flag in read if not flags.check_values([flag]) and not _blamed(flag, wrong)]
+    if flags.config_file(read) is None:
+        unflagged = (o for o in options if any(p.startswith(f"unexpected argument {o!r};") for p in problems))
+        kept[:0] = [f"--config-file={word}" for word in unflagged if _is_config(word)][:1]
+    return kept
+
+
+def _blamed(flag: flags.Flag, wrong: Sequence[Finding]) -> bool:
+    """Whether one of `wrong` says that its value comes from `flag`."""
+    begins = (f"{flag.typed}:", f"{flag.typed}=")
+    return any(f"({flag.typed})" in finding.told or finding.told.startswith(begins) for finding in wrong)
+
+
+def _is_config(word: str) -> bool:
+    try:
+        return word.endswith(".toml") and files.find(word).is_file()
+    except ConfigError:
+        return False
 
 
 def _train_command(options: Sequence[str]) -> str:

@@ -304,9 +304,12 @@ def test_a_custom_import_is_found_but_not_imported(tmp_path: Path) -> None:
 
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "is a file; name a folder" in problems("--job.dump_folder=file")
+    assert "is a file; name another folder" in problems("--job.dump_folder=file")
     assert "lies below" in problems("--job.dump_folder=file/below/it")
     assert problems("--job.dump_folder=new/below/it") == ""
+    Path("link").symlink_to("gone")
+    assert "link is a link to nothing" in problems("--job.dump_folder=link")
+    assert "link is a link to nothing" in problems("--job.dump_folder=link/below")
     assert not (tmp_path / "new").exists()
     told = problems("--job.dump_folder=.", "--checkpoint.enable", "--checkpoint.folder=file")
     assert told == "checkpoint.folder = file (--checkpoint.folder): file is a file; name a folder"

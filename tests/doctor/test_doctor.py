@@ -1,13 +1,18 @@
 """octavo doctor: the verdict, the exit code and the next command, on sound and on broken set-ups."""
 
+import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from octavo.doctor import float8, job, machine, main
-from octavo.doctor.findings import Level
+from octavo.doctor.findings import Level, fail
 from octavo.float8.selfcheck import Check
 
 
@@ -82,7 +87,7 @@ def test_each_thing_wrong_in_a_config_is_a_finding(capsys):
     assert code == 2
     assert told["verdict"] == "Not ready: 2 things to mend in this job."
     assert any("--training.steps" in f["told"] for f in failures(told))
-    assert told["next"].endswith("doctor --job.config_file=debug_model.toml --optimizer.name=SGD")
+    assert told["next"].endswith("doctor --job.config_file=debug_model.toml")
 
 
 def test_what_is_wrong_is_told_in_one_round(capsys):
@@ -114,11 +119,82 @@ def test_a_value_out_of_range_is_told_with_what_is_not_there(capsys):
     ] == ["training.steps = -5", "model.hf_assets_path"]
 
 
-def test_a_config_without_its_flag_is_named_with_it_next(capsys):
-    code, told = doctor(capsys, "debug_model.toml")
+def test_a_key_that_a_hint_names_is_told_for_itself(capsys):
+    _, told = doctor(capsys, "--config-file=debug_model.toml", "--training.stepz=5", "--training.steps=-5")
+
+    first, second = failures(told)
+    assert first["told"].endswith("did you mean '--training.steps'?")
+    assert second["told"].startswith("training.steps = -5")
+
+
+@pytest.mark.parametrize("other", ["--training.stepz=5", "--training.steps=-5"])
+def test_a_broken_tokenizer_and_a_wrong_flavor_are_told_in_the_same_round(capsys, tmp_path, other):
+    (tmp_path / "tokenizer.json").write_text("{}")
+
+    _, told = doctor(
+        capsys,
+        "--config-file=debug_model.toml",
+        other,
+        f"--model.hf_assets_path={tmp_path}",
+        "--model.flavor=9B",
+    )
+
+    assert [f["what"] for f in failures(told)] == ["config", "config", "tokenizer"]
+    assert failures(told)[1]["told"].startswith("model.flavor = 9B")
+    assert str(tmp_path / "tokenizer.json") in failures(told)[2]["told"]
+
+
+def test_a_flavor_is_not_judged_without_its_model(capsys):
+    _, told = doctor(capsys, "--config-file=nowhere.toml", "--model.flavor=mine")
+
+    assert len(failures(told)) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kept"),
+    [
+        (["debug_model.toml"], "--config-file=debug_model.toml"),
+        (["--training.steps", "5", "debug_model.toml"], "--config-file=debug_model.toml --training.steps=5"),
+        (["--training.steps=5", "nowhere.toml"], "--training.steps=5"),
+        (["--config-file=debug_model.toml", "foo", "bar"], "--job.config_file=debug_model.toml"),
+        (["--config-file=debug_model.toml", "--training.steps=x"], "--job.config_file=debug_model.toml"),
+        (
+            ["--config-file=debug_model.toml", "--checkpoint.enable=maybe"],
+            "--job.config_file=debug_model.toml",
+        ),
+        (["--config-file=debug_model.toml", "--training.steps=-5"], "--job.config_file=debug_model.toml"),
+        (
+            ["--config-file=debug_model.toml", "--job.dump_folder=/proc/x"],
+            "--job.config_file=debug_model.toml",
+        ),
+        (
+            ["--config-file=debug_model.toml", "--model.tokenizer_path=/x"],
+            "--job.config_file=debug_model.toml",
+        ),
+        (["--config-file=nowhere.toml", "--training.steps=5"], "--training.steps=5"),
+    ],
+)
+def test_what_comes_next_works_as_it_stands(capsys, monkeypatch, wrong, kept):
+    monkeypatch.setattr(job.memory, "_SECONDS", 0.01)  # it is not about memory
+
+    code, told = doctor(capsys, *wrong)
 
     assert code == 2
-    assert told["next"].endswith("doctor --config-file=debug_model.toml")
+    again = told["next"].partition(" doctor ")[2]
+    assert again == kept
+    assert doctor(capsys, *again.split())[0] == 0
+
+
+def test_a_package_that_the_job_needs_is_installed_and_the_job_stays(capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+
+    _, told = doctor(capsys, "--config-file=debug_model.toml", "--metrics.enable_wandb")
+
+    (problem,) = failures(told)
+    assert problem["remedy"] == "pip install wandb"
+    assert told["next"].startswith("pip install wandb; then ")
+    assert told["next"].endswith("doctor --job.config_file=debug_model.toml --metrics.enable_wandb")
 
 
 @pytest.mark.parametrize("folder", ["/proc/x", "file/below"])
@@ -130,6 +206,7 @@ def test_a_folder_that_cannot_be_written(capsys, tmp_path, folder):
     assert code == 2
     (problem,) = failures(told)
     assert problem["told"].startswith(f"job.dump_folder = {folder}")
+    assert told["next"].startswith("name another folder; then ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
@@ -137,13 +214,14 @@ def test_a_tokenizer_nobody_publishes_gets_no_made_up_command(capsys):
     _, told = doctor(capsys, "--config-file=debug_model.toml", "--model.hf_assets_path=/nowhere/tok")
 
     (problem,) = failures(told)
-    assert problem["remedy"] == "a folder with tokenizer.json, or a shipped one: octavo_bpe_2048"
+    assert problem["remedy"] == "name a folder with tokenizer.json, or a shipped one: octavo_bpe_2048"
 
 
 @pytest.mark.parametrize(
-    ("batch", "level", "words"), [(1, "ok", "and the machine has"), (10**6, "note", "not fit")]
+    ("batch", "level", "words", "verdict"),
+    [(1, "ok", "and the machine has", "Ready:"), (10**6, "warn", "not fit", "Doubtful:")],
 )
-def test_the_memory_that_a_job_would_take(capsys, monkeypatch, batch, level, words):
+def test_the_memory_that_a_job_would_take(capsys, monkeypatch, batch, level, words, verdict):
     monkeypatch.setattr(job.memory, "_SECONDS", 60.0)
 
     code, told = doctor(capsys, "--config-file=debug_model.toml", f"--training.local_batch_size={batch}")
@@ -152,6 +230,36 @@ def test_the_memory_that_a_job_would_take(capsys, monkeypatch, batch, level, wor
     (found,) = [f for f in told["job"] if f["what"] == "memory"]
     assert found["level"] == level
     assert words in found["told"]
+    assert told["verdict"].startswith(verdict)
+    assert ("run_train.sh" in told["next"]) == (level == "ok")
+
+
+def test_what_an_estimate_forked_ends_with_it(monkeypatch, tmp_path):
+    """The processes that trace are forks of the one that is waited for."""
+    program = tmp_path / "estimate"
+    program.write_text("#!/bin/sh\nsleep 60 &\necho $! > forked\nwait\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(job.memory.sys, "executable", str(program))
+    monkeypatch.setattr(job.memory, "_SECONDS", 1.0)
+
+    assert job.memory.look([], processes=1, here=1, gpus=0).level is Level.NOTE
+
+    forked = int((tmp_path / "forked").read_text())
+    for _ in range(50):  # the system reaps it in its own time
+        if _has_ended(forked):
+            return
+        time.sleep(0.1)
+    os.kill(forked, signal.SIGKILL)
+    pytest.fail("a fork of the estimate outlived it")
+
+
+def _has_ended(process):
+    try:
+        os.kill(process, 0)
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (ProcessLookupError, FileNotFoundError):
+        return True
+    return state == "Z"
 
 
 def test_an_estimate_that_takes_too_long_is_left(capsys, monkeypatch):
@@ -194,6 +302,19 @@ def test_a_tokenizer_that_cannot_be_read(capsys, tmp_path):
     assert "octavo_bpe_2048" in problem["remedy"]
 
 
+def test_a_tokenizer_of_a_known_repository_that_cannot_be_read_is_fetched_again(capsys, tmp_path):
+    folder = tmp_path / "Llama-3.1-8B"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("not JSON")
+
+    _, told = doctor(capsys, "--config-file", "debug_model.toml", f"--model.hf_assets_path={folder}")
+
+    (problem,) = failures(told)
+    assert problem["what"] == "tokenizer"
+    assert "download --repo_id meta-llama/Llama-3.1-8B --assets tokenizer" in problem["remedy"]
+    assert told["next"].startswith(problem["remedy"])
+
+
 def test_a_disk_too_small_for_two_checkpoints(capsys, monkeypatch):
     usage = type("usage", (), {"free": 100_000_000})
     monkeypatch.setattr(job.shutil, "disk_usage", lambda path: usage)
@@ -223,6 +344,19 @@ def test_without_torch_it_says_so_and_how_to_get_it():
         "remedy": "pip install 'torch>=2.11'",
     }
     assert told["next"].startswith("pip install 'torch>=2.11'")
+
+
+def test_a_machine_that_is_not_ready_beside_a_value_that_is_none(capsys, monkeypatch):
+    """Where torch is missing nothing has been said about the job."""
+    monkeypatch.setattr(
+        machine, "look", lambda: iter([fail("torch", "is not installed", "pip install torch")])
+    )
+    monkeypatch.setattr(main, "_job", lambda options: [])
+
+    code, told = doctor(capsys, "--config-file=debug_model.toml", "--checkpoint.enable=maybe")
+
+    assert code == 1
+    assert told["next"].endswith("doctor --job.config_file=debug_model.toml")
 
 
 def test_a_gpu_that_torch_does_not_see(capsys, monkeypatch):
