@@ -204,6 +204,8 @@ def _environment(
     # The working directory comes last: a model of the user's own is found there and shadows nothing.
     paths = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     wanted = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([*paths, os.getcwd()])}
+    if "PYTHONUNBUFFERED" not in environ:
+        wanted["PYTHONUNBUFFERED"] = "1"  # what they print is read from files while they run
     if terminal and "FORCE_COLOR" not in environ and not environ.get("NO_COLOR"):
         wanted["FORCE_COLOR"] = "1"  # the processes write into pipes of torchrun's, which are no terminals
     if processes > 1:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 
 from octavo import exits
@@ -52,6 +53,8 @@ def run(launch: Launch) -> int:
 
     Returns 0, or the exit code of the first process that failed (128 + the signal that ended it).
     """
+    if isinstance(sys.stdout, TextIOWrapper):  # or what processes print waits in a pipe until the end
+        sys.stdout.reconfigure(line_buffering=True)
     logs = Path(tempfile.mkdtemp(prefix="octavo-logs-"))
     os.environ.update(launch.environment)
     os.environ[FOLDER_VARIABLE] = str(logs)

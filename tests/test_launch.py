@@ -180,6 +180,7 @@ def test_environment_on_a_cpu(tmp_path, monkeypatch):
     assert environment["OMP_WAIT_POLICY"] == "passive"
     assert environment["PYTHONPATH"] == f"/a:/b:{tmp_path}"
     assert environment["PYTHONSAFEPATH"] == "1"
+    assert environment["PYTHONUNBUFFERED"] == "1"
     assert "PYTORCH_ALLOC_CONF" not in environment
     assert planned(NGPU="3", cores=2).environment["OMP_NUM_THREADS"] == "1"
     assert "OMP_NUM_THREADS" not in planned().environment  # torch takes every core by itself
@@ -215,6 +216,7 @@ def test_environment_on_a_gpu():
 def test_what_the_user_has_set_stays():
     cpu = planned(NGPU="2", OMP_NUM_THREADS="3", GOMP_SPINCOUNT="9", OMP_WAIT_POLICY="active").environment
     assert (cpu["OMP_NUM_THREADS"], cpu["GOMP_SPINCOUNT"], cpu["OMP_WAIT_POLICY"]) == ("3", "9", "active")
+    assert "PYTHONUNBUFFERED" not in planned(PYTHONUNBUFFERED="").environment
     assert planned(gpus=1, PYTORCH_ALLOC_CONF="x:1").environment["PYTORCH_ALLOC_CONF"] == "x:1"
     assert "PYTORCH_ALLOC_CONF" not in planned(gpus=1, PYTORCH_CUDA_ALLOC_CONF="x:1").environment
 
@@ -367,7 +369,7 @@ if sys.argv[1] in ("hang", "deaf"):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 status.write(7)
-print(f"rank {rank} of {world}", flush=True)
+print(f"rank {rank} of {world}")  # not flushed, as in code of a user's
 match sys.argv[1], rank:
     case "fail", 1:
         print("the reason", file=sys.stderr)
@@ -394,9 +396,11 @@ def begin(tmp_path):
     started = []
 
     def begin(what: str, **environ: str) -> subprocess.Popen[str]:
+        # Lines are to come while training runs without this variable too.
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
         process = subprocess.Popen(
             [sys.executable, "-c", DRIVER, str(script), what],
-            env={**os.environ, "NGPU": "2", "TMPDIR": str(temporary), **environ},
+            env={**inherited, "NGPU": "2", "TMPDIR": str(temporary), **environ},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -92,6 +92,8 @@ class Tokenizer:
         self._engine = engine
         self.source = source
         vocabulary = engine.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise ConfigError(f"{source}: there are no tokens in it; fetch or copy it again")
         self.vocab_size = 1 + max(vocabulary.values())
         self.bos, self.eos = bos, eos
         self.bos_id = None if bos is None else self._id(bos)

@@ -269,6 +269,7 @@ class TestHuggingFaceFolder:
         [
             ("tokenizer.json", "{}", "not a usable Hugging Face tokenizer.json"),
             ("tokenizer.json", '{"model": {"type": "BPE"', "not a usable Hugging Face tokenizer.json"),
+            ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "no tokens in it"),
             ("tokenizer.json", "<html>", "not JSON, so not a Hugging Face tokenizer.json"),
             ("tokenizer_config.json", "{", "not readable as JSON"),
             ("tokenizer_config.json", "[]", "holds a list, not a JSON object"),
