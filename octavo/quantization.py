@@ -40,6 +40,7 @@ from octavo.float8.health import Monitor, Row, audit
 from octavo.float8.matmul import EmulationWarning, choose_path, describe_path
 from octavo.float8.pretend import as_on_a_gpu as as_on_a_gpu
 from octavo.float8.pretend import expect_hardware as expect_hardware
+from octavo.float8.pretend import gather_in_float8 as gather_in_float8
 from octavo.float8.selfcheck import Check, check_device
 from octavo.float8.tensor_parallel import (
     Float8ColwiseParallel,

@@ -208,6 +208,9 @@ def _trace(
         step.loss_sum = lambda tokens, labels: model(tokens, labels_BS=labels)
     tracker = Tracker(fake, operations.see)
     watch(stages or [model], tracker)
+    with fake:
+        for part in stages or [model]:
+            quantization.gather_in_float8(part)
     with _aside(tracker), fake:
         if plan is not None:
             step.pipeline = step._pipeline(plan, stages)
@@ -223,18 +226,11 @@ def _trace(
 
 
 def _eager(job: JobConfig) -> JobConfig:
-    """`job` without compilation, with everything on one device (what is offloaded is subtracted later), and
-    with weights gathered in high precision, an upper bound of their memory and messages.
-    """
+    """`job` without compilation, and with everything on one device: what is offloaded is subtracted later."""
     changed = replace(
         job,
         compile=replace(job.compile, enable=False),
         training=replace(job.training, enable_cpu_offload=False),
-        float8=replace(
-            job.float8,
-            enable_fsdp_float8_all_gather=False,
-            precompute_float8_dynamic_scale_for_fsdp=False,
-        ),
     )
     changed.given, changed.where = job.given, job.where
     return changed

@@ -24,13 +24,14 @@ error: to notice it on some ranks only and reduce again there would hang the oth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -86,57 +87,16 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
         yield from value if isinstance(value, (list, tuple)) else (value,)
 
 
-class ShardedWeight(Tensor):
-    """One rank's part of a weight that FSDP2 is to gather in float8 as `cast` says.
+HOOKS = "float8_gather_hooks"
+"""Attribute of a shard whose hooks are an object of their own, as where none can be its class."""
 
-    It has the storage of the plain tensor `plain`. Operations give plain tensors, but for those by which
-    FSDP2 and `nn.Module` lay the parameter out anew (padding, slicing, moving to a device, `to_empty`). Its
-    pickle is that of `plain`.
-    """
+
+class GatherHooks:
+    """What FSDP2 calls to gather the shard `plain` in float8 as `cast` says; `known` is of its values."""
 
     plain: Tensor
     cast: Cast
     known: Known
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @staticmethod
-    def __new__(cls, plain: Tensor, cast: Cast, known: Known | None = None) -> ShardedWeight:
-        weight = torch.Tensor._make_subclass(cls, plain)  # type: ignore[attr-defined]
-        weight.plain, weight.cast, weight.known = plain, cast, known or Known()
-        return weight
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"ShardedWeight({self.plain!r}, cast={self.cast})"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedWeight:
-        copied = memo[id(self)] = ShardedWeight(self.plain.detach().clone(), self.cast)
-        return copied
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.plain.__reduce_ex__(protocol)
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        written = [t for t in _written(func, args, kwargs) if isinstance(t, ShardedWeight)]
-        for weight in written:
-            weight.known.forget()
-        unwrap = lambda tree: tree_map_only(ShardedWeight, lambda t: t.plain, tree)  # noqa: E731
-        out = func(*unwrap(args), **unwrap(kwargs))
-        if not isinstance(out, Tensor) or not isinstance(args[0], ShardedWeight):
-            return out
-        weight = args[0]
-        if out is weight.plain:  # written in place
-            return weight
-        if out.dim() == 2 and func in _LAID_OUT_AGAIN:
-            return ShardedWeight(out, weight.cast, weight.known)
-        if out.dim() == 2 and func in _MADE_LIKE:
-            same_values = func is _aten._to_copy.default and out.dtype == weight.dtype
-            return ShardedWeight(out, weight.cast, weight.known if same_values else None)
-        return out
 
     def fsdp_pre_all_gather(
         self,
@@ -148,13 +108,14 @@ class ShardedWeight(Tensor):
     ) -> tuple[tuple[Tensor], Any]:
         """This rank's bytes to gather, and what `fsdp_post_all_gather` needs beside them."""
         N, K = outer_size
-        dim = int(self.shape[1] != K)
+        dim = int(self.plain.shape[1] != K)
         layout = Layout(N, K, dim, mesh.size(), mesh.get_local_rank())
-        dtype = mp_policy.param_dtype or self.dtype
+        dtype = mp_policy.param_dtype or self.plain.dtype
         if not getattr(module, "gathers_float8", False):
             # A weight shared with another module, which FSDP2 hands over in that module's name.
             padded = self.plain.new_zeros(layout.padded, dtype=dtype)
-            padded.narrow(0, 0, self.shape[0]).narrow(1, 0, self.shape[1]).copy_(self.plain)
+            rows, cols = self.plain.shape
+            padded.narrow(0, 0, rows).narrow(1, 0, cols).copy_(self.plain)
             return (padded,), (layout, None)
         known = self.known
         if known.layout is None:
@@ -168,7 +129,7 @@ class ShardedWeight(Tensor):
         if amax is None or amax.shape != layout.grid(self.cast):
             groups = [mesh.get_group(), *_tensor_parallel_groups(module.weight, self.cast, mesh)]
             (amax,) = reduce_maxima([shard_amax(self.plain, layout, self.cast)], groups)
-        data, scale = cast_shard(self.plain.to(dtype), amax.to(self.device), layout, self.cast)
+        data, scale = cast_shard(self.plain.to(dtype), amax.to(self.plain.device), layout, self.cast)
         if known.hold:
             known.amax, known.version = amax, _version(self.plain)
             known.casts[dtype] = data, scale
@@ -210,23 +171,82 @@ class ShardedWeight(Tensor):
             )
 
 
-def _refuse_smaller_groups(module: nn.Module) -> None:
-    """Raise ValueError if FSDP2 is to reshard `module` to a part of its ranks after forward.
+class ShardedWeight(GatherHooks, Tensor):
+    """One rank's part of a weight that FSDP2 is to gather in float8 as `cast` says.
 
-    It would fail there with a message about dtypes. Only its own records tell, so where those look otherwise
-    than known, its message has to do.
+    It has the storage of the plain tensor `plain`. Operations give plain tensors, but for those by which
+    FSDP2 and `nn.Module` lay the parameter out anew (padding, slicing, moving to a device, `to_empty`). Its
+    pickle is that of `plain`.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, plain: Tensor, cast: Cast, known: Known | None = None) -> ShardedWeight:
+        weight = torch.Tensor._make_subclass(cls, plain)  # type: ignore[attr-defined]
+        weight.plain, weight.cast, weight.known = plain, cast, known or Known()
+        return weight
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"ShardedWeight({self.plain!r}, cast={self.cast})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedWeight:
+        copied = memo[id(self)] = ShardedWeight(self.plain.detach().clone(), self.cast)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain.__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        written = [t for t in _written(func, args, kwargs) if isinstance(t, ShardedWeight)]
+        for weight in written:
+            weight.known.forget()
+        unwrap = lambda tree: tree_map_only(ShardedWeight, lambda t: t.plain, tree)  # noqa: E731
+        out = func(*unwrap(args), **unwrap(kwargs))
+        if not isinstance(out, Tensor) or not isinstance(args[0], ShardedWeight):
+            return out
+        weight = args[0]
+        if out is weight.plain:  # written in place
+            return weight
+        if isinstance(out, FakeTensor):  # which has a class of its own; see `pretend.py`
+            return out
+        if out.dim() == 2 and func in _LAID_OUT_AGAIN:
+            return ShardedWeight(out, weight.cast, weight.known)
+        if out.dim() == 2 and func in _MADE_LIKE:
+            same_values = func is _aten._to_copy.default and out.dtype == weight.dtype
+            return ShardedWeight(out, weight.cast, weight.known if same_values else None)
+        return out
+
+
+def fsdp_parameters(mine: Container[nn.Module]) -> Iterator[tuple[Any, Any]]:
+    """FSDP2's own records of the parameters of the modules in `mine`: (parameter group, parameter).
+
+    They are private to PyTorch: where they look otherwise than known, there are none.
     """
     for reference in list(_module_state_mapping.values()):
         state = reference()
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
         for group in groups:
-            mine = any(p._module_info.module is module for p in getattr(group, "fsdp_params", ()))
-            if mine and getattr(group, "_use_post_forward_mesh", False):
-                raise ValueError(
-                    "reshard_after_forward is a number of ranks; FSDP2 cannot reshard weights that it "
-                    "gathers in float8 to fewer ranks. Use reshard_after_forward=True or False, or gather in "
-                    "high precision: enable_fsdp_float8_all_gather=False"
-                )
+            for parameter in getattr(group, "fsdp_params", ()):
+                if parameter._module_info.module in mine:
+                    yield group, parameter
+
+
+def _refuse_smaller_groups(module: nn.Module) -> None:
+    """Raise ValueError if FSDP2 is to reshard `module` to a part of its ranks after forward.
+
+    It would fail there with a message about dtypes; where its records do not tell, that has to do.
+    """
+    if any(getattr(group, "_use_post_forward_mesh", False) for group, _ in fsdp_parameters([module])):
+        raise ValueError(
+            "reshard_after_forward is a number of ranks; FSDP2 cannot reshard weights that it "
+            "gathers in float8 to fewer ranks. Use reshard_after_forward=True or False, or gather in "
+            "high precision: enable_fsdp_float8_all_gather=False"
+        )
 
 
 _LAID_OUT_AGAIN = frozenset(
@@ -300,18 +320,14 @@ def plain_parameter(tensor: Any) -> Any:
 # -------------------------------------------------------------------------------- all scales in one reduction
 
 
-def sharded_weights(module: nn.Module) -> list[tuple[DTensor, ShardedWeight]]:
-    """The parameters in `module` that FSDP2 gathers in float8 and holds sharded now, and their local
-    tensors.
-    """
-    return [
-        (p, p._local_tensor)
-        for p in module.parameters()
-        if isinstance(p, DTensor) and isinstance(p._local_tensor, ShardedWeight)
-    ]
+def sharded_weights(module: nn.Module) -> list[tuple[DTensor, GatherHooks]]:
+    """The parameters in `module` that FSDP2 gathers in float8 and holds sharded now, and their hooks."""
+    locals_ = [(p, p._local_tensor) for p in module.parameters() if isinstance(p, DTensor)]
+    found = [(p, t if isinstance(t, GatherHooks) else getattr(t, HOOKS, None)) for p, t in locals_]
+    return [(p, hooks) for p, hooks in found if hooks is not None]
 
 
-def _layout_of(parameter: DTensor, weight: ShardedWeight) -> Layout | None:
+def _layout_of(parameter: DTensor, weight: GatherHooks) -> Layout | None:
     """The layout that FSDP2 told, or that a parameter sharded along one mesh axis at most must have."""
     if weight.known.layout is not None:
         return weight.known.layout

@@ -2,7 +2,8 @@
 
 An estimate of a job wants the shapes and the memory of a GPU's way: casts by kernels, which make nothing but
 their results, and products of float8 operands. Neither is computed here; within `as_on_a_gpu` both are
-shown by operations with the right operands and results.
+shown by operations with the right operands and results. `gather_in_float8` is for float8 gathers, on a GPU or
+not.
 """
 
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from octavo.float8 import cast_on_gpu, matmul
+from octavo.float8.fsdp import HOOKS, GatherHooks, Known, fsdp_parameters
 from octavo.float8.linear import Float8Linear
 from octavo.float8.quantize import Quantized
 from octavo.float8.recipe import Cast, Gemm
@@ -75,3 +78,27 @@ def expect_hardware(model: nn.Module) -> None:
             gemms = [gemm for gemm in module.recipe.gemms.values() if gemm.float8]
             device = matmul.Device("cuda")
             module.emulate = any(matmul.find_path(gemm, device) is None for gemm in gemms)
+
+
+class _Hooks(GatherHooks):
+    def __init__(self, plain: Tensor, cast: Cast) -> None:
+        self.plain, self.cast, self.known = plain, cast, Known()
+
+
+def gather_in_float8(model: nn.Module) -> None:
+    """Let FSDP2 gather in float8 the weights without memory of those layers of `model` that ask for it.
+
+    Such a tensor cannot be of the class that has the hooks, so they hang on the tensor itself; not before
+    FSDP2 has laid out its shards for the first step, since it puts other tensors in their places then.
+    """
+    if isinstance(model, FSDPModule):
+        model._get_fsdp_state()._lazy_init()
+    layers = {m for m in model.modules() if isinstance(m, Float8Linear) and m.gathers_float8}
+    for _, parameter in fsdp_parameters(layers):
+        layer, local = parameter._module_info.module, parameter.sharded_param._local_tensor
+        if parameter.sharded_param is not layer.weight:
+            continue
+        hooks = _Hooks(local.detach(), layer.recipe.output.b)
+        setattr(local, HOOKS, hooks)
+        local.fsdp_pre_all_gather = hooks.fsdp_pre_all_gather
+        local.fsdp_post_all_gather = hooks.fsdp_post_all_gather

@@ -59,6 +59,28 @@ def test_a_job_on_eight_gpus_as_json(run):
     assert sum(found["step_seconds_by"].values()) == pytest.approx(found["step_seconds"])
 
 
+@pytest.mark.parametrize("processes", [2, 3])  # 3: shards of different sizes
+def test_float8_gathers_send_one_byte_a_weight(run, processes):
+    """What `tests/distributed/test_traffic.py` counts on two processes that exist."""
+    layers = 6 * (4 * 256 * 256 + 3 * 256 * 768)
+    last = 256 + 2048 * 256  # norm and output, which backward begins with
+    rest = 2048 * 256 + 12 * 256 + last
+    gathered = {}
+    for gather in (False, True):
+        flags = ["--model.converters=float8", f"--float8.enable_fsdp_float8_all_gather={gather}"]
+        _, text = run("--ngpu", str(processes), "--json", *flags)
+        messages = json.loads(text)["sent_bytes_per_step"]
+        gathered[gather] = sum(m["bytes"] for m in messages if m["kind"] == "all-gather")
+    share = (processes - 1) / processes
+    wanted = {
+        False: 2 * (2 * (layers + rest) - last) * share,
+        True: (1 * 2 * layers + 2 * (2 * rest - last)) * share,
+    }
+    padding = 1.001 if processes == 3 else 1
+    for gather, bytes_ in gathered.items():
+        assert wanted[gather] <= bytes_ <= wanted[gather] * padding + 1
+
+
 def test_what_does_not_fit_is_exit_code_1(run):
     code, text = run(
         "--ngpu", "1", "--device", "rtx4090", "--model.flavor", "8B", "--model.hf_assets_path", "x"

@@ -23,6 +23,16 @@ CASES = {
     "one process, no checkpointing": (1, ["--activation_checkpoint.mode=none"]),
     "FSDP, selective checkpointing": (8, ["--activation_checkpoint.mode=selective"]),
     "FSDP, accumulation": (2, ["--activation_checkpoint.mode=none", "--training.global_batch_size=12"]),
+    "FSDP, float8 gathers, accumulation": (
+        4,
+        [
+            "--activation_checkpoint.mode=none",
+            "--training.global_batch_size=16",
+            "--model.converters=float8",
+            "--float8.enable_fsdp_float8_all_gather",
+            "--float8.precompute_float8_dynamic_scale_for_fsdp",
+        ],
+    ),
     "FSDP and tensor parallel, tensorwise": (
         4,
         [

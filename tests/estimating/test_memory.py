@@ -14,6 +14,7 @@ from tests.estimating.measured import flags, measure
 from tests.runs import recipe
 
 SMALL = {"training.seq_len": 48, "training.local_batch_size": 2}
+GATHER = {"float8.enable_fsdp_float8_all_gather": True}
 
 # name -> (processes, flags)
 CASES = {
@@ -24,6 +25,8 @@ CASES = {
     "FSDP": (2, {}),
     "FSDP, tensorwise": (2, recipe("tensorwise")),
     "FSDP, rowwise": (2, recipe("rowwise")),
+    "FSDP, float8 gathers": (2, recipe("tensorwise") | GATHER),
+    "FSDP, blockwise, float8 gathers": (2, recipe("blockwise") | GATHER),
     "tensor parallel": (2, {"parallelism.tensor_parallel_degree": 2}),
     "pipeline": (2, {"parallelism.pipeline_parallel_degree": 2}),
 }
@@ -38,8 +41,8 @@ def estimated(folder, changes, processes):
     return ranks.fork([(peak, (flags(folder, changes), processes))])[0]
 
 
-OFTEN = ("one process", "full checkpointing", "accumulation", "FSDP, rowwise", "tensor parallel")
-"""The others take a minute of CPU together: marked slow."""
+OFTEN = ("one process", "full checkpointing", "accumulation", "FSDP, float8 gathers", "tensor parallel")
+"""The others take more than a minute of CPU together: marked slow."""
 
 
 @pytest.mark.parametrize(
