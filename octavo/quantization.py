@@ -98,7 +98,7 @@ def monitor_of(model: nn.Module, settings: Float8) -> Monitor | None:
     """What measures the float8 layers of `model`, over all processes' tokens; None if nothing is to be."""
     if settings.health_every == 0 or not converted(model):
         return None
-    return Monitor(model, every=1, group=_everyone())
+    return Monitor(model, every=1, sample=settings.health_tokens or None, group=_everyone())
 
 
 def _everyone() -> dist.ProcessGroup | None:

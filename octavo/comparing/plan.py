@@ -112,8 +112,11 @@ class Plan:
             mine.append(f"--checkpoint.interval={max(10, self.steps // 10)}")
         if "checkpoint.keep_latest_k" not in given:
             mine.append("--checkpoint.keep_latest_k=2")
-        if float8 and self.measures_health and "float8.health_every" not in given:
-            mine.append(f"--float8.health_every={self.health_every}")
+        if float8 and self.measures_health:
+            if "float8.health_every" not in given:
+                mine.append(f"--float8.health_every={self.health_every}")
+            if "float8.health_tokens" not in given and config.load([*theirs, *mine]).float8.health_every:
+                mine.append("--float8.health_tokens=0")
         return (*theirs, *mine)
 
     @property

@@ -128,7 +128,12 @@ NEEDS: tuple[Need, ...] = (
         "set --model.fuse=on, and leave tensor parallelism out",
     ),
     Need(
-        ("float8.health_max_flushed", "float8.health_max_saturated", "float8.health_min_sqnr"),
+        (
+            "float8.health_tokens",
+            "float8.health_max_flushed",
+            "float8.health_max_saturated",
+            "float8.health_min_sqnr",
+        ),
         lambda job, _: job.float8.health_every > 0,
         "no step is measured",
         "add --float8.health_every",

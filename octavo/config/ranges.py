@@ -86,6 +86,7 @@ RULES: tuple[Rule, ...] = (
             "lr_scheduler.warmup_steps",
             "training.max_bad_records",
             "float8.health_every",
+            "float8.health_tokens",
             "parallelism.pipeline_parallel_first_stage_less_layers",
             "parallelism.pipeline_parallel_last_stage_less_layers",
         ),

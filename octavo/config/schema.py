@@ -323,6 +323,10 @@ class Float8:
     """Steps from one measurement of what casting does to every float8 layer to the next (health.jsonl); 0:
     none.
     """
+    health_tokens: int = 32
+    """Tokens of a process (rows of a weight), evenly spaced, in which a measurement counts; 0: all of them.
+    Maxima and scales are those of all in any case.
+    """
     health_max_flushed: float = 5.0
     """Percent of an operand's values that may become zero by their cast before a warning names the layer."""
     health_max_saturated: float = 1.0
