@@ -186,6 +186,8 @@ def picture_of(
         source = f"measured on {torch.cuda.get_device_name(device)}, torch {torch.__version__}, eager"
     else:
         found = find_gpu(gpu or "h100")
+        if found.float8 is None:
+            raise ValueError(f"--gpu {gpu}: {found.name} has no float8 units, so there is no speedup to draw")
         seconds, source = on_paper(found), f"NOT MEASURED: the roofline of {found.name} (octavo/roofline)"
     return Picture(
         f"{model} {flavor}: speedup of float8 over bfloat16, casts included",
@@ -218,8 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.out.suffix != ".svg":
             raise ValueError(f"--out {options.out}: an SVG is written; name a file that ends in .svg")
         for path in (options.out, options.json):
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
+            if path is not None and not path.parent.is_dir():
+                raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
         made = picture_of(options.model, options.flavor, tokens, recipes, options.gpu)
     except (ValueError, ConfigError, OSError) as error:
         parser.error(str(error))

@@ -60,10 +60,10 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--bf16_seeds",
-        type=whole(1, _MOST_SEEDS),
+        type=whole(2, _MOST_SEEDS),
         default=SUPPRESS,
         metavar="N",
-        help="seeds of the high-precision run, whose differences are the noise (default: 3)",
+        help="seeds of the high-precision run, whose differences are the noise; 2 at least (default: 3)",
     )
     parser.add_argument(
         "--no_control",
@@ -175,9 +175,9 @@ def _train_and_compare(words: Sequence[str], options: Namespace, out: Path, argv
     )
     remember(plan)
     code = Executor(plan, jobs=jobs, keep_checkpoints=hasattr(options, "keep_checkpoints"))()
-    if code == exits.REQUEUE:
-        print("octavo compare: stopped; the same command goes on", file=sys.stderr)
     if code != exits.DONE:
+        why = "stopped" if code == exits.REQUEUE else "a run did not end well (above)"
+        print(f"octavo compare: {why}; the same command goes on", file=sys.stderr)
         return code
     if not measure_saved(plan):
         print("octavo compare: what is kept for backward could not be measured", file=sys.stderr)

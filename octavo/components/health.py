@@ -5,8 +5,8 @@ a step and cast, handed to the trackers, and held against the limits of `[float8
 named with what would help: another recipe, which is tried on the same tensors first, or high precision.
 
 A run of thousands of steps must not repeat itself. A layer's operand is told of once, and again only when it
-has become twice as bad; a measurement tells of the three worst, and counts the others by operand. Trying
-other recipes costs a forward and a backward in eager mode, for the worst layer alone, and happens at most
+has become twice as bad; a measurement tells of the three worst each in a line, and of the others in one, which
+names them. Several layers have one remedy together, which is told last. Trying other recipes costs a forward and a backward in eager mode, for the worst layer alone, and happens at most
 once in ten measurements.
 """
 
@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from octavo.components.jsonl import Jsonl
-from octavo.components.logging import count, logger
+from octavo.components.logging import logger
 from octavo.config.schema import Float8
 
 _TOLD_AT_ONCE = 3
+_MOST_NAMED = 24  # layers in a line: more than that is no matter of single layers
 _BETWEEN_TRIALS = 10  # measurements
 
 
@@ -192,7 +193,20 @@ class HealthReport:
             logger.warning("Step %d: %s", step, self._warning(finding, better))
         more = found[_TOLD_AT_ONCE:]
         if more:
-            logger.warning("Step %d: and beyond the limits of [float8], too: %s", step, _counted(more))
+            logger.warning("Step %d: and beyond the limits of [float8], too: %s", step, _listed(more))
+        layers = list(dict.fromkeys(layer for layer, _, _ in self._told))
+        if len(layers) > 1:
+            logger.warning("Step %d: %s", step, self._together(layers))
+
+    def _together(self, layers: Sequence[str]) -> str:
+        """What would keep all of `layers` from losing so much."""
+        if len(layers) > _MOST_NAMED:
+            return (
+                f"{len(layers)} layers are beyond the limits of [float8] by now: a finer recipe for all is the "
+                "remedy, float8.recipe_name = rowwise or blockwise"
+            )
+        kept = ",".join([*self._settings.filter_fqns, *layers])
+        return f"all {len(layers)} layers told of so far in high precision: --float8.filter_fqns={kept}"
 
     def _is_news(self, finding: Finding) -> bool:
         told = self._told.get(finding.key)
@@ -236,16 +250,16 @@ class HealthReport:
         )
 
 
-def _counted(found: Sequence[Finding]) -> str:
-    """`found` in a few words: how many layers by operand and limit, and the worst, which is the first."""
+def _listed(found: Sequence[Finding]) -> str:
+    """`found` in a few words, by operand and limit: which layers, the worst first, and how bad each is."""
     groups: dict[tuple[str, str], list[Finding]] = {}
     for finding in found:
         groups.setdefault((finding.row.operand, finding.limit.name), []).append(finding)
-    told = [
-        f"{operand} of {count(len(each), 'layer')}, at worst "
-        f"{each[0].limit.shows(each[0].row)} {each[0].limit.means} in {each[0].row.layer}"
-        for (operand, _), each in groups.items()
-    ]
+    told = []
+    for (operand, _), each in groups.items():
+        names = [f"{f.row.layer} {f.limit.shows(f.row)}" for f in each[:_MOST_NAMED]]
+        rest = f" and {len(each) - _MOST_NAMED} more" if len(each) > _MOST_NAMED else ""
+        told.append(f"{operand} {each[0].limit.means} in {', '.join(names)}{rest}")
     return f"{'; '.join(told)}. See health.jsonl"
 
 

@@ -48,7 +48,14 @@ _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
             r"|triton_.*(abs.*max|clamp.*to_copy|to_copy.*clamp)"
         ),
     ),
-    (GEMM, re.compile(r"gemm|nvjet|cutlass|cublas|matmul|::mm$|::bmm$|::addmm$|::linear$|wgmma|sm\d\d_xmma")),
+    (OTHER, re.compile(r"^float8matmul")),  # our autograd function: what it calls tells for itself
+    (
+        GEMM,
+        re.compile(
+            r"gemm|nvjet|cutlass|cublas|matmul|::mm$|::bmm$|::addmm$|::linear$|wgmma|sm\d\d_xmma"
+            r"|triton_tem_fused\w*_(add)?b?mm|^cijk_"  # inductor's own products; AMD's
+        ),
+    ),
 )
 
 

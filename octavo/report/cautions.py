@@ -24,10 +24,32 @@ def cautions_of(
     """One sentence each. seeds: the runs that show the noise of `base`. told: the figures of `runs`."""
     return [
         *_of_the_baseline(base, seeds),
+        *(
+            f"{run.name} is not taken for the noise of {base.name}: {why}."
+            for run in runs
+            if is_a_seed(run, base) and (why := why_no_seed(run, base)) is not None
+        ),
         *(sentence for run in runs for sentence in _of_its_settings(run, base)),
         *(sentence for one in told for sentence in _of_its_verdict(one, base)),
         *_of_the_machines(runs),
     ]
+
+
+def is_a_seed(run: RunData, base: RunData) -> bool:
+    """Whether `run` is there to show the noise of `base`: its recipe from other initial weights."""
+    return run is not base and run.recipe == base.recipe and run.kind in ("baseline", "seed")
+
+
+def why_no_seed(run: RunData, base: RunData) -> str | None:
+    """Why the noise of `base` cannot be told from `run`; None where it can. Whatever else differs would pass
+    for noise, and hide what a recipe does.
+    """
+    if run.data_seed != base.data_seed:
+        return "it read other batches (give all runs one training.data_seed)"
+    differing = _differences(base, run)
+    if differing:
+        return f"it has another configuration ({'; '.join(differing)})"
+    return None
 
 
 def _of_the_baseline(base: RunData, seeds: Sequence[RunData]) -> Iterator[str]:
@@ -55,7 +77,7 @@ def _of_the_baseline(base: RunData, seeds: Sequence[RunData]) -> Iterator[str]:
 
 def _of_its_settings(run: RunData, base: RunData) -> Iterator[str]:
     differing = _differences(base, run)
-    if differing:
+    if differing and not is_a_seed(run, base):
         yield f"{run.name} has another configuration than {base.name}: {'; '.join(differing)}."
     if last_step(run) != last_step(base) and not failed(run):
         yield (

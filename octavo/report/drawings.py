@@ -22,12 +22,15 @@ def colours_of(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def drawings_of(figures: Mapping[str, Any]) -> dict[str, str]:
-    """name -> SVG: losses, gaps, the bars, and the heatmaps where health was measured."""
+    """name -> SVG: losses, gaps from afar and close by, the bars, and the heatmaps where health was
+    measured.
+    """
     runs = figures["runs"]
     colours = colours_of(runs)
     return {
         "losses": _losses(runs, colours),
         "gaps": _gaps(figures, colours),
+        "gaps_close": _gaps_close(figures, colours),
         **_bars(runs, colours),
         **{name: _heatmap(name, shown) for name, shown in heatmaps_of(runs).items()},
     }
@@ -57,7 +60,11 @@ def _losses(runs: Sequence[Run], colours: Mapping[str, str]) -> str:
     values = [value for run in runs for _, value in run["smoothed"] if value is not None] or [0.0, 1.0]
     room = 0.04 * (max(values) - min(values)) or 0.1
     return svg.line_chart(
-        lines, label="loss, nats per token", y_range=(min(values) - room, max(values) + room), name="losses"
+        lines,
+        label="loss, nats per token",
+        title="losses over the steps, smoothed",
+        y_range=(min(values) - room, max(values) + room),
+        name="losses",
     )
 
 
@@ -70,10 +77,31 @@ def _gaps(figures: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     return svg.line_chart(
         lines,
         label=f"loss - loss of {figures['baseline']}, nats",
+        title=f"gaps to the loss of {figures['baseline']}, smoothed, and its noise band",
         y_range=(-high, high),
         band=figures["band"],
         zero=True,
         name="gaps",
+    )
+
+
+def _gaps_close(figures: Mapping[str, Any], colours: Mapping[str, str]) -> str:
+    """The recipes that started from the baseline's weights alone, on a scale of their own: faint, the
+    differences step by step.
+    """
+    runs = [run for run in figures["runs"] if run["kind"] == "recipe" and run["same_weights"]]
+    values = sorted(abs(value) for run in runs for _, value in run["gaps"] if value is not None)
+    # A run that goes far astray would flatten the others; it stands in the panel above.
+    high = 1.3 * (min(values[-1], 4 * values[len(values) // 2]) if values else 0.0) or 0.01
+    lines = [Line(run["name"], run["gaps"], colours[run["name"]], faint=run["differences"]) for run in runs]
+    return svg.line_chart(
+        lines,
+        label=f"loss - loss of {figures['baseline']}, nats",
+        title=f"gaps of the recipes to the loss of {figures['baseline']}, close by, and step by step",
+        y_range=(-high, high),
+        band=figures["band"],
+        zero=True,
+        name="gaps_close",
     )
 
 

@@ -7,14 +7,19 @@ defines them: shares from 0 to 1, the SQNR in decibels.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
-MEASURES = ("flushed", "saturated", "sqnr")
+MEASURES: Mapping[str, Callable[[float, float], float]] = MappingProxyType(
+    {"flushed": max, "saturated": max, "sqnr": min}
+)
+"""What is shown, and which of two values is the worse."""
 
 
 def health_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """operand -> layers, steps, and for each of `MEASURES` a value for each layer and step (None: not
-    measured); None without rows. Layers are in the order in which the model has them.
+    measured); None without rows. Layers are in the order in which the model has them. Where a recipe casts
+    an operand twice, along its rows and along its columns, the value is the worse cast's.
     """
     grids: dict[str, Any] = {}
     for operand in dict.fromkeys(str(row.get("operand")) for row in rows):
@@ -22,8 +27,12 @@ def health_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         layers = list(dict.fromkeys(str(row["layer"]) for row in mine))
         steps = sorted({int(row["step"]) for row in mine})
         grid: dict[str, Any] = {"layers": layers, "steps": steps}
-        for measure in MEASURES:
-            found = {(str(row["layer"]), int(row["step"])): _number(row.get(measure)) for row in mine}
+        for measure, worse in MEASURES.items():
+            found: dict[tuple[str, int], float] = {}
+            for row in mine:
+                value, place = _number(row.get(measure)), (str(row["layer"]), int(row["step"]))
+                if value is not None:
+                    found[place] = worse(found[place], value) if place in found else value
             grid[measure] = [[found.get((layer, step)) for step in steps] for layer in layers]
         grids[operand] = grid
     return grids or None

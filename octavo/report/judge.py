@@ -12,10 +12,10 @@ from statistics import median
 from typing import Any
 
 from octavo.report import noise
-from octavo.report.cautions import cautions_of
+from octavo.report.cautions import cautions_of, is_a_seed, why_no_seed
 from octavo.report.health import health_of
 from octavo.report.load import RunData
-from octavo.report.verdict import doubt_control, not_finite, verdict_of
+from octavo.report.verdict import doubt_control, failed, not_finite, spacing, verdict_of
 
 _EARLIER = 0.75  # of the baseline's steps: the loss there is the target, which runs somewhat worse also reach
 
@@ -52,10 +52,12 @@ def figures_of(runs: Sequence[RunData], *, target: float | None = None) -> dict[
 
 
 def _seeds(runs: Sequence[RunData], base: RunData) -> list[RunData]:
-    """The runs that show the baseline's noise, one a seed; the baseline's first."""
+    """The runs that show the baseline's noise, one a seed; the baseline's first. They differ from it in their
+    initial weights alone.
+    """
     found = {base.seed: base}
     for run in runs:
-        if run.recipe == base.recipe and run.kind in ("baseline", "seed"):
+        if is_a_seed(run, base) and not why_no_seed(run, base):
             found.setdefault(run.seed, run)
     return list(found.values())
 
@@ -82,12 +84,12 @@ def _run(
     window: int,
     target: float | None,
 ) -> dict[str, Any]:
-    smoothed = noise.smooth(run.losses, window)
+    alike = spacing(run) == spacing(base)  # else the mean of so many losses covers other steps
+    smoothed = noise.smooth(run.losses, window) if alike else {}
     gaps = {} if run is base else noise.gap(run.losses, partner.losses, window)
     mean = None
     if run is not base and run.data_seed == partner.data_seed:
         mean = noise.mean_difference(run.losses, partner.losses)
-    falls = -noise.slope(noise.smooth(partner.losses, window))
     late = run.reports[1:] or run.reports
     seconds = median(report["seconds"] for report in late)
     reached = None if target is None else noise.first_below(smoothed, target)
@@ -111,14 +113,15 @@ def _run(
         "losses": _pairs(run.losses),
         "smoothed": _pairs(smoothed),
         "gaps": _pairs(gaps),
+        "differences": _pairs({} if run is base else noise.gap(run.losses, partner.losses, 1)),
         "verdict": verdict.word,
         "verdict_reason": verdict.reason,
         "widest": None if widest is None else asdict(widest),
         "largest_gap": _largest(gaps),
         "mean_gap": None if mean is None else asdict(mean),
-        "steps_behind": mean.mean / falls if mean is not None and falls > 0 else None,
+        "steps_behind": noise.steps_behind(mean, smoothed, noise.smooth(partner.losses, window)),
         "not_finite": not_finite(run),
-        "final_loss": next(reversed(smoothed.values()), None),
+        "final_loss": None if failed(run) or not smoothed else smoothed[max(smoothed)],
         "median_tps": median(report["tps"] for report in late),
         "median_step_seconds": seconds,
         "peak_memory_gib": max(report["memory_gib"] for report in run.reports),

@@ -15,6 +15,8 @@ def markdown_page(figures: Mapping[str, Any], drawings: Mapping[str, str]) -> st
     parts += [
         _image(drawings, "losses", "Losses"),
         _image(drawings, "gaps", "Gaps to the baseline and its noise band"),
+        words.close_by(figures),
+        _image(drawings, "gaps_close", "Gaps of the recipes to the baseline, close by"),
     ]
     parts += ["## Speed and memory", _table(words.speeds_of(figures))]
     validation = words.validation_of(figures)

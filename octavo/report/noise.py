@@ -156,6 +156,26 @@ def slope(smoothed: Mapping[int, float]) -> float:
     return math.fsum((x - x_mean) * (y - y_mean) for x, y in points) / spread
 
 
+def steps_behind(
+    mean: Interval | None, smoothed: Mapping[int, float], baseline: Mapping[int, float]
+) -> float | None:
+    """How many steps earlier the baseline had a run's loss; negative: later. mean: of their differences.
+
+    A small gap over the slope of the baseline, which is nearly a line over its second half. A gap that is
+    worth more than half of that is looked up instead: when did the baseline have the loss that the run ends
+    with? None where the baseline does not fall, or never had it.
+    """
+    falls = -slope(baseline)
+    if mean is None or falls <= 0 or not smoothed:
+        return None
+    steps = mean.mean / falls
+    last, known = max(baseline), max(baseline) - min(baseline)
+    if abs(steps) <= known / 4:
+        return steps
+    reached = first_below(baseline, smoothed[max(smoothed)])
+    return None if steps < 0 or reached is None else float(last - reached)
+
+
 def first_below(smoothed: Mapping[int, float], target: float) -> int | None:
     """The first step whose smoothed loss is at most `target`; None if it never is."""
     return next((step for step, loss in smoothed.items() if loss <= target), None)

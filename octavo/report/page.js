@@ -2,7 +2,7 @@
 (() => {
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const runs = figures.runs.map((run) => ({ ...run, smoothed: new Map(run.smoothed), gaps: new Map(run.gaps) }));
-  const charts = ["losses", "gaps"].map((name) => document.getElementById(name));
+  const charts = ["losses", "gaps", "gaps_close"].map((name) => document.getElementById(name));
   const reading = document.getElementById("reading");
   const hidden = new Set();
 

@@ -28,10 +28,12 @@ def html_page(figures: Mapping[str, Any], drawings: Mapping[str, str]) -> str:
         _table(words.verdicts_of(figures)),
         "<h2>Loss</h2>",
         _legend(figures),
-        drawings["losses"],
+        _chart(drawings["losses"]),
         "<p id='reading'></p>",
         f"<h2>Gap to {escape(figures['baseline'])}, and its noise band</h2>",
-        drawings["gaps"],
+        _chart(drawings["gaps"]),
+        f"<h3>{words.close_by(figures)}</h3>",
+        _chart(drawings["gaps_close"]),
         "<h2>Speed and memory</h2>",
         _table(words.speeds_of(figures)),
         "<div class='bars'>",
@@ -48,7 +50,7 @@ def html_page(figures: Mapping[str, Any], drawings: Mapping[str, str]) -> str:
     worst = words.worst_layers_of(figures)
     if worst is not None:
         body += ["<h2>Float8 health: which layers suffer</h2>", _table(worst)]
-        body += [drawing for name, drawing in drawings.items() if name.startswith("health_")]
+        body += [_chart(drawing) for name, drawing in drawings.items() if name.startswith("health_")]
     body += [
         "<h2>How to read this</h2>",
         "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in words.notes_of(figures)) + "</ul>",
@@ -76,6 +78,11 @@ def html_page(figures: Mapping[str, Any], drawings: Mapping[str, str]) -> str:
         + f"\n<script type='application/json' id='figures'>{data}</script>"
         f"\n<script>{(_HERE / 'page.js').read_text()}</script>\n</body></html>\n"
     )
+
+
+def _chart(drawing: str) -> str:
+    """A drawing that keeps its size, and is moved sideways, where the window is narrow."""
+    return f"<div class='chart'>{drawing}</div>"
 
 
 def _legend(figures: Mapping[str, Any]) -> str:

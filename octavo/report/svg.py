@@ -13,6 +13,7 @@ from itertools import groupby
 WIDTH, HEIGHT = 920, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 40
 _TICKS = 6
+_KEYS, _KEY_ROW = 4, 18  # names of curves side by side below a chart, and the height of a row of them
 
 INK = "currentColor"
 GREY = "#9a9a9a"
@@ -69,13 +70,15 @@ def line_chart(
     lines: Sequence[Line],
     *,
     label: str,
+    title: str,
     y_range: tuple[float, float],
     band: Points = (),
     zero: bool = False,
     name: str = "",
 ) -> str:
-    """Curves over steps. label: of the y axis. band: [step, half-width], drawn around zero. What lies outside
-    `y_range` is cut off. name: the element's id, by which a page's script finds it.
+    """Curves over steps, with their names below. label: of the y axis. title: what the chart shows, for
+    those who hear it. band: [step, half-width], drawn around zero. What lies outside `y_range` is cut off.
+    name: the element's id, by which a page's script finds it.
     """
     every = [
         step for points in (*(line.points for line in lines), band) for step, _ in points if step is not None
@@ -109,8 +112,23 @@ def line_chart(
         )
         parts.append(f'<g class="line" data-run="{escape(line.name)}">{drawn}</g>')
     parts.append("</g>")
+    keys = [*lines, *([Line("noise band", (), GREY, width=10)] if band else [])]
+    parts += [_key(line, number) for number, line in enumerate(keys)]
     data = f' data-frame="{frame.x_low} {frame.x_high} {_LEFT} {WIDTH - _RIGHT} {_TOP} {HEIGHT - _BOTTOM}"'
-    return _svg(WIDTH, HEIGHT, "".join(parts), name, data)
+    height = HEIGHT + _KEY_ROW * math.ceil(len(keys) / _KEYS)
+    return _svg(WIDTH, height, "".join(parts), name, data, title=title)
+
+
+def _key(line: Line, number: int) -> str:
+    """The name of a curve, beside a piece of it."""
+    row, column = divmod(number, _KEYS)
+    x, y = _LEFT + column * (WIDTH - _LEFT) / _KEYS, HEIGHT + row * _KEY_ROW + 8
+    dash = f' stroke-dasharray="{line.dash}"' if line.dash else ""
+    shown = line.name if len(line.name) <= 28 else f"{line.name[:27]}…"
+    return (
+        f'<path d="M{x:g} {y:g}h22" stroke="{line.colour}" stroke-width="{line.width}"{dash}/>'
+        f'<text x="{x + 28:g}" y="{y + 4:g}">{escape(shown)}</text>'
+    )
 
 
 def _curve(frame: Frame, points: Points) -> str:
@@ -183,7 +201,7 @@ def bar_chart(bars: Sequence[Bar], *, title: str, name: str = "") -> str:
             f'fill="{bar.colour}"/>'
             f'<text x="{left + length + 6:.1f}" y="{y + 15}">{escape(bar.text)}</text>'
         )
-    return _svg(width, top + len(bars) * row + 6, "".join(parts), name)
+    return _svg(width, top + len(bars) * row + 6, "".join(parts), name, title=title)
 
 
 def heatmap(
@@ -230,7 +248,7 @@ def heatmap(
     )
     parts.append(f'<text class="reading" x="{WIDTH - _RIGHT}" y="16" text-anchor="end"/>')
     frame = f' data-grid="{left} {top} {cell} {row}"'
-    return _svg(WIDTH, bottom + 22, "".join(parts), name, frame)
+    return _svg(WIDTH, bottom + 22, "".join(parts), name, frame, title=title)
 
 
 def _level(value: float, low: float, high: float, bad_is_low: bool) -> int:
@@ -257,11 +275,11 @@ def _shade(share: float) -> str:
     return "#" + "".join(f"{part:02x}" for part in mixed)
 
 
-def _svg(width: int, height: int, inner: str, name: str, data: str = "") -> str:
+def _svg(width: int, height: int, inner: str, name: str, data: str = "", *, title: str) -> str:
     named = f' id="{name}"' if name else ""
     return (
-        f'<svg{named} viewBox="0 0 {width} {height}" role="img" font-family="system-ui, sans-serif" '
-        f'font-size="12" fill="{INK}"{data}>{inner}</svg>'
+        f'<svg{named} viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}" '
+        f'font-family="system-ui, sans-serif" font-size="12" fill="{INK}"{data}>{inner}</svg>'
     )
 
 

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 from octavo import exits
@@ -40,6 +42,13 @@ def verdict_of(
     other = [f"{section}.{key}" for section, key in _OF_THE_JOB if _differs(run, base, section, key)]
     if other:
         return Verdict(NOT_JUDGED, f"it has another {other[0]} than {base.name}")
+    if spacing(run) != spacing(base):
+        every, usual = spacing(run), spacing(base)
+        return Verdict(
+            NOT_JUDGED,
+            f"it tells its loss every {every:g} steps and {base.name} every {usual:g}: train both with one "
+            "metrics.log_freq",
+        )
     bad = [step for step in not_finite(run) if math.isfinite(partner.losses.get(step, 0.0))]
     if bad:
         return Verdict(OUTSIDE, f"its loss was not finite in step {bad[0]}")
@@ -78,6 +87,12 @@ def not_finite(run: RunData) -> list[int]:
 def last_step(run: RunData) -> int:
     """The last step that `run` reports."""
     return int(run.reports[-1]["step"])
+
+
+def spacing(run: RunData) -> float:
+    """How many steps lie between two reports of `run`, mostly; 1 for a single one."""
+    steps = [report["step"] for report in run.reports]
+    return median(b - a for a, b in pairwise(steps)) if len(steps) > 1 else 1.0
 
 
 def _failure(run: RunData) -> str:

@@ -65,9 +65,15 @@ def _behind(run: Run) -> str:
 def _verdict_words(verdict: str) -> str:
     return {
         "inside": "Inside the noise band of the baseline's seeds over the whole run",
-        "outside": "Outside that band",
+        "outside": "Outside the noise band of the baseline's seeds",
         "not judged": "Not judged",
     }[verdict]
+
+
+def close_by(figures: Mapping[str, Any]) -> str:
+    """The heading of the panel that shows the recipes alone."""
+    single = any(run["differences"] for run in figures["runs"] if run["kind"] == "recipe")
+    return f"The recipes close by{'; faint: step by step' if single else ''}"
 
 
 def verdicts_of(figures: Mapping[str, Any]) -> Table:
@@ -80,7 +86,7 @@ def verdicts_of(figures: Mapping[str, Any]) -> Table:
         rows.append(
             (
                 run["name"],
-                run["verdict"] + (f": {run['verdict_reason']}" if run["verdict_reason"] else ""),
+                _told_verdict(run),
                 "n/a" if largest is None else f"{largest['gap']:+.4f} at step {largest['step']}",
                 "n/a" if widest is None else f"{widest['share']:.3f} at step {widest['step']}",
                 "n/a" if mean is None else f"{mean['mean']:+.5f} ± {mean['half_width']:.5f}",
@@ -95,9 +101,15 @@ def verdicts_of(figures: Mapping[str, Any]) -> Table:
         "largest gap / band",
         "mean gap, second half",
         "steps behind",
-        "final loss",
+        "final loss, smoothed",
     )
     return head, rows
+
+
+def _told_verdict(run: Run) -> str:
+    if run["kind"] == "control" and run["verdict"] == "inside":
+        return "NOT outside"
+    return str(run["verdict"]) + (f": {run['verdict_reason']}" if run["verdict_reason"] else "")
 
 
 def worst_layers_of(figures: Mapping[str, Any]) -> Table | None:
@@ -108,6 +120,7 @@ def worst_layers_of(figures: Mapping[str, Any]) -> Table | None:
     for run in figures["runs"]:
         for operand, grid in (run["health"] or {}).items():
             flushed, noisy = worst_of(grid, "flushed", max), worst_of(grid, "sqnr", min)
+            saturated = worst_of(grid, "saturated", max)
             rows.append(
                 (
                     run["name"],
@@ -115,10 +128,17 @@ def worst_layers_of(figures: Mapping[str, Any]) -> Table | None:
                     "n/a"
                     if flushed is None
                     else f"{flushed.value:.2%}: {flushed.layer}, step {flushed.step}",
+                    "n/a"
+                    if saturated is None
+                    else "none"
+                    if not saturated.value
+                    else f"{saturated.value:.2%}: {saturated.layer}, step {saturated.step}",
                     "n/a" if noisy is None else f"{noisy.value:.1f} dB: {noisy.layer}, step {noisy.step}",
                 )
             )
-    return (("run", "operand", "most flushed to zero", "lowest SQNR"), rows) if rows else None
+    return (
+        (("run", "operand", "most flushed to zero", "most saturated", "lowest SQNR"), rows) if rows else None
+    )
 
 
 def speeds_of(figures: Mapping[str, Any]) -> Table:
@@ -186,8 +206,11 @@ def notes_of(figures: Mapping[str, Any]) -> list[str]:
     found += [
         "The mean gap is that of single steps over the second half of the run, with a 95% interval from "
         "batch means: beside zero, it is a steady difference, which may well lie within the band. Steps "
-        "behind: how many steps earlier the baseline had that loss.",
-        "Speeds are medians over all reports but the first; seconds to a loss are steps times the median.",
+        "behind: how many steps earlier the baseline had that loss, by its slope over the second half; a gap "
+        "too large for that is looked up in its curve.",
+        f"The final loss is the mean of the last {window} reports; a run that failed has none.",
+        "Speeds are medians over all reports but the first; seconds to a loss are steps times the median. "
+        "Peak memory is the allocator's on a GPU; on a CPU it is the process's, at its reports.",
     ]
     if window < _ROUGH:
         found.append(

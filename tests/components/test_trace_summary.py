@@ -106,6 +106,10 @@ def test_operators_count_their_own_time_and_what_a_product_calls_is_its_own():
     [
         ("aten::_scaled_mm", FLOAT8),
         ("aten::mm", GEMM),
+        ("triton_tem_fused_mm_7", GEMM),
+        ("Cijk_Ailk_Bljk_BBS_BH_MT128x128x32", GEMM),
+        ("Float8Matmul", OTHER),
+        ("Float8MatmulBackward", OTHER),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", ATTENTION),
         ("c10d::_reduce_scatter_base_", COMMUNICATION),
         ("gloo:all_reduce", COMMUNICATION),

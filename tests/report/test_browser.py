@@ -35,7 +35,7 @@ def test_the_page_draws_reads_and_asks_nobody(tmp_path: Path) -> None:
     file = write_report(tmp_path / "out", figures)
     assert BROWSER is not None
     with opened(BROWSER, file, tmp_path / "profile") as page:
-        assert page.evaluate("document.querySelectorAll('svg').length") == 8
+        assert page.evaluate("document.querySelectorAll('svg').length") == 9
         boxes = "[...document.querySelectorAll('svg')].map((s) => s.getBoundingClientRect())"
         sizes = page.evaluate(f"{boxes}.map((b) => [b.width, b.height])")
         assert all(width > 100 and height > 30 for width, height in sizes)
@@ -68,7 +68,7 @@ def test_the_page_draws_reads_and_asks_nobody(tmp_path: Path) -> None:
 
         page.evaluate("document.querySelector('button[data-run=rowwise]').click()")
         hidden = "[...document.querySelectorAll('g.line')].filter((g) => g.style.display === 'none').length"
-        assert page.evaluate(hidden) == 2
+        assert page.evaluate(hidden) == 3
         assert page.errors == []
         assert page.requests
         assert all(address.startswith(("file:", "data:")) for address in page.requests)

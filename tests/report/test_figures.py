@@ -166,9 +166,12 @@ def test_health_becomes_a_grid_of_layers_and_steps(folders: dict[str, Path], tmp
             "layer": layer,
             "operand": operand,
             "recipe": "rowwise",
-            "flushed": 0.01 * step,
-            "sqnr": 25.0,
+            "gemms": [gemm],
+            "flushed": 0.01 * step * share,
+            "saturated": 0.0,
+            "sqnr": 25.0 / share,
         }
+        for gemm, share in (("output", 1.0), ("grad_weight", 0.5))
         for step in (10, 20)
         for layer in ("layers.0.w1", "layers.1.w1")
         for operand in ("input", "grad_output")
@@ -179,13 +182,70 @@ def test_health_becomes_a_grid_of_layers_and_steps(folders: dict[str, Path], tmp
     grid = told(figures)["rowwise"]["health"]["grad_output"]
     assert grid["layers"] == ["layers.0.w1", "layers.1.w1"]
     assert grid["steps"] == [10, 20]
-    assert grid["flushed"] == [[0.1, None], [0.1, 0.2]]
+    assert grid["flushed"] == [[0.1, None], [0.1, 0.2]]  # the worse of the operand's two casts
+    assert grid["sqnr"] == [[25.0, None], [25.0, 25.0]]
     page = (tmp_path / "out" / "report.html").read_text()
     read = json.loads(re.findall("<script type='application/json'[^>]*>(.*?)</script>", page, re.S)[0])
     assert read["heatmaps"]["health_rowwise_grad_output"]["values"] == [[10.0, None], [10.0, 20.0]]
     for text in (unescape(re.sub("<[^>]*>", " ", page)), (tmp_path / "out" / "report.md").read_text()):
         assert "20.00%: layers.1.w1, step 20" in text
         assert "25.0 dB: layers.0.w1, step 10" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"data_seed": 7}, "it read other batches"),
+        (
+            {"data_seed": 42, "settings": {"lr": 1e-2}},
+            "it has another configuration (optimizer.lr is 0.01, not 0.001)",
+        ),
+    ],
+)
+def test_a_run_that_differs_in_more_than_its_weights_tells_no_noise(
+    folders: dict[str, Path], changes: dict[str, Any], why: str
+) -> None:
+    """It would widen the band until any recipe is inside."""
+    before = figures_of(load_all(folders))
+    shutil.rmtree(folders["seed44"])
+    write_run(folders["seed44"], lambda s: falling()(s) + 3 / s, seed=44, **changes)
+    figures = figures_of(load_all(folders))
+    assert figures["seeds"] == [42, 43]
+    assert told(figures)["bad"]["verdict"] == "outside"
+    assert any(f"seed44 is not taken for the noise of bf16: {why}" in w for w in figures["warnings"])
+    folders.pop("seed44")
+    assert figures["band"] == figures_of(load_all(folders))["band"] != before["band"]
+
+
+def test_losses_that_are_told_less_often_are_not_judged(folders: dict[str, Path], tmp_path: Path) -> None:
+    folders["rare"] = write_run(tmp_path / "rare", falling(), recipe="rowwise", every=10)
+    run = told(figures_of(load_all(folders)))["rare"]
+    assert run["verdict"] == "not judged"
+    assert run["verdict_reason"] == (
+        "it tells its loss every 10 steps and bf16 every 1: train both with one metrics.log_freq"
+    )
+    assert run["final_loss"] is run["target"] is None
+
+
+def test_a_run_far_behind_is_looked_up(folders: dict[str, Path], tmp_path: Path) -> None:
+    folders["far"] = write_run(tmp_path / "far", lambda s: 4 + 4 * max(1.0, s / 3) ** -0.5, recipe="rowwise")
+    folders["ahead"] = write_run(tmp_path / "ahead", falling(-9.0), recipe="rowwise")
+    runs = told(figures_of(load_all(folders)))
+    smoothed = dict(map(tuple, runs["bf16"]["smoothed"]))
+    end = dict(map(tuple, runs["far"]["smoothed"]))[STEPS]
+    reached = next(step for step, loss in smoothed.items() if loss <= end)
+    assert runs["far"]["steps_behind"] == STEPS - reached > 15
+    assert runs["ahead"]["steps_behind"] is None  # the baseline never had that loss
+
+
+def test_every_curve_of_a_drawing_is_named_in_it(folders: dict[str, Path], tmp_path: Path) -> None:
+    report(folders, tmp_path / "out")
+    for name in ("losses", "gaps"):
+        drawn = (tmp_path / "out" / f"{name}.svg").read_text()
+        curves = re.findall('data-run="([^"]*)"', drawn)
+        assert set(curves) >= {"rowwise", "bad", "seed43"}
+        assert all(f">{curve}</text>" in drawn for curve in curves)
+    assert ">noise band</text>" in drawn
 
 
 def test_runs_of_like_names_keep_their_own_heatmaps(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -225,6 +285,7 @@ def test_a_run_that_ends_for_its_numbers_is_outside(folders: dict[str, Path], tm
     )
     figures = figures_of(load_all(folders))
     assert told(figures)["nan"]["verdict"] == "outside"
+    assert told(figures)["nan"]["final_loss"] is None
     assert told(figures)["nan"]["verdict_reason"] == (
         "it ended at step 40, because its numbers were not finite"
     )

@@ -12,6 +12,7 @@ def write_run(
     loss: Callable[[int], float | None],
     *,
     steps: int = 60,
+    every: int = 1,
     recipe: str | None = None,
     seed: int = 42,
     data_seed: int | None = None,
@@ -19,7 +20,9 @@ def write_run(
     memory: float = 1.0,
     settings: dict[str, Any] | None = None,
 ) -> Path:
-    """A folder as a run leaves it. `loss` of a step; None is a loss that was not finite."""
+    """A folder as a run of 60 steps leaves it that ended after `steps`. `loss` of a step; None is a loss that
+    was not finite.
+    """
     folder.mkdir(parents=True)
     record = {
         "octavo": "0.1.0",
@@ -30,7 +33,7 @@ def write_run(
         "high_precision_dtype": "float32",
         "config": {
             "model": {"name": "llama3", "flavor": "debugmodel", "converters": ["float8"] if recipe else []},
-            "training": {"seed": seed, "data_seed": data_seed, "steps": steps},
+            "training": {"seed": seed, "data_seed": data_seed, "steps": 60},
             "optimizer": {"lr": 1e-3, **(settings or {})},
         },
     }
@@ -44,7 +47,7 @@ def write_run(
             "tps": 2048 / (seconds * (1 + 0.1 * math.sin(step))),
             "seconds": seconds * (1 + 0.1 * math.sin(step)),
         }
-        for step in range(1, steps + 1)
+        for step in range(every, steps + 1, every)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
