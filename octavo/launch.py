@@ -37,6 +37,7 @@ variables:
                  else .venv beside run_train.sh, made on the first start)
   OCTAVO_TORCH_INDEX
                  package index that torch is installed from on the first start (default: pip's own)
+  CHECK_ONLY=1   judge the variables and options (exit code 2 if one is wrong), and start nothing
   several machines, the same command on each:
   NNODES         how many machines (default: 1)
   RDZV_ENDPOINT  host:port of one of them, where all meet
@@ -114,6 +115,13 @@ def _number(environ: Mapping[str, str], name: str, *, default: int) -> int:
     if not re.fullmatch(r"0*[1-9][0-9]{0,5}", text):
         raise ConfigError(f"{name}={text}: expected a whole number from 1 up (to 999999)")
     return int(text)
+
+
+def _check_only(environ: Mapping[str, str]) -> bool:
+    text = environ.get("CHECK_ONLY", "").strip()
+    if text not in ("", "0", "1"):
+        raise ConfigError(f"CHECK_ONLY={text}: expected 1, to start nothing, or 0")
+    return text == "1"
 
 
 def _shown_ranks(environ: Mapping[str, str], processes: int) -> frozenset[int]:
@@ -275,6 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.wants_help(argv):
         return _help()
     try:
+        check_only = _check_only(os.environ)
         launch = plan(
             argv,
             os.environ,
@@ -285,6 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"octavo: {error}", file=sys.stderr)
         return 2
+    if check_only:
+        return 0
     return run(launch)
 
 

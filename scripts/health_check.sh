@@ -5,6 +5,7 @@
 #   DUMP_FOLDER    where checkpoints go (default: outputs)
 #   MIN_FREE_GB    space that must be free there (default: 50)
 #   RDZV_ENDPOINT  host:port where the machines meet; the host must have an address
+#   RDZV_TIMEOUT   seconds until then (default: 600): under Kubernetes a name appears some time after its pod starts
 set -uo pipefail
 
 gpus=${GPUS:-${NGPU:-0}}
@@ -12,6 +13,8 @@ folder=${DUMP_FOLDER:-outputs}
 min_free_gb=${MIN_FREE_GB:-50}
 host=${RDZV_ENDPOINT:-}
 host=${host%:*}
+timeout=${RDZV_TIMEOUT:-600}
+[[ $timeout =~ ^[0-9]{1,6}$ ]] || timeout=0 # ./run_train.sh says what is wrong with it
 problems=()
 
 if ((gpus > 0)); then
@@ -39,7 +42,14 @@ else
   ((free >= min_free_gb)) || problems+=("$folder has ${free// /} GB free, of $min_free_gb (MIN_FREE_GB)")
 fi
 
-if [[ -n $host ]] && ! getent hosts "${host//[\[\]]/}" >/dev/null; then
+# Last, and only on a machine that is fit otherwise: the others wait as long for nothing.
+has_address() { getent hosts "${host//[\[\]]/}" >/dev/null; }
+if [[ -n $host ]] && ((${#problems[@]} == 0)) && ! has_address; then
+  echo "octavo: $host, where the machines meet, has no address yet; waiting up to $timeout s" >&2
+  end=$((SECONDS + 10#$timeout))
+  while ((SECONDS < end)) && ! has_address; do sleep 3; done
+fi
+if [[ -n $host ]] && ! has_address; then
   problems+=("$host, where the machines meet, has no address")
 fi
 

@@ -320,6 +320,20 @@ def test_a_bad_command_is_told_before_torch_is_imported(argv, environ, complaint
     assert ended.stdout == ""
 
 
+def test_check_only_starts_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(launch, "count_gpus", lambda environ: 0)
+    monkeypatch.setattr(launch, "run", lambda planned: pytest.fail("it was started"))
+    monkeypatch.setenv("CHECK_ONLY", "1")
+    assert launch.main(["--training.steps=2"]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("NNODES", "2")
+    assert launch.main([]) == 2
+    assert capsys.readouterr().err == (
+        "octavo: RDZV_ENDPOINT=: NNODES=2 needs host:port of one of the machines, the same on all, "
+        "such as node0:29500\n"
+    )
+
+
 def test_help_is_printed_once_with_options_and_variables():
     began = time.monotonic()
     ended = command("--training.steps=0", "--help", NGPU="0")

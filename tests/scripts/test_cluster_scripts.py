@@ -4,12 +4,14 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests import ranks
 from tests.conftest import ROOT
 
 SCRIPTS = ROOT / "scripts"
@@ -28,7 +30,12 @@ def check(tmp_path: Path, *, listing=TWO, ecc="0, 0\\n1, 0\\n", busy="", **envir
     smi = tmp_path / "nvidia-smi"
     smi.write_text(SMI.format(listing=listing, ecc=ecc, busy=busy))
     smi.chmod(0o755)
-    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DUMP_FOLDER": str(tmp_path), "MIN_FREE_GB": "0"}
+    variables = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "DUMP_FOLDER": str(tmp_path),
+        "MIN_FREE_GB": "0",
+        "RDZV_TIMEOUT": "1",
+    }
     return subprocess.run(
         ["bash", SCRIPTS / "health_check.sh"],
         env={**os.environ, **variables, **environ},
@@ -64,16 +71,35 @@ def test_a_machine_that_is_not_fit_says_why(tmp_path, how, environ, told):
     assert found.stderr.startswith("octavo: ")
 
 
+def test_a_name_that_resolves_only_after_a_while_is_waited_for(tmp_path):
+    """As a pod's does under Kubernetes."""
+    for name, text in (
+        ("getent", f"#!/bin/bash\necho >>{tmp_path}/asked\n((`wc -l <{tmp_path}/asked` > 3))\n"),
+        ("sleep", "#!/bin/bash\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    fit = check(tmp_path, GPUS="0", RDZV_ENDPOINT="node-0:1", RDZV_TIMEOUT="100")
+    assert fit.returncode == 0, fit.stderr
+    assert "node-0, where the machines meet, has no address yet; waiting up to 100 s" in fit.stderr
+
+
 @pytest.fixture
 def node(tmp_path):
     """A checkout in which training is a script of ours."""
     (tmp_path / "scripts").mkdir()
+    for name in ("python_env.sh", "check_collectives.py"):
+        (tmp_path / "scripts" / name).symlink_to(SCRIPTS / name)
     for name, text in (
         ("scripts/run_node.sh", (SCRIPTS / "run_node.sh").read_text()),
-        ("scripts/health_check.sh", "#!/bin/bash\nexit ${UNFIT:-0}\n"),
+        (
+            "scripts/health_check.sh",
+            "#!/bin/bash\n[[ -z $SLOW ]] || { echo checks; exec sleep 20; }\nexit ${UNFIT:-0}\n",
+        ),
         (
             "run_train.sh",
-            "#!/bin/bash\ntrap 'sleep 0.5; exit 75' TERM\necho \"$@\"\n"
+            '#!/bin/bash\n[[ -z $CHECK_ONLY ]] || exit "${WRONG:-0}"\n'
+            "trap 'sleep 0.5; exit 75' TERM\necho \"$@\"\n"
             '[[ -z $ENDS ]] || exit "$ENDS"\nfor _ in {1..200}; do sleep 0.1; done\n',
         ),
     ):
@@ -99,6 +125,7 @@ def node(tmp_path):
         ({"ENDS": "2"}, 2),
         ({"ENDS": "75"}, 75),
         ({"UNFIT": "1"}, 1),
+        ({"WRONG": "2", "NNODES": "2"}, 2),  # before the machines look for each other
         ({"ENDS": "75", "RETRY_EXIT_CODE": "143"}, 143),
         ({"ENDS": "1", "RETRY_EXIT_CODE": "143"}, 143),
         ({"ENDS": "4", "RETRY_EXIT_CODE": "143"}, 4),
@@ -108,7 +135,7 @@ def test_exit_codes_of_a_machine(node, environ, code):
     process = node("--a=b c", **environ)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == code
-    assert out.startswith("--a=b c\n") != ("UNFIT" in environ)
+    assert out.startswith("--a=b c\n") != ("UNFIT" in environ or "WRONG" in environ)
 
 
 def test_a_signal_reaches_training_and_its_save_is_waited_for(node):
@@ -119,6 +146,33 @@ def test_a_signal_reaches_training_and_its_save_is_waited_for(node):
     process.communicate(timeout=30)
     assert process.returncode == 75
     assert time.monotonic() - began > 0.4
+
+
+@pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_during_a_check_ends_it_and_nothing_is_lost(node, sent):
+    process = node("x", SLOW="1")
+    assert process.stdout.readline() == "checks\n"
+    began = time.monotonic()
+    process.send_signal(sent)
+    out, _ = process.communicate(timeout=30)
+    assert (process.returncode, out) == (75, "")
+    assert time.monotonic() - began < 10
+
+
+def test_machines_without_numbers_check_that_they_reach_each_other(node):
+    environ = {
+        "NNODES": "2",
+        "NGPU": "1",
+        "RDZV_ENDPOINT": f"127.0.0.1:{ranks.free_port()}",
+        "RDZV_TIMEOUT": "60",
+        "OCTAVO_PYTHON": sys.executable,
+        "ENDS": "0",
+    }
+    machines = [node("x", **environ) for _ in range(2)]
+    outs = [machine.communicate(timeout=120)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outs
+    assert "octavo: 2 processes reach each other by gloo" in "".join(outs)
+    assert "Traceback" not in "".join(outs)
 
 
 # Manifests. What is required, and under which names, is from the CRDs: JobSet v1alpha2, PyTorchJob v1.

@@ -147,20 +147,25 @@ def test_what_may_pass_is_started_again_and_what_would_come_again_is_not(
     assert requeued(tmp_path) == []
 
 
-def test_a_cancelled_job_is_not_requeued(slurm, tmp_path):
-    script = tmp_path / "saves.py"
-    script.write_text(
-        "import signal, sys, time\n"
-        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))\n"
-        "print('ready', flush=True)\n"
-        "time.sleep(30)\n"
-    )
-    job = slurm(FAKE_COMMAND=f"{sys.executable} {script}")
+@pytest.mark.parametrize(
+    ("sent", "code", "again"),
+    [
+        (signal.SIGUSR1, 1, True),  # a rank died in the save
+        (signal.SIGUSR1, 137, True),
+        (signal.SIGUSR1, 138, False),  # a run without checkpoints
+        (signal.SIGUSR1, 4, False),
+        (signal.SIGTERM, 75, False),  # cancelled
+    ],
+)
+def test_what_is_requeued_after_a_signal(slurm, tmp_path, sent, code, again):
+    script = tmp_path / "saves.sh"
+    script.write_text(f"trap 'exit {code}' USR1\necho ready\nfor _ in {{1..300}}; do sleep 0.1; done\n")
+    job = slurm(FAKE_COMMAND=f"bash {script}")
     logs = [tmp_path / "logs" / f"node-{number}.log" for number in range(2)]
     while not all(log.exists() and "ready" in log.read_text() for log in logs):
         assert job.poll() is None
         time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(sent)
     out, _ = job.communicate(timeout=120)
-    assert job.returncode == 75, out
-    assert requeued(tmp_path) == []
+    assert job.returncode == code, out
+    assert bool(requeued(tmp_path)) == again
