@@ -1,13 +1,15 @@
 """One save, from tensors to a published folder, on every rank together.
 
-Each rank writes its shards; rank 0 makes the folder, writes the state and the manifest, and publishes. Every
-rank learns the same outcome. A failure is an outcome, not an exception: training goes on after it.
+Each rank writes its shards; rank 0 makes the folder, looks whether it sees what the others have written, writes
+the state and the manifest, and publishes. Every rank learns the same outcome. A failure is an outcome, not an
+exception: training goes on after it.
 """
 
 import json
+import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +25,9 @@ from octavo.checkpoint.store import Store
 from octavo.checkpoint.writer import Writer
 
 _T = TypeVar("_T")
+
+_SEEN_WITHIN = 15.0
+"""Seconds within which rank 0 must see what another machine has written: caches of network file systems."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,43 @@ def write(save: Save, store: Store, group: dist.ProcessGroup) -> Outcome:
     if dist.get_rank() == 0:
         problem = next((problem for problem, _ in told if problem), None)
         files = {name: content for _, written in told for name, content in written.items()}
+        problem = problem or _unseen(partial, [written for _, written in told])
         outcome = _publish(save, store, partial, files, problem, need, began)
-    return from_rank_0(outcome, group)
+    outcome = from_rank_0(outcome, group)
+    if outcome.problem is not None:
+        store.discard(partial)  # where rank 0's disk is not this one's
+    return outcome
+
+
+def _unseen(partial: Path, written: Sequence[Mapping[str, Content]]) -> str | None:
+    """On rank 0: which ranks' files are not in `partial` as they were `written`, by rank."""
+    end = time.monotonic() + _SEEN_WITHIN
+    while True:
+        wrong = {
+            rank: problem
+            for rank, files in enumerate(written)
+            for name, content in files.items()
+            if (problem := _not_as_written(partial / name, content)) is not None
+        }
+        if not wrong or time.monotonic() > end:
+            break
+        time.sleep(0.25)
+    if not wrong:
+        return None
+    ranks = ("rank " if len(wrong) == 1 else "ranks ") + ", ".join(map(str, wrong))
+    return (
+        f"files of {ranks} are not visible to rank 0: job.dump_folder must be on a file system that all "
+        f"machines share ({next(iter(wrong.values()))})"
+    )
+
+
+def _not_as_written(path: Path, content: Content) -> str | None:
+    try:
+        with path.open("rb") as file:  # opening it makes NFS ask the server
+            have = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return None if have == content.bytes else f"{path}: {have} bytes, of {content.bytes}"
 
 
 class Pending:

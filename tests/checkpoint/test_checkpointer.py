@@ -7,8 +7,10 @@ import logging
 import os
 import pickle
 import random
+import re
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy
@@ -20,8 +22,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from octavo.checkpoint import manifest
+from octavo.checkpoint import manifest, points, saving
 from octavo.checkpoint.checkpointer import Checkpointer
+from octavo.checkpoint.errors import SavesFailed
 from octavo.checkpoint.hashing import write_synced
 from octavo.checkpoint.store import Store, problems
 from octavo.checkpoint.store import published as saved_steps
@@ -396,3 +399,65 @@ def test_a_slow_disk_is_no_hang(folder):
     default, *ours = ranks.run(1, _timeouts, folder)[0]
     assert default == 7
     assert min(ours) >= 3600
+
+
+class _Elsewhere(saving.Writer):
+    """Writes into a folder of the same name on this rank's own disk."""
+
+    def __init__(self, partial, algorithm):
+        super().__init__(partial.parents[1] / f"disk{dist.get_rank()}" / partial.name, algorithm)
+
+
+def _cut(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def _save_unseen(folder, how):
+    saving._SEEN_WITHIN = 0.5
+    model, optimizer = build()
+    checkpointer = Checkpointer(ON, folder, model, optimizer)
+    checkpointer.save(1, 3, {})
+    if dist.get_rank() == 1:
+        if how == "elsewhere":
+            saving.Writer = _Elsewhere
+        else:
+            action = {"late": _appears_later, "cut": _cut}[how]
+            points.hook = lambda name: (
+                name == "after shard" and action(next(folder.glob("step-*.tmp-*")) / "__1_0.distcp")
+            )
+    checkpointer.save(2, 3, {})
+    try:
+        checkpointer.save(3, 3, {})
+    except SavesFailed as error:
+        return str(error)
+    return None
+
+
+def _appears_later(path):
+    hidden = path.rename(path.with_name("hidden"))
+    threading.Timer(0.3, hidden.rename, [path]).start()
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("elsewhere", "__1_0.distcp: No such file or directory"),
+        ("cut", r"__1_0.distcp: \d+ bytes, of \d+"),
+        ("late", None),
+    ],
+)
+def test_what_rank_0_does_not_see_is_not_published(folder, how, told):
+    """A rank whose files are on a disk of its own, or in a cache that is not written back yet."""
+    errors = ranks.run(2, _save_unseen, folder, how)
+    if told is None:
+        assert errors == [None, None]
+        assert saved_steps(folder) == [1, 2, 3]
+        return
+    for error in errors:
+        assert re.search(
+            "step-3 was not saved: files of rank 1 are not visible to rank 0: job.dump_folder must be on a "
+            rf"file system that all machines share \(.*{told}\)",
+            error,
+        )
+    assert saved_steps(folder) == [1]
+    assert os.listdir(folder) == ["step-1"]

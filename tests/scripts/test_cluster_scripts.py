@@ -261,6 +261,7 @@ def test_the_skypilot_task():
     assert task.keys() <= known
     assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [75], "max_restarts_on_errors": 3}
     assert task["num_nodes"] == 2
+    assert task["file_mounts"]["/checkpoints"]["mode"] == "MOUNT"  # the others are a copy for each machine
     for script in (task["setup"], task["run"]):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     for variable in ("NUM_NODES", "NODE_RANK", "NUM_GPUS_PER_NODE", "NODE_IPS", "TASK_ID"):
