@@ -17,6 +17,7 @@ reported as out of memory, which is an answer, too.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -45,12 +46,15 @@ SIDES: Mapping[str, Mapping[str, str]] = {
     "bf16": {},
 }
 
-# What makes 8 billion parameters fit: 2 bytes a weight, 2 a gradient, 2 of moments, and no logits whole.
-FITTING = {
-    "training.dtype": "bfloat16",
-    "optimizer.name": "AdamW8bit",
-    "training.loss_chunk_tokens": 1024,
+REFERENCE = "bf16"
+
+# What makes 8 billion parameters fit: 2 bytes a weight, 2 a gradient, 2 or 4 of moments, no logits whole.
+FITTING = {"training.dtype": "bfloat16"}
+STATES: Mapping[str, tuple[Mapping[str, str], int]] = {
+    "8bit": ({"optimizer.name": "AdamW8bit"}, 2),
+    "bfloat16": ({"optimizer.state_dtype": "bfloat16"}, 4),
 }
+"""Choice -> the trainer's flags for it, and the bytes of both moments of a parameter."""
 ON_A_GPU = {
     "model.flavor": "8B",
     "training.seq_len": TOKENS,
@@ -58,6 +62,7 @@ ON_A_GPU = {
     "training.steps": STEPS,
     "activation_checkpoint.mode": "none",
     "compile.enable": "true",
+    "training.loss_chunk_tokens": 1024,
 }
 SMOKE = {
     "model.flavor": "debugmodel",
@@ -65,6 +70,7 @@ SMOKE = {
     "training.local_batch_size": 1,
     "training.steps": 3,
     "activation_checkpoint.mode": "none",
+    "training.loss_chunk_tokens": 16,
 }
 COMMON = {
     "model.hf_assets_path": "octavo_bpe_2048",
@@ -78,11 +84,10 @@ COMMON = {
 
 def flags_of(side: str, options: Options, dataset: str | None) -> dict[str, Any]:
     """The trainer's flags for a side."""
-    flags: dict[str, Any] = COMMON | (SMOKE if options.smoke else ON_A_GPU)
+    flags: dict[str, Any] = COMMON | (SMOKE if options.smoke else ON_A_GPU) | FITTING
+    flags |= STATES[options.own.states][0]
     if dataset is not None:
         flags["training.dataset"] = dataset
-    if not options.smoke:
-        flags |= FITTING
     if SIDES[side]:
         flags |= {"model.converters": "float8", "float8.filter_fqns": "output", **SIDES[side]}
     return flags
@@ -118,11 +123,11 @@ def why(log: str, code: int) -> str:
     return f"exit code {code}: {last}"
 
 
-def predicted(side: str, gpu: Gpu | None, smoke: bool) -> dict[str, float | None]:
+def predicted(side: str, gpu: Gpu | None, smoke: bool, states: str) -> dict[str, float | None]:
     """Seconds of a step and peak GB by the roofline model: layers, output, loss, and the optimizer's bytes.
 
-    Memory: bfloat16 weights and gradients, 8-bit moments, what 32 layers save, and 3 GB for the embedding's
-    and the loss's parts and the allocator.
+    Memory: bfloat16 weights and gradients, moments, what 32 layers save, and 3 GB for the embedding's and the
+    loss's parts and the allocator.
     """
     if gpu is None or smoke:
         return {"seconds": None, "peak_gb": None}
@@ -133,9 +138,10 @@ def predicted(side: str, gpu: Gpu | None, smoke: bool) -> dict[str, float | None
     layers = args.n_layers * layer_time(gpu, block, TOKENS, TOKENS, recipe, way="kernels").total
     head = sum(gemm_seconds(gpu, s) for s in linear_shapes(TOKENS, args.dim, args.vocab_size).values())
     parameters = args.n_layers * block.weights + 2 * args.vocab_size * args.dim
-    optimizer = parameters * (2 + 2 + 2 + 4 * 1) / (gpu.hbm * 0.8)  # weight, gradient, weight; two moments
-    saved = block.saved(TOKENS)["recomputed" if recipe is None else "float8"]
-    peak = parameters * (2 + 2 + 2) + args.n_layers * saved + 3e9
+    moments = STATES[states][1]
+    optimizer = parameters * (2 + 2 + 2 + 2 * moments) / (gpu.hbm * 0.8)  # weight, gradient, weight; moments
+    saved = block.saved(TOKENS)["all" if recipe is None else "kernels"]
+    peak = parameters * (2 + 2 + moments) + args.n_layers * saved + 3e9
     return {"seconds": layers + head + optimizer, "peak_gb": peak / 1e9}
 
 
@@ -156,6 +162,12 @@ def facts_of(steps: list[dict[str, Any]], told: Mapping[str, float | None]) -> d
 def main() -> dict[str, Any]:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
+    parser.add_argument(
+        "--states",
+        choices=list(STATES),
+        default="8bit" if importlib.util.find_spec("bitsandbytes") else "bfloat16",
+        help="the optimizer's moments: 8bit where bitsandbytes is installed, else bfloat16",
+    )
     parser.add_argument("--dataset", help="training.dataset; the shipped corpus if not given")
     options = parse(__doc__, rounds=1, minutes=10.0, parser=parser)
     names = ["rowwise", "bf16"] if options.smoke else options.own.sides
@@ -167,10 +179,11 @@ def main() -> dict[str, Any]:
         "predicted_peak_gb": "{:.1f} GB predicted",
     }
     report.begin()
-    told = {name: predicted(name, options.gpu, options.smoke) for name in names}
+    told = {name: predicted(name, options.gpu, options.smoke, options.own.states) for name in names}
     title = "one optimizer step"
     if options.predict is not None:
-        report.add(predicted_only(title, {name: t["seconds"] for name, t in told.items()}))
+        seconds = {name: t["seconds"] for name, t in told.items()}
+        report.add(predicted_only(title, seconds, reference=REFERENCE if REFERENCE in seconds else None))
         for name, t in told.items():
             report.summary[f"{name}: peak GB"] = t["peak_gb"]
         return report.finish()
@@ -196,7 +209,7 @@ def main() -> dict[str, Any]:
         times.setdefault(CONTROL, times[next(iter(sides))])
         shortest = min(len(spread.values) for spread in times.values())
         times = {name: Spread(spread.values[:shortest]) for name, spread in times.items()}
-        report.add(judge(title, sides, times))
+        report.add(judge(title, sides, times, reference=REFERENCE if REFERENCE in sides else None))
     return report.finish(conditions)
 
 

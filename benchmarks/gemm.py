@@ -34,6 +34,7 @@ from benchmarks.harness.report import Report
 from octavo.float8 import RECIPES, Gemm
 from octavo.float8.matmul import choose_path, matmul
 from octavo.float8.quantize import quantize
+from octavo.hf.arguments import whole
 from octavo.roofline import Gpu, Shape, Tensors, cast_seconds, gemm_seconds
 
 TOKENS = 8192
@@ -105,6 +106,8 @@ def predictions(case: Case, gpu: Gpu | None) -> dict[str, float | None]:
     if gpu is None:
         return dict.fromkeys(names)
     high = gemm_seconds(gpu, Shape(case.M, case.C, case.N))
+    if gpu.float8 is None:  # no units, no float8 side
+        return {"bf16": high}
     low = gemm_seconds(gpu, Shape(case.M, case.C, case.N, float8=True))
     found: dict[str, float | None] = {name: high if name == "bf16" else low for name in names}
     a_lies, b_lies = case.product != "grad_weight", case.product == "output"  # along memory
@@ -149,12 +152,14 @@ def _cast_and_multiply(a: Tensor, b: Tensor, gemm: Gemm, emulate: bool) -> Tenso
 def main() -> dict[str, Any]:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", default=["8B", "70B"], choices=["8B", "70B", "405B"])
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="M")
+    parser.add_argument("--tokens", type=whole(1), default=TOKENS, help="M")
     options = parse(__doc__, rounds=20, parser=parser)
     tokens = 32 if options.smoke else options.own.tokens
     report = Report("gemm", options, {"tokens": tokens, "rounds": options.rounds}, {"tflops": "{:.0f}"})
     report.columns = {"tflops": "{:.0f} TFLOP/s" if not options.smoke else "{:.4f} TFLOP/s"}
     report.begin()
+    if options.gpu is not None and options.gpu.float8 is None:
+        report.summary["float8, not run"] = f"{options.gpu.name} has no units for it"
     torch.manual_seed(0)
     with Conditions(options.device) as conditions:
         for case in cases(options.smoke, options.own.models, tokens):

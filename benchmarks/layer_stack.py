@@ -41,6 +41,7 @@ from benchmarks.harness.options import Options, parse
 from benchmarks.harness.report import Report
 from octavo.components.device import fastest_attention
 from octavo.float8 import RECIPES, Float8LinearConfig, convert_to_float8_training
+from octavo.hf.arguments import whole
 from octavo.models.llama3.model import LlamaArgs, TransformerBlock, rope_table
 from octavo.quantization import keep_casts_under_compile
 from octavo.roofline import Block, Gpu, layer_time
@@ -183,8 +184,10 @@ def predicted(
     recipe = "tensorwise" if before else kind.recipe
     way = "torchao" if kind.library == "torchao" else "producers" if kind.fused else "kernels"
     way = "previous" if before else way
-    seconds = layers * layer_time(gpu, block, tokens, tokens, recipe, way=way).total
-    held = "recomputed" if recipe is None or kind.library == "torchao" else "float8"
+    joins = kind.fused and recipe != "tensorwise"  # whose weights have a scale each
+    seconds = layers * layer_time(gpu, block, tokens, tokens, recipe, way=way, joined=joins).total
+    keeps = recipe is None or kind.library == "torchao" or recipe == "rowwise_with_gw_hp"
+    held = "all" if keeps else "kernels"
     return {"seconds": seconds, "saved_gb": layers * block.saved(tokens)[held] / 1e9}
 
 
@@ -239,8 +242,8 @@ def conclude(report: Report, result: dict[str, Any]) -> None:
 
 def main() -> dict[str, Any]:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--layers", type=whole(1), default=LAYERS)
+    parser.add_argument("--tokens", type=whole(1), default=TOKENS)
     options = parse(__doc__, rounds=15, parser=parser)
     args, layers, tokens = sizes.model("8B"), options.own.layers, options.own.tokens
     if options.smoke:

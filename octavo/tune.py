@@ -26,7 +26,7 @@ import torch
 
 from octavo import config
 from octavo.components.device import pick_device
-from octavo.config import ConfigError, JobConfig
+from octavo.config import ConfigError, JobConfig, names
 from octavo.config.layout import Layout, layout_of
 from octavo.config.ranges import out_of_range
 from octavo.float8 import RECIPES
@@ -72,6 +72,8 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--refresh keeps what it measures, --no-cache keeps nothing: take one of the two")
     if options.out.parent != Path() and not options.out.parent.is_dir():
         raise ConfigError(f"--out={options.out}: no such folder")
+    if options.out.is_dir():
+        raise ConfigError(f"--out={options.out}: is a folder; name a file in it")
     groups, kept = groups_of(job, layout)
     sizes = list(dict.fromkeys(layer.size for group in groups for layer in group))
 
@@ -140,7 +142,11 @@ def _candidates(text: str) -> list[str]:
     if given == [HIGH_PRECISION]:
         raise ConfigError(f"--recipes={text}: nothing to choose from; name a float8 recipe")
     if unknown or not given:
-        what = f"{unknown[0]!r} is no recipe" if unknown else "names none"
+        what = "names none"
+        if unknown:
+            what = f"{unknown[0]!r} is no recipe"
+            if unknown[0] in names.PREVIOUS_STEP_RECIPES:
+                what = f"{unknown[0]} is not timed, since its scales come from the steps of a training"
         raise ConfigError(f"--recipes={text}: {what}; there are {', '.join(CANDIDATES)}")
     return given
 

@@ -61,12 +61,14 @@ def judge(
     times: Mapping[str, Spread],
     *,
     facts: Mapping[str, Any] | None = None,
+    reference: str | None = None,
 ) -> dict[str, Any]:
-    """The comparison that `times` (seconds by side, and `CONTROL`'s) make; the first of `sides` is the
-    reference.
+    """The comparison that `times` (seconds by side, and `CONTROL`'s) make. The control is the first of
+    `sides` once more, and that is the reference, too, unless another is named.
     """
-    reference = next(iter(sides))
-    control = paired(times[reference].values, times[CONTROL].values)
+    first = next(iter(sides))
+    reference = reference or first
+    control = paired(times[first].values, times[CONTROL].values)
     rows = {}
     for name, side in sides.items():
         speedup = paired(times[reference].values, times[name].values)
@@ -96,10 +98,14 @@ def prediction(predicted: float | None, measured: float) -> dict[str, float | No
 
 
 def predicted_only(
-    title: str, sides: Mapping[str, float | None], facts: Mapping[str, Any] | None = None
+    title: str,
+    sides: Mapping[str, float | None],
+    facts: Mapping[str, Any] | None = None,
+    *,
+    reference: str | None = None,
 ) -> dict[str, Any]:
     """A comparison of predictions (seconds) alone, for `--predict`."""
-    reference = next(iter(sides))
+    reference = reference or next(iter(sides))
     base = sides[reference]
     rows = {}
     for name, seconds in sides.items():

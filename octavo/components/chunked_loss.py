@@ -94,15 +94,25 @@ class ChunkedLoss:
     softmax: Softmax = loss_and_gradient
     casts_once: Callable[[nn.Module], AbstractContextManager[None]] = lambda head: nullcontext()
 
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"ChunkedLoss.tokens is {self.tokens}; a chunk has at least 1 token")
+
     def of_weight(self, h_BSD: Tensor, w_VD: Tensor, labels_BS: Tensor) -> Tensor:
         """The summed cross entropy of `h w^T`."""
 
         def products(h: Tensor, labels: Tensor, dh: Tensor | None, dw: Tensor | None) -> Tensor:
-            nats, dz = self.softmax(F.linear(h, w_VD), labels)
-            if dh is not None:
-                torch.mm(dz, w_VD, out=dh)
-            if dw is not None:
-                _add_product(dw, dz.t(), h)
+            z = F.linear(h, w_VD)
+            with torch.autocast(h.device.type, enabled=False):  # which z has heeded
+                nats, dz = self.softmax(z, labels)
+                w, x = w_VD.to(dz.dtype), h.to(dz.dtype)
+                if dh is not None:
+                    if dh.dtype == dz.dtype:
+                        torch.mm(dz, w, out=dh)
+                    else:
+                        dh.copy_(torch.mm(dz, w))
+                if dw is not None:
+                    _add_product(dw, dz.t(), x)
             return nats
 
         return self._sum(h_BSD, w_VD, labels_BS, products)

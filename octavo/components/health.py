@@ -5,9 +5,9 @@ a step and cast, handed to the trackers, and held against the limits of `[float8
 named with what would help: another recipe, which is tried on the same tensors first, or high precision.
 
 A run of thousands of steps must not repeat itself. A layer's operand is told of once, and again only when it
-has become twice as bad; a measurement tells of the three worst each in a line, and of the others in one, which
-names them. Several layers have one remedy together, which is told last. Trying other recipes costs a forward and a backward in eager mode, for the worst layer alone, and happens at most
-once in ten measurements.
+has become twice as bad. A measurement tells of the three worst, each in a line, and of the others in one,
+which names them; several layers have one remedy together, which is told last. Trying other recipes costs a
+forward and a backward in eager mode, for the worst layer alone, and happens at most once in ten measurements.
 """
 
 import math
@@ -202,8 +202,8 @@ class HealthReport:
         """What would keep all of `layers` from losing so much."""
         if len(layers) > _MOST_NAMED:
             return (
-                f"{len(layers)} layers are beyond the limits of [float8] by now: a finer recipe for all is the "
-                "remedy, float8.recipe_name = rowwise or blockwise"
+                f"{len(layers)} layers are beyond the limits of [float8] by now: a finer recipe for all is "
+                "the remedy, float8.recipe_name = rowwise or blockwise"
             )
         kept = ",".join([*self._settings.filter_fqns, *layers])
         return f"all {len(layers)} layers told of so far in high precision: --float8.filter_fqns={kept}"

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 PIECE = 1 << 24
@@ -30,6 +31,12 @@ PIECE = 1 << 24
 
 LEAST_8BIT = 4096
 BLOCK_8BIT = 256
+
+
+def _steps(state: dict[str, Any]) -> int:
+    """How many steps a parameter has had; of tensors without memory, which have no numbers, the first."""
+    done = state["step"]
+    return 1 if isinstance(done, FakeTensor) else int(done.item())
 
 
 def _local(x: Tensor) -> Tensor:
@@ -101,7 +108,7 @@ class AdamW(torch.optim.Optimizer):
         self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], place: int
     ) -> None:
         beta1, beta2 = group["betas"]
-        step = int(state["step"].item())
+        step = _steps(state)
         whole = [_local(t) for t in (p, grad, state["exp_avg"], state["exp_avg_sq"])]
         generator = self._generator(whole[0].device, step, place)
         for w, g, m, v in zip(*(_pieces(t) for t in whole), strict=True):
@@ -135,14 +142,11 @@ def _pieces(x: Tensor) -> tuple[Tensor, ...]:
 class AdamW8bit(AdamW):
     """AdamW with moments of one byte, by bitsandbytes. Takes whole parameters.
 
-    Raises ImportError without bitsandbytes.
+    The first step raises ImportError without bitsandbytes, but for tensors without memory.
     """
 
     def __init__(self, params: Iterable[Tensor], **settings: Any) -> None:
         super().__init__(params, state_dtype=torch.float32, **settings)
-        from bitsandbytes import functional
-
-        self._functional = functional
         self._maps: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def _new_state(self, p: Tensor, state: dict[str, Any]) -> None:
@@ -158,9 +162,9 @@ class AdamW8bit(AdamW):
     def _map(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The numbers that the codes of the first and of the second moment stand for."""
         if device not in self._maps:
-            signed, unsigned = (
-                self._functional.create_dynamic_map(signed=s).to(device) for s in (True, False)
-            )
+            from bitsandbytes import functional
+
+            signed, unsigned = (functional.create_dynamic_map(signed=s).to(device) for s in (True, False))
             self._maps[device] = signed, unsigned
         return self._maps[device]
 
@@ -171,8 +175,12 @@ class AdamW8bit(AdamW):
             super()._update(p, grad, state, group, place)
             return
         w = _local(p)
+        if isinstance(w, FakeTensor):  # the kernels want numbers; nothing else is made
+            return
+        from bitsandbytes import functional
+
         signed, unsigned = self._map(w.device)
-        self._functional.optimizer_update_8bit_blockwise(
+        functional.optimizer_update_8bit_blockwise(
             "adam",
             _local(grad).to(w.dtype).contiguous(),
             w,
@@ -182,7 +190,7 @@ class AdamW8bit(AdamW):
             0.0,
             0.0,
             group["eps"],
-            int(state["step"].item()),
+            _steps(state),
             group["lr"],
             signed,
             unsigned,

@@ -107,13 +107,15 @@ _TABLE = (
 GPUS: Final[Mapping[str, Gpu]] = MappingProxyType({gpu.name: gpu for gpu in _TABLE})
 """By the name that commands take. Special cases stand before the general ones: `gpu_of` takes the first."""
 
-_LESS_THAN_WHOLE = re.compile(r"\b(MIG|Laptop|Max-Q|4090 D|GRID|H100 \d+GB HBM2e?)\b|-\d+(-\d+)?[ABCQ](ME)?\b")
+_LESS_THAN_WHOLE = re.compile(
+    r"\b(MIG|Laptop|Max-Q|4090 D|GRID|H100 \d+GB HBM2e?)\b|-\d+(-\d+)?[ABCQ](ME)?\b"
+)
 
 
 def gpu_of(driver_name: str) -> Gpu | None:
     """The GPU that the driver calls `driver_name` ("NVIDIA H100 80GB HBM3"); None if it is not in the
-    table: a slice of one (MIG, or a vGPU such as H100-20C), a slower relative (RTX 4090 Laptop, an H100 with HBM2), or a name that
-    merely contains one (GB200).
+    table: a slice of one (MIG, or a vGPU such as H100-20C), a slower relative (RTX 4090 Laptop, an H100 with
+    HBM2), or a name that merely contains one (GB200).
     """
     if _LESS_THAN_WHOLE.search(driver_name):
         return None

@@ -7,7 +7,7 @@ query and key/value features, F feed-forward width), elements:
                rotation of q and k                      2 T (Q + G)
                silu(a) * b                              3 T F
     backward   norm + the stream's gradient, twice      4 T D each
-               sums of the inputs' gradients            3 T D      (q + k + v and w1 + w3; none if fused)
+               sums of the inputs' gradients            3 T D      (q + k + v and w1 + w3; none if joined)
                rotation                                 2 T (Q + G)
                silu(a) * b                              5 T F
 """
@@ -56,11 +56,21 @@ class Block:
         """Parameters of the linear layers."""
         return sum(k * n for k, n in self.linears.values())
 
-    def gemms(self, tokens: int, recipe: str | None = None) -> list[Shape]:
-        """All 21 products of forward and backward."""
+    @property
+    def joined_linears(self) -> Mapping[str, tuple[int, int]]:
+        """As `linears`, those of one input as one."""
+        return {
+            "wq+wk+wv": (self.dim, self.queries + 2 * self.groups),
+            "wo": (self.queries, self.dim),
+            "w1+w3": (self.dim, 2 * self.hidden),
+            "w2": (self.hidden, self.dim),
+        }
+
+    def gemms(self, tokens: int, recipe: str | None = None, *, joined: bool = False) -> list[Shape]:
+        """All 21 products of forward and backward; 12 where linears of one input are `joined`."""
         float8 = FLOAT8_GEMMS[recipe]
         shapes: list[Shape] = []
-        for inputs, outputs in self.linears.values():
+        for inputs, outputs in (self.joined_linears if joined else self.linears).values():
             for name in ("output", "grad_input", "grad_weight"):
                 shapes.append(linear_shapes(tokens, inputs, outputs, float8=name in float8)[name])
         return shapes
@@ -69,11 +79,11 @@ class Block:
         """Causal, forward and backward."""
         return sum(attention_flops(tokens, seq_len, self.queries))
 
-    def elementwise_bytes(self, tokens: int) -> tuple[float, float]:
+    def elementwise_bytes(self, tokens: int, *, joined: bool = False) -> tuple[float, float]:
         """(forward, backward), as the module's docstring counts them."""
         rotation = 2 * (self.queries + self.groups)
         forward = 8 * self.dim + rotation + 3 * self.hidden
-        backward = 11 * self.dim + rotation + 5 * self.hidden
+        backward = (8 if joined else 11) * self.dim + rotation + 5 * self.hidden
         return _BF16 * float(tokens * forward), _BF16 * float(tokens * backward)
 
     def cast_tensors(self, tokens: int) -> Tensors:
@@ -92,6 +102,10 @@ class Block:
         recomputed: without norms' outputs and w2's input. float8: norms' and attention's outputs as float8
         operands, w1's and w3's outputs in float8, w2's input made again from them. tight: so, with the
         norms' outputs and attention's operand made again.
+
+        What octavo's compiled layers do save (tests/roofline/test_saved.py reads it off their graphs):
+        bfloat16 and rowwise_with_gw_hp save "all"; compiled: w2's input is made again from w1's and w3's
+        outputs in bfloat16, the other three operands are float8; kernels: all four operands are.
         """
         stream, norms = 2 * self.dim, 2 * self.dim
         attention = self.queries + 2 * self.groups + self.queries  # q, k, v, output
@@ -101,6 +115,8 @@ class Block:
             "recomputed": 2 * (stream + attention + pair),
             "float8": 2 * (stream + attention) + norms + self.queries + pair,
             "tight": 2 * (stream + attention) + pair,
+            "compiled": 2 * (stream + attention + pair) + norms + self.queries,
+            "kernels": 2 * (stream + attention + pair) + norms + self.queries + product,
         }
         return {way: float(tokens * size) for way, size in wide.items()}
 
@@ -134,14 +150,16 @@ def layer_time(
     gemm_rates: tuple[float, float] | None = None,
     attention_rates: tuple[float, float] | None = None,
     bandwidth: float = STREAM,
+    joined: bool = False,
 ) -> LayerTime:
     """The time of one layer for `tokens` tokens in sequences of `seq_len`, in `recipe` (None: bfloat16).
 
+    joined: linears of one input are one product.
     way: of casting, see `casts.py`. gemm_rates: FLOP/s of (bfloat16, float8) products instead of a model by
     shape. attention_rates: (forward, backward) instead of the device's. bandwidth: the share that elementwise
     kernels reach.
     """
-    gemms = block.gemms(tokens, recipe)
+    gemms = block.gemms(tokens, recipe, joined=joined)
     if gemm_rates is None:
         products = sum(gemm_seconds(gpu, shape) for shape in gemms)
     else:
@@ -152,6 +170,6 @@ def layer_time(
     return LayerTime(
         gemms=products,
         attention=sum(attention_seconds(gpu, tokens, seq_len, block.queries, rates=attention_rates)),
-        elementwise=sum(block.elementwise_bytes(tokens)) / (gpu.hbm * bandwidth),
+        elementwise=sum(block.elementwise_bytes(tokens, joined=joined)) / (gpu.hbm * bandwidth),
         casts=casts,
     )

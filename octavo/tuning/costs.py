@@ -92,7 +92,7 @@ def runnable_on_paper(candidates: Sequence[str], gpu: Gpu) -> tuple[list[str], d
     for name in candidates:
         gemms = [] if name == HIGH_PRECISION else RECIPES[name].gemms.values()
         if any(gemm.float8 and find_path(gemm, device) is None for gemm in gemms):
-            unable[name] = f"a {gpu.name} has no units for it"
+            unable[name] = f"{gpu.name} has no units for it"
         elif name not in FLOAT8_GEMMS and name != HIGH_PRECISION:
             unable[name] = "the roofline model does not know it"
         else:

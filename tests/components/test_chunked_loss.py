@@ -142,3 +142,20 @@ def test_a_model(tied):
 def test_a_head_with_a_bias_is_refused():
     with pytest.raises(ValueError, match="without a bias"):
         give_loss(nn.Linear(4, 4), ChunkedLoss(8))
+
+
+def test_autocast_is_heeded():
+    h, w, labels = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        want = plain(F.linear(h, w), labels)
+        got = ChunkedLoss(7).of_weight(h, w, labels)
+    assert got.item() == pytest.approx(want.item(), rel=1e-6)
+    for one, other in zip(torch.autograd.grad(got, (h, w)), torch.autograd.grad(want, (h, w)), strict=True):
+        assert one.dtype == torch.float32
+        assert distance(one, other) < 1e-2
+
+
+def test_a_chunk_has_a_token():
+    for tokens in (0, -3):
+        with pytest.raises(ValueError, match=f"tokens is {tokens}"):
+            ChunkedLoss(tokens)

@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from octavo.components import small_states
 from octavo.components.small_states import AdamW, AdamW8bit, store
@@ -103,6 +104,20 @@ def test_resumed_equals_uninterrupted_bit_for_bit(make, dtype):
             assert torch.equal(resumed.state[q][name], value), name
     train(resumed, second, 3, first=3)
     assert all(torch.equal(one, other) for one, other in zip(whole, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "bytes_"), [(AdamW, 2 * 2 * 8192), (AdamW8bit, 2 * (8192 + 4 * 8192 // 256))]
+)
+def test_tensors_without_memory_have_the_same_states(make, bytes_):
+    """As `octavo estimate` asks, also where bitsandbytes is not installed."""
+    with FakeTensorMode():
+        p = nn.Parameter(torch.empty(64, 128, dtype=torch.bfloat16))
+        p.grad = torch.empty_like(p)
+        optimizer = make([p], **NUMBERS)
+        optimizer.step()
+        states = [value for name, value in optimizer.state[p].items() if name != "step"]
+        assert sum(t.numel() * t.element_size() for t in states) == bytes_
 
 
 @needs_bitsandbytes

@@ -108,7 +108,17 @@ def test_the_ratio_over_torchao_within_one_recipe():
 
 def test_memory_of_the_activations_of_32_layers():
     saved = {way: 32 * bytes_ / 1e9 for way, bytes_ in LLAMA3_8B.saved(T).items()}
-    assert saved == pytest.approx({"all": 36.5, "recomputed": 24.7, "float8": 20.4, "tight": 17.2}, rel=0.002)
+    quoted = {"all": 36.5, "recomputed": 24.7, "float8": 20.4, "tight": 17.2}
+    assert {way: saved[way] for way in quoted} == pytest.approx(quoted, rel=0.002)
+
+
+def test_joined_linears_are_the_same_work_in_fewer_products():
+    joined = LLAMA3_8B.gemms(T, "rowwise", joined=True)
+    assert len(joined) == 12
+    assert sum(s.flops for s in joined) == sum(s.flops for s in LLAMA3_8B.gemms(T))
+    apart, one = (layer_time(H100, LLAMA3_8B, T, T, "rowwise", joined=j) for j in (False, True))
+    assert one.gemms < apart.gemms
+    assert apart.elementwise - one.elementwise == pytest.approx(2 * 3 * T * 4096 / (H100.hbm * 0.8))
 
 
 def test_memory_of_weights_gradients_and_8_bit_moments():

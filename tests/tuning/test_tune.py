@@ -83,7 +83,7 @@ def test_measuring(tmp_path, capsys, monkeypatch):
     [
         (["--recipes=fp4"], "--recipes=fp4: 'fp4' is no recipe; there are high_precision, tensorwise"),
         (["--recipes=,"], "--recipes=,: names none"),
-        (["--recipes=mxfp8"], "--recipes: none of them runs here: mxfp8: a h100 has no units for it"),
+        (["--recipes=mxfp8"], "--recipes: none of them runs here: mxfp8: h100 has no units for it"),
         (["--gpu=tpu"], "--gpu: no GPU is called 'tpu'"),
         (["--refresh"], "--refresh would have no effect: nothing is measured, as there is no GPU here"),
         (["--no-cache", "--gpu=h100"], r"--no-cache would have no effect: nothing is measured \(--gpu\)"),

@@ -48,10 +48,15 @@ class _SwiGLU(torch.autograd.Function):
         return made[0], made[3], *of_a, *of_b
 
 
-def _rows_of(x: Tensor) -> Tensor:
-    """`x[..., K]` as `[M, K]` whose rows are contiguous, a view where there is one."""
-    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return flat if flat.stride(1) == 1 and flat.stride(0) >= flat.shape[1] else flat.contiguous()
+def _rows_of(*tensors: Tensor) -> list[Tensor]:
+    """Each `x[..., K]` as `[M, K]` whose rows are contiguous and equally far apart in all; views where that
+    is so already.
+    """
+    flat = [x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in tensors]
+    as_they_are = all(x.stride(1) == 1 and x.stride(0) >= x.shape[1] for x in flat)
+    if as_they_are and len({x.stride() for x in flat}) == 1:
+        return flat
+    return [x.contiguous() for x in flat]
 
 
 class GatedLinear:
@@ -63,11 +68,10 @@ class GatedLinear:
     def __call__(self, gate: Tensor | Product, up: Tensor | Product, *, note_maxima: bool = False) -> Product:
         """The linear's output of `gate[..., K]` and `up[..., K]`."""
         a, b = (x if isinstance(x, Product) else Product(x) for x in (gate, up))
-        if not kernels_serve(a.value) or a.value.dtype != b.value.dtype:
+        alike = (a.value.dtype, a.value.shape) == (b.value.dtype, b.value.shape)
+        if not kernels_serve(a.value) or not alike:
             (made,) = self.shared(F.silu(a.value) * b.value, note_maxima=note_maxima)
             return made
-        h, rows, columns = _SwiGLU.apply(
-            _rows_of(a.value), _rows_of(b.value), a.rows, a.columns, b.rows, b.columns
-        )
+        h, rows, columns = _SwiGLU.apply(*_rows_of(a.value, b.value), a.rows, a.columns, b.rows, b.columns)
         (made,) = self.shared(h.reshape(a.value.shape), maxima=(rows, columns), note_maxima=note_maxima)
         return made

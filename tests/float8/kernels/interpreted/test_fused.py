@@ -138,3 +138,30 @@ def test_gates_may_be_parts_of_one_tensor() -> None:
         strict=True,
     ):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_norm_without_an_eps_means_what_pytorchs_does(dtype: torch.dtype) -> None:
+    """Inputs so small that eps decides."""
+    norm, linear = nn.RMSNorm(DIM, dtype=dtype), nn.Linear(DIM, 16, bias=False, dtype=dtype)
+    x = (0.01 * torch.randn(20, DIM, generator=torch.Generator().manual_seed(1))).to(dtype)
+    (product,) = NormedInput(norm, (linear,))(x)[1]
+    want = linear(norm(x))
+    assert apart([product.value.detach()], [want.detach()]) < 2 * torch.finfo(dtype).eps
+
+
+def test_a_norm_of_another_width_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        NormedInput(nn.RMSNorm(32), (nn.Linear(DIM, 16),))(torch.randn(2, 4, DIM))
+
+
+def test_a_gate_and_an_up_of_different_shapes_or_strides() -> None:
+    linear = nn.Linear(DIM, 16)
+    both = torch.randn(4, 2 * DIM, generator=torch.Generator().manual_seed(1))
+    gate, up = both.split(DIM, dim=1)
+    for a, b in ((gate.contiguous(), up), (gate, up.contiguous()), (gate, up[:1])):
+        got = GatedLinear(linear)(a, b).value
+        want = linear(nn.functional.silu(a) * b)
+        assert apart([got.detach()], [want.detach()]) < 1e-6
+    with pytest.raises(RuntimeError, match="size"):
+        GatedLinear(linear)(gate[:2], up[:3])
