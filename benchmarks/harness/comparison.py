@@ -86,6 +86,7 @@ def judge(
         "reference": reference,
         "facts": dict(facts or {}),
         "sides": rows,
+        "controlled": first,
         "control": spread_of(control),
     }
 

@@ -142,7 +142,7 @@ def table(comparison: Mapping[str, Any], columns: Mapping[str, str]) -> list[str
     if not predicted_only:
         control = comparison["control"]
         lines.append(
-            f"  control: {comparison['reference']} against itself {control['median']:.3f}, "
+            f"  control: {comparison['controlled']} against itself {control['median']:.3f}, "
             f"from {control['least']:.3f} to {control['most']:.3f}, {control['n']} rounds"
         )
     return lines

@@ -82,7 +82,9 @@ def small_text(folder):
 def consistent(comparison):
     """Medians and ratios are those of the rounds that stand beside them."""
     sides, reference = comparison["sides"], comparison["reference"]
-    assert next(iter(sides)) == reference
+    assert next(iter(sides)) == comparison["controlled"]
+    assert reference in ("bf16", comparison["controlled"])
+    assert reference == "bf16" or "bf16" not in sides
     base = sides[reference]["samples_ms"]
     for name, side in sides.items():
         samples = side["samples_ms"]
