@@ -4,7 +4,9 @@ torchrun passes a signal on and kills after half a minute whatever is left, whic
 when one process dies it waits as long for others that hang in a collective. So signals are taken here: the
 first one is passed to each process, once, and then the launcher waits for as long as saving takes. And a
 thread looks every quarter of a second whether all processes are there. When one has gone without saying
-so, the others write their stacks, get `GRACE` seconds to end by themselves, and are killed.
+so, the others write their stacks, get `GRACE` seconds to end by themselves, and are killed. One that is
+stopped (SIGSTOP, a debugger) writes its stacks when it is continued, which is just before it is killed: with
+more time it might end by itself, and nobody would be told who it was that hung.
 """
 
 import os
@@ -24,6 +26,7 @@ GRACE = 4.0
 """Seconds that the others have when a process has died: in gloo they notice it, in NCCL they may not."""
 
 _LOOKS_EVERY = 0.25
+_WRITES_WITHIN = 0.5  # seconds that a process needs for its stacks
 _INSISTS_AFTER = 1.0  # seconds from the first signal; then a second Ctrl-C ends everything
 
 
@@ -90,7 +93,8 @@ class Supervisor:
     def _watch(self) -> None:
         while not self._over.wait(_LOOKS_EVERY):
             processes = status.read_all(self._folder)
-            gone = [process for process in processes if not _exists(process.pid)]
+            # One that has lost a peer ends, for which it may need some seconds.
+            gone = [process for process in processes if process.follows or not _exists(process.pid)]
             self.deaths = [process for process in gone if not process.ended]
             if self.for_others or self.deaths or (gone and len(gone) < len(processes)):
                 self._end_the_others()
@@ -107,6 +111,9 @@ class Supervisor:
             if self._over.wait(_LOOKS_EVERY):
                 return
         self.killed = self._left()
+        for process in self.killed:
+            _send(process.pid, signal.SIGCONT)
+        self._over.wait(_WRITES_WITHIN)
         for process in self.killed:
             _kill_group(process.pid)
 

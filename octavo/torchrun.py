@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import TextIOWrapper
@@ -138,7 +138,12 @@ def _failed(
         peers.over(reason, failed=True)
     if supervisor.for_others and not told:
         code = exits.FAILED  # not that of our own kill
-    if local_rank is not None and local_rank not in launch.shown_ranks and not agreed:
+    if (
+        local_rank is not None
+        and local_rank not in launch.shown_ranks
+        and not agreed
+        and not (told and _shown(logs, local_rank, launch.shown_ranks))
+    ):
         print(_tail(logs, local_rank), end="", file=sys.stderr)
     if not told:
         if elsewhere is not None:
@@ -198,13 +203,17 @@ def _tell(rank: int, exitcode: int, killed: Sequence[Status], logs: Path, dump_f
         )
     if killed:
         told.append(f"still there and killed: {', '.join(map(str, killed))}")
+    ranks = [status.rank for status in read_all(logs)]
     stacks = [path for path in logs.glob("rank*.stacks") if path.stat().st_size]
+    without = [str(one) for one in ranks if stacks_path(logs, one) not in stacks]
     if stacks:
         folder = dump_folder / "stacks"
         folder.mkdir(parents=True, exist_ok=True)
         for path in stacks:
             shutil.copy(path, folder / path.with_suffix(".txt").name)
-        told.append(f"Python stacks: {folder}")
+        told.append(f"Python stacks: {folder}{f' (none of {_ranks(without)})' if without else ''}")
+    elif killed:
+        told.append(f"no Python stacks of {_ranks(without)}")
     told.append(f"output of all ranks: {logs}")
     print("; ".join(told), file=sys.stderr)
 
@@ -224,8 +233,24 @@ def _ending(exitcode: int) -> str:
     return f"signal {-exitcode}{killed}"
 
 
+def _ranks(numbers: Sequence[str]) -> str:
+    return f"{'rank' if len(numbers) == 1 else 'ranks'} {', '.join(numbers)}"
+
+
+def _stderr(logs: Path, local_rank: int) -> list[str]:
+    files = sorted(logs.glob(f"*/attempt_*/{local_rank}/stderr.log"))
+    return files[-1].read_text(errors="replace").splitlines() if files else []
+
+
+def _shown(logs: Path, local_rank: int, shown_ranks: Collection[int]) -> bool:
+    """Whether a rank whose output is shown has given the reason that this hidden one gives: as a rule all
+    find the same. One that it alone has found, in its data, say, would not be seen anywhere else.
+    """
+    reasons = {line for line in _stderr(logs, local_rank) if line.startswith("octavo: ")}
+    seen = {line for shown in shown_ranks for line in _stderr(logs, shown)}
+    return bool(reasons) and reasons <= seen
+
+
 def _tail(logs: Path, local_rank: int, lines: int = 30) -> str:
     """The last lines that a process wrote to its standard error."""
-    files = sorted(logs.glob(f"*/attempt_*/{local_rank}/stderr.log"))
-    written = files[-1].read_text(errors="replace").splitlines() if files else []
-    return "".join(f"[rank{local_rank}]:{line}\n" for line in written[-lines:])
+    return "".join(f"[rank{local_rank}]:{line}\n" for line in _stderr(logs, local_rank)[-lines:])

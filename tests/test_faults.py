@@ -1,5 +1,6 @@
 """Whatever happens to a run: it ends with the promised code and word, and goes on bit for bit."""
 
+import faulthandler
 import json
 import math
 import os
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from octavo.checkpoint.reader import read_model, read_state
+from octavo.distributed import status
+from octavo.distributed.watchdog import Watchdog
 from tests import runs
 
 FLAG = {"experimental.custom_import": "tests.faults"}
@@ -267,6 +270,23 @@ def test_hung_rank_ends_the_job_within_the_timeout_and_leaves_stacks(tmp_path):
     waited, hung = ((tmp_path / "stacks" / f"rank{rank}.txt").read_text() for rank in range(2))
     assert "_accident" in hung
     assert "_gradients" in waited or "all_reduce" in waited
+
+
+def test_the_watchdog_waits_for_as_long_as_a_microbatch_took_after_the_timeout(monkeypatch):
+    """By then a collective's own error has come; in a pipeline none would."""
+    now, armed = 0.0, []
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, **_: armed.append(seconds))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv(status.FOLDER_VARIABLE, raising=False)
+    with Watchdog() as watchdog:
+        for begin, took in [((1, 300), 50), ((2, 20), 0.5), ((3, 20), 0.25), ((4, 20), 40)]:
+            watchdog.begin(*begin)
+            now += took
+            watchdog.progress()
+            watchdog.pause()
+            now += 1000  # a save
+    assert armed == [310, 310, 30, 21.5, 21.5, 21.5, 21.5, 30]
 
 
 def test_signal_to_the_launcher_during_steps(tmp_path):

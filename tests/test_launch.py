@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from octavo import launch
+from octavo import launch, supervisor, torchrun
 from octavo.config import ConfigError
 from octavo.config.files import TRAIN_CONFIGS
+from octavo.distributed import status
 from octavo.launch import plan, visible_gpus
 
 
@@ -358,7 +359,7 @@ def test_help_before_anything_is_installed(capsys, monkeypatch):
 
 DRIVER = """
 import dataclasses, os, sys
-from octavo import launch
+from octavo import launch, supervisor, torchrun
 planned = launch.plan([], os.environ, gpus=0, cores=2)
 own = planned.torchrun[:planned.torchrun.index("-m")]
 sys.exit(launch.run(dataclasses.replace(planned, torchrun=(*own, *sys.argv[1:]))))
@@ -392,6 +393,8 @@ match sys.argv[1], rank:
         os._exit(0)
     case "misuse", _:
         print("octavo: what is wrong", file=sys.stderr)
+        if rank == 0:
+            time.sleep(0.5)  # the hidden one is the first that torchrun sees
         status.write(7, ended=True)
         sys.exit(2)
     case "die", 1:
@@ -452,6 +455,43 @@ def test_exit_code_2_needs_no_words_of_ours(begin, tmp_path):
     assert process.returncode == 2
     assert err == "[rank0]:octavo: what is wrong\n"
     assert kept_logs(tmp_path) == []
+
+
+def test_what_a_hidden_process_alone_has_found_is_shown(tmp_path):
+    for rank, text in enumerate(["[octavo] a log\noctavo: this\n", "octavo: this\n", "octavo: that\n", ""]):
+        file = tmp_path / "none_1" / "attempt_0" / str(rank) / "stderr.log"
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    assert [torchrun._shown(tmp_path, rank, {0}) for rank in range(1, 4)] == [True, False, False]
+
+
+STOPPED = """
+import faulthandler, os, signal, sys, time
+from pathlib import Path
+from octavo.distributed.status import StatusFile, stacks_path
+folder = Path(sys.argv[1])
+faulthandler.register(signal.SIGUSR2, stacks_path(folder, 1).open("w"))
+StatusFile(folder, 1).write(7)
+os.kill(os.getpid(), signal.SIGSTOP)
+time.sleep(60)
+"""
+
+
+def test_a_stopped_process_leaves_its_stacks_and_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(supervisor, "GRACE", 0.1)
+    status.StatusFile(tmp_path, 0).write(7, ended=True)
+    # not in `with`, which would take the test's signals
+    with subprocess.Popen([sys.executable, "-c", STOPPED, str(tmp_path)], start_new_session=True) as stopped:
+        os.waitid(os.P_PID, stopped.pid, os.WSTOPPED | os.WNOWAIT)
+        watching = supervisor.Supervisor(tmp_path)
+        watching._end_the_others()
+        assert stopped.wait(timeout=30) == -signal.SIGKILL
+    torchrun._tell(0, 1, watching.killed, tmp_path, tmp_path)
+    assert capsys.readouterr().err == (
+        "octavo: rank 0 ended with exit code 1 in step 7; still there and killed: rank 1 in step 7; "
+        f"Python stacks: {tmp_path / 'stacks'} (none of rank 0); output of all ranks: {tmp_path}\n"
+    )
+    assert 'File "<string>", line 8' in (tmp_path / "stacks" / "rank1.txt").read_text()
 
 
 def test_a_killed_process_is_told(begin):

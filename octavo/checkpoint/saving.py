@@ -1,8 +1,8 @@
 """One save, from tensors to a published folder, on every rank together.
 
-Each rank writes its shards; rank 0 makes the folder, looks whether it sees what the others have written, writes
-the state and the manifest, and publishes. Every rank learns the same outcome. A failure is an outcome, not an
-exception: training goes on after it.
+Each rank writes its shards; rank 0 makes the folder, looks whether it sees what the others have written,
+writes the state and the manifest, and publishes. Every rank learns the same outcome. A failure is an outcome,
+not an exception: training goes on after it.
 """
 
 import json
