@@ -2,13 +2,13 @@
 
 A step takes as long to trace as the model has layers, and most are alike: with one more, each moment of the
 step has the same bytes more, the layers call the same products more, and so on. So a stage of K layers is
-traced with 6 and with 7, and what the seventh added is added K - 6 times.
+traced with 4 and with 5, and what the fifth added is added K - 4 times.
 
 Memory grows by a different amount at each moment (parameters at all, activations until their layer's
 backward, gradients after it), and the highest moment of a short model need not be that of a long one. So the
 step is cut at each layer's forward and backward, and each piece is continued on its own. The first and the
-last three layers' are those of any model. What layers in between reach lies between these, since it grows by
-the same amount from layer to layer. Three, because FSDP2 gathers a layer ahead. Tests compare with traces of
+last two layers' are those of any model. What layers in between reach lies between these, since it grows by
+the same amount from layer to layer. Two, because FSDP2 gathers a layer ahead. Tests compare with traces of
 whole models.
 """
 
@@ -21,28 +21,35 @@ from torch import Tensor, nn
 
 from octavo.config import JobConfig
 from octavo.config.pipeline import PipelinePlan
+from octavo.estimating.microbatches import Stretched
 from octavo.estimating.operations import Counts
 from octavo.estimating.tracker import Log, Place, Tracker
 
-KEPT = 6
-"""Layers of a stage that the shorter trace has: two edges of three layers."""
-_WORTH = 8
-"""Layers that must be left out for two traces to be quicker than one."""
+KEPT = 4
+"""Layers of a stage that the shorter trace has: two edges of two layers."""
+_WORTH = 6
+"""Layers that must be left out for two traces to take less than one."""
+
+
+def alike(job: JobConfig) -> bool:
+    """Whether nothing in `job` is for some layers only."""
+    ac, float8 = job.activation_checkpoint, job.float8
+    if ac.mode == "selective" and ac.selective_ac_option != "op":
+        return False
+    if "float8" not in job.model.converters:
+        return True
+    named = any(part.startswith("layers") or part[:1].isdigit() for part in float8.filter_fqns)
+    return not named and not float8.layer_recipes
 
 
 def left_out(job: JobConfig, args: Any, plan: PipelinePlan | None) -> int:
     """How many layers the shorter trace can leave out of each stage; 0 where layers are not known to be
     alike.
     """
-    ac, float8 = job.activation_checkpoint, job.float8
-    alike = ac.mode != "selective" or ac.selective_ac_option == "op"
-    if "float8" in job.model.converters:
-        named = any(part.startswith("layers") or part[:1].isdigit() for part in float8.filter_fqns)
-        alike = alike and not named and not float8.layer_recipes
-    if not alike or not is_dataclass(args) or "n_layers" not in {f.name for f in fields(args)}:
+    if not alike(job) or not is_dataclass(args) or "n_layers" not in {f.name for f in fields(args)}:
         return 0
     number: int = getattr(args, "n_layers")  # noqa: B009
-    sizes = [number] if plan is None else [len(_layers(stage)) for stage in plan.stages]
+    sizes = [number] if plan is None else [len(layers_of(stage)) for stage in plan.stages]
     less = min(sizes) - KEPT
     return less if less >= _WORTH else 0
 
@@ -55,12 +62,13 @@ def without(args: Any, plan: PipelinePlan | None, less: int) -> tuple[Any, Pipel
         return replace(args, n_layers=args.n_layers - less), None
     stages = []
     for stage in plan.stages:
-        gone = set(_layers(stage)[KEPT // 2 : KEPT // 2 + less])
+        gone = set(layers_of(stage)[KEPT // 2 : KEPT // 2 + less])
         stages.append(tuple(name for name in stage if name not in gone))
     return args, replace(plan, stages=tuple(stages))
 
 
-def _layers(stage: Iterable[str]) -> list[str]:
+def layers_of(stage: Iterable[str]) -> list[str]:
+    """The names in `stage` that are layers."""
     return [name for name in stage if name.startswith("layers.")]
 
 
@@ -87,8 +95,8 @@ def watch(modules: Sequence[nn.Module], tracker: Tracker) -> None:
 class Grown:
     """The log of a process with `times` more layers than `short`'s; `long`'s has one more."""
 
-    short: Log
-    long: Log
+    short: Log | Stretched
+    long: Log | Stretched
     times: int
 
     def peaks(self, without: Iterable[str] = ()) -> list[tuple[str, dict[str, int]]]:
@@ -102,7 +110,7 @@ class Grown:
         return found
 
 
-def _pieces(log: Log, hidden: set[str]) -> Iterator[tuple[Any, tuple[str, dict[str, int]]]]:
+def _pieces(log: Log | Stretched, hidden: set[str]) -> Iterator[tuple[Any, tuple[str, dict[str, int]]]]:
     """Each piece of the step with what it is known by: its mark, its layer, and how often that was before."""
     seen: Counter[tuple[str, Place | None]] = Counter()
     for place, peak in zip(log.places, log.peaks(hidden), strict=True):
@@ -113,8 +121,4 @@ def _pieces(log: Log, hidden: set[str]) -> Iterator[tuple[Any, tuple[str, dict[s
 
 def grown(short: Counts, long: Counts, times: int) -> Counts:
     """Counts of a process with `times` more layers than `short`'s."""
-    found = Counts()
-    for name, counter in vars(found).items():
-        few, more = getattr(short, name), getattr(long, name)
-        counter.update({key: few[key] + times * (more[key] - few[key]) for key in few | more})
-    return found
+    return short.plus(long.plus(short, -1), times)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from octavo.estimating.layers import Grown
+from octavo.estimating.microbatches import Stretched
 from octavo.estimating.tracker import GRADIENTS, KINDS, OPTIMIZER, PARAMETERS, Log
 
 _OUTSIDE = ("start", "end")
@@ -25,7 +26,7 @@ class Memory:
         return sum(self.kinds.values())
 
 
-def memory_of(log: Log | Grown, *, offload: bool = False) -> Memory:
+def memory_of(log: Log | Stretched | Grown, *, offload: bool = False) -> Memory:
     """The peak of the step in `log`; with `offload`, of what stays on the device."""
     hidden = _OFFLOADED if offload else ()
     parts = [part for part in log.peaks(hidden) if part[0] not in _OUTSIDE]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from octavo.config.layout import Layout
+from octavo.estimating.tracker import Action
 from octavo.roofline import Shape
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -61,6 +62,19 @@ class Counts:
     attention: Counter[tuple[int, int, int, bool, bool]] = field(default_factory=Counter)
     messages: Counter[Message] = field(default_factory=Counter)
 
+    def plus(self, other: "Counts", times: int = 1) -> "Counts":
+        """These and `times` those of `other`; what is then 0 is left out."""
+        found = Counts()
+        for name, counter in vars(found).items():
+            mine, theirs = getattr(self, name), getattr(other, name)
+            both = {key: mine[key] + times * theirs[key] for key in mine | theirs}
+            counter.update({key: value for key, value in both.items() if value})
+        return found
+
+
+Noted = tuple[Action, Counts]
+"""What a pipeline's schedule does, and the microbatches' counts until then."""
+
 
 class Operations:
     """What an observer of a step sees. `microbatches` holds what happens until `end_of_microbatches`, and
@@ -69,12 +83,16 @@ class Operations:
 
     def __init__(self, layout: Layout) -> None:
         self._axes = _axes(layout)
-        self.microbatches, self.rest = Counts(), Counts()
-        self._now = self.microbatches
+        self.clear()
 
     def clear(self) -> None:
         self.microbatches, self.rest = Counts(), Counts()
+        self.noted: list[Noted] = []
         self._now = self.microbatches
+
+    def note(self, action: Action) -> None:
+        """`action` begins."""
+        self.noted.append((action, self.microbatches.plus(Counts())))
 
     def end_of_microbatches(self) -> None:
         self._now = self.rest

@@ -1,17 +1,18 @@
 """One job on so many GPUs: its trials, put together, as a table and as JSON."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from octavo import quantization
 from octavo.config import JobConfig
 from octavo.config.layout import KEYS, Layout, layout_of
-from octavo.estimating.apart import apart
+from octavo.config.pipeline import PipelinePlan
+from octavo.estimating.layers import alike, layers_of
 from octavo.estimating.memory import Memory, memory_of
 from octavo.estimating.operations import Message
 from octavo.estimating.time import StepTime, by_message, mfu, step_time
-from octavo.estimating.trial import Trial, run_trial
+from octavo.estimating.trial import Trial, prepared, run_trials
 from octavo.roofline import Gpu
 
 _GB = 1e9
@@ -82,15 +83,17 @@ class Estimate:
 
 
 def estimate(job: JobConfig, gpus: int, gpu: Gpu | None) -> Estimate:
-    """Trace what can differ among the processes: one of each pipeline stage's.
+    """Trace what can differ among the processes: one of each place in the pipeline that can be the worst.
 
     `ConfigError` as training would raise.
     """
     layout = layout_of(job.parallelism, gpus)
-    stride = gpus // layout.pipeline
-    ranks = _telling(layout.pipeline, stride)
+    _, plan = prepared(job)
+    ranks = (
+        [0] if plan is None else [gpus // layout.pipeline * place for place in telling(plan, same=alike(job))]
+    )
     recipe = quantization.recipe_name(job.model.converters, job.float8)
-    trials: list[Trial] = apart(run_trial, (job, gpus), [{"rank": rank, "gpu": gpu} for rank in ranks])
+    trials = run_trials(job, gpus, ranks, gpu)
     offload = job.training.enable_cpu_offload
     memories = {trial.rank: memory_of(trial.log, offload=offload) for trial in trials}
     worst: Trial = max(trials, key=lambda trial: memories[trial.rank].peak)
@@ -113,9 +116,36 @@ def estimate(job: JobConfig, gpus: int, gpu: Gpu | None) -> Estimate:
     )
 
 
-def _telling(stages: int, stride: int) -> list[int]:
-    """The first process of the first, the second and the last stages: others lie between."""
-    return [stride * place for place in sorted({0, min(1, stages - 1), stages - 1})]
+def telling(plan: PipelinePlan, *, same: bool) -> list[int]:
+    """The places in a pipeline that can need most memory or time. `same`: layers are alike.
+
+    The first place receives nothing, so it stands for itself alone. Where places have one stage each, an
+    earlier one has no fewer microbatches in flight than a later one, so it stands for those that have no more
+    in their stage. Where they have several, one of those between the first and the last stands for all if
+    they have the same. Otherwise, and where a file has the schedule, all tell.
+    """
+    places = range(max(plan.process_of) + 1)
+    contents = [[_content(plan.stages[stage]) for stage in plan.stages_of(place)] for place in places]
+    if plan.csv is not None or not same:
+        return list(places)
+    if all(len(content) == 1 for content in contents):
+        found = [0]
+        for place in places[1:]:
+            ((layers, others),) = contents[place]
+            if not any(
+                layers <= many and others <= more for earlier in found[1:] for many, more in contents[earlier]
+            ):
+                found.append(place)
+        return found
+    if any(content != contents[1] for content in contents[1:-1]):
+        return list(places)
+    return sorted({0, 1, places[-1]})
+
+
+def _content(stage: Sequence[str]) -> tuple[int, frozenset[str]]:
+    """How many layers a stage has, and what else."""
+    layers = layers_of(stage)
+    return len(layers), frozenset(stage).difference(layers)
 
 
 _NAMES = {

@@ -30,18 +30,24 @@ KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, FLOAT8, COMMUNICATION)
 
 Place = tuple[str, int, int]
 """Where in a step something is: forward or backward, number of the stage, number of the layer."""
+FORWARD, BACKWARD = "forward", "backward"
+Action = tuple[str, int]
+"""What a pipeline's schedule does: forward or backward, number of the microbatch."""
 
 
 @dataclass
 class Log:
-    """Changes in order: (storage's number, bytes more or less, number of the mark before it). places: of the
-    layers that begin or end at the marks.
+    """Changes in order: (storage's number, bytes more or less, number of the mark before it). For each mark:
+    places, the layer that begins or ends at it; actions, what a pipeline's schedule does then; batches, how
+    many had a name of their own until it.
     """
 
     changes: list[tuple[int, int, int]] = field(default_factory=list)
     kinds: dict[int, str] = field(default_factory=dict)
     marks: list[str] = field(default_factory=lambda: ["start"])
     places: list[Place | None] = field(default_factory=lambda: [None])
+    actions: list[Action | None] = field(default_factory=lambda: [None])
+    batches: list[int] = field(default_factory=lambda: [0])
 
     def peaks(self, without: Iterable[str] = ()) -> list[tuple[str, dict[str, int]]]:
         """For each mark, in order, what was held by kind at the highest moment until the next mark.
@@ -95,13 +101,21 @@ class Tracker(TorchDispatchMode):
 
     def mark(self, name: str) -> None:
         """What follows is `name`."""
-        self.log.marks.append(name)
-        self.log.places.append(None)
+        self._add(name, None, None, self.log.batches[-1] + 1)
 
     def cut(self, place: Place) -> None:
         """What follows bears the same name, but is counted on its own."""
-        self.log.marks.append(self.log.marks[-1])
+        self._add(self.log.marks[-1], place, self.log.actions[-1], self.log.batches[-1])
+
+    def begin(self, action: Action) -> None:
+        """What follows is `action`, under the same name."""
+        self._add(self.log.marks[-1], None, action, self.log.batches[-1])
+
+    def _add(self, name: str, place: Place | None, action: Action | None, batch: int) -> None:
+        self.log.marks.append(name)
         self.log.places.append(place)
+        self.log.actions.append(action)
+        self.log.batches.append(batch)
 
     @contextmanager
     def label(self, kind: str) -> Iterator[None]:

@@ -10,7 +10,7 @@ kernels, which need no scratch memory.
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -29,7 +29,9 @@ from octavo.config import JobConfig
 from octavo.config.layout import Layout, layout_of
 from octavo.config.pipeline import PipelinePlan
 from octavo.distributed import mesh
+from octavo.estimating.apart import apart
 from octavo.estimating.layers import Grown, grown, left_out, watch, without
+from octavo.estimating.microbatches import Fewer, NotAlike, Stretched, fewer, shorten, stretched
 from octavo.estimating.operations import Counts, Message, Operations
 from octavo.estimating.tokenizer import tokenizer_of
 from octavo.estimating.tracker import COMMUNICATION, GRADIENTS, OPTIMIZER, PARAMETERS, Log, Tracker
@@ -51,7 +53,7 @@ class Trial:
 
     rank: int
     layout: Layout
-    log: Log | Grown
+    log: Log | Stretched | Grown
     microbatch: Counts
     rest: Counts
     parameters: int
@@ -75,56 +77,66 @@ def fake_processes(rank: int, size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def run_trial(
-    job: JobConfig, size: int, *, rank: int = 0, gpu: Gpu | None = None, all_layers: bool = False
-) -> Trial:
-    """Trace process `rank` of `size`, on a `gpu`, or on this CPU (None). `ConfigError` as training.
+@dataclass(frozen=True)
+class Trace:
+    """One process's step, of a model with some of the layers: its log, its counts, and its parameters."""
 
-    With `all_layers`, none of equal layers are left out (see `layers.py`).
+    log: Log | Stretched
+    microbatch: Counts
+    rest: Counts
+    parameters: int
+
+
+def run_trials(job: JobConfig, size: int, ranks: Sequence[int], gpu: Gpu | None = None) -> list[Trial]:
+    """The trials of processes `ranks` of `size`, on a `gpu`, or on this CPU (None), in forks.
+    `ConfigError` as training.
     """
+    lesses = _lesses(job)
+    calls = [{"rank": rank, "gpu": gpu, "less": less} for rank in ranks for less in lesses]
+    traces: list[Trace] = apart(trace, (job, size), calls)
+    each = len(lesses)
+    return [
+        _trial(job, size, rank, lesses[0], traces[each * number : each * (number + 1)])
+        for number, rank in enumerate(ranks)
+    ]
+
+
+def run_trial(
+    job: JobConfig, size: int, *, rank: int = 0, gpu: Gpu | None = None, whole: bool = False
+) -> Trial:
+    """The trial of process `rank`, in this process; `whole`: no layers and microbatches are left out."""
+    lesses = (0,) if whole else _lesses(job)
+    traces = [trace(job, size, rank=rank, gpu=gpu, less=less, whole=whole) for less in lesses]
+    return _trial(job, size, rank, lesses[0], traces)
+
+
+def prepared(job: JobConfig) -> tuple[Any, PipelinePlan | None]:
+    """The model's arguments, and the plan of its pipeline."""
     if job.experimental.custom_import:
         importlib.import_module(job.experimental.custom_import)
-    job = _eager(job)
     args = model_args(job, tokenizer_of(job))
-    plan = pipeline_plan(job, args)
-    layout = layout_of(job.parallelism, size)
+    return args, pipeline_plan(job, args)
+
+
+def _lesses(job: JobConfig) -> tuple[int, ...]:
+    """How many layers each of the traces that it takes leaves out of each stage."""
+    less = left_out(job, *prepared(job))
+    return (less, less - 1) if less else (0,)
+
+
+def _trial(job: JobConfig, size: int, rank: int, less: int, traces: Sequence[Trace]) -> Trial:
+    """What `traces` of one process show: one of all layers, or two, without `less` and `less` - 1."""
+    args, plan = prepared(job)
     all_parameters, flops_per_token = _size(job, args)
-    less = 0 if all_layers else left_out(job, args, plan)
-    one_pass = job.training.local_batch_size * layout.data
-    microbatches = max(job.training.global_batch_size, one_pass) // one_pass
-    traced = min(microbatches, _MICROBATCHES)
-
-    with fake_processes(rank, size), ExitStack() as scopes:
-        if gpu:
-            scopes.enter_context(quantization.as_on_a_gpu(gpu.capability))
-        device = torch.device("cpu")
-        world = mesh.build_world(device, layout, loss_parallel=not job.parallelism.disable_loss_parallel)
-
-        def trace(less: int) -> _Trace:
-            return _trace(job, *without(args, plan, less), world, gpu, microbatches, traced)
-
-        found = trace(less)
-        log: Log | Grown = found.log
-        counts, parameters = (found.operations.microbatches, found.operations.rest), found.parameters
-        if less:
-            longer = trace(less - 1)
-            log = Grown(found.log, longer.log, less)
-            counts = (
-                grown(counts[0], longer.operations.microbatches, less),
-                grown(counts[1], longer.operations.rest, less),
-            )
-            parameters += less * (longer.parameters - parameters)
-        if plan is not None and world.pipeline is not None:
-            message = Message("send", "pipeline", layout.pipeline)
-            handed_on = _handed_on(job, plan, world.pipeline.get_local_rank(), layout, args, bool(gpu))
-            counts[0].messages[message] += traced * handed_on
+    microbatches, traced = _microbatches(job, size)
+    short, long = traces[0], traces[-1]
     return Trial(
         rank=rank,
-        layout=layout,
-        log=log,
-        microbatch=counts[0],
-        rest=counts[1],
-        parameters=parameters,
+        layout=layout_of(job.parallelism, size),
+        log=Grown(short.log, long.log, less) if less else short.log,
+        microbatch=grown(short.microbatch, long.microbatch, less),
+        rest=grown(short.rest, long.rest, less),
+        parameters=short.parameters + less * (long.parameters - short.parameters),
         all_parameters=all_parameters,
         flops_per_token=flops_per_token,
         microbatches=microbatches,
@@ -132,6 +144,46 @@ def run_trial(
         stages=1 if plan is None else len(plan.stages),
         traced=traced,
     )
+
+
+def _microbatches(job: JobConfig, size: int) -> tuple[int, int]:
+    """Local batches that a step has, and how many of them are traced."""
+    one_pass = job.training.local_batch_size * layout_of(job.parallelism, size).data
+    microbatches = max(job.training.global_batch_size, one_pass) // one_pass
+    return microbatches, min(microbatches, _MICROBATCHES)
+
+
+def trace(
+    job: JobConfig, size: int, *, rank: int, gpu: Gpu | None, less: int = 0, whole: bool = False
+) -> Trace:
+    """Trace process `rank` of `size` with `less` layers fewer in each stage, and if it is in a pipeline, with
+    fewer microbatches, unless `whole`.
+    """
+    args, plan = prepared(job)
+    job = _eager(job)
+    layout = layout_of(job.parallelism, size)
+    microbatches, traced = _microbatches(job, size)
+    with fake_processes(rank, size), ExitStack() as scopes:
+        if gpu:
+            scopes.enter_context(quantization.as_on_a_gpu(gpu.capability))
+        device = torch.device("cpu")
+        world = mesh.build_world(device, layout, loss_parallel=not job.parallelism.disable_loss_parallel)
+        place = 0 if world.pipeline is None else world.pipeline.get_local_rank()
+        few = None if plan is None or whole else fewer(plan, place)
+
+        def run(few: Fewer | None) -> Trace:
+            return _trace(job, *without(args, plan, less), world, gpu, microbatches, traced, few)
+
+        try:
+            found = run(few)
+        except NotAlike:
+            found = run(None)
+        if plan is not None:
+            message = Message("send", "pipeline", layout.pipeline)
+            found.microbatch.messages[message] += traced * _handed_on(
+                job, plan, place, layout, args, bool(gpu)
+            )
+    return found
 
 
 def _handed_on(
@@ -150,13 +202,6 @@ def _handed_on(
     return (forward + backward) * positions * pipeline.width(args) * dtype.itemsize
 
 
-@dataclass(frozen=True)
-class _Trace:
-    log: Log
-    operations: Operations
-    parameters: int
-
-
 def _trace(
     job: JobConfig,
     args: Any,
@@ -165,8 +210,11 @@ def _trace(
     gpu: Gpu | None,
     microbatches: int,
     traced: int,
-) -> _Trace:
-    """One step of `traced` microbatches of the model with `args`, or of this process's stages of it."""
+    few: Fewer | None,
+) -> Trace:
+    """One step of `traced` microbatches of the model with `args`, or of this process's stages of it; under a
+    pipeline with a schedule for `few` of what it cuts them into.
+    """
     device, layout = torch.device("cpu"), world.layout
     dtype = choose_param_dtype(job.training.mixed_precision_param, torch.device("cuda" if gpu else "cpu"))
     recipe = quantization.recipe_name(job.model.converters, job.float8)
@@ -214,6 +262,8 @@ def _trace(
     with _aside(tracker), fake:
         if plan is not None:
             step.pipeline = step._pipeline(plan, stages)
+            if few is not None:
+                shorten(step.pipeline, few, tracker, operations.note)
         optimizer = build_optimizer(model, job.optimizer)
         parameters = list(model.parameters())
         with tracker:
@@ -222,7 +272,13 @@ def _trace(
             tracker.claim([v for state in optimizer.state.values() for v in state.values()], OPTIMIZER)
             _step(step, optimizer, tracker, operations, traced)
             tracker.claim([p.grad for p in parameters if p.grad is not None], GRADIENTS)
-    return _Trace(tracker.log, operations, sum(_local(p).numel() for p in parameters))
+    log: Log | Stretched = tracker.log
+    counts = operations.microbatches
+    if few is not None:
+        log = Stretched(tracker.log, few)
+        log.peaks()  # `NotAlike` is raised here, if it is
+        counts = stretched(counts, operations.noted, few)
+    return Trace(log, counts, operations.rest, sum(_local(p).numel() for p in parameters))
 
 
 def _eager(job: JobConfig) -> JobConfig:

@@ -1,13 +1,19 @@
 """`octavo estimate` as a command: what it tells, and its mistakes."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from octavo import estimate
+from octavo import config, estimate
 from octavo.cli import main
 from octavo.config.layout import Layout
+from octavo.config.pipeline import PipelinePlan
+from octavo.estimating import report
+from octavo.estimating.memory import memory_of
 from octavo.estimating.operations import sent
+from octavo.estimating.trial import run_trials
 from octavo.estimating.weak_scaling import choose
 from octavo.roofline import GPUS
 
@@ -100,6 +106,43 @@ def test_stages_of_a_pipeline_are_traced_apart_and_the_fullest_is_told(run):
     assert ("all-reduce", "pipeline") in sent
     # 2 sequences of 64 positions, 256 wide, in bfloat16, to the one other stage
     assert sent["send", "pipeline"] == 2 * 64 * 256 * 2
+
+
+def test_the_peak_of_uneven_stages_is_the_highest_of_all_processes():
+    cuts = "--parallelism.pipeline_parallel_split_points=layers.1,layers.2,layers.5"
+    flags = [*SMALL, "--training.local_batch_size=4", "--parallelism.pipeline_parallel_degree=4", cuts]
+    job = config.load(flags)
+    told = report.estimate(job, 4, None)
+    peaks = [memory_of(trial.log).peak for trial in run_trials(job, 4, range(4))]
+    assert told.memory.peak == max(peaks) == peaks[told.rank]
+    assert told.rank == 2  # three layers; the second, which was told before, has one
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        ([2, 2, 2, 2, 2], [0, 1, 4]),
+        ([1, 2, 2, 2, 1], [0, 1, 4]),
+        ([2, 1, 2, 1, 2], [0, 1, 2, 4]),
+        ([2, 2], [0, 1]),
+    ],
+)
+def test_places_that_can_be_the_worst_are_traced(stages, expected):
+    names = [tuple(f"layers.{10 * stage + n}" for n in range(many)) for stage, many in enumerate(stages)]
+    names[0], names[-1] = ("tok_embeddings", *names[0]), (*names[-1], "norm", "output")
+    one = PipelinePlan("1F1B", tuple(names), tuple(range(len(names))), 8)
+    everyone = list(range(len(names)))
+    assert report.telling(one, same=True) == expected
+    assert report.telling(one, same=False) == everyone
+    assert report.telling(replace(one, csv=Path("x.csv")), same=True) == everyone
+
+
+@pytest.mark.parametrize(("second", "expected"), [(1, [0, 1, 3]), (2, [0, 1, 2, 3])])
+def test_places_of_several_stages_that_differ_are_all_traced(second, expected):
+    sizes = [1, 1, 1, 1, 1, 1, second, 1]
+    names = tuple(tuple(f"layers.{10 * stage + n}" for n in range(many)) for stage, many in enumerate(sizes))
+    plan = PipelinePlan("Interleaved1F1B", names, (0, 1, 2, 3) * 2, 8)
+    assert report.telling(plan, same=True) == expected
 
 
 def test_bytes_sent_by_a_ring():

@@ -1,13 +1,16 @@
-"""A model told from two short traces equals one that is traced whole."""
+"""A model told from two short traces, or a few microbatches, equals one that is traced whole."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from octavo import config
+from octavo.config.pipeline import PipelinePlan
 from octavo.estimating.apart import TraceFailed, apart
 from octavo.estimating.layers import left_out
 from octavo.estimating.memory import memory_of
+from octavo.estimating.microbatches import Fewer, Stretched, fewer
 from octavo.estimating.trial import run_trial
 from octavo.models.llama3 import FLAVORS
 from octavo.roofline import GPUS
@@ -61,7 +64,7 @@ def test_few_layers_tell_the_same_as_all(many_layers, name):
     processes, flags = CASES[name]
     many_layers(30 if name == "pipeline" else 15)
     job = config.load([*SMALL, *flags])
-    calls = [{"gpu": GPUS["h100"], "all_layers": whole} for whole in (False, True)]
+    calls = [{"gpu": GPUS["h100"], "whole": whole} for whole in (False, True)]
     few, whole = apart(run_trial, (job, processes), calls)
 
     assert type(few.log) is not type(whole.log)
@@ -69,6 +72,76 @@ def test_few_layers_tell_the_same_as_all(many_layers, name):
     assert few.parameters == whole.parameters
     for ours, theirs in ((few.microbatch, whole.microbatch), (few.rest, whole.rest)):
         assert vars(ours) == vars(theirs)
+
+
+PP = "--parallelism.pipeline_parallel_degree"
+PIPELINES = {  # processes, ranks, flags; warmup and steady state of each schedule differ
+    "1F1B": (4, (0, 3), [f"{PP}=4", "--training.local_batch_size=8"]),
+    "1F1B, as many microbatches as stages": (
+        6,
+        (0, 2),
+        [f"{PP}=6", "--training.local_batch_size=6", "--activation_checkpoint.mode=full"],
+    ),
+    "1F1B, one more": (6, (0,), [f"{PP}=6", "--training.local_batch_size=7"]),
+    "GPipe, FSDP that reshards": (
+        4,
+        (0, 2),
+        [
+            f"{PP}=2",
+            "--training.local_batch_size=7",
+            "--parallelism.pipeline_parallel_schedule=GPipe",
+            "--parallelism.fsdp_reshard_after_forward=always",
+        ],
+    ),
+    "FSDP, accumulation, rowwise": (
+        8,
+        (0, 6),
+        [f"{PP}=4", "--training.local_batch_size=8", "--training.global_batch_size=32", *ROWWISE],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        pytest.param(name, rank, marks=[] if (name, rank) == ("1F1B", 3) else pytest.mark.slow)
+        for name, (_, ranks, _) in PIPELINES.items()
+        for rank in ranks
+    ],
+)
+def test_a_few_of_a_pipelines_microbatches_tell_the_same_as_all(many_layers, name, rank):
+    processes, _, flags = PIPELINES[name]
+    many_layers(6)
+    job = config.load(["--training.seq_len=64", "--activation_checkpoint.mode=none", *flags])
+    calls = [{"rank": rank, "gpu": GPUS["h100"], "whole": whole} for whole in (False, True)]
+    few, whole = apart(run_trial, (job, processes), calls)
+
+    assert isinstance(few.log, Stretched)
+    for offload in (False, True):
+        assert memory_of(few.log, offload=offload) == memory_of(whole.log, offload=offload)
+    # When the last microbatch is done, only the losses, 4 bytes each, are told for longer than they are kept.
+    ours, theirs = ([sum(held.values()) for _, held in log.peaks()] for log in (few.log, whole.log))
+    assert ours[-2] - theirs[-2] in (0, 4 * few.log.few.left_out)
+    assert vars(few.microbatch) == vars(whole.microbatch)
+    assert vars(few.rest) == vars(whole.rest)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stages", "count", "expected"),
+    [
+        ("1F1B", 4, 8, [(3, 2, 1, 2), (3, 2, 0, 3), (2, 2, 0, 4), (1, 2, 0, 5)]),
+        ("1F1B", 4, 4, [None, None, None, (1, 2, 0, 1)]),
+        ("GPipe", 2, 9, [(4, 0, 5, 0), (4, 0, 5, 0)]),
+        ("LoopedBFS", 2, 9, [None, None]),
+    ],
+)
+def test_what_is_traced_and_left_out_of_a_schedule(schedule, stages, count, expected):
+    plan = PipelinePlan(schedule, (("layers.0",),) * stages, tuple(range(stages)), count)
+    for place, numbers in enumerate(expected):
+        few = fewer(plan, place)
+        assert few == (None if numbers is None else Fewer(*numbers))
+        assert few is None or few.traced + few.left_out == count
+    assert fewer(replace(plan, csv=Path("x.csv")), 0) is None
 
 
 @pytest.mark.parametrize(
@@ -82,7 +155,7 @@ def test_few_layers_tell_the_same_as_all(many_layers, name):
 def test_layers_that_differ_are_all_traced(many_layers, flags):
     many_layers(30)
     args = FLAVORS["debugmodel"]
-    assert left_out(config.load(SMALL), args, None) == 24
+    assert left_out(config.load(SMALL), args, None) == 26
     assert left_out(config.load([*SMALL, *flags]), args, None) == 0
 
 
