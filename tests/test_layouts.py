@@ -21,7 +21,7 @@ from tests.layouts import ALL, BASE, DEGREES, PRECISIONS, SCHEDULE, Case, Precis
 
 TENSOR, CONTEXT, REPLICATE, PIPELINE = (DEGREES[a] for a in ("tensor", "context", "replicate", "pipeline"))
 
-# One case of each layout; `pytest -m slow` runs the others, `python -m tests.layout_table` all of them.
+# One case of each layout, and one that is compiled; `pytest -m slow` runs the others, `python -m tests.layout_table` all of them.
 CHOSEN = {
     "DDP 2": "bfloat16",
     "FSDP 2": "tensorwise",
@@ -29,6 +29,7 @@ CHOSEN = {
     "TP 2": "float32",
     "CP 2": "rowwise",
     "CP 2, keys travel": "float32",
+    "CP 4, keys travel": "rowwise",
     "PP 2": "tensorwise",
     "FSDP 2, TP 2": "tensorwise",
     "FSDP 2, PP 2": "bfloat16",
@@ -37,6 +38,7 @@ CHOSEN = {
     "TP 2, CP 2": "float32",
     "TP 2, PP 2": "rowwise",
     "CP 2, PP 2": "float32",
+    "HSDP 2 x 2, TP 2": "rowwise",
     "FSDP 2, TP 2, PP 2": "tensorwise",
     "FSDP 2, TP 2, CP 2": "float32",
     "FSDP 2, PP 2, GPipe": "float32",
@@ -45,7 +47,13 @@ CHOSEN = {
     "FSDP 2, PP 2, InterleavedZeroBubble": "tensorwise",
     "FSDP 2, PP 2, ZBVZeroBubble": "float32",
 }
-QUICK = [case for case in ALL if not case.compiled and CHOSEN.get(case.layout) == case.precision.name]
+COMPILED = ("FSDP 2", "tensorwise")
+QUICK = [
+    case
+    for case in ALL
+    if (CHOSEN[case.layout] == case.precision.name and not case.compiled)
+    or ((case.layout, case.precision.name) == COMPILED and case.compiled)
+]
 DOCUMENTS = {"training.document_mask": True}
 VARIANTS = [
     Case("TP 2, whole logits", 2, {"tensor": 2}, flags={"parallelism.disable_loss_parallel": True}),
@@ -102,8 +110,8 @@ def test_layout_equals_one_process_in_every_way(case, alone, tmp_path):
 
 
 def test_every_layout_is_run():
-    left_out = {case.layout for case in ALL} - {case.layout for case in QUICK}
-    assert left_out == {"HSDP 2 x 2, TP 2", "CP 4, keys travel"}  # more processes for what fewer do, too
+    assert {case.layout for case in QUICK} == {case.layout for case in ALL} == CHOSEN.keys()
+    assert len(QUICK) == len(CHOSEN) + 1
     assert len(ALL) == len({case.name for case in ALL}) == 21 * 8 + 2 * 4
     assert len(in_every_way(ALL[0])) == 8
 

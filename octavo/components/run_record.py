@@ -10,7 +10,7 @@ import torch
 
 import octavo
 from octavo.components.logging import logger
-from octavo.config import JobConfig
+from octavo.config import ConfigError, JobConfig
 
 
 def write_run_record(
@@ -39,7 +39,13 @@ def write_run_record(
         "high_precision_dtype": high,
         "config": job.to_dict(),
     }
-    (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+    try:
+        (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"job.dump_folder: {folder / 'run.json'} cannot be written: {error.strerror}; name another "
+            "folder, or free some space"
+        ) from None
 
 
 def _commit() -> str | None:

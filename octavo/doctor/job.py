@@ -15,16 +15,18 @@ from octavo.config import ConfigError, JobConfig, names
 from octavo.config.programs import download_command
 from octavo.doctor import memory
 from octavo.doctor.findings import Finding, Level, fail, note, ok
-from octavo.torchrun import Launch
 
 _STATE_BYTES = 12  # a parameter in a checkpoint: float32 weight and the two moments of AdamW
+_LEAST_FREE = 100e6  # metrics, traces and logs
 # How a message begins what would help.
 _REMEDIES = ("\nto fetch it:", "\ninstead:", "; name another folder", ": pip install ")
 _PROBE = "The quick brown fox; 1, 2, 3 …"
 
 
-def look(options: Sequence[str], gpus: int) -> Iterator[Finding]:
-    """Judge the job of `options` as run_train.sh would, on `gpus` GPUs, then take its first steps."""
+def look(options: Sequence[str], gpus: int, estimate: memory.Estimate | None) -> Iterator[Finding]:
+    """Judge the job of `options` as run_train.sh would, on `gpus` GPUs, then take its first steps. estimate:
+    of its memory, if one was begun.
+    """
     try:
         planned = launch.plan(options, os.environ, gpus=gpus, cores=os.cpu_count() or 1)
         job = config.load(planned.options)
@@ -33,7 +35,7 @@ def look(options: Sequence[str], gpus: int) -> Iterator[Finding]:
         yield from [*found, *_also_missing(options, gpus, found)]
         return
     yield ok("config", f"{job.job.config_file}: nothing wrong, for {count(planned.processes, 'process')}")
-    yield from _job(job, planned, gpus)
+    yield from _job(job, gpus, estimate)
 
 
 def _also_missing(options: Sequence[str], gpus: int, found: Sequence[Finding]) -> list[Finding]:
@@ -78,7 +80,7 @@ def _problems(what: str, message: str) -> Iterator[Finding]:
         yield fail(what, problem, remedy.strip())
 
 
-def _job(job: JobConfig, planned: Launch, gpus: int) -> Iterator[Finding]:
+def _job(job: JobConfig, gpus: int, estimate: memory.Estimate | None) -> Iterator[Finding]:
     tokenizer, finding = _tokenizer(job)
     yield finding
     if tokenizer is None:
@@ -101,8 +103,8 @@ def _job(job: JobConfig, planned: Launch, gpus: int) -> Iterator[Finding]:
         + (f"float8 {recipe}" if recipe else "high precision"),
     )
     yield _disk(job, size)
-    here = launch.processes_wanted(os.environ, gpus)
-    yield memory.look(planned.options, processes=planned.processes, here=here, gpus=gpus)
+    if estimate is not None:
+        yield memory.look(estimate, here=launch.processes_wanted(os.environ, gpus), gpus=gpus)
 
 
 def _tokenizer(job: JobConfig) -> tuple[Tokenizer | None, Finding]:
@@ -123,6 +125,8 @@ def _disk(job: JobConfig, size: int) -> Finding:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
     told = f"{free / 1e9:,.1f} GB free at {there}"
+    if free < _LEAST_FREE:
+        return fail("disk", told, "name another job.dump_folder, or free some space: metrics need it")
     if not job.checkpoint.enable:
         return ok("disk", told)
     # One complete checkpoint stays while the next is written.

@@ -6,12 +6,13 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from octavo import __version__, exits, launch
 from octavo.config import ConfigError, files, flags
 from octavo.config.programs import octavo_command
-from octavo.doctor import machine
+from octavo.doctor import machine, memory
 from octavo.doctor.findings import Finding, Level, fail
 
 _EPILOG = """\
@@ -46,9 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     wants_job = bool(options or os.environ.get("CONFIG_FILE"))
     show = _silent if own.json else _print
 
-    of_machine = show("Machine", machine.look)
-    of_float8 = show("Float8", _float8)
-    of_job = show("Job", lambda: _job(options)) if wants_job else []
+    gpus = launch.count_gpus(os.environ)
+    with ExitStack() as stack:
+        estimate = memory.begin(options, gpus) if wants_job else None
+        if estimate is not None:
+            stack.callback(estimate.end)
+        of_machine = show("Machine", machine.look)
+        of_float8 = show("Float8", _float8)
+        of_job = show("Job", lambda: _job(options, gpus, estimate)) if wants_job else []
 
     code, verdict, command = _verdict([*of_machine, *of_float8], of_job, options, wants_job=wants_job)
     if own.json:
@@ -88,13 +94,13 @@ def _float8() -> Iterable[Finding]:
     yield from float8.look(pick_device())
 
 
-def _job(options: Sequence[str]) -> Iterable[Finding]:
+def _job(options: Sequence[str], gpus: int, estimate: memory.Estimate | None) -> Iterable[Finding]:
     try:
         from octavo.doctor import job
     except Exception as error:
         yield fail("job", f"cannot be looked at without a working torch ({_first_line(error)})")
         return
-    yield from job.look(options, launch.count_gpus(os.environ))
+    yield from job.look(options, gpus, estimate)
 
 
 def _first_line(error: Exception) -> str:
@@ -105,7 +111,8 @@ def _verdict(
     of_machine: Sequence[Finding], of_job: Sequence[Finding], options: Sequence[str], *, wants_job: bool
 ) -> tuple[int, str, str]:
     """The exit code, a sentence, and the command to run next."""
-    again = shlex.join([*shlex.split(octavo_command()), "doctor", *_right(options, of_job)])
+    words = [*shlex.split(octavo_command()), "doctor", *_right(options, of_job)]
+    again = " ".join([*_variables(), shlex.join(words)])
     for findings, code, whose in (
         (of_machine, exits.FAILED, "this machine"),
         (of_job, exits.USER_ERROR, "this job"),
@@ -155,13 +162,16 @@ def _is_config(word: str) -> bool:
 def _train_command(options: Sequence[str]) -> str:
     script = Path(__file__).parents[2] / "run_train.sh"
     if not script.exists():  # an installed package
-        return shlex.join([*shlex.split(octavo_command()), "train", *options])
+        return " ".join([*_variables(), shlex.join([*shlex.split(octavo_command()), "train", *options])])
     where = os.path.relpath(script)
     start = f".{os.sep}{where}" if not where.startswith("..") else str(script)
-    given = [
-        f"{name}={shlex.quote(os.environ[name])}" for name in ("NGPU", "CONFIG_FILE") if os.environ.get(name)
-    ]
-    return " ".join([*given, shlex.join([start, *options])])
+    return " ".join([*_variables(), shlex.join([start, *options])])
+
+
+def _variables() -> list[str]:
+    """What of the environment makes the job what it is, to be given again."""
+    names = ("NGPU", "CONFIG_FILE")
+    return [f"{name}={shlex.quote(os.environ[name])}" for name in names if os.environ.get(name)]
 
 
 if __name__ == "__main__":

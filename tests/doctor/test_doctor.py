@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -242,7 +243,8 @@ def test_what_an_estimate_forked_ends_with_it(monkeypatch, tmp_path):
     monkeypatch.setattr(job.memory.sys, "executable", str(program))
     monkeypatch.setattr(job.memory, "_SECONDS", 1.0)
 
-    assert job.memory.look([], processes=1, here=1, gpus=0).level is Level.NOTE
+    estimate = job.memory.Estimate([], 1, 0)
+    assert job.memory.look(estimate, here=1, gpus=0).level is Level.NOTE
 
     forked = int((tmp_path / "forked").read_text())
     for _ in range(50):  # the system reaps it in its own time
@@ -351,7 +353,7 @@ def test_a_machine_that_is_not_ready_beside_a_value_that_is_none(capsys, monkeyp
     monkeypatch.setattr(
         machine, "look", lambda: iter([fail("torch", "is not installed", "pip install torch")])
     )
-    monkeypatch.setattr(main, "_job", lambda options: [])
+    monkeypatch.setattr(main, "_job", lambda *given: [])
 
     code, told = doctor(capsys, "--config-file=debug_model.toml", "--checkpoint.enable=maybe")
 
@@ -396,3 +398,24 @@ def test_a_package_that_training_needs(monkeypatch, name):
 
     (finding,) = [f for f in machine.look() if f.what == "packages" and f.level is Level.FAIL]
     assert name in finding.told
+
+
+def test_a_full_disk(capsys, monkeypatch):
+    monkeypatch.setattr(job.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    monkeypatch.setattr(job.memory, "_SECONDS", 0.01)
+
+    code, told = doctor(capsys, "--config-file=debug_model.toml")
+
+    assert code == 2
+    (problem,) = failures(told)
+    assert problem["what"] == "disk"
+    assert told["next"].startswith("name another job.dump_folder, or free some space")
+
+
+def test_what_to_run_next_has_the_variables_that_make_the_job(capsys, monkeypatch):
+    monkeypatch.setenv("CONFIG_FILE", "llama3_8b.toml")
+    monkeypatch.setenv("NGPU", "2")
+
+    _, told = doctor(capsys)
+
+    assert "; then NGPU=2 CONFIG_FILE=llama3_8b.toml " in told["next"]
