@@ -21,6 +21,7 @@ from octavo.components.logging import count
 from octavo.config import ConfigError, files, flags
 from octavo.config.ranges import shown
 from octavo.peers import Meeting
+from octavo.supervisor import PIPELINE_VARIABLE
 from octavo.torchrun import Launch, run
 
 DEFAULT_CONFIG = "demo.toml"
@@ -71,6 +72,9 @@ def plan(
     options = with_config_file(argv, environ)
     job = config.load(options)
     config.check(job, world_size=nodes * processes, gpus=gpus)
+    environment = _environment(environ, processes=processes, gpus=gpus, cores=cores, terminal=terminal)
+    if job.parallelism.pipeline_parallel_degree > 1:
+        environment[PIPELINE_VARIABLE] = "1"
     return Launch(
         torchrun=(
             *rendezvous,
@@ -84,7 +88,7 @@ def plan(
         ),
         processes=nodes * processes,
         options=tuple(options),
-        environment=_environment(environ, processes=processes, gpus=gpus, cores=cores, terminal=terminal),
+        environment=environment,
         shown_ranks=shown_ranks,
         dump_folder=job.job.dump_folder,
         meeting=meeting,

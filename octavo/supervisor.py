@@ -25,6 +25,9 @@ from octavo.distributed.status import Status
 GRACE = 4.0
 """Seconds that the others have when a process has died: in gloo they notice it, in NCCL they may not."""
 
+PIPELINE_VARIABLE = "OCTAVO_PIPELINE"
+"""Set for processes that are stages of a pipeline: see `distributed/watchdog.py`."""
+
 _LOOKS_EVERY = 0.25
 _WRITES_WITHIN = 0.5  # seconds that a process needs for its stacks
 _INSISTS_AFTER = 1.0  # seconds from the first signal; then a second Ctrl-C ends everything

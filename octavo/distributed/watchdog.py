@@ -6,9 +6,8 @@ sign of progress (a microbatch, an update); if it runs down, it writes all stack
 SIGUSR2, which the launcher sends to those who are left when one has died, the stacks are written and the
 process goes on. Winding up costs some 30 microseconds.
 
-Both may strike at once, and who waits in a collective shall be first, since he says so. He entered it at most
-a microbatch after the last sign of progress, so the timer gives him as long as the longest one took. Where he
-says nothing, as in a pipeline, whose sends and receives take no timeout in torch, the timer is what ends him.
+In a pipeline it catches both: torch's sends and receives between stages take no timeout, so nobody else would
+end a stage that waits for another. The launcher says by a variable that there is one.
 
 A process ends with its launcher, too, which Linux sees to: nobody else would look after it, and it would keep
 its GPU.
@@ -22,7 +21,6 @@ import os
 import re
 import signal
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import IO
@@ -36,8 +34,10 @@ from octavo.distributed.status import (
     asked_to_stop,
     stacks_path,
 )
+from octavo.supervisor import PIPELINE_VARIABLE
 
-_LATER_AT_LEAST, _LATER_AT_MOST = 1.0, 10.0  # seconds after the timeout of collectives
+_LATER = 10.0  # seconds: those who wait in a collective for this process come first, and say so
+_LATER_IN_A_PIPELINE = 1.0  # there they wait in a receive, which says nothing
 _STANDARD_ERROR = 2
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _open_till_the_end: list[IO[str]] = []  # faulthandler keeps a file's number, and writes whatever has it
@@ -51,8 +51,7 @@ class Watchdog:
         self._stacks: IO[str] | None = None
         self._seconds: float | None = None
         self._timed = False
-        self._last: float | None = None  # when the last sign of progress was
-        self._longest: float | None = None  # seconds between two, under this timeout
+        self._later = _LATER_IN_A_PIPELINE if os.environ.get(PIPELINE_VARIABLE) else _LATER
         self._follows = False
         self.step = 0
         self.asked_to_stop: int | None = None
@@ -85,25 +84,15 @@ class Watchdog:
 
     def begin(self, step: int, seconds: float) -> None:
         """Step `step` begins; from now on `seconds` may pass from one sign of progress to the next."""
-        if seconds != self._seconds:
-            self._longest = None  # the first step compiles
-        self.step, self._seconds, self._last = step, seconds, None
+        self.step, self._seconds = step, seconds
         if self._status is not None:
             self._status.write(step)
         self.progress()
 
     def progress(self) -> None:
         """A sign of progress: the timer starts anew."""
-        if not self._timed or self._seconds is None:
-            return
-        now = time.monotonic()
-        if self._last is not None:
-            self._longest = max(self._longest or 0.0, now - self._last)
-        self._last = now
-        later = _LATER_AT_MOST
-        if self._longest is not None:
-            later = min(later, _LATER_AT_LEAST + self._longest)
-        faulthandler.dump_traceback_later(self._seconds + later, exit=True, file=self._file)
+        if self._timed and self._seconds is not None:
+            faulthandler.dump_traceback_later(self._seconds + self._later, exit=True, file=self._file)
 
     def pause(self) -> None:
         """What comes may take its time (a save, a validation); the next sign of progress ends the pause."""
