@@ -2,7 +2,8 @@
 given memory and its initial weights.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ def model_args(job: JobConfig, tokenizer: Tokenizer) -> Any:
     """The model's own arguments, fitted to the job; `ConfigError` where they can't be."""
     spec = models.get(job.model.name)
     args = spec.configure(spec.args(job.model.flavor), tokenizer.vocab_size, job.training.seq_len)
+    _check_sizes(spec.shared_sizes(args), job.parallelism.tensor_parallel_degree)
     if job.checkpoint.last_save_in_hf:
         check_exportable(spec)
     if not job.training.document_mask:
@@ -37,6 +39,19 @@ def model_args(job: JobConfig, tokenizer: Tokenizer) -> Any:
             f"training.document_mask = true: the model {spec.name} has no such mask; leave it out"
         )
     return spec.mask_documents(args, tokenizer.eos_id)
+
+
+def _check_sizes(sizes: Mapping[str, int], ranks: int) -> None:
+    """`ConfigError` if tensor parallelism over `ranks` cannot share `sizes`."""
+    told = {name: f"{size} {name} ({size} / {ranks} = {size / ranks:.2f})" for name, size in sizes.items()}
+    wrong = [told[name] for name, size in sizes.items() if size % ranks]
+    if wrong:
+        common = math.gcd(*sizes.values())
+        able = [str(n) for n in range(1, common + 1) if common % n == 0]
+        raise ConfigError(
+            f"parallelism.tensor_parallel_degree = {ranks}: the model has {' and '.join(wrong)}, which do "
+            f"not divide evenly; degrees that divide them: {', '.join(able)}"
+        )
 
 
 def pipeline_plan(job: JobConfig, args: Any) -> PipelinePlan | None:

@@ -89,6 +89,7 @@ class ModelSpec:
         a ModuleDict); it is called as `module(h, tokens_BS=tokens)`, h being the tokens in the first stage
         and what the stage before returned in others.
     linears: what `octavo tune` needs to know of its linear layers.
+    shared_sizes: `args -> name -> size`, what tensor parallelism shares, so that its degree must divide each.
     """
 
     name: str
@@ -105,6 +106,7 @@ class ModelSpec:
     chunk_loss: Callable[[nn.Module, ChunkedLoss], None] | None = None
     pipeline: Pipelined | None = None
     linears: Linears = Linears()
+    shared_sizes: Callable[[Any], Mapping[str, int]] = lambda args: {}
 
     def args(self, flavor: str) -> Any:
         """The arguments of `flavor`; `ConfigError` if there is no such flavor."""

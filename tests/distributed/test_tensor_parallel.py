@@ -1,10 +1,14 @@
 """Compiled layers under tensor parallelism have the gradients that eager ones have."""
 
+import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from octavo import quantization
+from octavo import config, quantization
+from octavo.building import model_args
 from octavo.components.init import init_weights
+from octavo.components.tokenizer import build_tokenizer
+from octavo.config import ConfigError
 from octavo.distributed.tensor_parallel import loss_context
 from octavo.models.llama3.model import Llama
 from octavo.models.llama3.parallelize import share_products
@@ -40,3 +44,13 @@ def test_compiled_layers_hand_the_embedding_its_gradient():
             torch.testing.assert_close(
                 *map(torch.from_numpy, (compiled[name], gradient)), rtol=1e-5, atol=1e-5
             )
+
+
+def test_a_degree_that_divides_no_model_is_told_with_the_sum():
+    job = config.load(["--parallelism.tensor_parallel_degree=3"])
+    told = (
+        r"degree = 3: the model has 16 heads \(16 / 3 = 5.33\) and .* which do not divide evenly; degrees that "
+        "divide them: 1, 2, 4, 8, 16"
+    )
+    with pytest.raises(ConfigError, match=told):
+        model_args(job, build_tokenizer(job.model.hf_assets_path))

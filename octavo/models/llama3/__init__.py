@@ -15,7 +15,7 @@ from octavo.models.llama3.decode import Decoder
 from octavo.models.llama3.hf import from_hf, to_hf
 from octavo.models.llama3.hf_config import from_config, to_config
 from octavo.models.llama3.model import Llama, LlamaArgs, RopeScaling
-from octavo.models.llama3.parallelize import parallelize
+from octavo.models.llama3.parallelize import parallelize, shared_sizes
 
 _LLAMA_3_1 = RopeScaling(factor=8.0)
 _LLAMA_3_2 = RopeScaling(factor=32.0)
@@ -112,5 +112,6 @@ SPEC = models.ModelSpec(
     chunk_loss=_chunk_loss,
     linears=models.Linears(same_input=(("wq", "wk", "wv"), ("w1", "w3")), rows=("wo", "w2")),
     pipeline=models.Pipelined(units, width=lambda args: args.dim),
+    shared_sizes=shared_sizes,
 )
 models.register(SPEC)

@@ -10,7 +10,6 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, SequenceParallel, parallelize_module
 
-from octavo.config import ConfigError
 from octavo.distributed.activation_checkpoint import checkpoint_layer
 from octavo.distributed.context_parallel import share_sequences
 from octavo.distributed.fsdp import shard
@@ -24,13 +23,12 @@ _TOKENS, _WHOLE, _LAST = Shard(1), Replicate(), Shard(-1)
 
 
 def parallelize(model: nn.Module, plan: Parallelize) -> None:
-    """Apply `plan` to a Llama in place. `ConfigError` if its sizes do not divide over the processes."""
+    """Apply `plan` to a Llama in place, whose `shared_sizes` divide over the processes."""
     assert isinstance(model, Llama)
     if plan.context is not None:
         share_sequences(model, model.set_core_attention, plan.context, ring=plan.ring)
 
     if plan.tensor is not None:
-        _check_sizes(model.args, plan.tensor.mesh.size())
         share_products(model, plan.tensor)
         if plan.tensor.asynchronous and plan.compile_model:
             overlap_products(plan.tensor)
@@ -57,19 +55,14 @@ def parallelize(model: nn.Module, plan: Parallelize) -> None:
         replicate_model(model, plan.replicas)
 
 
-def _check_sizes(args: LlamaArgs, ranks: int) -> None:
-    sizes = {
+def shared_sizes(args: LlamaArgs) -> dict[str, int]:
+    """What tensor parallelism shares, by name."""
+    return {
         "heads": args.n_heads,
         "key/value heads": args.n_kv_heads,
         "feed-forward features": args.hidden_dim,
         "features": args.dim,
     }
-    wrong = [f"{size} {name}" for name, size in sizes.items() if size % ranks]
-    if wrong:
-        raise ConfigError(
-            f"parallelism.tensor_parallel_degree = {ranks}: the model has {' and '.join(wrong)}, which do "
-            "not divide evenly; choose a degree that divides them"
-        )
 
 
 def share_products(model: Llama, plan: TensorParallel) -> None:
