@@ -5,6 +5,7 @@ one of a fake group's processes. A fork has its modules imported, and computes w
 of the process that forked are not in it.
 """
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import time
@@ -68,6 +69,8 @@ def apart(
 
 def _answer(pipe: Any, function: Callable[..., Any], args: tuple[Any, ...], call: dict[str, Any]) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what the call makes is gone with the process
+    gc.disable()
     answer: tuple[Any, Exception | None]
     try:
         answer = function(*args, **call), None

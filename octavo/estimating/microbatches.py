@@ -53,10 +53,9 @@ def fewer(plan: PipelinePlan, place: int) -> Fewer | None:
     if plan.schedule == "1F1B":
         warmup = min(warmup, len(plan.stages) - place)
     steady = plan.microbatches - warmup
-    if steady >= 2:
-        found = Fewer(min(warmup, 3), 2, max(0, warmup - 3), steady - 2)
-    else:
-        found = Fewer(min(warmup, 4), steady, max(0, warmup - 4), 0)
+    # C is seen between two forwards after a backward, or two backwards that are neither first nor last.
+    kept = (3, min(steady, 1)) if warmup >= 3 and steady else (min(warmup, 4), min(steady, 2))
+    found = Fewer(*kept, warmup - kept[0], steady - kept[1])
     return found if found.left_out else None
 
 
@@ -122,13 +121,14 @@ class Stretched:
 
 def _more(action: Action, few: Fewer) -> tuple[int, int]:
     """Microbatches (in flight, done) that the whole schedule has more at `action` than the short one."""
-    kind, number = action
+    (kind, number), last = action, few.traced - 1
     if kind == FORWARD and number < few.warmup:
         return (few.more_warmup if number == few.warmup - 1 else 0), 0
-    if kind == BACKWARD and number == few.traced - 1:
+    if kind == BACKWARD and number == last:
         return 0, few.left_out
-    pair = number - few.warmup if kind == FORWARD else number
-    return few.more_warmup, few.more_steady if pair >= few.steady - 1 else 0
+    if kind == BACKWARD:  # the first is the whole schedule's first if a steady state follows
+        return few.more_warmup, 0 if number == 0 and few.steady else few.more_steady
+    return few.more_warmup, few.more_steady if number == last else 0
 
 
 def _residues(actions: dict[Action, list[tuple[Place | None, _Held]]], few: Fewer) -> tuple[_Held, _Held]:
