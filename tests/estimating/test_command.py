@@ -73,7 +73,8 @@ def test_float8_gathers_send_one_byte_a_weight(run, processes):
     rest = 2048 * 256 + 12 * 256 + last
     gathered = {}
     for gather in (False, True):
-        flags = ["--model.converters=float8", f"--float8.enable_fsdp_float8_all_gather={gather}"]
+        flags = ["--model.converters=float8", "--float8.filter_fqns=output"]
+        flags.append(f"--float8.enable_fsdp_float8_all_gather={gather}")
         _, text = run("--ngpu", str(processes), "--json", *flags)
         messages = json.loads(text)["sent_bytes_per_step"]
         gathered[gather] = sum(m["bytes"] for m in messages if m["kind"] == "all-gather")
@@ -82,7 +83,7 @@ def test_float8_gathers_send_one_byte_a_weight(run, processes):
         False: 2 * (2 * (layers + rest) - last) * share,
         True: (1 * 2 * layers + 2 * (2 * rest - last)) * share,
     }
-    padding = 1.001 if processes == 3 else 1
+    padding = 1.01 if processes == 3 else 1
     for gather, bytes_ in gathered.items():
         assert wanted[gather] <= bytes_ <= wanted[gather] * padding + 1
 
