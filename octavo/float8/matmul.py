@@ -164,8 +164,10 @@ class Device(NamedTuple):
 
 @dataclass(frozen=True)
 class Path:
-    """A way to multiply on a device: `blocks` lists the (a, b) blocks, `capability` the least GPU, `cuda` the
-    least CUDA version. `run` computes `a . b^T`, given operands of any size and layout."""
+    """A way to multiply on a device: `blocks` lists the (a, b) blocks, `capability` the least GPU, `cuda` and
+    `version` the least versions of CUDA and PyTorch. `run` computes `a . b^T`, given operands of any size and
+    layout.
+    """
 
     name: str
     device: str
@@ -173,6 +175,7 @@ class Path:
     run: Callable[[Quantized, Quantized, Gemm, torch.dtype], Tensor]
     capability: tuple[int, int] = (0, 0)
     cuda: tuple[int, int] = (0, 0)
+    version: tuple[int, int] = (0, 0)
     one_byte_scales: bool = False
 
     def multiplies(self, gemm: Gemm) -> bool:
@@ -183,14 +186,19 @@ class Path:
     def serves(self, device: Device) -> bool:
         # Block scales exist on one generation of GPUs only where the next has another unit for them.
         return (
-            device.type == self.device and device.capability >= self.capability and device.cuda >= self.cuda
+            device.type == self.device
+            and device.capability >= self.capability
+            and device.cuda >= self.cuda
+            and self.version <= _TORCH
         )
 
 
+_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 _PER_TENSOR = ((_TENSOR, _TENSOR),)
 _PER_ROW = ((_ROW, _ROW), (_ROW, _TENSOR), (_TENSOR, _ROW))
 PATHS: tuple[Path, ...] = (
-    Path("torch._scaled_mm", "cpu", _PER_TENSOR + _PER_ROW, _scaled_mm_cpu),
+    Path("torch._scaled_mm", "cpu", _PER_TENSOR, _scaled_mm_cpu),
+    Path("torch._scaled_mm", "cpu", _PER_ROW, _scaled_mm_cpu, version=(2, 13)),  # 2.11 has no such kernel
     Path("torch._scaled_mm, one scale a tensor", "cuda", _PER_TENSOR, _scaled_mm_cuda, capability=(8, 9)),
     Path("torch._scaled_mm, one scale a row", "cuda", _PER_ROW, _scaled_mm_cuda, capability=(9, 0)),
     Path(
@@ -237,6 +245,9 @@ def _missing(gemm: Gemm, device: Device) -> str:
         assert gemm.b is not None
         return f"no {device.type} path multiplies {gemm.a.blocks} by {gemm.b.blocks}"
     path = on_device[0]
+    if path.version > _TORCH:
+        least = _dotted(path.version)
+        return f"{path.name} needs PyTorch {least} on a {path.device}; here is {torch.__version__}"
     needs = f"{path.name} needs compute capability {_dotted(path.capability)}"
     if any(path.cuda):
         needs += f" and CUDA {_dotted(path.cuda)}"

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.float8 import RECIPES, Gemm, ScaleFormat, describe_path
+from octavo.float8 import matmul as module
 from octavo.float8.matmul import (
     PATHS,
     Device,
@@ -74,7 +75,15 @@ def test_the_choice_is_explained() -> None:
     with pytest.raises(ValueError, match=r"emulate=False.*1 x 32"):
         describe_path(RECIPES["mxfp8"], CPU, False)
     assert choose_path(RECIPES["rowwise"].output, CPU, None) is None
-    assert choose_path(RECIPES["rowwise"].output, CPU, False) is PATHS[0]
+    assert choose_path(RECIPES["rowwise"].output, CPU, False) is PATHS[1]
+
+
+def test_an_older_pytorch_has_fewer_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_TORCH", (2, 11))
+    assert choose_path(RECIPES["tensorwise"].output, CPU, False) is PATHS[0]
+    with pytest.raises(ValueError, match=r"torch._scaled_mm needs PyTorch 2\.13 on a cpu"):
+        choose_path(RECIPES["rowwise"].output, CPU, False)
+    assert "needs PyTorch 2.13" in describe_path(RECIPES["rowwise"], CPU, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
