@@ -21,7 +21,8 @@ from tests.layouts import ALL, BASE, DEGREES, PRECISIONS, SCHEDULE, Case, Precis
 
 TENSOR, CONTEXT, REPLICATE, PIPELINE = (DEGREES[a] for a in ("tensor", "context", "replicate", "pipeline"))
 
-# One case of each layout, and one that is compiled; `pytest -m slow` runs the others, `python -m tests.layout_table` all of them.
+# One case of each layout, and one that is compiled; `pytest -m slow` runs the others, and
+# `python -m tests.layout_table` all of them.
 CHOSEN = {
     "DDP 2": "bfloat16",
     "FSDP 2": "tensorwise",
