@@ -21,8 +21,7 @@ from tests.layouts import ALL, BASE, DEGREES, PRECISIONS, SCHEDULE, Case, Precis
 
 TENSOR, CONTEXT, REPLICATE, PIPELINE = (DEGREES[a] for a in ("tensor", "context", "replicate", "pipeline"))
 
-# One case of each layout, and one that is compiled; `pytest -m slow` runs the others, and
-# `python -m tests.layout_table` all of them.
+# One case of each layout; `pytest -m slow` runs the others, `python -m tests.layout_table` all of them.
 CHOSEN = {
     "DDP 2": "bfloat16",
     "FSDP 2": "tensorwise",
@@ -48,13 +47,7 @@ CHOSEN = {
     "FSDP 2, PP 2, InterleavedZeroBubble": "tensorwise",
     "FSDP 2, PP 2, ZBVZeroBubble": "float32",
 }
-COMPILED = ("FSDP 2", "tensorwise")
-QUICK = [
-    case
-    for case in ALL
-    if (CHOSEN[case.layout] == case.precision.name and not case.compiled)
-    or ((case.layout, case.precision.name) == COMPILED and case.compiled)
-]
+QUICK = [case for case in ALL if not case.compiled and CHOSEN[case.layout] == case.precision.name]
 DOCUMENTS = {"training.document_mask": True}
 VARIANTS = [
     Case("TP 2, whole logits", 2, {"tensor": 2}, flags={"parallelism.disable_loss_parallel": True}),
@@ -112,7 +105,7 @@ def test_layout_equals_one_process_in_every_way(case, alone, tmp_path):
 
 def test_every_layout_is_run():
     assert {case.layout for case in QUICK} == {case.layout for case in ALL} == CHOSEN.keys()
-    assert len(QUICK) == len(CHOSEN) + 1
+    assert len(QUICK) == len(CHOSEN)
     assert len(ALL) == len({case.name for case in ALL}) == 21 * 8 + 2 * 4
     assert len(in_every_way(ALL[0])) == 8
 

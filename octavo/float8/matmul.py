@@ -342,8 +342,9 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 
 def _emulate(a: Quantized, b: Quantized, cast_a: Cast, cast_b: Cast, out_dtype: torch.dtype) -> Tensor:
     values_a, values_b = dequantize(a, cast_a.block), dequantize(b, cast_b.block)
-    if any(size % 16 for size in (*values_a.shape, values_b.shape[0])):
+    if not torch.compiler.is_compiling() and any(n % 16 for n in (*values_a.shape, values_b.shape[0])):
         # Libraries then add in an order that depends on the operands' layout: this is `torch._scaled_mm`'s.
+        # Not in compiled code, which would write transposed: garbage from narrow types on a CPU.
         values_a, values_b = values_a.contiguous(), values_b.t().contiguous().t()
     return _mm(values_a, values_b).to(out_dtype)
 

@@ -253,7 +253,9 @@ def test_values_of_the_shipped_configs() -> None:
         )
         assert found == values, name
         assert job.float8.filter_fqns == ["output"], name
-        assert job.training.local_batch_size == 1, name
+        large = name == "llama3_405b"  # tensor parallel within a machine, two sequences a group
+        assert job.training.local_batch_size == (2 if large else 1), name
+        assert job.parallelism.tensor_parallel_degree == (8 if large else 1), name
 
 
 def test_the_debug_config_is_high_precision_and_the_demo_float8() -> None:
