@@ -74,15 +74,8 @@ def _gaps(figures: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     values = [abs(value) for run in runs if run["kind"] != "control" for _, value in run["gaps"] if value]
     high = 1.15 * max([*values, *(width for _, width in figures["band"])], default=0.1)
     lines = [Line(run["name"], run["gaps"], colours[run["name"]], **_style(run)) for run in runs]
-    return svg.line_chart(
-        lines,
-        label=f"loss - loss of {figures['baseline']}, nats",
-        title=f"gaps to the loss of {figures['baseline']}, smoothed, and its noise band",
-        y_range=(-high, high),
-        band=figures["band"],
-        zero=True,
-        name="gaps",
-    )
+    title = f"gaps to the loss of {figures['baseline']}, smoothed, and its noise band"
+    return _gap_panel(figures, lines, high, title, name="gaps")
 
 
 def _gaps_close(figures: Mapping[str, Any], colours: Mapping[str, str]) -> str:
@@ -94,14 +87,22 @@ def _gaps_close(figures: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     # A run that goes far astray would flatten the others; it stands in the panel above.
     high = 1.3 * (min(values[-1], 4 * values[len(values) // 2]) if values else 0.0) or 0.01
     lines = [Line(run["name"], run["gaps"], colours[run["name"]], faint=run["differences"]) for run in runs]
+    title = f"gaps of the recipes to the loss of {figures['baseline']}, close by, and step by step"
+    return _gap_panel(figures, lines, high, title, name="gaps_close")
+
+
+def _gap_panel(
+    figures: Mapping[str, Any], lines: Sequence[Line], high: float, title: str, *, name: str
+) -> str:
+    """Gaps between -`high` and `high`, over the band."""
     return svg.line_chart(
         lines,
         label=f"loss - loss of {figures['baseline']}, nats",
-        title=f"gaps of the recipes to the loss of {figures['baseline']}, close by, and step by step",
+        title=title,
         y_range=(-high, high),
         band=figures["band"],
         zero=True,
-        name="gaps_close",
+        name=name,
     )
 
 
