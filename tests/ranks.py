@@ -2,6 +2,7 @@
 torchrun takes 4.
 """
 
+import gc
 import multiprocessing
 import socket
 import tempfile
@@ -24,6 +25,7 @@ def free_port() -> int:
 
 
 def _call(index: int, function: Callable[..., Any], args: tuple[Any, ...], results: Any) -> None:
+    gc.freeze()  # what was there before the fork: collecting it would copy every page of it
     try:
         torch.set_num_threads(1)
         results.put((index, function(*args), None))

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from octavo import compare
-from octavo.comparing.execute import exit_code
+from octavo.comparing.execute import Executor, _Active, exit_code
+from octavo.comparing.plan import Plan, Run
 from octavo.config import ConfigError
 from tests.runs import small_corpus
 
@@ -222,3 +223,30 @@ def test_a_signal_stops_the_runs_and_asks_for_the_same_command(tmp_path: Path) -
         rest = started.stderr.read()
         assert started.wait(timeout=120) == 75, rest
     assert "the same command goes on" in rest
+
+
+STEPPING = """
+import json, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+with open(sys.argv[1] + "/metrics.jsonl", "w") as file:
+    for step in range(1, 401):
+        print(json.dumps({"step": step, "loss": 1.0}), file=file, flush=True)
+        time.sleep(0.01)
+"""
+
+
+def test_the_control_ends_after_half_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(executor: Executor, run: Run) -> _Active:
+        folder = plan.folder(run)
+        folder.mkdir(parents=True)
+        process = subprocess.Popen([sys.executable, "-c", STEPPING, str(folder)])
+        return _Active(run, process, (folder / "log.txt").open("ab"))
+
+    monkeypatch.setattr(Executor, "_start", start)
+    runs = (Run("bf16", "baseline", None, 42), Run("bad", "control", "unscaled_e5m2", 42))
+    plan = Plan(tmp_path, runs, 400, 42, (), {}, processes=1, threads=None, command="octavo compare")
+    assert [plan.steps_of(run) for run in runs] == [400, 200]
+    assert Executor(plan, jobs=2, keep_checkpoints=False)() == 0
+    assert last_step(tmp_path, "bf16") == 400
+    assert 200 <= last_step(tmp_path, "bad") < 400
+    assert exit_code(tmp_path / "runs" / "bad") == 0

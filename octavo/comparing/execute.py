@@ -44,6 +44,8 @@ class _Active:
     run: Run
     process: subprocess.Popen[bytes]
     log: IO[bytes]
+    enough: bool = False
+    """Whether it was stopped for having done its steps, and so is over."""
 
 
 class Executor:
@@ -81,6 +83,7 @@ class Executor:
                 for active in [one for one in self._active if one.process.poll() is not None]:
                     self._active.remove(active)
                     self._take(active, progress)
+                self._stop_the_control(progress)
                 progress.show([active.run for active in self._active])
                 time.sleep(_LOOKS_EVERY)
         if self._asked is not None:
@@ -115,12 +118,21 @@ class Executor:
         )
         return _Active(run, process, log)
 
+    def _stop_the_control(self, progress: Progress) -> None:
+        for active in self._active:
+            steps = self._plan.steps_of(active.run)
+            if steps < self._plan.steps and not active.enough and progress.step(active.run) >= steps:
+                active.enough = True
+                active.process.send_signal(signal.SIGTERM)
+
     def _take(self, active: _Active, progress: Progress) -> None:
         """A run's process has ended: remember how."""
         active.log.close()
         code, run = active.process.returncode, active.run
         folder = self._plan.folder(run)
         code = code if code >= 0 else exits.of_signal(-code)
+        if code == exits.REQUEUE and active.enough:
+            code = exits.DONE
         if code in _OVER:
             _write_over(folder, code)
             self._clean(run)

@@ -27,6 +27,9 @@ BASELINE = "bf16"
 """What a run without float8 is called; what it computes in depends on the device, and its record tells it."""
 
 CONTROL = names.CONTROLS[0]
+CONTROL_STEPS = 100
+"""The control ends after half of the steps, but not before so many: it only has to be seen outside."""
+
 PLAN_FILE = "comparison.json"
 CHECKPOINTS = "checkpoint"
 
@@ -86,6 +89,12 @@ class Plan:
     def folder(self, run: Run) -> Path:
         """Where `run` writes."""
         return self.out / "runs" / run.name
+
+    def steps_of(self, run: Run) -> int:
+        """After how many steps `run` is over. Its schedule is that of all `steps`, as the others' is."""
+        if run.kind != "control":
+            return self.steps
+        return min(self.steps, max(self.steps // 2, CONTROL_STEPS))
 
     def flags(self, run: Run) -> tuple[str, ...]:
         """The training flags of `run`: `./run_train.sh` with them does the same by hand."""

@@ -24,6 +24,7 @@ class Progress:
         self._terminal = sys.stderr.isatty()
         self._shown = self._start = time.monotonic()
         self._before = 0  # steps that were done when this start began
+        self._total = sum(plan.steps_of(run) for run in plan.runs)
         self._line = ""
 
     def begin(self, left: Sequence[Run]) -> None:
@@ -31,7 +32,7 @@ class Progress:
         self._before = self._done()
         runs = len(self._plan.runs)
         self.say(
-            f"{runs} runs of {self._plan.steps} steps under {self._plan.out}"
+            f"{runs} runs, {self._total} steps in all, under {self._plan.out}"
             + (f"; {runs - len(left)} done already" if len(left) < runs else "")
         )
 
@@ -57,7 +58,7 @@ class Progress:
         if now - self._shown < (_SECONDS_PER_BAR if self._terminal else _SECONDS_PER_LINE):
             return
         self._shown = now
-        done, total = self._done(), len(self._plan.runs) * self._plan.steps
+        done, total = self._done(), self._total
         left = ""
         if done > self._before:
             left = f", {_clock((now - self._start) * (total - done) / (done - self._before))} left"
@@ -79,7 +80,7 @@ class Progress:
             self._line = ""
 
     def _done(self) -> int:
-        return sum(min(self.step(run), self._plan.steps) for run in self._plan.runs)
+        return sum(min(self.step(run), self._plan.steps_of(run)) for run in self._plan.runs)
 
 
 def last_report(folder: Path) -> dict[str, Any]:

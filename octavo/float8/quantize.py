@@ -159,7 +159,7 @@ def cast_data(x: Tensor, s: Tensor, cast: Cast) -> Tensor:
     limit = torch.finfo(cast.dtype).max
     scaled = _tiles(x, cast.block).float() * s.unsqueeze(1).unsqueeze(3)
     # Older versions of torch do not saturate when they cast in eager mode.
-    return _untile(scaled.clamp(-limit, limit).to(cast.dtype), x.shape)
+    return _untile(scaled.clamp_(-limit, limit).to(cast.dtype), x.shape)
 
 
 def quantize_given(x: Tensor, amax: Tensor, cast: Cast) -> Quantized:
@@ -255,5 +255,5 @@ def dequantize(q: Quantized, block: tuple[int, int]) -> Tensor:
     # reads, and the compiler would keep them, in float32, for backward.
     if _lies_transposed(q.data) and block[0] != block[1]:
         return dequantize(transposed(q), (block[1], block[0])).t()
-    values = _tiles(to_float32(q.data), block) * scale_values(q.scale).unsqueeze(1).unsqueeze(3)
+    values = _tiles(to_float32(q.data), block).mul_(scale_values(q.scale).unsqueeze(1).unsqueeze(3))
     return _untile(values, q.data.shape)

@@ -14,13 +14,16 @@ from tests import ranks
 
 @pytest.mark.parametrize("number", exits.STOPPING)
 def test_a_signal_is_noted_and_handlers_go_back(number):
-    before = signal.getsignal(number)
-    with Signals() as received:
-        assert received.asked == 0
-        os.kill(os.getpid(), number)
-        assert received.received == number
-        assert received.asked == 1
-    assert signal.getsignal(number) == before
+    former = signal.signal(number, signal.SIG_DFL)  # under nohup it would be to ignore SIGHUP
+    try:
+        with Signals() as received:
+            assert received.asked == 0
+            os.kill(os.getpid(), number)
+            assert received.received == number
+            assert received.asked == 1
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, former)
 
 
 def test_the_first_signal_counts_and_more_change_nothing():

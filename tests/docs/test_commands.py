@@ -56,7 +56,7 @@ README: Mapping[str, Shrunk | Elsewhere] = {
 }
 
 QUICKSTART: Mapping[str, Shrunk | Elsewhere] = {
-    "./run_train.sh": few,
+    "./run_train.sh": Elsewhere("the README's first command", "tests/docs/test_commands.py"),
     ".venv/bin/octavo doctor --config-file debug_model.toml": As_it_stands,
     "CONFIG_FILE=debug_model.toml ./run_train.sh --training.steps 20": two,
     'CONFIG_FILE=debug_model.toml ./run_train.sh --training.steps 20 --model.converters="float8"': two,

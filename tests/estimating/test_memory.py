@@ -55,5 +55,6 @@ def test_within_a_tenth_of_a_real_run(tmp_path, name):
     measured = measure(tmp_path / "run", changes, processes, allocator=allocator)
     expected = estimated(tmp_path, changes, processes)
 
-    assert expected == pytest.approx(measured.tracker, rel=0.02)
+    # When gloo lets go of a buffer differs from run to run: 2.6% of the peak were seen, once in many.
+    assert expected == pytest.approx(measured.tracker, rel=0.03)
     assert expected == pytest.approx(measured.allocator, rel=0.1)

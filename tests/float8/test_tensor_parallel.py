@@ -232,9 +232,17 @@ def test_the_hardware_path_equals_one_process(recipe: str) -> None:
 
 
 @compiles
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
-def test_compiled_equals_one_process(recipe: str) -> None:
-    check(2, [("block", recipe, {"compiled": True})])
+@pytest.mark.parametrize(
+    ("kind", "recipe"),
+    [
+        ("shared", "tensorwise"),
+        ("rowwise", "rowwise"),
+        pytest.param("block", "tensorwise", marks=pytest.mark.slow),  # minutes of compiling
+        pytest.param("block", "rowwise", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_equals_one_process(kind: str, recipe: str) -> None:
+    check(2, [(kind, recipe, {"compiled": True})])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -1,0 +1,180 @@
+"""Damaged, forged and foreign checkpoints are named and passed over."""
+
+import logging
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+
+from octavo.checkpoint import manifest
+from octavo.checkpoint.checkpointer import Checkpointer
+from octavo.checkpoint.hashing import write_synced
+from octavo.checkpoint.store import problems
+from octavo.components.logging import logger
+from octavo.config import ConfigError
+from octavo.config.schema import Checkpoint
+from tests import ranks
+from tests.checkpoint.small import ON, build, everything, save
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "checkpoint"
+
+
+def _load_and_listen(folder, settings):
+    """What `load` gives, or the class of its error; and all that was logged or raised."""
+    heard = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logger.addHandler(handler)
+    model, optimizer = build()
+    try:
+        state = Checkpointer(settings, folder, model, optimizer).load()
+    except ConfigError as error:
+        return type(error).__name__, str(error), "\n".join(heard)
+    return state["step"], everything(model, optimizer), "\n".join(heard)
+
+
+def _flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0b1000
+    path.write_bytes(content)
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGE = {
+    "truncated": (_truncate, ("truncated", "no JSON", "hash differs")),
+    "deleted": (Path.unlink, ("missing",)),
+    "bit flipped": (_flip_a_bit, ("hash differs", "no JSON")),
+}
+
+
+@pytest.mark.parametrize(("world", "damage"), [*((1, damage) for damage in DAMAGE), (2, "bit flipped")])
+def test_every_damaged_file_is_named_and_walked_back_from(folder, world, damage):
+    """All in one group: files are damaged and mended between loads."""
+    apply, words = DAMAGE[damage]
+    expected = ranks.run(world, save, folder, ON, (1,))[0]
+    ranks.run(world, save, folder, ON, (1, 2))
+    shutil.rmtree(folder / "step-1.aside-0")
+    victims = sorted(path.name for path in (folder / "step-2").iterdir())
+    assert {"manifest.json", "state.json", ".metadata", "__0_0.distcp"} <= set(victims)
+    copies = {}
+    for victim in victims:
+        copies[victim] = folder.parent / victim / "checkpoint"
+        shutil.copytree(folder, copies[victim])
+        apply(copies[victim] / "step-2" / victim)
+    for answers in ranks.run(world, _load_all, list(copies.values())):
+        for victim, (step, values, heard) in zip(victims, answers, strict=True):
+            assert step == 1
+            assert values == expected
+            if heard:  # rank 0 tells
+                assert "step-2 does not verify and is passed over" in heard
+                assert any(f"{victim}: {word}" in heard for word in words), heard
+        assert len(answers) == len(victims)
+
+
+def _load_all(folders):
+    return [_load_and_listen(folder, ON) for folder in folders]
+
+
+def test_none_that_verifies_is_an_error_that_names_all(folder):
+    ranks.run(1, save, folder, ON, (1, 2))
+    (folder / "step-1" / "state.json").unlink()
+    _flip_a_bit(folder / "step-2" / "__0_0.distcp")
+    (folder / "step-7").mkdir()
+    kind, message, _ = ranks.run(1, _load_and_listen, folder, ON)[0]
+    assert kind == "NoCheckpointVerifies"
+    assert "step-1: state.json: missing" in message
+    assert "step-2: __0_0.distcp: hash differs" in message
+    assert "step-7: manifest.json: missing" in message
+
+
+def test_a_step_asked_for_that_does_not_verify_is_an_error(folder):
+    ranks.run(1, save, folder, ON, (1, 2))
+    _truncate(folder / "step-2" / "__0_0.distcp")
+    kind, message, _ = ranks.run(1, _load_and_listen, folder, Checkpoint(enable=True, load_step=2))[0]
+    assert kind == "DamagedCheckpoint"
+    assert "load_step = 2" in message
+    assert "__0_0.distcp: truncated" in message
+
+
+def test_a_checkpoint_of_another_step_is_foreign(folder):
+    ranks.run(1, save, folder, ON, (1, 2))
+    (folder / "step-2").rename(folder / "step-5")
+    step, _, heard = ranks.run(1, _load_and_listen, folder, ON)[0]
+    assert step == 1
+    assert "manifest.json: foreign: it is of step 2" in heard
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_hostile_checkpoint_with_a_right_manifest_is_passed_over(folder, tmp_path):
+    """Whoever can write the files can write a manifest that fits."""
+    ranks.run(1, save, folder, ON, (1, 2))
+    hostile = pickle.dumps(Touch(tmp_path / "sentinel"))
+    _forge(folder / "step-2", ".metadata", hostile)
+    step, _, heard = ranks.run(1, _load_and_listen, folder, ON)[0]
+    assert step == 1
+    assert "step-2/.metadata: refused: it asks for posix.system" in heard
+    assert not (tmp_path / "sentinel").exists()
+
+
+NESTED = b"[" * 200_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("state.json", NESTED, "no JSON"),
+        ("state.json", b"{}", "state.json lacks model_only, step, world_size"),
+        ("state.json", b'{"step": "x", "model_only": false, "world_size": 1}', "step is 'x', and no int"),
+    ],
+)
+def test_a_senseless_state_with_a_right_manifest_is_passed_over(name, content, told, folder):
+    ranks.run(1, save, folder, ON, (1, 2))
+    _forge(folder / "step-2", name, content)
+    step, _, heard = ranks.run(1, _load_and_listen, folder, ON)[0]
+    assert step == 1
+    assert told in heard
+
+
+@pytest.mark.parametrize("broken", ["nested", "bytes", "outside"])
+def test_a_senseless_manifest_is_passed_over(broken, folder):
+    ranks.run(1, save, folder, ON, (1, 2))
+    path = folder / "step-2" / "manifest.json"
+    fields = manifest.read(path.parent)
+    files = {name: vars(content) for name, content in fields["files"].items()}
+    if broken == "nested":
+        path.write_bytes(NESTED)
+    else:
+        entry = files.pop("state.json")
+        files |= {"state.json": {**entry, "bytes": "x"}} if broken == "bytes" else {"../state.json": entry}
+        path.write_bytes(manifest._written({**fields, "files": files}))
+    step, _, heard = ranks.run(1, _load_and_listen, folder, ON)[0]
+    assert step == 1
+    assert "step-2 does not verify and is passed over: manifest.json: " in heard
+
+
+def _forge(path, name, content):
+    fields = manifest.read(path)
+    (path / name).write_bytes(content)
+    files = dict(fields["files"])
+    (path / name).unlink()
+    files[name] = write_synced(path / name, content, fields["hash"])
+    about = {key: fields[key] for key in ("world_size", "layout", "config_sha256", "versions")}
+    (path / "manifest.json").write_bytes(manifest.render(fields["step"], fields["hash"], files, about))
+    assert problems(path) == []
