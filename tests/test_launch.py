@@ -175,6 +175,8 @@ def test_environment_on_a_cpu(tmp_path, monkeypatch):
     assert environment["OMP_NUM_THREADS"] == "4"
     assert environment["GOMP_SPINCOUNT"] == "0"
     assert environment["OMP_WAIT_POLICY"] == "passive"
+    assert "glibc.malloc.hugetlb=1" in environment["GLIBC_TUNABLES"]
+    assert planned(GLIBC_TUNABLES="x").environment["GLIBC_TUNABLES"] == "x"
     assert environment["PYTHONPATH"] == f"/a:/b:{tmp_path}"
     assert environment["PYTHONSAFEPATH"] == "1"
     assert environment["PYTHONUNBUFFERED"] == "1"
@@ -208,6 +210,7 @@ def test_environment_on_a_gpu():
 
     assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert "GOMP_SPINCOUNT" not in environment
+    assert "GLIBC_TUNABLES" not in environment
 
 
 def test_what_the_user_has_set_stays():

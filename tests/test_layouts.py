@@ -23,8 +23,8 @@ from tests.models.shallow_llama import shallow
 
 TENSOR, CONTEXT, REPLICATE, PIPELINE = (DEGREES[a] for a in ("tensor", "context", "replicate", "pipeline"))
 
-# One case of each layout, with few layers. `pytest -m slow` runs the others, `python -m tests.layout_table` all
-# of them, both with the debug model's six.
+# One case of each layout, with few layers. `pytest -m slow` runs the others with the debug model's six, and
+# `python -m tests.layout_table` all of them.
 CHOSEN = {
     "DDP 2": "bfloat16",
     "FSDP 2": "tensorwise",

@@ -117,7 +117,7 @@ class Plan:
             theirs = [flag for flag in theirs if not flag.startswith(_GATHERING)]
             mine.append(f"--float8.no_{_GATHER}")
         given = config.load(theirs).given
-        if "checkpoint.interval" not in given:
+        if given.get("checkpoint.interval") != "cli":  # a file's is for long runs, or for looking at saves
             mine.append(f"--checkpoint.interval={max(10, self.steps // 10)}")
         if "checkpoint.keep_latest_k" not in given:
             mine.append("--checkpoint.keep_latest_k=2")
@@ -130,8 +130,8 @@ class Plan:
 
     @property
     def health_every(self) -> int:
-        """Steps between measurements of float8 health, where the caller says none: at most 50 of them."""
-        return max(10, self.steps // 50)
+        """Steps between measurements of float8 health, where the caller says none: at most ten of them."""
+        return max(10, self.steps // 10)
 
     @property
     def measures_health(self) -> bool:

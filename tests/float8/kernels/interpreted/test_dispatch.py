@@ -33,6 +33,9 @@ def gradients(run: nn.Module, model: nn.Module, x: Tensor) -> list[Tensor]:
     return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
 
 
+COMPILED = ("rowwise", "mxfp8", "tensorwise_previous_step")  # a quarter of a minute each
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_linear_computes_the_same(recipe: str) -> None:
     torch.manual_seed(0)
@@ -40,7 +43,8 @@ def test_a_linear_computes_the_same(recipe: str) -> None:
     x = torch.randn(2, 20, 64).to(torch.bfloat16)
     with use_kernels(False):
         want = gradients(model, model, x)
-    for run in (model, torch.compile(model, fullgraph=True)):
+    runs = [model, *([torch.compile(model, fullgraph=True)] if recipe in COMPILED else [])]
+    for run in runs:
         for got, wanted in zip(gradients(run, model, x), want, strict=True):
             assert_same(got, wanted, recipe)
 
