@@ -159,7 +159,7 @@ def everywhere(world, flags, again=None):
     return found
 
 
-SAVED = {"checkpoint.enable": True, "training.steps": 2}
+SAVED = {"checkpoint.enable": True, "training.steps": 2, **shallow(4)}
 ZBV = {PIPELINE: 2, SCHEDULE: "ZBVZeroBubble", "training.local_batch_size": 4}
 SINGLE = {PIPELINE: 2, "training.local_batch_size": 4}
 

@@ -79,7 +79,8 @@ def _of_its_settings(run: RunData, base: RunData) -> Iterator[str]:
     differing = _differences(base, run)
     if differing and not is_a_seed(run, base):
         yield f"{run.name} has another configuration than {base.name}: {'; '.join(differing)}."
-    if last_step(run) != last_step(base) and not failed(run):
+    stopped = run.kind == "control" and last_step(run) < last_step(base)  # it was seen enough of
+    if last_step(run) != last_step(base) and not stopped and not failed(run):
         yield (
             f"{run.name} ends at step {last_step(run)}, {base.name} at step {last_step(base)}: only the "
             "steps of both are compared."

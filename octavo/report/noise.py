@@ -169,7 +169,7 @@ def steps_behind(
     if mean is None or falls <= 0 or not smoothed:
         return None
     steps = mean.mean / falls
-    last, known = max(baseline), max(baseline) - min(baseline)
+    last, known = max(smoothed), max(baseline) - min(baseline)
     if abs(steps) <= known / 4:
         return steps
     reached = first_below(baseline, smoothed[max(smoothed)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -19,7 +20,7 @@ from octavo.float8 import (
     convert_to_float8_training,
 )
 from tests.float8.graphs import FLOAT8, compile_and_capture, compiles, saved_bytes
-from tests.float8.llama_block import LlamaBlock
+from tests.float8.llama_block import FeedForward, LlamaBlock
 from tests.float8.torchao_reference import relative
 
 pytestmark = compiles
@@ -30,11 +31,18 @@ SAVING = [name for name in RECIPES if name != "rowwise_with_gw_hp"]
 def block(recipe: str | None, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     model = LlamaBlock(DIM, hidden=HIDDEN).to(dtype)
-    if recipe is None:
-        return model
-    return convert_to_float8_training(
-        model, config=replace(Float8LinearConfig.from_recipe_name(recipe), emulate=True)
-    )
+    return model if recipe is None else converted(model, recipe)
+
+
+def half_a_block(recipe: str, dtype: torch.dtype) -> nn.Module:
+    """A third of the compiling: two linears with one input, and one more."""
+    torch.manual_seed(0)
+    return converted(nn.Sequential(nn.RMSNorm(DIM), FeedForward(DIM, HIDDEN)).to(dtype), recipe)
+
+
+def converted(model: nn.Module, recipe: str) -> nn.Module:
+    config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=True)
+    return convert_to_float8_training(model, config=config)
 
 
 def batch(dtype: torch.dtype) -> Tensor:
@@ -67,16 +75,19 @@ def test_a_linear_gives_the_same_bits_compiled(recipe: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "recipe"),
+    ("build", "dtype", "recipe"),
     [
-        (torch.bfloat16, "rowwise"),
-        pytest.param(torch.bfloat16, "tensorwise", marks=pytest.mark.slow),  # minutes of compiling
-        pytest.param(torch.float32, "rowwise", marks=pytest.mark.slow),
+        (half_a_block, torch.bfloat16, "rowwise"),
+        pytest.param(block, torch.bfloat16, "rowwise", marks=pytest.mark.slow),
+        pytest.param(block, torch.bfloat16, "tensorwise", marks=pytest.mark.slow),
+        pytest.param(block, torch.float32, "rowwise", marks=pytest.mark.slow),
     ],
 )
-def test_a_block_computes_the_same_compiled(dtype: torch.dtype, recipe: str) -> None:
+def test_a_block_computes_the_same_compiled(
+    build: Callable[[str, torch.dtype], nn.Module], dtype: torch.dtype, recipe: str
+) -> None:
     torch._dynamo.reset()
-    model, x = block(recipe, dtype), batch(dtype)
+    model, x = build(recipe, dtype), batch(dtype)
     with torch._inductor.config.patch(emulate_precision_casts=True):
         got = gradients(torch.compile(model, fullgraph=True), model, x)
     want = gradients(model, model, x)

@@ -279,6 +279,20 @@ def test_runs_that_do_not_match_are_warned_about(
     assert warning in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_a_control_that_ends_early_is_outside_without_a_warning(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    def losing(step: int) -> float:
+        return falling()(step) + 0.05 * step
+
+    folders["control"] = write_run(tmp_path / "control", losing, recipe="unscaled_e5m2", steps=40)
+    figures = figures_of(load_all(folders))
+    assert told(figures)["control"]["verdict"] == "outside"
+    assert figures["control_outside"] is True
+    assert 0 < told(figures)["control"]["steps_behind"] < 40
+    assert not [each for each in figures["warnings"] if "ends at step" in each]
+
+
 def test_a_run_that_ends_for_its_numbers_is_outside(folders: dict[str, Path], tmp_path: Path) -> None:
     folders["nan"] = write_run(
         tmp_path / "nan", lambda s: falling()(s) if s < 40 else None, steps=40, recipe="rowwise"
