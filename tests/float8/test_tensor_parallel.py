@@ -235,7 +235,7 @@ def test_the_hardware_path_equals_one_process(recipe: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "recipe"),
     [
-        ("shared", "tensorwise"),
+        ("colwise", "tensorwise"),
         ("rowwise", "rowwise"),
         pytest.param("block", "tensorwise", marks=pytest.mark.slow),  # minutes of compiling
         pytest.param("block", "rowwise", marks=pytest.mark.slow),
