@@ -35,6 +35,15 @@ def recipe(name: str) -> dict[str, Any]:
     return {**FLOAT8, "float8.recipe_name": name}
 
 
+def shallow(layers: int) -> dict[str, Any]:
+    """Flags that train the debug model with so few layers: 2 or 4."""
+    return {
+        "experimental.custom_import": "tests.models.shallow_llama",
+        "model.name": "shallow",
+        "model.flavor": layers,
+    }
+
+
 @dataclass(frozen=True)
 class Run:
     """What one run left: exit codes by rank, what rank 0 printed, and its metrics."""

@@ -19,7 +19,6 @@ from octavo.distributed.watchdog import Watchdog
 from octavo.train import Trainer
 from tests import ranks, runs
 from tests.layouts import ALL, BASE, DEGREES, PRECISIONS, SCHEDULE, Case, Precision, in_every_way, measure
-from tests.models.shallow_llama import shallow
 
 TENSOR, CONTEXT, REPLICATE, PIPELINE = (DEGREES[a] for a in ("tensor", "context", "replicate", "pipeline"))
 
@@ -91,7 +90,7 @@ def alone(tmp_path_factory):
 def quick(case: Case) -> Case:
     """`case` with as few layers as its stages need."""
     layers = 4 if "pipeline" in case.degrees else 2
-    return replace(case, both={**case.both, **shallow(layers), "validation.fraction": 0.02})
+    return replace(case, both={**case.both, **runs.shallow(layers), "validation.fraction": 0.02})
 
 
 def check(case: Case, alone, folder: Path) -> None:
@@ -159,7 +158,7 @@ def everywhere(world, flags, again=None):
     return found
 
 
-SAVED = {"checkpoint.enable": True, "training.steps": 2, **shallow(4)}
+SAVED = {"checkpoint.enable": True, "training.steps": 2, **runs.shallow(4)}
 ZBV = {PIPELINE: 2, SCHEDULE: "ZBVZeroBubble", "training.local_batch_size": 4}
 SINGLE = {PIPELINE: 2, "training.local_batch_size": 4}
 

@@ -5,7 +5,6 @@ import importlib.util
 import pytest
 
 from tests import runs
-from tests.models.shallow_llama import shallow
 
 # Weights as wide as 128-blocks, so that joined ones are cut between blocks.
 CHECKPOINTED = {"checkpoint.enable": True, "checkpoint.interval": 2, "training.steps": 4}
@@ -17,7 +16,7 @@ def near(got, want, limit=1e-6):
 
 
 def losses(folder, flags, world=1):
-    run = runs.train(folder, {**shallow(2), **flags}, world=world)
+    run = runs.train(folder, {**runs.shallow(2), **flags}, world=world)
     assert run.exit_codes == [0] * world, run.log
     return run.losses
 
@@ -88,7 +87,7 @@ def test_fused_layers_on_two_processes_checkpointed_accumulating(tmp_path):
 def test_a_chunked_loss_trains_alike(tmp_path, world):
     flags = {"training.local_batch_size": 4 // world, "validation.enable": True, "validation.steps": 1}
     flags |= {"validation.fraction": 0.1, "validation.freq": 4}
-    flags |= shallow(2)
+    flags |= runs.shallow(2)
     plain = runs.train(tmp_path / "plain", flags, world=world)
     chunked = runs.train(tmp_path / "chunked", {**flags, "training.loss_chunk_tokens": 48}, world=world)
     assert chunked.exit_codes == [0] * world, chunked.log
