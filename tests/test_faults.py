@@ -74,7 +74,7 @@ def tell(run):
     [
         ("signal", 1, 0, "SIGTERM"),
         ("signal", 2, 1, "SIGUSR1"),
-        ("signal in save", 2, 1, "SIGINT"),
+        ("signal in save", 2, 1, "SIGTERM"),  # a second Ctrl-C, after a slow save, would end it at once
     ],
 )
 def test_signalled_run_saves_and_goes_on_bit_for_bit(kind, world, rank, sent, fault, whole, tmp_path):
