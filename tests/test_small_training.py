@@ -86,8 +86,7 @@ def test_fused_layers_on_two_processes_checkpointed_accumulating(tmp_path):
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_chunked_loss_trains_alike(tmp_path, world):
     flags = {"training.local_batch_size": 4 // world, "validation.enable": True, "validation.steps": 1}
-    flags |= {"validation.fraction": 0.1, "validation.freq": 4}
-    flags |= runs.shallow(2)
+    flags |= {"validation.fraction": 0.1, "validation.freq": 4, **runs.shallow(2)}
     plain = runs.train(tmp_path / "plain", flags, world=world)
     chunked = runs.train(tmp_path / "chunked", {**flags, "training.loss_chunk_tokens": 48}, world=world)
     assert chunked.exit_codes == [0] * world, chunked.log

@@ -118,19 +118,21 @@ class Plan:
             mine.append(f"--float8.no_{_GATHER}")
         given = config.load(theirs).given
         if given.get("checkpoint.interval") != "cli":  # a file's is for long runs, or for looking at saves
-            mine.append(f"--checkpoint.interval={max(10, self.steps // 10)}")
+            mine.append(f"--checkpoint.interval={self.now_and_then}")
         if "checkpoint.keep_latest_k" not in given:
             mine.append("--checkpoint.keep_latest_k=2")
         if float8 and self.measures_health:
             if "float8.health_every" not in given:
-                mine.append(f"--float8.health_every={self.health_every}")
+                mine.append(f"--float8.health_every={self.now_and_then}")
             if "float8.health_tokens" not in given and config.load([*theirs, *mine]).float8.health_every:
                 mine.append("--float8.health_tokens=0")
         return (*theirs, *mine)
 
     @property
-    def health_every(self) -> int:
-        """Steps between measurements of float8 health, where the caller says none: at most ten of them."""
+    def now_and_then(self) -> int:
+        """Steps between saves, and between measurements of float8 health, where the caller says none: at most
+        ten of each.
+        """
         return max(10, self.steps // 10)
 
     @property
@@ -138,7 +140,7 @@ class Plan:
         """Whether there is a step to measure, and whole operands to measure in one process."""
         layout = self.config["parallelism"]
         split = any(layout[f"{axis}_parallel_degree"] > 1 for axis in ("tensor", "pipeline"))
-        return not split and self.health_every <= self.steps
+        return not split and self.now_and_then <= self.steps
 
     def to_json(self) -> dict[str, Any]:
         """What the comparison's folder keeps."""

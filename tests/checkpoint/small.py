@@ -12,10 +12,10 @@ from octavo.config import ConfigError
 from octavo.config.schema import Checkpoint
 
 
-def build(width=6, sharded=None):
+def build(width=6):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, width, bias=False), nn.Linear(width, 3))
-    if dist.get_world_size() > 1 if sharded is None else sharded:
+    if dist.get_world_size() > 1:
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     return model, torch.optim.AdamW(model.parameters(), lr=0.1)
 

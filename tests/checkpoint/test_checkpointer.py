@@ -24,11 +24,6 @@ from tests import ranks
 from tests.checkpoint.small import ON, build, load, save
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "checkpoint"
-
-
 @pytest.mark.parametrize(("saved", "loaded"), [(1, 1), (2, 2), (2, 1), (1, 3)])
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_load_gives_back_every_bit(folder, saved, loaded, mode):

@@ -19,11 +19,6 @@ from tests import ranks
 from tests.checkpoint.small import ON, build, everything, save
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "checkpoint"
-
-
 def _load_and_listen(folder, settings):
     """What `load` gives, or the class of its error; and all that was logged or raised."""
     heard = []

@@ -12,11 +12,6 @@ from tests import ranks
 from tests.checkpoint.small import ON, build, train
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "checkpoint"
-
-
 @pytest.mark.parametrize("world", [1, 2])
 def test_random_numbers_go_on(folder, world):
     drawn = ranks.run(world, _save_and_draw, folder)
