@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from octavo.float8 import FULL, RECIPES, Cast, Float8LinearConfig, Gemm, Recipe, convert_to_float8_training
 from octavo.float8.health import Monitor, Row, Table, audit, watch
@@ -334,6 +334,27 @@ def test_an_input_that_layers_share_is_measured_once(monkeypatch: pytest.MonkeyP
     assert measured.count((64, 32)) == 2
     amax = {row.layer: row.amax for row in monitor.table.rows if row.operand == "input"}
     assert amax["0"] == pytest.approx(3 * amax["1"])
+
+
+def test_selective_checkpointing_does_not_look_at_what_is_measured() -> None:
+    linear, seen = converted(nn.Linear(64, 64)), list[Any]()
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        seen.append(op)
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    def selective() -> Any:
+        return create_selective_checkpoint_contexts(policy)
+
+    monitor = Monitor(linear, every=2)
+    for _ in range(2):  # the first step is measured, the second is not
+        with monitor.step():
+            checkpoint(linear, tokens(), use_reentrant=False, context_fn=selective).sum().backward()
+        seen.append(None)
+    measured = seen.index(None)
+    plain = len(seen) - measured - 2
+    assert plain > 50
+    assert measured - plain < 10  # the tap and its probe, forward and again
 
 
 def test_a_sample_has_the_whole_tensors_scales() -> None:

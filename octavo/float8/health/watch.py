@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from octavo.float8.carrier import Carrier
 from octavo.float8.fsdp import plain_parameter
@@ -20,6 +23,16 @@ from octavo.float8.recipe import Recipe
 from octavo.float8.shared import shared
 
 LayerFilter = Callable[[nn.Module, str], bool]
+
+
+_SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+
+
+def _unseen() -> AbstractContextManager[Any]:
+    """Where selective checkpointing does not look at each operation, which takes longer than it."""
+    if not torch.compiler.is_compiling() and isinstance(_get_current_dispatch_mode(), _SELECTIVE):
+        return _pop_mode_temporarily()
+    return nullcontext()
 
 
 class _Tap(torch.autograd.Function):
@@ -86,7 +99,7 @@ class Watch:
             return y
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        with torch.no_grad():
+        with torch.no_grad(), _unseen():
             of_input = shared(
                 x,
                 (self.input, self.sample),
