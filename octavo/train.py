@@ -10,7 +10,6 @@ the number of tokens in the global batch, so the gradients of all microbatches o
 up.
 """
 
-import importlib
 import os
 import platform
 import sys
@@ -80,8 +79,7 @@ class Trainer:
         for note in config.notes(job):
             logger.info(note)
         self.folder = RunFolder(job.job.dump_folder, lock=os.environ.get("RANK", "0") == "0")
-        if job.experimental.custom_import:
-            importlib.import_module(job.experimental.custom_import)
+        models.import_custom(job.experimental.custom_import)
 
         self.device = pick_device()
         set_determinism(job.training.seed, deterministic=job.training.deterministic)

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from octavo import compare
 from octavo.comparing.execute import Executor, _Active, exit_code
 from octavo.comparing.plan import Plan, Run
+from octavo.comparing.saved import saved_bytes
 from octavo.config import ConfigError
+from tests.models.own import own_model
 from tests.runs import small_corpus
 
 STEPS = 16
@@ -99,6 +102,12 @@ def test_float8_keeps_less_for_backward(killed_twice: tuple[Path, dict[str, Any]
     kept = {run["name"]: run["saved_bytes"] for run in json.loads((out / "report.json").read_text())["runs"]}
     assert kept["tensorwise"] < 0.9 * kept["bf16"]
     assert kept["unscaled_e5m2"] is None
+
+
+def test_a_model_of_the_users_own_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--config_file=debug_model.toml", "--training.seq_len=32"]
+    counted = saved_bytes([*flags, *own_model(tmp_path, monkeypatch)], torch.float32)
+    assert counted == saved_bytes(flags, torch.float32) > 0
 
 
 def test_all_runs_read_the_same_batches_and_seeds_start_from_other_weights(

@@ -34,7 +34,7 @@ CHOSEN = {
     "CP 4, keys travel": "rowwise",
     "PP 2": "tensorwise",
     "FSDP 2, TP 2": "tensorwise",
-    "FSDP 2, PP 2": "bfloat16",
+    "FSDP 2, PP 2": "rowwise",
     "FSDP 2, CP 2": "float32",
     "HSDP 2 x 1, TP 2": "rowwise",
     "TP 2, CP 2": "float32",

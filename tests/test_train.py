@@ -204,7 +204,12 @@ def test_casting_weights_once_changes_no_bit(tmp_path):
 
 
 def test_compiled_run_follows_the_eager_one(tmp_path):
-    flags = {**runs.recipe("rowwise"), "training.steps": 3, "activation_checkpoint.mode": "selective"}
+    flags = {
+        **runs.recipe("rowwise"),
+        **runs.shallow(2),
+        "training.steps": 3,
+        "activation_checkpoint.mode": "selective",
+    }
     eager = runs.train(tmp_path / "eager", flags)
     compiled = runs.train(tmp_path / "compiled", {**flags, "compile.enable": "true"}, world=1)
     assert compiled.losses == pytest.approx(eager.losses, rel=2e-3)

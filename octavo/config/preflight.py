@@ -257,11 +257,11 @@ def _findable(parts: Sequence[str]) -> bool:
         return False
     finally:
         sys.path.pop()
-    for depth in range(2, len(parts) + 1):
+    for part in parts[1:]:
         if spec is None or spec.submodule_search_locations is None:
             return False
-        folders = list(spec.submodule_search_locations)
-        spec = importlib.machinery.PathFinder.find_spec(".".join(parts[:depth]), folders)
+        # The last name alone: of a dotted one in a folder without __init__.py it wants the parent imported.
+        spec = importlib.machinery.PathFinder.find_spec(part, list(spec.submodule_search_locations))
     return spec is not None
 
 

@@ -9,7 +9,6 @@ others. What a GPU does otherwise is put in by hand: bfloat16, float8 products i
 kernels, which need no scratch memory.
 """
 
-import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -112,8 +111,7 @@ def run_trial(
 
 def prepared(job: JobConfig) -> tuple[Any, PipelinePlan | None]:
     """The model's arguments, and the plan of its pipeline."""
-    if job.experimental.custom_import:
-        importlib.import_module(job.experimental.custom_import)
+    models.import_custom(job.experimental.custom_import)
     args = model_args(job, tokenizer_of(job))
     return args, pipeline_plan(job, args)
 

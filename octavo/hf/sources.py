@@ -7,9 +7,7 @@ from another folder; where it leads nowhere, the user is asked.
 """
 
 import dataclasses
-import importlib
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +64,7 @@ def open_source(path: Path, *, tokenizer: str | None = None, custom_import: str 
     Raises:
         ConfigError: there is none, it is damaged, or it does not fit the model it says it is of.
     """
-    if custom_import:
-        sys.path.append(str(Path.cwd()))
-        importlib.import_module(custom_import)
+    models.import_custom(custom_import)
     path = path.expanduser()
     if not path.is_dir():
         raise ConfigError(

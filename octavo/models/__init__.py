@@ -5,6 +5,9 @@ A model that lives outside this package joins by calling `register` in a module 
 five functions of a `ModelSpec`.
 """
 
+import importlib
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,6 +130,16 @@ def register(spec: ModelSpec) -> None:
     if spec.name in _SPECS:
         raise ValueError(f"a model named {spec.name!r} is registered already; give yours another name")
     _SPECS[spec.name] = spec
+
+
+def import_custom(module: str) -> None:
+    """Import the user's `module`, which registers a model, from Python's path or the working directory; "" is
+    none.
+    """
+    if module:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        importlib.import_module(module)
 
 
 def get(name: str) -> ModelSpec:

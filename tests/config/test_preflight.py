@@ -294,10 +294,14 @@ def test_a_custom_import_is_found_but_not_imported(tmp_path: Path) -> None:
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     (package / "small.py").write_text("raise RuntimeError('imported')")
+    plain = tmp_path / "plain_folder" / "deeper"  # without an __init__.py
+    plain.mkdir(parents=True)
+    (plain / "small.py").write_text("raise RuntimeError('imported')")
     path = list(sys.path)
-    for module in ("my_octavo_models", "my_octavo_models.small"):
+    for module in ("my_octavo_models", "my_octavo_models.small", "plain_folder.deeper.small"):
         assert problems(f"--experimental.custom_import={module}", "--model.name=mine") == ""
-    assert "no such module" in problems("--experimental.custom_import=my_octavo_models.large")
+    for module in ("my_octavo_models.large", "plain_folder.deeper.large", "plain_folder.other.small"):
+        assert "no such module" in problems(f"--experimental.custom_import={module}")
     assert "my_octavo_models" not in sys.modules
     assert sys.path == path
 

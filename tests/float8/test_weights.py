@@ -113,7 +113,7 @@ def test_the_scope_changes_no_bit(recipe: str, checkpointed: bool) -> None:
 
 
 @compiles
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+@pytest.mark.parametrize("recipe", ["rowwise", pytest.param("tensorwise", marks=pytest.mark.slow)])
 def test_compiled_code_takes_the_casts_as_inputs(recipe: str) -> None:
     results = []
     for cached in (False, True):

@@ -10,6 +10,7 @@ from octavo import models
 from octavo.config import ConfigError, load
 from octavo.config.layout import layout_of
 from octavo.tuning.layers import Size, groups_of
+from tests.models.own import own_model
 
 WK = "layers.*.attention.wk"
 
@@ -78,3 +79,7 @@ def test_rows_are_those_of_the_tensor_parallel_plan():
         for parent, group in zip(parents, spec.linears.same_input, strict=True)
     ]
     assert shared == told
+
+
+def test_a_model_of_the_users_own(tmp_path, monkeypatch):
+    assert sizes(*own_model(tmp_path, monkeypatch))[0] == sizes()[0]

@@ -212,7 +212,7 @@ def test_health_sees_fused_linears(compiled: bool) -> None:
     run = fused
     if compiled:  # traced before the step that is measured; no code is generated
         torch._dynamo.reset()
-        run = torch.compile(fused, backend="aot_eager", fullgraph=True)
+        run = torch.compile(fused, backend="eager", fullgraph=True)
         gradients(run, fused, data())
     monitor = Monitor(fused, every=1)
     with monitor.step():
