@@ -79,7 +79,7 @@ class Trainer:
         for note in config.notes(job):
             logger.info(note)
         self.folder = RunFolder(job.job.dump_folder, lock=os.environ.get("RANK", "0") == "0")
-        models.import_custom(job.experimental.custom_import)
+        models.import_custom(job.experimental.custom_import, job.model.name)
 
         self.device = pick_device()
         set_determinism(job.training.seed, deterministic=job.training.deterministic)

@@ -27,7 +27,7 @@ from octavo.report.load import SAVED_FILE
 def saved_bytes(flags: Sequence[str], dtype: torch.dtype) -> int:
     """Bytes kept by one forward of the model of a job, on a local batch, computing in `dtype`."""
     job = config.load(flags)
-    models.import_custom(job.experimental.custom_import)
+    models.import_custom(job.experimental.custom_import, job.model.name)
     args = model_args(job, build_tokenizer(job.model.hf_assets_path))
     recipe = quantization.recipe_name(job.model.converters, job.float8)
     device = torch.device("cpu")

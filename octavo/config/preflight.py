@@ -245,7 +245,11 @@ def _custom_import(job: JobConfig) -> Iterator[str]:
     if not _MODULE.fullmatch(module):
         yield f"{named(job, key)} must be a dotted module name, like my_package.my_model"
     elif not _findable(module.split(".")):
-        yield f"{named(job, key)}: no such module in {Path.cwd()} or on Python's path (see PYTHONPATH)"
+        stem, _, ending = module.rpartition(".")
+        if ending == "py":
+            yield f"{named(job, key)} must be a module's name, not its file's: {stem}"
+        else:
+            yield f"{named(job, key)}: no such module in {Path.cwd()} or on Python's path (see PYTHONPATH)"
 
 
 def _findable(parts: Sequence[str]) -> bool:

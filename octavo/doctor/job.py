@@ -88,7 +88,13 @@ def _job(job: JobConfig, gpus: int, estimate: memory.Estimate | None) -> Iterato
     yield ok("data", f"{job.training.dataset}: there")
     try:
         if job.experimental.custom_import:
-            return  # running somebody's module is for training
+            yield note(
+                "model",
+                f"experimental.custom_import = {job.experimental.custom_import} is not run here, so "
+                "the model, its size and its memory are not looked at",
+                "octavo estimate with the same options imports it and tells them",
+            )
+            return
         args = model_args(job, tokenizer)
         with torch.device("meta"):
             model = models.get(job.model.name).build(args)

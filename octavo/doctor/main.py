@@ -112,7 +112,7 @@ def _verdict(
 ) -> tuple[int, str, str]:
     """The exit code, a sentence, and the command to run next."""
     words = [*shlex.split(octavo_command()), "doctor", *_right(options, of_job)]
-    again = " ".join([*_variables(), shlex.join(words)])
+    again = " ".join([*_variables(options), shlex.join(words)])
     for findings, code, whose in (
         (of_machine, exits.FAILED, "this machine"),
         (of_job, exits.USER_ERROR, "this job"),
@@ -162,15 +162,19 @@ def _is_config(word: str) -> bool:
 def _train_command(options: Sequence[str]) -> str:
     script = Path(__file__).parents[2] / "run_train.sh"
     if not script.exists():  # an installed package
-        return " ".join([*_variables(), shlex.join([*shlex.split(octavo_command()), "train", *options])])
+        return " ".join(
+            [*_variables(options), shlex.join([*shlex.split(octavo_command()), "train", *options])]
+        )
     where = os.path.relpath(script)
     start = f".{os.sep}{where}" if not where.startswith("..") else str(script)
-    return " ".join([*_variables(), shlex.join([start, *options])])
+    return " ".join([*_variables(options), shlex.join([start, *options])])
 
 
-def _variables() -> list[str]:
-    """What of the environment makes the job what it is, to be given again."""
-    names = ("NGPU", "CONFIG_FILE")
+def _variables(options: Sequence[str]) -> list[str]:
+    """What of the environment makes the job what it is, to be given again beside `options`."""
+    names = ["NGPU"]
+    if flags.config_file(flags.scan(options)[0]) is None:  # which wins
+        names.append("CONFIG_FILE")
     return [f"{name}={shlex.quote(os.environ[name])}" for name in names if os.environ.get(name)]
 
 

@@ -111,7 +111,7 @@ def run_trial(
 
 def prepared(job: JobConfig) -> tuple[Any, PipelinePlan | None]:
     """The model's arguments, and the plan of its pipeline."""
-    models.import_custom(job.experimental.custom_import)
+    models.import_custom(job.experimental.custom_import, job.model.name)
     args = model_args(job, tokenizer_of(job))
     return args, pipeline_plan(job, args)
 

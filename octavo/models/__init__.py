@@ -132,14 +132,33 @@ def register(spec: ModelSpec) -> None:
     _SPECS[spec.name] = spec
 
 
-def import_custom(module: str) -> None:
+def import_custom(module: str, name: str | None = None) -> None:
     """Import the user's `module`, which registers a model, from Python's path or the working directory; "" is
-    none.
+    none. What it raises says which option asked for it.
+
+    Raises:
+        ConfigError: it ends Python, or registers no model called `name`.
     """
-    if module:
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
+    if not module:
+        return
+    told = f"experimental.custom_import = {module}"
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
         importlib.import_module(module)
+    except SystemExit as error:
+        raise ConfigError(
+            f"{told}: this module calls sys.exit when it is imported; leave that to "
+            'what runs under if __name__ == "__main__"'
+        ) from error
+    except Exception as error:
+        error.add_note(f"octavo: raised by {told}")
+        raise
+    if name is not None and name not in _SPECS:
+        known = ", ".join(_SPECS)
+        raise ConfigError(
+            f"model.name = {name!r}: {told} registers no such model (octavo.models.register); known: {known}"
+        )
 
 
 def get(name: str) -> ModelSpec:

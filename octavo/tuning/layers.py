@@ -52,7 +52,7 @@ def groups_of(job: JobConfig, layout: Layout) -> tuple[list[Group], list[str]]:
 
     `ConfigError` where the model cannot be built, or has no such layer.
     """
-    models.import_custom(job.experimental.custom_import)
+    models.import_custom(job.experimental.custom_import, job.model.name)
     spec = models.get(job.model.name)
     vocabulary = _vocabulary(job)
     with torch.device("meta"), warnings.catch_warnings():

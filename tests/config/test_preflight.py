@@ -244,6 +244,7 @@ def test_arithmetic_that_comes_out(argv: list[str], world_size: int) -> None:
         ),
         (["--experimental.custom_import=a/b.py"], ["dotted module name"]),
         (["--experimental.custom_import=json.nothing"], ["no such module"]),
+        (["--experimental.custom_import=json.py"], ["a module's name, not its file's: json"]),
         (["--experimental.custom_import=json.decoder.more"], ["no such module"]),
     ],
 )

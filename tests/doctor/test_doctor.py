@@ -15,6 +15,7 @@ import pytest
 from octavo.doctor import float8, job, machine, main
 from octavo.doctor.findings import Level, fail
 from octavo.float8.selfcheck import Check
+from tests.models.own import own_model
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +79,30 @@ def test_a_config_named_by_the_variable_is_looked_at(capsys, monkeypatch):
 
     assert told["next"].startswith("CONFIG_FILE=debug_model.toml ")
     assert told["job"]
+
+
+def test_of_two_configs_the_one_that_counts_is_named(capsys, monkeypatch):
+    monkeypatch.setenv("CONFIG_FILE", "llama3_8b.toml")
+
+    _, told = doctor(capsys, "--config-file", "debug_model.toml")
+
+    assert "debug_model.toml" in told["next"]
+    assert "CONFIG_FILE=" not in told["next"]
+
+
+def test_a_module_of_the_users_own_is_not_run_which_is_told(capsys, tmp_path, monkeypatch):
+    own_model(tmp_path, monkeypatch)
+    (tmp_path / "small_llamas.py").write_text("raise RuntimeError('it ran')")
+
+    code, told = doctor(
+        capsys, "--config-file", "debug_model.toml", "--experimental.custom_import=small_llamas",
+        "--model.name=small_llama",
+    )  # fmt: skip
+
+    assert code == 0
+    (found,) = [f for f in told["job"] if f["what"] == "model"]
+    assert found["level"] == "note"
+    assert "experimental.custom_import = small_llamas is not run here" in found["told"]
 
 
 def test_each_thing_wrong_in_a_config_is_a_finding(capsys):

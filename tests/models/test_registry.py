@@ -1,0 +1,41 @@
+"""A user's module that registers a model, and those that do not."""
+
+import sys
+
+import pytest
+
+from octavo import models
+from octavo.config import ConfigError
+from tests.models.own import own_model
+
+
+def test_a_module_of_the_working_directory_registers_its_model(tmp_path, monkeypatch):
+    own_model(tmp_path, monkeypatch)
+    models.import_custom("small_llamas", "small_llama")
+    models.import_custom("small_llamas", "small_llama")  # as often as wanted
+    assert models.get("small_llama").name == "small_llama"
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("x = 1", ["model.name = 'other'", "experimental.custom_import = small_llamas", "known: llama3"]),
+        ("import sys; sys.exit(0)", ["experimental.custom_import = small_llamas", "sys.exit"]),
+    ],
+    ids=["registers nothing", "ends Python"],
+)
+def test_what_registers_no_model_is_one_error(content, parts, tmp_path, monkeypatch):
+    own_model(tmp_path, monkeypatch)
+    (tmp_path / "small_llamas.py").write_text(content)
+    with pytest.raises(ConfigError) as error:
+        models.import_custom("small_llamas", "other")
+    assert all(part in str(error.value) for part in parts)
+
+
+def test_an_error_of_the_module_says_which_option_asked_for_it(tmp_path, monkeypatch):
+    own_model(tmp_path, monkeypatch)
+    (tmp_path / "small_llamas.py").write_text("import not_there_at_all")
+    with pytest.raises(ModuleNotFoundError) as error:
+        models.import_custom("small_llamas", "other")
+    assert error.value.__notes__ == ["octavo: raised by experimental.custom_import = small_llamas"]
+    assert "small_llamas" not in sys.modules
