@@ -111,8 +111,7 @@ def _verdict(
     of_machine: Sequence[Finding], of_job: Sequence[Finding], options: Sequence[str], *, wants_job: bool
 ) -> tuple[int, str, str]:
     """The exit code, a sentence, and the command to run next."""
-    words = [*shlex.split(octavo_command()), "doctor", *_right(options, of_job)]
-    again = " ".join([*_variables(options), shlex.join(words)])
+    again = _typed(options, *shlex.split(octavo_command()), "doctor", *_right(options, of_job))
     for findings, code, whose in (
         (of_machine, exits.FAILED, "this machine"),
         (of_job, exits.USER_ERROR, "this job"),
@@ -162,20 +161,19 @@ def _is_config(word: str) -> bool:
 def _train_command(options: Sequence[str]) -> str:
     script = Path(__file__).parents[2] / "run_train.sh"
     if not script.exists():  # an installed package
-        return " ".join(
-            [*_variables(options), shlex.join([*shlex.split(octavo_command()), "train", *options])]
-        )
+        return _typed(options, *shlex.split(octavo_command()), "train", *options)
     where = os.path.relpath(script)
     start = f".{os.sep}{where}" if not where.startswith("..") else str(script)
-    return " ".join([*_variables(options), shlex.join([start, *options])])
+    return _typed(options, start, *options)
 
 
-def _variables(options: Sequence[str]) -> list[str]:
-    """What of the environment makes the job what it is, to be given again beside `options`."""
+def _typed(options: Sequence[str], *words: str) -> str:
+    """`words` as a command, after what of the environment makes the job of `options` what it is."""
     names = ["NGPU"]
     if flags.config_file(flags.scan(options)[0]) is None:  # which wins
         names.append("CONFIG_FILE")
-    return [f"{name}={shlex.quote(os.environ[name])}" for name in names if os.environ.get(name)]
+    variables = [f"{name}={shlex.quote(os.environ[name])}" for name in names if os.environ.get(name)]
+    return " ".join([*variables, shlex.join(words)])
 
 
 if __name__ == "__main__":

@@ -155,9 +155,9 @@ def import_custom(module: str, name: str | None = None) -> None:
         error.add_note(f"octavo: raised by {told}")
         raise
     if name is not None and name not in _SPECS:
-        known = ", ".join(_SPECS)
         raise ConfigError(
-            f"model.name = {name!r}: {told} registers no such model (octavo.models.register); known: {known}"
+            f"model.name = {name!r}: {told} registers no such model (octavo.models.register); "
+            f"known: {', '.join(_SPECS)}"
         )
 
 
