@@ -20,6 +20,7 @@ from octavo import config
 from octavo.components.logging import count
 from octavo.config import ConfigError, files, flags
 from octavo.config.ranges import shown
+from octavo.exits import leave
 from octavo.peers import Meeting
 from octavo.supervisor import PIPELINE_VARIABLE
 from octavo.torchrun import Launch, run
@@ -332,4 +333,4 @@ def _help() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

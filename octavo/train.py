@@ -56,6 +56,7 @@ from octavo.distributed.replicas import reduce_gradients_now
 from octavo.distributed.tensor_parallel import loss_context
 from octavo.distributed.watchdog import Watchdog
 from octavo.ending import exit_code_of
+from octavo.exits import leave
 from octavo.hf.training import export_folder, open_initial, save_final
 
 
@@ -529,4 +530,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

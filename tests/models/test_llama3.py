@@ -9,7 +9,7 @@ from octavo.components.init import init_weights
 from octavo.config import ConfigError
 from octavo.models.llama3 import FLAVORS, configure
 from octavo.models.llama3.hf import from_hf, to_hf
-from octavo.models.llama3.model import Llama, LlamaArgs
+from octavo.models.llama3.model import Llama, LlamaArgs, apply_rope, rope_table
 from tests.models.small_llama import SCALING, SHAPES, small
 
 PUBLISHED_SIZES = {
@@ -159,3 +159,19 @@ def test_unknown_model_and_flavor_name_what_there_is():
         models.get("llama3").args("9B")
     with pytest.raises(ValueError, match="llama3"):
         models.register(models.get("llama3"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rope_for_the_compiler_is_that_of_eager_code(dtype, monkeypatch):
+    args = LlamaArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=4, hidden_dim=64, vocab_size=8, max_seq_len=9)
+    x, table = torch.randn(2, 9, 4, args.head_dim, dtype=dtype, requires_grad=True), rope_table(args)
+
+    def rotated():
+        y = apply_rope(x, table)
+        return y, *torch.autograd.grad(y.square().sum(), x)
+
+    eager = rotated()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for mine, compilers in zip(eager, rotated(), strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine, compilers)
