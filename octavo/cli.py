@@ -13,12 +13,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NoReturn
 
 from octavo import __version__
 from octavo.config import ConfigError
 from octavo.config.errors import did_you_mean
-from octavo.exits import leave
 
 _USAGE_ERROR = 2
 
@@ -131,10 +129,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
 
 
-def console() -> NoReturn:
-    """The console script."""
-    leave(main())
-
-
 if __name__ == "__main__":
-    console()
+    sys.exit(main())

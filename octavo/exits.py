@@ -6,9 +6,11 @@ ended a run that saves no checkpoints, the code is the shell's for that signal, 
 command would begin at step 1, and nobody should start it by rule.
 """
 
-import gc
+import atexit
+import os
 import signal
 import sys
+import threading
 from typing import NoReturn
 
 DONE = 0
@@ -42,8 +44,15 @@ terminal's end.
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with `code`. Python's last collections, which visit each of the million objects that
-    torch consists of, would take a second; what is frozen they leave out.
+    """End the process with `code` as `sys.exit` does, but for taking the interpreter apart object by object,
+    which takes 1 to 2 s where torch is loaded: threads are waited for, what `atexit` has is called, and what
+    was printed is written.
     """
-    gc.freeze()
-    sys.exit(code)
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError):  # a full disk, a closed pipe: Python tells of it
+        sys.exit(code)
+    os._exit(code)

@@ -530,4 +530,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if (
+        torch.cuda.is_available()
+    ):  # tools that trace a GPU write what they saw when the libraries are unloaded
+        sys.exit(main())
     leave(main())

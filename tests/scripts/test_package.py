@@ -80,7 +80,7 @@ def test_licence_and_version(wheel, metadata):
 
 def test_the_console_command(wheel):
     name = next(name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
-    assert "octavo = octavo.cli:console" in wheel.read(name).decode()
+    assert "octavo = octavo.cli:main" in wheel.read(name).decode()
 
 
 def test_assets_and_configs_are_found_where_the_package_is_installed(wheel, tmp_path):

@@ -6,6 +6,7 @@ are registers that did not fit and live in memory: a kernel that moves bytes has
 
     --arch 90      Hopper (default); 100 is Blackwell
     --all          every number format and dtype, not only bfloat16 to the format that recipes use
+    --defaults     of each kernel the first configuration alone, which is what runs where nothing is tuned
     --json         one JSON object a line
 """
 
@@ -215,12 +216,14 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def compile_all(arch: int, everything: bool) -> Iterator[Compiled]:
-    """Every configuration of every kernel: from bfloat16 to its first format, or from and to everything."""
+def compile_all(arch: int, everything: bool, only_defaults: bool) -> Iterator[Compiled]:
+    """Every configuration of every kernel, or the first: from bfloat16 to its first format, or from and to
+    everything.
+    """
     for job in jobs():
         for float8, scales in job.formats if everything else job.formats[:1]:
             for dtype in ("bf16", "fp16", "fp32") if everything else ("bf16",):
-                for config in job.configs:
+                for config in job.configs[:1] if only_defaults else job.configs:
                     yield compile_one(job, config, dtype, float8, scales, arch)
 
 
@@ -236,12 +239,13 @@ def main(argv: list[str] | None = None) -> int:
         "--arch", type=int, default=90, choices=ARCHITECTURES, help="90 is Hopper (default), 100 Blackwell"
     )
     parser.add_argument("--all", action="store_true", help="every number format and dtype")
+    parser.add_argument("--defaults", action="store_true", help="only each kernel's first configuration")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args(argv)
     if INTERPRETING:
         parser.error("TRITON_INTERPRET=1 compiles nothing: unset it")
     bad = 0
-    for row in compile_all(options.arch, options.all):
+    for row in compile_all(options.arch, options.all, options.defaults):
         wrong = row.default and (row.spilled > 0 or row.converts != row.native)
         bad += wrong
         if options.json:

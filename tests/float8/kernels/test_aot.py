@@ -19,20 +19,26 @@ pytestmark = needs.triton
 
 
 @cache
-def report(arch: int) -> list[dict[str, Any]]:
+def report(arch: int, *options: str) -> list[dict[str, Any]]:
     """The rows of `python -m octavo.float8.kernels.report`, from a process that does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "octavo.float8.kernels.report", "--json", f"--arch={arch}"],
+        [sys.executable, "-m", "octavo.float8.kernels.report", "--json", f"--arch={arch}", *options],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.stdout, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("arch", [90, 100])
-def test_no_default_configuration_spills(arch: int) -> None:
-    rows = report(arch)
+@pytest.fixture(
+    scope="module", params=["90", "100 --defaults", pytest.param("100", marks=pytest.mark.slow)], ids=str
+)
+def rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    arch, *options = request.param.split()
+    return report(int(arch), *options)
+
+
+def test_no_default_configuration_spills(rows: list[dict[str, Any]]) -> None:
     assert {row["kernel"] for row in rows if row["default"]} == {row["kernel"] for row in rows}
     spilling = [row for row in rows if row["spilled"] and row["default"]]
     assert not spilling
@@ -40,9 +46,7 @@ def test_no_default_configuration_spills(arch: int) -> None:
     assert all(0 < row["registers"] <= 255 and row["shared"] <= 64 * 1024 for row in rows)
 
 
-@pytest.mark.parametrize("arch", [90, 100])
-def test_the_hardware_converts(arch: int) -> None:
-    rows = report(arch)
+def test_the_hardware_converts(rows: list[dict[str, Any]]) -> None:
     assert {row["native"] for row in rows if row["converts"]} == {True}
     assert {row["native"] for row in rows if not row["converts"]} == {False}
 
