@@ -6,6 +6,7 @@ the plain sum is forced.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -20,8 +21,17 @@ from torch.distributed.fsdp import (
 from octavo.distributed.plan import Sharding
 
 
-def shard(model: nn.Module, groups: Sequence[Sequence[nn.Module]], sharding: Sharding) -> None:
+def shard(
+    model: nn.Module,
+    groups: Sequence[Sequence[nn.Module]],
+    sharding: Sharding,
+    *,
+    cast_inputs: bool = True,
+) -> None:
     """Shard `model` in place: each group's parameters are gathered together, the rest with the root.
+
+    cast_inputs: what a group is called with becomes `sharding.param_dtype`, every tensor of real numbers.
+    False where inputs have that dtype anyway, but for those that must keep theirs.
 
     The last group stays gathered between forward and backward, because backward begins with it; unless
     `reshard_last` asks for its memory in between. `model` may be a stage of a pipeline.
@@ -34,7 +44,9 @@ def shard(model: nn.Module, groups: Sequence[Sequence[nn.Module]], sharding: Sha
     for group in groups:
         last = group is groups[-1]
         shard_fully(
-            list(group), reshard_after_forward=sharding.reshard and (not last or sharding.reshard_last)
+            list(group),
+            mp_policy=replace(policy, cast_forward_inputs=cast_inputs),
+            reshard_after_forward=sharding.reshard and (not last or sharding.reshard_last),
         )
     shard_fully(model, reshard_after_forward=sharding.reshard)
     for module in model.modules():

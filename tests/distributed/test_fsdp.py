@@ -56,3 +56,26 @@ def compare(tied, reshard, replicas, offload):
 )
 def test_gradients_add_up_to_those_of_one_process(world, replicas, tied, reshard, offload):
     assert max(ranks.run(world, compare, tied, reshard, replicas, offload)) < 1e-6
+
+
+def dtypes_in_bfloat16():
+    """What each layer's attention is called with, and what the model gives."""
+    with torch.device("meta"):
+        model = Llama(ARGS)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
+    sharding = Sharding(mesh, torch.bfloat16, torch.float32, reshard=True, cpu_offload=False)
+    plan = Parallelize(ActivationCheckpoint(mode="none"), compile_model=False, sharding=sharding)
+    models.get("llama3").parallelize(model, plan)
+    model.to_empty(device="cpu")
+    init_weights(model, seed=0)
+    seen = []
+    for layer in model.layers.values():
+        layer.attention.register_forward_pre_hook(lambda _, args: seen.append([x.dtype for x in args[:2]]))
+    logits = model(torch.arange(16).view(2, 8))
+    return seen, logits.dtype
+
+
+def test_layers_compute_in_bfloat16_but_for_the_rotary_table():
+    for seen, logits in ranks.run(2, dtypes_in_bfloat16):
+        assert seen == [[torch.bfloat16, torch.float32]] * ARGS.n_layers
+        assert logits == torch.bfloat16

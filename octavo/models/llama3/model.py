@@ -94,7 +94,7 @@ def apply_rope(x_BSHE: Tensor, table_2SE: Tensor) -> Tensor:
     """Rotate each pair (x[2i], x[2i+1]) by its position's angle; computed in float32, returned in x's
     dtype.
     """
-    cos, sin = table_2SE[:, : x_BSHE.shape[1], None, :]
+    cos, sin = table_2SE[:, : x_BSHE.shape[1], None, :].float()
     pairs = x_BSHE.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # it fuses these; of complex numbers it knows nothing
         even, odd = pairs.unbind(-1)

@@ -50,7 +50,9 @@ def parallelize(model: nn.Module, plan: Parallelize) -> None:
         if not model.args.tie_embeddings:
             groups = [[model.tok_embeddings], *groups, [model.norm, model.output]]
         there = [[part for part in group if part is not None] for group in groups]
-        shard(model, [group for group in there if group], plan.sharding)
+        # The embeddings give the layers their dtype. The rotary table stays float32: rounded to bfloat16 it
+        # would turn pairs by up to 0.16 degrees too far or too little, and stretch them by up to 0.3%.
+        shard(model, [group for group in there if group], plan.sharding, cast_inputs=False)
     elif plan.replicas is not None:
         replicate_model(model, plan.replicas)
 
