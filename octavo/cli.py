@@ -5,6 +5,7 @@ Exit codes: what the subcommand returns; 2 for a mistake in the command line or 
 the error itself says (3: no checkpoint verifies), with one message.
 """
 
+import errno
 import importlib
 import os
 import re
@@ -125,8 +126,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"octavo: {error}", file=sys.stderr)
         return int(getattr(error, "exit_code", _USAGE_ERROR))
     except BrokenPipeError:  # octavo train --help | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        _print_no_more()
+        print(f"octavo: what it prints cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _print_no_more() -> None:
+    """Or Python would fail again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

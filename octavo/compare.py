@@ -10,6 +10,7 @@ what the verdicts mean. Exit codes: those of training; 0 whatever the verdicts a
 
 import os
 import shlex
+import shutil
 import sys
 from argparse import SUPPRESS, ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ from octavo.report.write import environment_of, model_of, write_report
 
 _RECIPES = "bf16,tensorwise,rowwise"
 _MOST_JOBS = 64
+_LOCK = ".lock"
 _MOST_SEEDS = 100
 
 
@@ -103,17 +105,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.read_known(argv)
     out = options.out.expanduser()
+    is_new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
+        lock = (out / _LOCK).open("w")
     except OSError as error:
         raise ConfigError(f"--out {options.out}: cannot write there: {error.strerror}") from None
     with lock:
         if not try_lock(lock):
             raise ConfigError(f"--out {options.out}: another octavo compare is at work there")
-        if rest and not rest[0].startswith("--"):
-            return _compare_folders(rest, options, out, argv)
-        return _train_and_compare(rest, options, out, argv)
+        compare = _compare_folders if rest and not rest[0].startswith("--") else _train_and_compare
+        try:
+            return compare(rest, options, out, argv)
+        except ConfigError:
+            if is_new and os.listdir(out) == [_LOCK]:  # nothing was begun
+                shutil.rmtree(out)
+            raise
 
 
 def _compare_folders(words: Sequence[str], options: Namespace, out: Path, argv: Sequence[str]) -> int:

@@ -99,6 +99,21 @@ def test_a_missing_package_is_told_with_the_remedy(
     )
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_behind_the_output_is_one_line() -> None:
+    code = (
+        "import sys\n"
+        "from octavo import cli\n"
+        "cli._prepare = lambda *_: lambda _: print('told', flush=True)\n"
+        "sys.exit(cli.main(['doctor']))\n"
+    )
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "octavo: what it prints cannot be written: No space left on device\n"
+
+
 def test_help_of_train_lists_every_key_with_its_default_once(tmp_path: Path) -> None:
     start = time.perf_counter()
     result = run_python("-m", "octavo.cli", "train", "--help", cwd=tmp_path)

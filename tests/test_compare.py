@@ -203,7 +203,7 @@ def test_mistakes_are_told_before_anything_starts(
     monkeypatch.chdir(Path(__file__).parents[1])
     with pytest.raises(ConfigError, match=message):
         compare.main([*argv, "--out", str(tmp_path / "out")])
-    assert not (tmp_path / "out" / "runs").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_machines_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,16 +244,36 @@ with open(sys.argv[1] + "/metrics.jsonl", "w") as file:
 """
 
 
-def test_the_control_ends_after_half_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def begin(executor: Executor, run: Run) -> _Active:
+    """In place of `Executor._start`: a run of 400 steps, and 4 s."""
+    folder = executor._plan.folder(run)
+    folder.mkdir(parents=True)
+    process = subprocess.Popen([sys.executable, "-c", STEPPING, str(folder)])
+    return _Active(run, process, (folder / "log.txt").open("ab"))
+
+
+def plan_of(out: Path, *runs: Run) -> Plan:
+    return Plan(out, runs, 400, 42, (), {}, processes=1, threads=None, command="octavo compare")
+
+
+def test_a_signal_while_a_run_is_being_started_reaches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def start(executor: Executor, run: Run) -> _Active:
-        folder = plan.folder(run)
-        folder.mkdir(parents=True)
-        process = subprocess.Popen([sys.executable, "-c", STEPPING, str(folder)])
-        return _Active(run, process, (folder / "log.txt").open("ab"))
+        active = begin(executor, run)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return active
 
     monkeypatch.setattr(Executor, "_start", start)
+    plan = plan_of(tmp_path, Run("bf16", "baseline", None, 42))
+    assert Executor(plan, jobs=1, keep_checkpoints=False)() == 75
+    assert last_step(tmp_path, "bf16") < 400
+
+
+def test_the_control_ends_after_half_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Executor, "_start", begin)
     runs = (Run("bf16", "baseline", None, 42), Run("bad", "control", "unscaled_e5m2", 42))
-    plan = Plan(tmp_path, runs, 400, 42, (), {}, processes=1, threads=None, command="octavo compare")
+    plan = plan_of(tmp_path, *runs)
     assert [plan.steps_of(run) for run in runs] == [400, 200]
     assert Executor(plan, jobs=2, keep_checkpoints=False)() == 0
     assert last_step(tmp_path, "bf16") == 400

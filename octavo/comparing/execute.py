@@ -79,6 +79,8 @@ class Executor:
                         break
                     left.remove(free)
                     self._active.append(self._start(free))
+                    if self._asked is not None:  # while it was being started, so that it was not told
+                        self._active[-1].process.send_signal(self._asked)
                     progress.say(f"{free.name}: {'starts' if progress.step(free) == 0 else 'goes on'}")
                 for active in [one for one in self._active if one.process.poll() is not None]:
                     self._active.remove(active)

@@ -22,6 +22,7 @@ def cautions_of(
     runs: Sequence[RunData], base: RunData, seeds: Sequence[RunData], told: Sequence[Mapping[str, Any]]
 ) -> list[str]:
     """One sentence each. seeds: the runs that show the noise of `base`. told: the figures of `runs`."""
+    named = {run.name: run for run in runs}
     return [
         *_of_the_baseline(base, seeds),
         *(
@@ -30,6 +31,12 @@ def cautions_of(
             if is_a_seed(run, base) and (why := why_no_seed(run, base)) is not None
         ),
         *(sentence for run in runs for sentence in _of_its_settings(run, base)),
+        *(
+            sentence
+            for one in told
+            if one["compared_with"] is not None
+            for sentence in _of_its_batches(named[one["name"]], named[one["compared_with"]])
+        ),
         *(sentence for one in told for sentence in _of_its_verdict(one, base)),
         *_of_the_machines(runs),
     ]
@@ -49,10 +56,22 @@ def why_no_seed(run: RunData, base: RunData) -> str | None:
     differing = _differences(base, run)
     if differing:
         return f"it has another configuration ({'; '.join(differing)})"
+    if not run.reads_as(base):
+        return f"it read other batches: {_larger_steps(run, base)}"
     return None
 
 
+def _larger_steps(run: RunData, base: RunData) -> str:
+    mine, theirs = run.tokens_beside(base) or (0, 0)
+    return (
+        f"{mine:,} tokens where {base.name} had read {theirs:,}, in as many steps (give all runs one "
+        "training.global_batch_size, which else follows from the number of processes)"
+    )
+
+
 def _of_the_baseline(base: RunData, seeds: Sequence[RunData]) -> Iterator[str]:
+    if base.recipe is not None:
+        yield f"All runs are in float8: {base.name}, in {base.recipe}, stands in for a baseline."
     if failed(base):
         yield (
             f"{base.name}, the baseline, ended at step {last_step(base)} because its numbers were not "
@@ -87,17 +106,22 @@ def _of_its_settings(run: RunData, base: RunData) -> Iterator[str]:
         )
 
 
+def _of_its_batches(run: RunData, partner: RunData) -> Iterator[str]:
+    if run.data_seed != partner.data_seed:
+        yield (
+            f"{run.name} read its batches in another order than {partner.name} (training.seed, "
+            "training.data_seed): the gap has the noise of the batches in it."
+        )
+    elif not run.reads_as(partner):
+        yield f"{run.name} read other batches than {partner.name}: {_larger_steps(run, partner)}."
+
+
 def _of_its_verdict(one: Mapping[str, Any], base: RunData) -> Iterator[str]:
     name, partner = one["name"], one["compared_with"]
     if one["not_finite"]:
         yield f"{name}: the loss was not finite in step {one['not_finite'][0]}."
     if partner not in (None, base.name):
         yield f"{name} is compared with {partner}, which is more like it, and not with {base.name}."
-    if partner is not None and not one["same_batches"]:
-        yield (
-            f"{name} read its batches in another order than {partner} (training.seed, training.data_seed): "
-            "the gap has the noise of the batches in it."
-        )
     if one["kind"] == "recipe" and one["same_batches"] and not one["same_weights"]:
         yield f"{name} started from other weights than {partner} (training.seed)."
     if one["kind"] == "seed" and one["verdict"] == OUTSIDE and one["verdict_reason"] is None:

@@ -70,7 +70,7 @@ def _partner(run: RunData, runs: Sequence[RunData], base: RunData) -> RunData:
         return base
 
     def likeness(other: RunData) -> tuple[bool, bool]:
-        return other.data_seed == run.data_seed, other.seed == run.seed
+        return run.reads_as(other), other.seed == run.seed
 
     others = [one for one in runs if one.recipe == base.recipe and one.kind in ("baseline", "seed")]
     return max([base, *others], key=likeness)
@@ -88,7 +88,7 @@ def _run(
     smoothed = noise.smooth(run.losses, window) if alike else {}
     gaps = {} if run is base else noise.gap(run.losses, partner.losses, window)
     mean = None
-    if run is not base and run.data_seed == partner.data_seed:
+    if run is not base and run.reads_as(partner):
         mean = noise.mean_difference(run.losses, partner.losses)
     late = run.reports[1:] or run.reports
     seconds = median(report["seconds"] for report in late)
@@ -107,7 +107,7 @@ def _run(
         "high_precision_dtype": run.record.get("high_precision_dtype"),
         "compared_with": None if run is base else partner.name,
         "same_weights": run.seed == partner.seed,
-        "same_batches": run.data_seed == partner.data_seed,
+        "same_batches": run.reads_as(partner),
         "exit_code": run.exit_code,
         "steps": run.reports[-1]["step"],
         "losses": _pairs(run.losses),
@@ -142,7 +142,7 @@ def choose_baseline(runs: Sequence[RunData]) -> RunData:
     free = [run for run in runs if run.recipe is None]
 
     def alike(base: RunData) -> int:
-        return sum((run.seed, run.data_seed) == (base.seed, base.data_seed) for run in runs)
+        return sum(run.seed == base.seed and run.reads_as(base) for run in runs)
 
     return max(free, key=alike) if free else runs[0]
 

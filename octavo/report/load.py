@@ -64,6 +64,20 @@ class RunData:
         found: Mapping[str, Mapping[str, Any]] = self.record["config"]
         return found
 
+    def tokens_beside(self, other: "RunData") -> tuple[int, int] | None:
+        """The tokens that it and `other` had read by the last step that both report; None if there is none.
+
+        A configuration alone does not tell how large a step is: the number of processes may decide it.
+        """
+        mine, theirs = ({line["step"]: line["tokens"] for line in run.reports} for run in (self, other))
+        both = mine.keys() & theirs.keys()
+        return (mine[max(both)], theirs[max(both)]) if both else None
+
+    def reads_as(self, other: "RunData") -> bool:
+        """Whether it read the batches of `other`, in their order."""
+        mine, theirs = self.tokens_beside(other) or (0, 0)
+        return self.data_seed == other.data_seed and mine == theirs
+
 
 def load_run(folder: Path, *, name: str | None = None, **known: Any) -> RunData:
     """Read `folder`. known: fields of `RunData` that are known better than the folder tells.

@@ -49,6 +49,11 @@ def verdict_of(
             f"it tells its loss every {every:g} steps and {base.name} every {usual:g}: train both with one "
             "metrics.log_freq",
         )
+    mine, theirs = run.tokens_beside(partner) or (0, 0)
+    if mine != theirs:
+        return Verdict(
+            NOT_JUDGED, f"it read {mine:,} tokens in steps in which {partner.name} read {theirs:,}"
+        )
     bad = [step for step in not_finite(run) if math.isfinite(partner.losses.get(step, 0.0))]
     if bad:
         return Verdict(OUTSIDE, f"its loss was not finite in step {bad[0]}")
@@ -69,7 +74,7 @@ def doubt_control(told: Sequence[dict[str, Any]]) -> None:
     """Take "inside" back where a negative control is not outside: then nothing could have been."""
     failing = [run["name"] for run in told if run["kind"] == "control" and run["verdict"] != OUTSIDE]
     for run in told:
-        if failing and run["kind"] == "recipe" and run["verdict"] == INSIDE:
+        if failing and run["kind"] != "control" and run["verdict"] == INSIDE:
             run["verdict"] = NOT_JUDGED
             run["verdict_reason"] = f"inside, but so would be anything: {failing[0]} is not outside"
 

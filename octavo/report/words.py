@@ -191,9 +191,12 @@ def notes_of(figures: Mapping[str, Any]) -> list[str]:
     """How to read the figures."""
     window, seeds = figures["window"], figures["seeds"]
     base = figures["baseline"]
+    recipes = [run for run in figures["runs"] if run["kind"] == "recipe"]
+    alike = all(run["same_batches"] and run["same_weights"] for run in recipes)
     found = [
-        f"Gaps are differences of the training loss to {base}, which read the same batches and started from "
-        f"the same weights; positive is worse. Each is a mean over {window} reports.",
+        f"Gaps are differences of the training loss to {base}"
+        f"{', which read the same batches and started from the same weights' if alike else ''}; positive is "
+        f"worse. Each is a mean over {window} reports.",
     ]
     if figures["band"]:
         low, high = (f(width for _, width in figures["band"]) for f in (min, max))

@@ -200,6 +200,10 @@ def test_health_becomes_a_grid_of_layers_and_steps(folders: dict[str, Path], tmp
             {"data_seed": 42, "settings": {"lr": 1e-2}},
             "it has another configuration (optimizer.lr is 0.01, not 0.001)",
         ),
+        (
+            {"data_seed": 42, "tokens": 4096},
+            "it read other batches: 245,760 tokens where bf16 had read 122,880",
+        ),
     ],
 )
 def test_a_run_that_differs_in_more_than_its_weights_tells_no_noise(
@@ -225,6 +229,16 @@ def test_losses_that_are_told_less_often_are_not_judged(folders: dict[str, Path]
         "it tells its loss every 10 steps and bf16 every 1: train both with one metrics.log_freq"
     )
     assert run["final_loss"] is run["target"] is None
+
+
+def test_steps_of_another_size_are_not_judged(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Such as a run on more processes has, by the same configuration."""
+    folders["larger"] = write_run(tmp_path / "larger", falling(), recipe="rowwise", tokens=4096)
+    run = told(figures_of(load_all(folders)))["larger"]
+    assert run["verdict"] == "not judged"
+    assert run["verdict_reason"] == "it read 245,760 tokens in steps in which bf16 read 122,880"
+    assert run["same_batches"] is False
+    assert run["mean_gap"] is None
 
 
 def test_a_run_far_behind_is_looked_up(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -267,6 +281,7 @@ def test_runs_of_like_names_keep_their_own_heatmaps(folders: dict[str, Path], tm
         ({"steps": 50}, "other ends at step 50, bf16 at step 60"),
         ({"seed": 7}, "other read its batches in another order than bf16"),
         ({"seed": 7, "data_seed": 42}, "other started from other weights than bf16"),
+        ({"tokens": 1024}, "other read other batches than bf16: 61,440 tokens where bf16 had read 122,880"),
     ],
 )
 def test_runs_that_do_not_match_are_warned_about(
@@ -366,6 +381,7 @@ def test_a_control_inside_takes_the_verdicts_back(folders: dict[str, Path], tmp_
     runs = told(figures_of([*load_all(folders), control]))
     assert runs["rowwise"]["verdict"] == "not judged"
     assert runs["rowwise"]["verdict_reason"] == "inside, but so would be anything: c is not outside"
+    assert runs["seed43"]["verdict"] == "not judged"
     assert runs["bad"]["verdict"] == "outside"
 
 
@@ -374,6 +390,8 @@ def test_the_baseline_is_the_run_that_most_others_belong_to(folders: dict[str, P
     assert choose_baseline(runs).name == "bf16"
     assert choose_baseline(runs[:1] + runs[2:]).name == "seed43"
     assert choose_baseline(runs[2:]).name == "rowwise"
+    warnings = figures_of(runs[2:])["warnings"]
+    assert "All runs are in float8: rowwise, in rowwise, stands in for a baseline." in warnings
 
 
 def test_a_gap_to_another_run_than_the_baseline_is_told(folders: dict[str, Path], tmp_path: Path) -> None:

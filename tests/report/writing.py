@@ -18,10 +18,11 @@ def write_run(
     data_seed: int | None = None,
     seconds: float = 0.5,
     memory: float = 1.0,
+    tokens: int = 2048,
     settings: dict[str, Any] | None = None,
 ) -> Path:
     """A folder as a run of 60 steps leaves it that ended after `steps`. `loss` of a step; None is a loss that
-    was not finite.
+    was not finite. tokens: of a step.
     """
     folder.mkdir(parents=True)
     record = {
@@ -42,7 +43,7 @@ def write_run(
         {
             "step": step,
             "loss": loss(step),
-            "tokens": step * 2048,
+            "tokens": step * tokens,
             "memory_gib": memory + 0.001 * (step % 7),
             "tps": 2048 / (seconds * (1 + 0.1 * math.sin(step))),
             "seconds": seconds * (1 + 0.1 * math.sin(step)),
