@@ -248,7 +248,7 @@ def test_a_tokenizer_nobody_publishes_gets_no_made_up_command(capsys):
     [(1, "ok", "and the machine has", "Ready:"), (10**6, "warn", "not fit", "Doubtful:")],
 )
 def test_the_memory_that_a_job_would_take(capsys, monkeypatch, batch, level, words, verdict):
-    monkeypatch.setattr(job.memory, "_SECONDS", 60.0)
+    monkeypatch.setattr(job.memory, "_SECONDS", 240.0)
 
     code, told = doctor(capsys, "--config-file=debug_model.toml", f"--training.local_batch_size={batch}")
 
