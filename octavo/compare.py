@@ -30,8 +30,8 @@ from octavo.report.write import environment_of, model_of, write_report
 
 _RECIPES = "bf16,tensorwise,rowwise"
 _MOST_JOBS = 64
-_LOCK = ".lock"
 _MOST_SEEDS = 100
+_LOCK = ".lock"
 
 
 def _loss(text: str) -> float:

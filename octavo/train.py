@@ -530,8 +530,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if (
-        torch.cuda.is_available()
-    ):  # tools that trace a GPU write what they saw when the libraries are unloaded
-        sys.exit(main())
-    leave(main())
+    code = main()
+    if torch.cuda.is_available():
+        sys.exit(code)  # tools that trace a GPU write what they saw when its libraries are unloaded
+    leave(code)

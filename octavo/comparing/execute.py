@@ -46,6 +46,8 @@ class _Active:
     log: IO[bytes]
     enough: bool = False
     """Whether it was stopped for having done its steps, and so is over."""
+    told: int = 0
+    """How many of the signals that came were passed on to it."""
 
 
 class Executor:
@@ -55,7 +57,7 @@ class Executor:
         self._plan, self._jobs, self._keep = plan, jobs, keep_checkpoints
         self._active: list[_Active] = []
         self._waiting_for: set[str] = set()
-        self._asked: int | None = None
+        self._asked: list[int] = []
         self._code = exits.DONE
 
     def __call__(self) -> int:
@@ -72,23 +74,22 @@ class Executor:
             progress = Progress(self._plan)
             stack.callback(progress.close)
             progress.begin(left)
-            while self._active or (left and self._asked is None and self._code == exits.DONE):
-                while len(self._active) < self._jobs and self._asked is None and self._code == exits.DONE:
+            while self._active or (left and not self._asked and self._code == exits.DONE):
+                while len(self._active) < self._jobs and not self._asked and self._code == exits.DONE:
                     free = next((run for run in left if self._free(run, progress.say)), None)
                     if free is None:
                         break
                     left.remove(free)
                     self._active.append(self._start(free))
-                    if self._asked is not None:  # while it was being started, so that it was not told
-                        self._active[-1].process.send_signal(self._asked)
                     progress.say(f"{free.name}: {'starts' if progress.step(free) == 0 else 'goes on'}")
                 for active in [one for one in self._active if one.process.poll() is not None]:
                     self._active.remove(active)
                     self._take(active, progress)
+                self._pass_on()
                 self._stop_the_control(progress)
                 progress.show([active.run for active in self._active])
                 time.sleep(_LOOKS_EVERY)
-        if self._asked is not None:
+        if self._asked:
             return exits.REQUEUE
         return self._code
 
@@ -140,7 +141,7 @@ class Executor:
             self._clean(run)
             progress.over(run, _OVER[code])
             return
-        if self._asked is not None or code == exits.REQUEUE:
+        if self._asked or code == exits.REQUEUE:
             progress.say(f"{run.name}: stopped after step {progress.step(run)}")
         else:
             progress.say(
@@ -153,9 +154,14 @@ class Executor:
             shutil.rmtree(self._plan.folder(run) / CHECKPOINTS, ignore_errors=True)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = number
+        self._asked.append(number)
+
+    def _pass_on(self) -> None:
+        """Not from the handler: a run that was just being started is told too, and each is told once."""
         for active in self._active:
-            active.process.send_signal(number)
+            for number in self._asked[active.told :]:
+                active.process.send_signal(number)
+                active.told += 1
 
     def _end(self) -> None:
         """Leave no process behind, whatever was raised."""

@@ -62,7 +62,7 @@ def why_no_seed(run: RunData, base: RunData) -> str | None:
 
 
 def _larger_steps(run: RunData, base: RunData) -> str:
-    mine, theirs = run.tokens_beside(base) or (0, 0)
+    mine, theirs = run.tokens_beside(base)
     return (
         f"{mine:,} tokens where {base.name} had read {theirs:,}, in as many steps (give all runs one "
         "training.global_batch_size, which else follows from the number of processes)"

@@ -64,18 +64,18 @@ class RunData:
         found: Mapping[str, Mapping[str, Any]] = self.record["config"]
         return found
 
-    def tokens_beside(self, other: "RunData") -> tuple[int, int] | None:
-        """The tokens that it and `other` had read by the last step that both report; None if there is none.
+    def tokens_beside(self, other: "RunData") -> tuple[int, int]:
+        """The tokens that it and `other` had read by the last step that both report; 0 if there is none.
 
         A configuration alone does not tell how large a step is: the number of processes may decide it.
         """
         mine, theirs = ({line["step"]: line["tokens"] for line in run.reports} for run in (self, other))
-        both = mine.keys() & theirs.keys()
-        return (mine[max(both)], theirs[max(both)]) if both else None
+        last = max(mine.keys() & theirs.keys(), default=0)
+        return mine.get(last, 0), theirs.get(last, 0)
 
     def reads_as(self, other: "RunData") -> bool:
         """Whether it read the batches of `other`, in their order."""
-        mine, theirs = self.tokens_beside(other) or (0, 0)
+        mine, theirs = self.tokens_beside(other)
         return self.data_seed == other.data_seed and mine == theirs
 
 

@@ -49,7 +49,7 @@ def verdict_of(
             f"it tells its loss every {every:g} steps and {base.name} every {usual:g}: train both with one "
             "metrics.log_freq",
         )
-    mine, theirs = run.tokens_beside(partner) or (0, 0)
+    mine, theirs = run.tokens_beside(partner)
     if mine != theirs:
         return Verdict(
             NOT_JUDGED, f"it read {mine:,} tokens in steps in which {partner.name} read {theirs:,}"
