@@ -122,9 +122,7 @@ def _failed(
     peers: Peers | None,
 ) -> tuple[int, bool]:
     """Tell why; returns the exit code, and whether the processes' output is worth keeping."""
-    # One that has gone with exit code 0 is no failure to torchrun; those that missed it are.
-    left = [one.rank for one in supervisor.deaths if one.rank not in failures and not supervisor.for_others]
-    rank = next(iter([*left, *failures]))
+    rank = _culprit(failures, supervisor, logs)
     local_rank, exitcode = failures.get(rank, (None, 0))
     code = _code(rank, exitcode, logs)
     agreed = code in exits.AGREED or _stopped_by_signal(code, logs)
@@ -150,6 +148,21 @@ def _failed(
             print(f"octavo: the job ends because of another machine: {elsewhere}", file=sys.stderr)
         _tell(rank, exitcode, supervisor.killed, logs, Path(launch.dump_folder).expanduser())
     return code, not told
+
+
+def _culprit(failures: Collection[int], supervisor: Supervisor, logs: Path) -> int:
+    """The rank that ended the job, as far as can be told. One that has gone with exit code 0 is no failure to
+    torchrun; those that missed it are. And the supervisor may have had no time to see who was first, since
+    the others follow within milliseconds.
+    """
+    said = read_all(logs)
+    later = {one.rank for one in said if one.follows} | {one.rank for one in supervisor.killed}
+    seen = [one.rank for one in supervisor.deaths if one.rank not in failures]
+    failed = [rank for rank in failures if rank not in later]
+    unseen = [one.rank for one in said if not one.ended and one.rank not in {*later, *failures}]
+    if supervisor.for_others:
+        seen = unseen = []
+    return next(iter([*seen, *failed, *unseen, *failures]))
 
 
 def _torchrun(arguments: list[str]) -> dict[int, tuple[int, int]]:

@@ -7,7 +7,8 @@ import multiprocessing
 import socket
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,31 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def _serve_store(port: Any) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port.send(store.port)
+    port.recv()  # never: killed
+
+
+@contextmanager
+def store() -> Iterator[int]:
+    """The port of a `TCPStore` that outlives each rank, as that of torchrun's agent does.
+
+    In a process of its own: the store's thread looks up the name of whoever connects, and a process that is
+    forked meanwhile finds glibc's resolver locked for ever.
+    """
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    server = context.Process(target=_serve_store, args=(there,), daemon=True)
+    server.start()
+    try:
+        assert here.poll(60), "no store within 60 s"
+        yield here.recv()
+    finally:
+        server.kill()
+        server.join()
 
 
 def _call(index: int, function: Callable[..., Any], args: tuple[Any, ...], results: Any) -> None:

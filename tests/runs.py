@@ -11,8 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from octavo import train as trainer
 from octavo.assets import CORPORA
 from tests import ranks
@@ -99,10 +97,9 @@ def train(folder: Path, flags: dict[str, Any], *, world: int = 1) -> Run:
     merged = {"job.dump_folder": folder, "training.dataset": small_corpus(), **TINY, **flags}
     argv = [f"--{key}={value}" for key, value in merged.items()]
     logs = [folder / f"rank{rank}.log" for rank in range(world)]
-    # As torchrun's agent does: a rank that ends early must not take the others' meeting place with it.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     try:
-        codes = ranks.fork([(_main, (argv, log, store.port, rank, world)) for rank, log in enumerate(logs)])
+        with ranks.store() as port:
+            codes = ranks.fork([(_main, (argv, log, port, rank, world)) for rank, log in enumerate(logs)])
     except AssertionError as error:
         raise AssertionError(f"{error}\n{logs[0].read_text()}") from None
     metrics = folder / "metrics.jsonl"

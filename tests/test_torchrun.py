@@ -151,6 +151,31 @@ def test_a_stopped_process_leaves_its_stacks_and_is_named(tmp_path, monkeypatch,
     assert 'File "<string>", line 8' in (tmp_path / "stacks" / "rank1.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("said", "seen", "killed", "failures", "culprit"),
+    [
+        ({0: "follows", 1: "silent"}, [], [], [0, 1], 1),  # torchrun saw both at once
+        ({0: "follows", 1: "silent"}, [], [], [0], 1),  # 1 left with code 0, and nobody saw it
+        ({0: "follows", 1: "silent"}, [1], [], [0], 1),
+        ({0: "follows", 1: "ended"}, [], [], [0, 1], 1),
+        ({0: "follows", 1: "silent"}, [], [1], [0], 0),  # 1 hung, and we killed it
+        ({0: "follows", 1: "silent"}, [], [1], [0, 1], 0),
+        ({0: "silent", 1: "ended"}, [], [], [1], 1),  # 0 was ended by torchrun
+        ({0: "ended", 1: "silent"}, [1], [], [0], 1),  # 0 missed 1, and failed in its own way
+        ({0: "follows", 1: "follows"}, [], [], [1, 0], 1),  # another machine's
+        ({}, [], [], [1, 0], 1),  # before any had begun
+    ],
+)
+def test_who_was_first(said, seen, killed, failures, culprit, tmp_path):
+    for rank, word in said.items():
+        status.StatusFile(tmp_path, rank).write(3, ended=word != "silent", follows=word == "follows")
+    everyone = status.read_all(tmp_path)
+    watching = supervisor.Supervisor(tmp_path)
+    watching.deaths = [everyone[rank] for rank in seen]
+    watching.killed = [everyone[rank] for rank in killed]
+    assert torchrun._culprit(failures, watching, tmp_path) == culprit
+
+
 def test_a_killed_process_is_told(begin):
     process = begin("die")
     _, err = process.communicate(timeout=60)
