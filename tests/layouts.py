@@ -115,7 +115,7 @@ def measure(case: Case, alone: Callable[[Case], runs.Run], folder: Path) -> Diff
     want = alone(case)
     got = runs.train(folder, case.here, world=case.world)
     assert got.exit_codes == [0] * case.world, got.log
-    assert len(got.losses) == BASE["training.steps"]
+    assert len(got.losses) == case.here["training.steps"]
     return Difference(
         _largest(got.losses, want.losses),
         _largest([line["grad_norm"] for line in got.metrics], [line["grad_norm"] for line in want.metrics]),

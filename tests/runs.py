@@ -11,6 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import tokenizers  # noqa: F401 - here, or each forked process imports it
+import tyro  # noqa: F401
+
 from octavo import train as trainer
 from octavo.assets import CORPORA
 from tests import ranks

@@ -88,9 +88,10 @@ def alone(tmp_path_factory):
 
 
 def quick(case: Case) -> Case:
-    """`case` with as few layers as its stages need."""
+    """`case` with as few layers as its stages need, for three steps."""
     layers = 4 if "pipeline" in case.degrees else 2
-    return replace(case, both={**case.both, **runs.shallow(layers), "validation.fraction": 0.02})
+    fewer = {"training.steps": 3, "validation.freq": 3, "validation.fraction": 0.02}
+    return replace(case, both={**case.both, **runs.shallow(layers), **fewer})
 
 
 def check(case: Case, alone, folder: Path) -> None:
