@@ -12,19 +12,29 @@ from types import SimpleNamespace
 
 import pytest
 
-from octavo.doctor import float8, job, machine, main
+from octavo.doctor import float8, job, machine, main, memory
 from octavo.doctor.findings import Level, fail
 from octavo.float8.selfcheck import Check
 from tests.models.own import own_model
 
 
+BEGIN = memory.begin
+
+
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch, tmp_path):
+    """Nothing of the caller's, and no estimate, which takes ten seconds: `estimated` brings it back."""
+    monkeypatch.setattr(memory, "begin", lambda options, gpus: None)
     for name in ("CONFIG_FILE", "NGPU", "NNODES", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(machine, "nvidia_smi", list)
     monkeypatch.setattr(main.launch, "count_gpus", lambda environ: 0)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def estimated(monkeypatch):
+    monkeypatch.setattr(memory, "begin", BEGIN)
 
 
 def doctor(capsys, *argv):
@@ -58,7 +68,7 @@ def test_the_text_ends_in_the_verdict_and_the_next_command(capsys):
     assert following.startswith("Next: ")
 
 
-def test_a_sound_config_is_ready(capsys, monkeypatch):
+def test_a_sound_config_is_ready(capsys, monkeypatch, estimated):
     monkeypatch.setenv("NGPU", "2")
 
     code, told = doctor(capsys, "--config-file", "debug_model.toml", "--training.steps=5")
@@ -247,7 +257,7 @@ def test_a_tokenizer_nobody_publishes_gets_no_made_up_command(capsys):
     ("batch", "level", "words", "verdict"),
     [(1, "ok", "and the machine has", "Ready:"), (10**6, "warn", "not fit", "Doubtful:")],
 )
-def test_the_memory_that_a_job_would_take(capsys, monkeypatch, batch, level, words, verdict):
+def test_the_memory_that_a_job_would_take(capsys, monkeypatch, estimated, batch, level, words, verdict):
     monkeypatch.setattr(job.memory, "_SECONDS", 240.0)
 
     code, told = doctor(capsys, "--config-file=debug_model.toml", f"--training.local_batch_size={batch}")
@@ -289,7 +299,7 @@ def _has_ended(process):
     return state == "Z"
 
 
-def test_an_estimate_that_takes_too_long_is_left(capsys, monkeypatch):
+def test_an_estimate_that_takes_too_long_is_left(capsys, monkeypatch, estimated):
     monkeypatch.setattr(job.memory, "_SECONDS", 0.01)
 
     code, told = doctor(capsys, "--config-file=debug_model.toml")
