@@ -37,7 +37,7 @@ def recipe(name: str) -> dict[str, Any]:
 
 
 def shallow(layers: int) -> dict[str, Any]:
-    """Flags that train the debug model with so few layers: 2 or 4."""
+    """Flags that train the debug model with so few layers (2 or 4) of half its width."""
     return {
         "experimental.custom_import": "tests.models.shallow_llama",
         "model.name": "shallow",

@@ -10,13 +10,14 @@ import pytest
 from tests.docs.commands import ROOT, SMALL, Elsewhere, Shrunk, checkout, commands_of, run
 
 As_it_stands = Shrunk()
-few = Shrunk(appended=SMALL)
+SHORT = f"{SMALL} --training.dataset=data/texts"  # the whole corpus takes seconds to tokenise
+few = Shrunk(appended=SHORT)
 # What compiling computes is the business of tests/test_train.py.
-eager = Shrunk((("NGPU=8", "NGPU=1"), (" --training.compile", "")), SMALL)
-two = Shrunk((("--training.steps 20", ""),), SMALL)
+eager = Shrunk((("NGPU=8", "NGPU=1"), (" --training.compile", "")), SHORT)
+two = Shrunk((("--training.steps 20", ""),), SHORT)
 
 README: Mapping[str, Shrunk | Elsewhere] = {
-    "./run_train.sh": few,
+    "./run_train.sh": Shrunk(appended=SMALL),
     "./run_tests.sh": Shrunk(appended="-n0 -q tests/config/test_names.py"),
     "CFG=./octavo/models/llama3/train_configs/debug_model.toml": As_it_stands,
     "NGPU=8 CONFIG_FILE=$CFG ./run_train.sh --training.compile": eager,
@@ -28,7 +29,7 @@ README: Mapping[str, Shrunk | Elsewhere] = {
     ),
     "NGPU=8 CONFIG_FILE=./octavo/models/llama3/train_configs/llama3_8b.toml ./run_train.sh "
     '--training.compile --model.converters="float8" --float8.recipe_name="rowwise"': Shrunk(
-        (("NGPU=8", "NGPU=2"), ("llama3_8b", "debug_model"), (" --training.compile", "")), SMALL
+        (("NGPU=8", "NGPU=2"), ("llama3_8b", "debug_model"), (" --training.compile", "")), SHORT
     ),
     "NNODES=4 RDZV_ENDPOINT=first-node:29500 RDZV_ID=my-run NGPU=8 "
     "CONFIG_FILE=./octavo/models/llama3/train_configs/llama3_70b.toml ./run_train.sh --training.compile "
@@ -47,7 +48,7 @@ README: Mapping[str, Shrunk | Elsewhere] = {
         (("/data/ready", "data/ready"), ("/data/other", "data/other.txt")), f"{SMALL} --validation.steps=1"
     ),
     "./run_train.sh --training.steps 560 --checkpoint.enable": Shrunk(
-        ((" --training.steps 560", ""),), SMALL
+        ((" --training.steps 560", ""),), SHORT
     ),
     '.venv/bin/octavo generate --checkpoint outputs --prompt "ROMEO."': Shrunk(appended="--max_new_tokens 4"),
     ".venv/bin/octavo export outputs --out exported": As_it_stands,
@@ -76,7 +77,7 @@ TUTORIAL: Mapping[str, Shrunk | Elsewhere] = {
         if "$CFG" in command
     },
     "./run_train.sh --job.dump_folder outputs/long --training.steps 560 --checkpoint.enable "
-    "--checkpoint.interval 100": Shrunk(((" --training.steps 560", ""),), SMALL),
+    "--checkpoint.interval 100": Shrunk(((" --training.steps 560", ""),), SHORT),
     '.venv/bin/octavo generate --checkpoint outputs/long --prompt "ROMEO."': Shrunk(
         appended="--max_new_tokens 4"
     ),

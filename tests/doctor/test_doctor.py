@@ -17,7 +17,6 @@ from octavo.doctor.findings import Level, fail
 from octavo.float8.selfcheck import Check
 from tests.models.own import own_model
 
-
 BEGIN = memory.begin
 
 

@@ -65,7 +65,13 @@ def test_a_job_on_eight_gpus_as_json(run):
     assert sum(found["step_seconds_by"].values()) == pytest.approx(found["step_seconds"])
 
 
-@pytest.mark.parametrize("processes", [2, 3])  # 3: shards of different sizes
+@pytest.mark.parametrize(
+    "processes",
+    [
+        pytest.param(2, marks=pytest.mark.slow),
+        3,  # shards of different sizes
+    ],
+)
 def test_float8_gathers_send_one_byte_a_weight(run, processes):
     """What `tests/distributed/test_traffic.py` counts on two processes that exist."""
     layers = 6 * (4 * 256 * 256 + 3 * 256 * 768)

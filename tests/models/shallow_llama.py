@@ -1,5 +1,5 @@
-"""The debug model with fewer layers: its layers are alike, so what holds of two of them in CI is measured for
-six by hand. `runs.shallow` has the flags; the process that imports this has one more model.
+"""The debug model with fewer layers, half as wide: its layers are alike, so what holds of two of them in CI
+is measured for six by hand. `runs.shallow` has the flags; the process that imports this has one more model.
 """
 
 from dataclasses import replace
@@ -7,11 +7,13 @@ from dataclasses import replace
 from octavo import models
 from octavo.models.llama3 import FLAVORS, SPEC
 
+NARROW = replace(FLAVORS["debugmodel"], dim=128, n_heads=8, n_kv_heads=8, hidden_dim=384)
+
 models.register(
     replace(
         SPEC,
         name="shallow",
         hugging_face=None,
-        flavors={str(layers): replace(FLAVORS["debugmodel"], n_layers=layers) for layers in (2, 4)},
+        flavors={str(layers): replace(NARROW, n_layers=layers) for layers in (2, 4)},
     )
 )

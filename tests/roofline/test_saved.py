@@ -31,7 +31,12 @@ class Layer(nn.Module):
 
 @compiles
 @pytest.mark.parametrize(
-    ("recipe", "way"), [(None, "all"), ("rowwise", "compiled"), ("rowwise_with_gw_hp", "all")]
+    ("recipe", "way"),
+    [
+        (None, "all"),
+        ("rowwise", "compiled"),
+        pytest.param("rowwise_with_gw_hp", "all", marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_layers_keep_what_is_told(recipe: str | None, way: str) -> None:
     keep_casts_under_compile()
