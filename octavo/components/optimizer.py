@@ -72,4 +72,5 @@ def _scale(grads: Sequence[Tensor], factor: Tensor) -> None:
     seconds to work out, for hundreds of tensors on a mesh of three axes, that such a product moves nothing.
     """
     local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-    torch._foreach_mul_(local, factor)
+    if local:
+        torch._foreach_mul_(local, factor)

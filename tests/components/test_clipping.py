@@ -36,6 +36,10 @@ def test_small_gradients_stay_bit_for_bit():
     assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), before, strict=True))
 
 
+def test_nothing_to_clip():
+    assert clip_gradients(nn.Linear(2, 2), 1.0) == 0.0
+
+
 def _clipped_on_a_mesh():
     """What the two-axis mesh makes of the same gradients: the norm, and the gradients put together again."""
     model = model_with_gradients()
