@@ -25,7 +25,7 @@ README: Mapping[str, Shrunk | Elsewhere] = {
     'NGPU=8 CONFIG_FILE=$CFG ./run_train.sh --training.compile --model.converters="float8" '
     '--float8.recipe_name="rowwise"': eager,
     "HF_TOKEN=… .venv/bin/octavo download --repo_id meta-llama/Llama-3.1-8B --assets tokenizer": Elsewhere(
-        "a network and a licence", "tests/test_download.py"
+        "a network and a licence", "tests/download/test_download.py"
     ),
     "NGPU=8 CONFIG_FILE=./octavo/models/llama3/train_configs/llama3_8b.toml ./run_train.sh "
     '--training.compile --model.converters="float8" --float8.recipe_name="rowwise"': Shrunk(
