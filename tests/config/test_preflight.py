@@ -1,164 +1,18 @@
-"""What `check` refuses, and that its message has the value, the limit and the remedy."""
+"""What `check` refuses of names, paths and combinations; its message has the value, the limit, the remedy."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
 import pytest
 
-from octavo.config import ConfigError, JobConfig, check, load, notes
-from octavo.config.effects import NEEDS, without_effect
+from octavo.config import JobConfig, check, load, notes
 from octavo.config.programs import octavo_command
-from octavo.config.ranges import RULES, get
-from octavo.config.schema import SECTIONS
-
-COMMON = ["--training.steps=300", "--training.seq_len=64"]
-
-
-def problems(*argv: str, world_size: int = 1, gpus: int | None = None) -> str:
-    """The message that `check` ends in, empty where the job is in order."""
-    try:
-        check(load([*COMMON, *argv]), world_size=world_size, gpus=gpus)
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
-@pytest.fixture(autouse=True)
-def _working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+from tests.config.judged import problems
 
 
 def test_the_defaults_are_in_order() -> None:
     check(JobConfig(), world_size=1, gpus=0)
     check(JobConfig(), world_size=8, gpus=8)
-
-
-BAD_VALUES = [
-    ("training.seq_len", "0", "must be at least 1"),
-    ("training.seq_len", "-5", "must be at least 1"),
-    ("training.steps", "0", "must be at least 1"),
-    ("training.local_batch_size", "0", "must be at least 1"),
-    ("training.gc_freq", "0", "must be at least 1"),
-    ("training.global_batch_size", "0", "must be at least 1, or -1"),
-    ("training.global_batch_size", "-2", "must be at least 1, or -1"),
-    ("training.max_norm", "0", "above 0"),
-    ("training.max_norm", "inf", "finite"),
-    ("training.seed", "-1", "between 0 and"),
-    ("training.seed", str(2**63), "between 0 and"),
-    ("training.dataset", "", "must not be empty"),
-    ("metrics.log_freq", "0", "must be at least 1"),
-    ("optimizer.lr", "0", "above 0"),
-    ("optimizer.lr", "-1e-3", "above 0"),
-    ("optimizer.lr", "nan", "finite"),
-    ("optimizer.lr", "1e999", "finite"),
-    ("optimizer.eps", "0", "above 0"),
-    ("optimizer.beta1", "1", "below 1"),
-    ("optimizer.beta2", "-0.1", "at least 0"),
-    ("optimizer.beta2", "nan", "at least 0"),
-    ("optimizer.weight_decay", "-1", "at least 0"),
-    ("lr_scheduler.warmup_steps", "-1", "at least 0"),
-    ("lr_scheduler.decay_ratio", "1.5", "between 0 and 1"),
-    ("lr_scheduler.min_lr_factor", "-0.5", "between 0 and 1"),
-    ("parallelism.data_parallel_replicate_degree", "0", "at least 1"),
-    ("parallelism.data_parallel_shard_degree", "0", "at least 1, or -1"),
-    ("job.dump_folder", " ", "must not be empty"),
-    ("training.local_batch_size", "99999999999999999999", "at most 2147483647"),
-    ("training.global_batch_size", str(2**31), "at most 2147483647"),
-    ("training.steps", "9" * 500, "at most 2147483647"),
-    ("training.seed", "9" * 500, "between 0 and 2^63 - 1"),
-    ("optimizer.lr", "1e40", "at most 1000"),
-    ("optimizer.eps", "1e40", "at most 1000"),
-    ("optimizer.weight_decay", "1e300", "at most 1000"),
-    ("optimizer.weight_decay", "nan", "finite"),
-    ("training.max_norm", "1e40", "at most 1e+30"),
-    ("model.hf_assets_path", "", "must not be empty"),
-]
-
-
-@pytest.mark.parametrize(("key", "value", "must"), BAD_VALUES)
-def test_value_out_of_range(key: str, value: str, must: str) -> None:
-    told = problems(f"--{key}={value}")
-    assert told.startswith(f"{key} = ")
-    assert f"(--{key})" in told
-    assert must in told
-    assert len(told.splitlines()) == 1
-
-
-ACTIVE_BAD_VALUES = [
-    (["--checkpoint.enable", "--checkpoint.interval=0"], "checkpoint.interval = 0"),
-    (["--checkpoint.enable", "--checkpoint.keep_latest_k=1"], "checkpoint.keep_latest_k = 1"),
-    (["--checkpoint.enable", "--checkpoint.keep_latest_k=-1"], "checkpoint.keep_latest_k = -1"),
-    (["--checkpoint.enable", "--checkpoint.load_step=-2"], "checkpoint.load_step = -2"),
-    (["--checkpoint.enable", "--checkpoint.folder="], "checkpoint.folder = "),
-    (["--profiling.enable_profiling", "--profiling.profile_freq=0"], "profiling.profile_freq = 0"),
-    (["--activation_checkpoint.selective_ac_option=0"], "selective_ac_option = 0"),
-    (["--activation_checkpoint.selective_ac_option=ops"], 'must be "op" or a whole number from 1'),
-    (["--activation_checkpoint.selective_ac_option=" + "9" * 5000], 'must be "op" or a whole number from 1'),
-    (["--training.compile", "--compile.components="], "must name something to compile"),
-]
-
-
-@pytest.mark.parametrize(("argv", "part"), ACTIVE_BAD_VALUES)
-def test_value_out_of_range_of_an_active_section(argv: list[str], part: str) -> None:
-    assert part in problems(*argv)
-    assert len(problems(*argv).splitlines()) == 1
-
-
-def test_ranges_name_keys_that_exist() -> None:
-    for rule in RULES:
-        for key in rule.keys:
-            section, _, name = key.partition(".")
-            assert name in SECTIONS[section]
-
-
-@pytest.mark.parametrize(
-    "key",
-    [f"{section}.{key}" for section, keys in SECTIONS.items() for key, kind in keys.items() if kind is int],
-)
-def test_every_whole_number_has_an_upper_bound(key: str) -> None:
-    most = {"training.seed": 2**63 - 1, "training.num_workers": 64}.get(key, 2**31 - 1)
-    rules = [rule for rule in RULES if key in rule.keys]
-    assert all(rule.holds(most) for rule in rules)
-    assert not all(rule.holds(most + 1) for rule in rules)
-
-
-def test_a_number_too_long_to_print_is_told_by_its_size(tmp_path: Path) -> None:
-    (tmp_path / "x.toml").write_text(f"[training]\nsteps = 0x{'f' * 5000}\n")
-    assert problems("--config_file=x.toml", "--training.seq_len=8").count("\n") == 0
-    job = load(["--config_file=x.toml"])
-    assert get(job, "training.steps") == 16**5000 - 1
-    with pytest.raises(
-        ConfigError, match=r"^training.steps = about 10\^6020 \(x.toml:2\) must be at least 1"
-    ):
-        check(job, world_size=1)
-
-
-@pytest.mark.parametrize("key", ["job.dump_folder", "training.dataset", "training.dataset_path"])
-def test_a_path_with_a_nul_character_is_told_as_that(tmp_path: Path, key: str) -> None:
-    section, _, name = key.partition(".")
-    (tmp_path / "x.toml").write_text(f'[{section}]\n{name} = "a\\u0000b"\n')
-    told = problems("--config_file=x.toml")
-    assert told == rf"{key} = 'a\x00b' (x.toml:2) must not contain a NUL character, which no path can"
-
-
-def test_every_number_has_a_range() -> None:
-    ranged = {key for rule in RULES for key in rule.keys}
-    numbers = {
-        f"{section}.{key}"
-        for section, keys in SECTIONS.items()
-        for key, kind in keys.items()
-        if kind in (int, float, float | None)
-    }
-    assert numbers <= ranged
-
-
-def test_a_value_from_a_file_is_told_with_its_line(tmp_path: Path) -> None:
-    (tmp_path / "x.toml").write_text("[training]\nseq_len = 0\n")
-    with pytest.raises(
-        ConfigError, match=r"^training.seq_len = 0 \(x.toml:2\) must be at least 1 and at most 2147483647$"
-    ):
-        check(load(["--config_file=x.toml"]), world_size=1)
 
 
 @pytest.mark.parametrize(
@@ -416,107 +270,6 @@ def test_float8_gathers_need_several_processes_and_a_square_cast() -> None:
     assert "tensorwise or blockwise" in told
 
 
-_PROFILE = "--profiling.enable_profiling"
-
-NO_EFFECT = [
-    ("--float8.recipe_name=rowwise", '--model.converters="float8"', ["--model.converters=float8"], 1),
-    ("--float8.filter_fqns=output", '--model.converters="float8"', ["--model.converters=float8"], 1),
-    ("--float8.emulate", '--model.converters="float8"', ["--model.converters=float8"], 1),
-    ("--float8.enable_fsdp_float8_all_gather", "--model.converters", ["--model.converters=float8"], 2),
-    (
-        "--float8.precompute_float8_dynamic_scale_for_fsdp",
-        "--model.converters",
-        ["--model.converters=float8", "--float8.enable_fsdp_float8_all_gather"],
-        2,
-    ),
-    ("--checkpoint.folder=x", "--checkpoint.enable", ["--checkpoint.enable_checkpoint"], 1),
-    ("--checkpoint.interval=5", "--checkpoint.enable", ["--checkpoint.enable"], 1),
-    ("--checkpoint.load_step=-1", "--checkpoint.enable", ["--checkpoint.enable"], 1),
-    ("--checkpoint.keep_latest_k=3", "--checkpoint.enable", ["--checkpoint.enable"], 1),
-    ("--checkpoint.last_save_model_only", "--checkpoint.enable", ["--checkpoint.enable"], 1),
-    ("--checkpoint.last_save_in_hf", "--checkpoint.enable", ["--checkpoint.enable"], 1),
-    (
-        "--checkpoint.export_dtype=bfloat16",
-        "--checkpoint.last_save_in_hf",
-        ["--checkpoint.enable", "--checkpoint.last_save_in_hf"],
-        1,
-    ),
-    ("--checkpoint.async_mode=async", "--checkpoint.enable", ["--checkpoint.enable"], 1),
-    ("--profiling.save_traces_folder=x", "enable_profiling", ["--profiling.enable_profiling"], 1),
-    ("--profiling.profile_freq=5", "enable_profiling", ["--profiling.enable_profiling"], 1),
-    ("--profiling.profile_freq=5", "enable_memory_snapshot", ["--profiling.enable_memory_snapshot"], 1),
-    (
-        "--profiling.save_memory_snapshot_folder=x",
-        "enable_memory_snapshot",
-        ["--profiling.enable_memory_snapshot"],
-        1,
-    ),
-    ("--metrics.save_tb_folder=x", "enable_tensorboard", ["--metrics.enable_tensorboard"], 1),
-    ("--metrics.save_for_all_ranks", "enable_tensorboard", ["--metrics.enable_tensorboard"], 1),
-    ("--compile.components=loss", "--training.compile", ["--training.compile"], 1),
-    ("--parallelism.fsdp_reshard_after_forward=never", "NGPU=2", [], 2),
-    ("--training.mixed_precision_reduce=float32", "NGPU=2", [], 2),
-    (
-        "--parallelism.enable_async_tensor_parallel",
-        "--parallelism.tensor_parallel_degree",
-        ["--parallelism.tensor_parallel_degree=2", "--training.compile"],
-        2,
-    ),
-    (
-        "--parallelism.context_parallel_rotate_method=alltoall",
-        "--parallelism.context_parallel_degree",
-        ["--parallelism.context_parallel_degree=2"],
-        2,
-    ),
-    ("--comm.init_timeout_seconds=9", "NGPU=2", [], 2),
-    ("--comm.train_timeout_seconds=9", "NGPU=2", [], 2),
-]
-
-
-@pytest.mark.parametrize(("flag", "remedy", "cure", "world_size"), NO_EFFECT)
-def test_a_flag_without_effect(flag: str, remedy: str, cure: list[str], world_size: int) -> None:
-    told = problems(flag)
-    assert told.startswith(f"{flag.partition('=')[0]} would have no effect: ")
-    assert remedy in told
-    assert problems(flag, *cure, world_size=world_size) == ""
-
-
-@pytest.mark.parametrize(
-    ("flag", "remedy", "context"),
-    [
-        ("--activation_checkpoint.selective_ac_option=2", "mode", ["--activation_checkpoint.mode=full"]),
-        ("--lr_scheduler.decay_type=sqrt", "decay_ratio is 0", ["--lr_scheduler.decay_ratio=0"]),
-        ("--lr_scheduler.min_lr_factor=0.1", "decay_ratio is 0", ["--lr_scheduler.decay_ratio=0"]),
-        ("--profiling.enable_profiling", "lower --profiling.profile_freq", ["--training.steps=9"]),
-        ("--profiling.profile_freq=300", "exceeds training.steps", [_PROFILE, "--training.steps=299"]),
-        ("--profiling.save_traces_folder=x", "no step is recorded", [_PROFILE, "--training.steps=9"]),
-        ("--lr_scheduler.decay_ratio=0.5", "warm-up takes all", ["--lr_scheduler.warmup_steps=300"]),
-    ],
-)
-def test_a_flag_without_effect_because_of_another(flag: str, remedy: str, context: list[str]) -> None:
-    prepared = [_PROFILE] if flag.startswith("--profiling") else []
-    assert problems(flag, *prepared) == ""
-    assert remedy in problems(flag, *context)
-
-
-@pytest.mark.parametrize("flag", ["--float8.cast_weights_once", "--float8.no-cast_weights_once"])
-def test_casting_once_matters_only_where_weights_are_cast_again(flag: str) -> None:
-    once = [flag, "--model.converters=float8", "--activation_checkpoint.mode=none"]
-    told = problems(*once)
-    assert told.startswith(f"{flag} would have no effect: nothing casts a weight twice in a step")
-    assert "would have no effect" in problems(*once, "--training.global_batch_size=8")
-    assert "would have no effect" in problems(*once, "--training.global_batch_size=16", world_size=2)
-    assert problems(*once, "--training.global_batch_size=16") == ""
-    assert problems(*once, "--activation_checkpoint.mode=full") == ""
-    assert problems(*once, "--float8.enable_fsdp_float8_all_gather", world_size=2) == ""
-
-
-def test_a_format_matters_only_where_something_is_loaded() -> None:
-    told = problems("--checkpoint.initial_load_in_hf")
-    assert told.startswith("--checkpoint.initial_load_in_hf would have no effect: no initial weights")
-    assert "add --checkpoint.initial_load_path" in told
-
-
 def test_compiling_on_a_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCH_INDUCTOR_INSTALL_GXX", raising=False)
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -527,30 +280,6 @@ def test_compiling_on_a_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) ->
     assert problems(gpus=0) == ""
     monkeypatch.setenv("CXX", "true")
     assert problems("--training.compile", gpus=0) == ""
-
-
-def test_a_setting_without_effect_is_inert_in_a_file(tmp_path: Path) -> None:
-    (tmp_path / "x.toml").write_text(
-        "[float8]\nrecipe_name = 'rowwise'\nfilter_fqns = ['output']\n"
-        "[checkpoint]\ninterval = 5\n[compile]\ncomponents = ['loss']\n[comm]\ntrain_timeout_seconds = 9\n"
-    )
-    assert problems("--config_file=x.toml") == ""
-    assert "--float8.emulate would have no effect" in problems("--config_file=x.toml", "--float8.emulate")
-
-
-def test_needs_name_keys_that_exist_and_never_the_switch_itself() -> None:
-    keys = [f"{section}.{key}" for section, section_keys in SECTIONS.items() for key in section_keys]
-    job = JobConfig()
-    job.given = dict.fromkeys(keys, "cli")
-    job.where = {key: key for key in keys}
-    job.lr_scheduler = dataclasses.replace(job.lr_scheduler, decay_ratio=0.0)
-    job.activation_checkpoint = dataclasses.replace(job.activation_checkpoint, mode="none")
-    useless = {problem.partition(" ")[0] for problem in without_effect(job, 1)}
-    switches = {"checkpoint.enable", "compile.enable", "profiling.enable_profiling", "model.converters"}
-    assert not useless & switches
-    for need in NEEDS:
-        for pattern in need.keys:
-            assert any(key == pattern or key.startswith(pattern.rstrip("*")) for key in keys), pattern
 
 
 def test_a_warm_up_longer_than_a_short_trial_is_noted_not_refused() -> None:

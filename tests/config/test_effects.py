@@ -1,0 +1,135 @@
+"""Flags that would have no effect are errors, which name what gives them one."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from octavo.config import JobConfig
+from octavo.config.effects import NEEDS, without_effect
+from octavo.config.schema import SECTIONS
+from tests.config.judged import problems
+
+_PROFILE = "--profiling.enable_profiling"
+
+NO_EFFECT = [
+    ("--float8.recipe_name=rowwise", '--model.converters="float8"', ["--model.converters=float8"], 1),
+    ("--float8.filter_fqns=output", '--model.converters="float8"', ["--model.converters=float8"], 1),
+    ("--float8.emulate", '--model.converters="float8"', ["--model.converters=float8"], 1),
+    ("--float8.enable_fsdp_float8_all_gather", "--model.converters", ["--model.converters=float8"], 2),
+    (
+        "--float8.precompute_float8_dynamic_scale_for_fsdp",
+        "--model.converters",
+        ["--model.converters=float8", "--float8.enable_fsdp_float8_all_gather"],
+        2,
+    ),
+    ("--checkpoint.folder=x", "--checkpoint.enable", ["--checkpoint.enable_checkpoint"], 1),
+    ("--checkpoint.interval=5", "--checkpoint.enable", ["--checkpoint.enable"], 1),
+    ("--checkpoint.load_step=-1", "--checkpoint.enable", ["--checkpoint.enable"], 1),
+    ("--checkpoint.keep_latest_k=3", "--checkpoint.enable", ["--checkpoint.enable"], 1),
+    ("--checkpoint.last_save_model_only", "--checkpoint.enable", ["--checkpoint.enable"], 1),
+    ("--checkpoint.last_save_in_hf", "--checkpoint.enable", ["--checkpoint.enable"], 1),
+    (
+        "--checkpoint.export_dtype=bfloat16",
+        "--checkpoint.last_save_in_hf",
+        ["--checkpoint.enable", "--checkpoint.last_save_in_hf"],
+        1,
+    ),
+    ("--checkpoint.async_mode=async", "--checkpoint.enable", ["--checkpoint.enable"], 1),
+    ("--profiling.save_traces_folder=x", "enable_profiling", ["--profiling.enable_profiling"], 1),
+    ("--profiling.profile_freq=5", "enable_profiling", ["--profiling.enable_profiling"], 1),
+    ("--profiling.profile_freq=5", "enable_memory_snapshot", ["--profiling.enable_memory_snapshot"], 1),
+    (
+        "--profiling.save_memory_snapshot_folder=x",
+        "enable_memory_snapshot",
+        ["--profiling.enable_memory_snapshot"],
+        1,
+    ),
+    ("--metrics.save_tb_folder=x", "enable_tensorboard", ["--metrics.enable_tensorboard"], 1),
+    ("--metrics.save_for_all_ranks", "enable_tensorboard", ["--metrics.enable_tensorboard"], 1),
+    ("--compile.components=loss", "--training.compile", ["--training.compile"], 1),
+    ("--parallelism.fsdp_reshard_after_forward=never", "NGPU=2", [], 2),
+    ("--training.mixed_precision_reduce=float32", "NGPU=2", [], 2),
+    (
+        "--parallelism.enable_async_tensor_parallel",
+        "--parallelism.tensor_parallel_degree",
+        ["--parallelism.tensor_parallel_degree=2", "--training.compile"],
+        2,
+    ),
+    (
+        "--parallelism.context_parallel_rotate_method=alltoall",
+        "--parallelism.context_parallel_degree",
+        ["--parallelism.context_parallel_degree=2"],
+        2,
+    ),
+    ("--comm.init_timeout_seconds=9", "NGPU=2", [], 2),
+    ("--comm.train_timeout_seconds=9", "NGPU=2", [], 2),
+]
+
+
+@pytest.mark.parametrize(("flag", "remedy", "cure", "world_size"), NO_EFFECT)
+def test_a_flag_without_effect(flag: str, remedy: str, cure: list[str], world_size: int) -> None:
+    told = problems(flag)
+    assert told.startswith(f"{flag.partition('=')[0]} would have no effect: ")
+    assert remedy in told
+    assert problems(flag, *cure, world_size=world_size) == ""
+
+
+@pytest.mark.parametrize(
+    ("flag", "remedy", "context"),
+    [
+        ("--activation_checkpoint.selective_ac_option=2", "mode", ["--activation_checkpoint.mode=full"]),
+        ("--lr_scheduler.decay_type=sqrt", "decay_ratio is 0", ["--lr_scheduler.decay_ratio=0"]),
+        ("--lr_scheduler.min_lr_factor=0.1", "decay_ratio is 0", ["--lr_scheduler.decay_ratio=0"]),
+        ("--profiling.enable_profiling", "lower --profiling.profile_freq", ["--training.steps=9"]),
+        ("--profiling.profile_freq=300", "exceeds training.steps", [_PROFILE, "--training.steps=299"]),
+        ("--profiling.save_traces_folder=x", "no step is recorded", [_PROFILE, "--training.steps=9"]),
+        ("--lr_scheduler.decay_ratio=0.5", "warm-up takes all", ["--lr_scheduler.warmup_steps=300"]),
+    ],
+)
+def test_a_flag_without_effect_because_of_another(flag: str, remedy: str, context: list[str]) -> None:
+    prepared = [_PROFILE] if flag.startswith("--profiling") else []
+    assert problems(flag, *prepared) == ""
+    assert remedy in problems(flag, *context)
+
+
+@pytest.mark.parametrize("flag", ["--float8.cast_weights_once", "--float8.no-cast_weights_once"])
+def test_casting_once_matters_only_where_weights_are_cast_again(flag: str) -> None:
+    once = [flag, "--model.converters=float8", "--activation_checkpoint.mode=none"]
+    told = problems(*once)
+    assert told.startswith(f"{flag} would have no effect: nothing casts a weight twice in a step")
+    assert "would have no effect" in problems(*once, "--training.global_batch_size=8")
+    assert "would have no effect" in problems(*once, "--training.global_batch_size=16", world_size=2)
+    assert problems(*once, "--training.global_batch_size=16") == ""
+    assert problems(*once, "--activation_checkpoint.mode=full") == ""
+    assert problems(*once, "--float8.enable_fsdp_float8_all_gather", world_size=2) == ""
+
+
+def test_a_format_matters_only_where_something_is_loaded() -> None:
+    told = problems("--checkpoint.initial_load_in_hf")
+    assert told.startswith("--checkpoint.initial_load_in_hf would have no effect: no initial weights")
+    assert "add --checkpoint.initial_load_path" in told
+
+
+def test_a_setting_without_effect_is_inert_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(
+        "[float8]\nrecipe_name = 'rowwise'\nfilter_fqns = ['output']\n"
+        "[checkpoint]\ninterval = 5\n[compile]\ncomponents = ['loss']\n[comm]\ntrain_timeout_seconds = 9\n"
+    )
+    assert problems("--config_file=x.toml") == ""
+    assert "--float8.emulate would have no effect" in problems("--config_file=x.toml", "--float8.emulate")
+
+
+def test_needs_name_keys_that_exist_and_never_the_switch_itself() -> None:
+    keys = [f"{section}.{key}" for section, section_keys in SECTIONS.items() for key in section_keys]
+    job = JobConfig()
+    job.given = dict.fromkeys(keys, "cli")
+    job.where = {key: key for key in keys}
+    job.lr_scheduler = dataclasses.replace(job.lr_scheduler, decay_ratio=0.0)
+    job.activation_checkpoint = dataclasses.replace(job.activation_checkpoint, mode="none")
+    useless = {problem.partition(" ")[0] for problem in without_effect(job, 1)}
+    switches = {"checkpoint.enable", "compile.enable", "profiling.enable_profiling", "model.converters"}
+    assert not useless & switches
+    for need in NEEDS:
+        for pattern in need.keys:
+            assert any(key == pattern or key.startswith(pattern.rstrip("*")) for key in keys), pattern
