@@ -2,8 +2,7 @@
 given memory and its initial weights.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from octavo.components.tokenizer import Tokenizer
 from octavo.components.utilization import Work, work_of
 from octavo.config import ConfigError, JobConfig
 from octavo.config.pipeline import PipelinePlan, plan_of
+from octavo.config.sizes import undivided
 from octavo.distributed.mesh import World
 from octavo.distributed.plan import Parallelize, Replicas, Sharding
 from octavo.distributed.stages import Parts, cut
@@ -29,7 +29,8 @@ def model_args(job: JobConfig, tokenizer: Tokenizer) -> Any:
     """The model's own arguments, fitted to the job; `ConfigError` where they can't be."""
     spec = models.get(job.model.name)
     args = spec.configure(spec.args(job.model.flavor), tokenizer.vocab_size, job.training.seq_len)
-    _check_sizes(spec.shared_sizes(args), job.parallelism.tensor_parallel_degree)
+    for problem in undivided(spec.shared_sizes(args), job.parallelism.tensor_parallel_degree):
+        raise ConfigError(problem)
     if job.checkpoint.last_save_in_hf:
         check_exportable(spec)
     if not job.training.document_mask:
@@ -39,19 +40,6 @@ def model_args(job: JobConfig, tokenizer: Tokenizer) -> Any:
             f"training.document_mask = true: the model {spec.name} has no such mask; leave it out"
         )
     return spec.mask_documents(args, tokenizer.eos_id)
-
-
-def _check_sizes(sizes: Mapping[str, int], ranks: int) -> None:
-    """`ConfigError` if tensor parallelism over `ranks` cannot share `sizes`."""
-    told = {name: f"{size} {name} ({size} / {ranks} = {size / ranks:.2f})" for name, size in sizes.items()}
-    wrong = [told[name] for name, size in sizes.items() if size % ranks]
-    if wrong:
-        common = math.gcd(*sizes.values())
-        able = [str(n) for n in range(1, common + 1) if common % n == 0]
-        raise ConfigError(
-            f"parallelism.tensor_parallel_degree = {ranks}: the model has {' and '.join(wrong)}, which do "
-            f"not divide evenly; degrees that divide them: {', '.join(able)}"
-        )
 
 
 def pipeline_plan(job: JobConfig, args: Any) -> PipelinePlan | None:

@@ -18,10 +18,12 @@ from octavo.config import data_checks, layer_recipes, names
 from octavo.config.effects import fuses, uses_previous_step, without_effect
 from octavo.config.errors import ConfigError, did_you_mean
 from octavo.config.layout import Layout, layout_of
+from octavo.config.pipeline import plan_of
 from octavo.config.pipeline import problems as pipeline_problems
 from octavo.config.programs import download_command, missing_cxx
 from octavo.config.ranges import get, named, out_of_range
 from octavo.config.schema import JobConfig
+from octavo.config.sizes import sizes_of, undivided, units
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -40,7 +42,7 @@ def check(job: JobConfig, *, world_size: int, gpus: int | None = None, elsewhere
     if not problems:  # what follows calculates with the values
         problems = [
             *_layout(job, world_size),
-            *_on_disk(pipeline_problems, job, "parallelism.pipeline_parallel_schedule_csv"),
+            *_on_disk(_pipeline, job, "parallelism.pipeline_parallel_schedule_csv"),
             *_warmup(job),
             *_model(job),
             *_float8(job),
@@ -105,7 +107,21 @@ def _layout(job: JobConfig, world_size: int) -> Iterator[str]:
         yield str(error)
         return
     yield from _batch(job, layout)
-    yield from _sequence(job, layout)
+    sizes = sizes_of(job)
+    too_many = list(undivided(sizes.shared, layout.tensor)) if sizes else []
+    yield from too_many or _sequence(job, layout)
+
+
+def _pipeline(job: JobConfig) -> Iterator[str]:
+    """What is wrong with the pipeline; of a model that octavo ships, with its stages, too."""
+    problems = list(pipeline_problems(job))
+    sizes = sizes_of(job)
+    if not problems and sizes and job.parallelism.pipeline_parallel_degree > 1:
+        try:
+            plan_of(job, units(sizes.layers, tied=sizes.tied))
+        except ConfigError as error:
+            problems = [str(error)]
+    yield from problems
 
 
 def _batch(job: JobConfig, layout: Layout) -> Iterator[str]:

@@ -248,6 +248,40 @@ def test_offloading_needs_fsdp() -> None:
     assert problems(*argv, gpus=2, world_size=2) == ""
 
 
+PIPE = ["--parallelism.pipeline_parallel_degree=4", "--training.local_batch_size=8"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "world_size", "told"),
+    [
+        (["--parallelism.tensor_parallel_degree=3"], 3, "the model has 16 heads (16 / 3 = 5.33)"),
+        (
+            ["--parallelism.tensor_parallel_degree=16", "--model.flavor=8B"],
+            16,
+            "8 key/value heads (8 / 16 = 0.50), which do not divide evenly; degrees that divide them: 1, 2",
+        ),
+        (
+            [*PIPE, "--parallelism.pipeline_parallel_schedule=Interleaved1F1B"],
+            4,
+            "and this model has 6; lower it",
+        ),
+        ([*PIPE, "--model.flavor=1B"], 4, "output projection is its embedding (tied)"),
+    ],
+)
+def test_what_the_models_sizes_forbid_is_the_one_thing_told(
+    argv: list[str], world_size: int, told: str
+) -> None:
+    found = problems(*argv, "--model.hf_assets_path=octavo_bpe_2048", world_size=world_size)
+    assert told in found
+    assert "\n" not in found
+
+
+def test_a_model_of_ones_own_is_judged_once_it_is_known(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("")
+    argv = ["--experimental.custom_import=own", "--model.name=own", "--training.seq_len=66"]
+    assert problems(*argv, "--parallelism.tensor_parallel_degree=3", world_size=3) == ""
+
+
 def test_a_missing_package_is_told_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "needs the package tensorboard" in problems("--metrics.enable_tensorboard")

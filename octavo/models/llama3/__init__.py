@@ -10,7 +10,7 @@ from torch import nn
 
 from octavo import models
 from octavo.components.chunked_loss import ChunkedLoss
-from octavo.config import ConfigError
+from octavo.config import ConfigError, sizes
 from octavo.models.llama3.decode import Decoder
 from octavo.models.llama3.hf import from_hf, to_hf
 from octavo.models.llama3.hf_config import from_config, to_config
@@ -66,13 +66,7 @@ def flops_per_token(args: LlamaArgs, model: nn.Module, seq_len: int) -> float:
 
 def units(args: LlamaArgs) -> list[tuple[str, ...]]:
     """What a pipeline may not cut; `ConfigError` where the first stage's weight is the last one's, too."""
-    if args.tie_embeddings:
-        raise ConfigError(
-            "parallelism.pipeline_parallel_degree: this model's output projection is its embedding (tied), "
-            "which would have to be in the first stage and in the last; set the degree to 1"
-        )
-    layers = [(f"layers.{number}",) for number in range(args.n_layers)]
-    return [("tok_embeddings",), *layers, ("norm", "output")]
+    return sizes.units(args.n_layers, tied=args.tie_embeddings)
 
 
 def layer_products(args: LlamaArgs, seq_len: int) -> tuple[str, list[tuple[str, float]]]:

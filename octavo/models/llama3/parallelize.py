@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, SequenceParallel, parallelize_module
 
+from octavo.config import sizes
 from octavo.distributed.activation_checkpoint import checkpoint_layer
 from octavo.distributed.context_parallel import share_sequences
 from octavo.distributed.fsdp import shard
@@ -59,12 +60,7 @@ def parallelize(model: nn.Module, plan: Parallelize) -> None:
 
 def shared_sizes(args: LlamaArgs) -> dict[str, int]:
     """What tensor parallelism shares, by name."""
-    return {
-        "heads": args.n_heads,
-        "key/value heads": args.n_kv_heads,
-        "feed-forward features": args.hidden_dim,
-        "features": args.dim,
-    }
+    return sizes.shared_sizes(args.dim, args.n_heads, args.n_kv_heads, args.hidden_dim)
 
 
 def share_products(model: Llama, plan: TensorParallel) -> None:

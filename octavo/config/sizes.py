@@ -1,0 +1,88 @@
+"""The sizes of the models that octavo ships, as far as they limit how a job may be laid out, so that an
+impossible layout is told before torch is imported by as many processes as there are to be. The models' own
+arguments say the same (`models/llama3/__init__.py`), and a test holds the two equal.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from octavo.config.errors import ConfigError
+from octavo.config.schema import JobConfig
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """layers: of the model. shared: what tensor parallelism shares, by name. tied: the output projection is
+    the embedding.
+    """
+
+    layers: int
+    shared: Mapping[str, int]
+    tied: bool = False
+
+
+def _llama(layers: int, dim: int, heads: int, groups: int, hidden: int, *, tied: bool = False) -> Sizes:
+    return Sizes(layers, shared_sizes(dim, heads, groups, hidden), tied)
+
+
+def shared_sizes(dim: int, heads: int, groups: int, hidden: int) -> dict[str, int]:
+    """What tensor parallelism shares of a Llama, by name."""
+    return {
+        "heads": heads,
+        "key/value heads": groups,
+        "feed-forward features": hidden,
+        "features": dim,
+    }
+
+
+def units(layers: int, *, tied: bool) -> list[tuple[str, ...]]:
+    """What a pipeline may not cut of a Llama; `ConfigError` where the first stage's weight is the last one's,
+    too.
+    """
+    if tied:
+        raise ConfigError(
+            "parallelism.pipeline_parallel_degree: this model's output projection is its embedding (tied), "
+            "which would have to be in the first stage and in the last; set the degree to 1"
+        )
+    return [("tok_embeddings",), *((f"layers.{number}",) for number in range(layers)), ("norm", "output")]
+
+
+_8B = _llama(32, 4096, 32, 8, 14336)
+_70B = _llama(80, 8192, 64, 8, 28672)
+_405B = _llama(126, 16384, 128, 8, 53248)
+
+SIZES: Mapping[str, Mapping[str, Sizes]] = MappingProxyType(
+    {
+        "llama3": {
+            "debugmodel": _llama(6, 256, 16, 16, 768),
+            "1B": _llama(16, 2048, 32, 8, 8192, tied=True),
+            "3B": _llama(28, 3072, 24, 8, 8192, tied=True),
+            "8B": _8B,
+            "70B": _70B,
+            "405B": _405B,
+            "8B-3.0": _8B,
+            "70B-3.0": _70B,
+            "405B-3.0": _405B,
+        }
+    }
+)
+"""Model name -> flavor -> its sizes."""
+
+
+def sizes_of(job: JobConfig) -> Sizes | None:
+    """Those of the job's model; None for a model of somebody's own, which is known only once it is run."""
+    return SIZES.get(job.model.name, {}).get(job.model.flavor)
+
+
+def undivided(sizes: Mapping[str, int], ranks: int) -> Iterator[str]:
+    """What is wrong, if tensor parallelism over `ranks` cannot share `sizes`."""
+    wrong = [f"{n} {name} ({n} / {ranks} = {n / ranks:.2f})" for name, n in sizes.items() if n % ranks]
+    if wrong:
+        common = math.gcd(*sizes.values())
+        able = [str(n) for n in range(1, common + 1) if common % n == 0]
+        yield (
+            f"parallelism.tensor_parallel_degree = {ranks}: the model has {' and '.join(wrong)}, which do "
+            f"not divide evenly; degrees that divide them: {', '.join(able)}"
+        )
