@@ -25,7 +25,7 @@ sys.exit(launch.run(dataclasses.replace(planned, torchrun=(*own, *sys.argv[1:]))
 TRAINING = """
 import os, signal, sys, time
 from pathlib import Path
-from octavo.distributed.status import StatusFile
+from octavo.distributed.status import StatusFile, read_all
 
 def leave(number, frame):
     time.sleep(1.5)  # a save
@@ -40,10 +40,12 @@ if sys.argv[1] == "save":
 if sys.argv[1] in ("hang", "deaf"):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-status.write(7)
 print(f"rank {rank} of {world}")  # not flushed, as in code of a user's
+status.write(7)
 match sys.argv[1], rank:
     case "fail", 1:
+        while not any(one.rank == 0 and one.step for one in read_all(Path(os.environ["OCTAVO_STATUS"]))):
+            time.sleep(0.05)  # until the other has printed its line
         print("the reason", file=sys.stderr)
         sys.exit(9)
     case "hang", 1:
