@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.waiting import LIMIT, wait_for
+
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
@@ -43,7 +45,7 @@ def store() -> Iterator[int]:
     server = context.Process(target=_serve_store, args=(there,), daemon=True)
     server.start()
     try:
-        assert here.poll(60), "no store within 60 s"
+        assert here.poll(LIMIT), f"no store within {LIMIT:g} s"
         yield here.recv()
     finally:
         server.kill()
@@ -60,10 +62,10 @@ def _call(index: int, function: Callable[..., Any], args: tuple[Any, ...], resul
         raise
 
 
-def fork(calls: Sequence[Call], *, timeout: float = 240) -> list[Any]:
+def fork(calls: Sequence[Call]) -> list[Any]:
     """Run all `calls` at the same time, each in its own process; returns their results in order.
 
-    Results travel by pickle. A traceback in one, a process that dies and a time-out are `AssertionError`s.
+    Results travel by pickle. A traceback in one and a process that dies are `AssertionError`s.
     """
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
@@ -76,26 +78,24 @@ def fork(calls: Sequence[Call], *, timeout: float = 240) -> list[Any]:
     by_index: dict[int, Any] = {}
     try:
         for _ in processes:
-            _await_result(processes, results, timeout)
+            wait_for("a result of a process", lambda: _has_result(processes, results))
             index, value, error = results.get()
             assert error is None, f"process {index}:\n{error}"
             by_index[index] = value
-        for process in processes:
-            process.join(timeout)
+        for index, process in enumerate(processes):
+            process.join(LIMIT)
+            assert process.exitcode is not None, f"process {index} did not end within {LIMIT:g} s"
     finally:
         for process in processes:
             process.kill()
     return [by_index[index] for index in range(len(calls))]
 
 
-def _await_result(processes: list[Any], results: Any, timeout: float) -> None:
-    waited = 0.0
-    while results.empty():
-        dead = [p.exitcode for p in processes if p.exitcode not in (None, 0)]
-        assert not dead or not results.empty(), f"a process ended with exit code {dead}"
-        assert waited < timeout, f"no result within {timeout} s"
-        processes[0].join(0.02)
-        waited += 0.02
+def _has_result(processes: list[Any], results: Any) -> bool:
+    dead = [p.exitcode for p in processes if p.exitcode not in (None, 0)]  # first: its result comes before
+    found = not results.empty()
+    assert found or not dead, f"a process ended with exit code {dead}"
+    return found
 
 
 def _as_rank(rank: int, world: int, store: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -106,9 +106,9 @@ def _as_rank(rank: int, world: int, store: str, function: Callable[..., Any], ar
     return result
 
 
-def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call `function(*args)` on each of `world` ranks of a gloo group; returns the results by rank."""
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         calls = [(_as_rank, (rank, world, store, function, args)) for rank in range(world)]
-        return fork(calls, timeout=timeout)
+        return fork(calls)

@@ -364,7 +364,7 @@ def test_a_forked_process_goes_on_by_itself(folder: Path, tokenizer: Tokenizer) 
     def child() -> list[list[list[int]]]:
         return [ahead.next_batch()[0].tolist() for _ in range(3)]
 
-    (found,) = forks.fork([(child, ())], timeout=30)
+    (found,) = forks.fork([(child, ())])
     assert ahead.state_dict() == state
     assert found == [ahead.next_batch()[0].tolist() for _ in range(3)]
     ahead.close()

@@ -194,4 +194,4 @@ def _compiled() -> list[str]:
 
 @compiles
 def test_compiled_block_equals_the_eager_one() -> None:
-    assert ranks.run(2, _compiled, timeout=300) == [[], []]
+    assert ranks.run(2, _compiled) == [[], []]
