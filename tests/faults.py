@@ -15,6 +15,7 @@ import torch
 import __main__
 from octavo import train
 from octavo.checkpoint.checkpointer import Checkpointer
+from tests.models import shallow_llama  # noqa: F401 - for `runs.shallow` beside a fault
 
 Trainer = getattr(__main__, "Trainer", train.Trainer)  # python -m octavo.train
 FAULT = json.loads(os.environ.get("OCTAVO_TEST_FAULT", "{}"))

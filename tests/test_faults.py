@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -17,9 +16,9 @@ from octavo.checkpoint.reader import read_model, read_state
 from octavo.distributed import status
 from octavo.distributed.watchdog import Watchdog
 from octavo.launch import plan
-from tests import runs
+from tests import runs, warm
 
-FLAG = {"experimental.custom_import": "tests.faults"}
+FLAG = {**runs.shallow(4), "experimental.custom_import": "tests.faults"}
 SAVES = {"checkpoint.enable": "true", "checkpoint.interval": 100, **FLAG}
 
 
@@ -226,7 +225,7 @@ def test_spike_is_told_and_never_taken_in(fault, tmp_path):
 def launch(folder, flags, fault, *, ngpu=2):
     merged = {"job.dump_folder": folder, "training.dataset": runs.small_corpus(), **runs.TINY, **flags}
     return subprocess.Popen(
-        [sys.executable, "-m", "octavo.launch", *(f"--{key}={value}" for key, value in merged.items())],
+        [warm.python(), "-m", "octavo.launch", *(f"--{key}={value}" for key, value in merged.items())],
         env={
             **os.environ,
             **fault,
@@ -290,7 +289,7 @@ def test_a_stage_that_hangs_is_ended_at_the_timeout(degree, seconds, monkeypatch
 
 def test_signal_to_the_launcher_during_steps(tmp_path):
     sent = signal.SIGTERM
-    process = launch(tmp_path, {**SAVES, "training.steps": 1000}, {})
+    process = launch(tmp_path, {**SAVES, "training.steps": 10_000}, {})
     while process.poll() is None and not (tmp_path / "metrics.jsonl").exists():
         time.sleep(0.05)
     process.send_signal(sent)

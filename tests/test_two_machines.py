@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 
 from octavo.distributed import status
-from tests import ranks, runs
+from tests import ranks, runs, warm
 
-SAVES = {"checkpoint.enable": "true", "checkpoint.interval": 2}
+SAVES = {**runs.shallow(2), "checkpoint.enable": "true", "checkpoint.interval": 2}
 
 
 class Machines:
     """Two launchers, and what they write under `folder`."""
 
-    def __init__(self, folder: Path, flags: dict[str, object], *, ordered: bool, processes: int = 1) -> None:
+    def __init__(
+        self, folder: Path, flags: dict[str, object], *, ordered: bool, processes: int, python: str
+    ) -> None:
         self.folder, self.temporary = folder, [folder / f"tmp{number}" for number in range(2)]
         merged = {"job.dump_folder": folder, "training.dataset": runs.small_corpus(), **runs.TINY, **flags}
         common = {
@@ -35,7 +37,7 @@ class Machines:
             own = {"TMPDIR": str(temporary), **({"NODE_RANK": str(number)} if ordered else {})}
             self.launchers.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "octavo.launch", *(f"--{k}={v}" for k, v in merged.items())],
+                    [python, "-m", "octavo.launch", *(f"--{k}={v}" for k, v in merged.items())],
                     env={**os.environ, **common, **own},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
@@ -74,8 +76,9 @@ class Machines:
 def start(tmp_path):
     begun = []
 
-    def start(flags, *, ordered=True, processes=1) -> Machines:
-        begun.append(Machines(tmp_path, flags, ordered=ordered, processes=processes))
+    def start(flags, *, ordered=True, processes=1, python=None) -> Machines:
+        python = python or warm.python()
+        begun.append(Machines(tmp_path, flags, ordered=ordered, processes=processes, python=python))
         return begun[-1]
 
     yield start
@@ -99,7 +102,7 @@ def alive(pid: int) -> bool:
 
 
 def stopped_and_resumed(start, tmp_path, *, processes: int) -> None:
-    first = start({**SAVES, "training.steps": 1000}, ordered=False, processes=processes)
+    first = start({**SAVES, "training.steps": 10_000}, ordered=False, processes=processes)
     first.wait_for_step(2)
     first.launchers[1].send_signal(signal.SIGUSR1)
     codes, errs = first.end()
@@ -113,7 +116,8 @@ def stopped_and_resumed(start, tmp_path, *, processes: int) -> None:
     assert codes == [0, 0], errs
     assert f"resumed step {done}, " in errs[0]
     assert "RNG exact" in errs[0]
-    whole = runs.train(tmp_path / "whole", {"training.steps": done + 2}, world=2 * processes)
+    flags = {**runs.shallow(2), "training.steps": done + 2}
+    whole = runs.train(tmp_path / "whole", flags, world=2 * processes)
     assert losses(tmp_path) == [(x["step"], x["loss"], x["grad_norm"]) for x in whole.metrics]
 
 
@@ -139,7 +143,8 @@ KILLED = {
     "killed", [pytest.param(who, marks=[] if who == "launcher 0" else [pytest.mark.slow]) for who in KILLED]
 )
 def test_who_is_killed_on_one_machine_is_named_on_the_other(start, killed):
-    machines = start({**SAVES, "training.steps": 1000})
+    # A stand-in's processes are not the launcher's own, and do not end with it.
+    machines = start({**SAVES, "training.steps": 10_000}, python=sys.executable)
     machines.wait_for_step(2)
     what, number = killed.split()
     there = machines.processes(int(number))

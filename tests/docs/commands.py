@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +29,13 @@ def commands_of(page: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Shrunk:
-    """How a command is made small: texts to replace, then what to append."""
+    """How a command is made small: texts to replace, then what to append; and whether Python itself starts it
+    (`tests.warm` otherwise).
+    """
 
     replaced: tuple[tuple[str, str], ...] = ()
     appended: str = ""
+    cold: bool = False
 
     def __call__(self, command: str) -> str:
         for old, new in self.replaced:
@@ -57,7 +59,7 @@ def checkout(folder: Path) -> Path:
     programs = folder / ".venv" / "bin"
     programs.mkdir(parents=True)
     for name, arguments in (("octavo", "-m octavo.cli"), ("python", "")):
-        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
+        (programs / name).write_text(f'#!/bin/sh\nexec "$OCTAVO_PYTHON" {arguments} "$@"\n')
         (programs / name).chmod(0o755)
     texts = folder / "data" / "texts"
     texts.mkdir(parents=True)
@@ -69,13 +71,13 @@ def checkout(folder: Path) -> Path:
     return folder
 
 
-def run(command: str, folder: Path, variables: dict[str, str]) -> None:
+def run(command: str, folder: Path, variables: dict[str, str], python: str) -> None:
     """Run `command` by bash in `folder`; an assignment alone is kept in `variables` for the next ones."""
     assignment = re.fullmatch(r"(\w+)=(\S+)", command)
     if assignment:
         variables[assignment[1]] = assignment[2]
         return
-    environment = {**os.environ, "OCTAVO_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OCTAVO_PYTHON": python, "PYTHONPATH": str(ROOT)}
     shell = "".join(f"{name}={value}; " for name, value in variables.items())
     done = subprocess.run(
         ["bash", "-c", f"set -eu; {shell}{command}"],

@@ -3,10 +3,12 @@
 A command that is not listed fails, and so does a row whose command is in no page any more.
 """
 
+import sys
 from collections.abc import Mapping
 
 import pytest
 
+from tests import warm
 from tests.docs.commands import ROOT, SMALL, Elsewhere, Shrunk, checkout, commands_of, run
 
 As_it_stands = Shrunk()
@@ -17,8 +19,8 @@ eager = Shrunk((("NGPU=8", "NGPU=1"), (" --training.compile", "")), SHORT)
 two = Shrunk((("--training.steps 20", ""),), SHORT)
 
 README: Mapping[str, Shrunk | Elsewhere] = {
-    "./run_train.sh": Shrunk(appended=SMALL),
-    "./run_tests.sh": Shrunk(appended="-n0 -q tests/config/test_names.py"),
+    "./run_train.sh": Shrunk(appended=SMALL, cold=True),
+    "./run_tests.sh": Shrunk(appended="-n0 -q tests/config/test_names.py", cold=True),
     "CFG=./octavo/models/llama3/train_configs/debug_model.toml": As_it_stands,
     "NGPU=8 CONFIG_FILE=$CFG ./run_train.sh --training.compile": eager,
     'NGPU=8 CONFIG_FILE=$CFG ./run_train.sh --training.compile --model.converters="float8"': eager,
@@ -51,7 +53,7 @@ README: Mapping[str, Shrunk | Elsewhere] = {
         ((" --training.steps 560", ""),), SHORT
     ),
     '.venv/bin/octavo generate --checkpoint outputs --prompt "ROMEO."': Shrunk(appended="--max_new_tokens 4"),
-    ".venv/bin/octavo export outputs --out exported": As_it_stands,
+    ".venv/bin/octavo export outputs --out exported": Shrunk(cold=True),
     ".venv/bin/octavo import exported --out imported": As_it_stands,
     "./run_train.sh --job.dump_folder outputs_2 --checkpoint.initial_load_path imported": few,
 }
@@ -101,7 +103,7 @@ def test_the_commands_run_in_their_order(page, tmp_path):
     for command in commands_of(ROOT / page):
         how = PAGES[page][command]
         if isinstance(how, Shrunk):
-            run(how(command), folder, variables)
+            run(how(command), folder, variables, sys.executable if how.cold else warm.python())
 
 
 def test_what_runs_elsewhere_runs_there():

@@ -4,14 +4,13 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests import ranks
+from tests import ranks, warm
 from tests.conftest import ROOT
 
 SCRIPTS = ROOT / "scripts"
@@ -165,7 +164,7 @@ def test_machines_without_numbers_check_that_they_reach_each_other(node):
         "NGPU": "1",
         "RDZV_ENDPOINT": f"127.0.0.1:{ranks.free_port()}",
         "RDZV_TIMEOUT": "60",
-        "OCTAVO_PYTHON": sys.executable,
+        "OCTAVO_PYTHON": warm.python(),
         "ENDS": "0",
     }
     machines = [node("x", **environ) for _ in range(2)]

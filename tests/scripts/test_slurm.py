@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import runs
+from tests import runs, warm
 from tests.conftest import ROOT
 
 # srun as the job uses it: tasks on this machine, each with its number and its output; signals go on to
@@ -56,7 +56,7 @@ def slurm(tmp_path):
             "PATH": f"{commands}:{os.environ['PATH']}",
             "FAKE_SLURM": str(tmp_path),
             "OCTAVO_ROOT": str(ROOT),
-            "OCTAVO_PYTHON": sys.executable,
+            "OCTAVO_PYTHON": warm.python(),
             "LOG_FOLDER": str(tmp_path / "logs"),
             "SLURM_JOB_ID": job,
             "SLURM_JOB_NODELIST": "localhost,localhost",
@@ -95,8 +95,9 @@ def test_a_job_on_two_machines_saves_before_its_time_is_over_and_goes_on(slurm, 
         "job.dump_folder": tmp_path / "out",
         "training.dataset": runs.small_corpus(),
         **runs.TINY,
+        **runs.shallow(2),
         "checkpoint.enable": "true",
-        "checkpoint.interval": 1000,
+        "checkpoint.interval": 10_000,
     }
 
     def start(steps: int, **environ: object) -> subprocess.Popen[str]:
@@ -106,7 +107,7 @@ def test_a_job_on_two_machines_saves_before_its_time_is_over_and_goes_on(slurm, 
     def logs() -> str:
         return "".join(path.read_text() for path in sorted((tmp_path / "logs").iterdir()))
 
-    first = start(1000)
+    first = start(10_000)
     metrics, end = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 300
     while not metrics.exists():
         assert first.poll() is None, (first.communicate(), logs())
