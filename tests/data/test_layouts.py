@@ -14,6 +14,7 @@ def test_world_and_workers_change_on_the_way(tmp_path):
     folder = tmp_path / "prepared"
     prepare([str(runs.small_corpus())], tokenizer="octavo_bpe_2048", out=folder, workers=1)
     common = {
+        **runs.shallow(2),
         "training.dataset": folder,
         "training.global_batch_size": 8,
         "training.seq_len": 32,

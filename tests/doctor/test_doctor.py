@@ -15,6 +15,7 @@ import pytest
 from octavo.doctor import float8, job, machine, main, memory
 from octavo.doctor.findings import Level, fail
 from octavo.float8.selfcheck import Check
+from tests import warm
 from tests.models.own import own_model
 
 BEGIN = memory.begin
@@ -34,6 +35,7 @@ def plain_environment(monkeypatch, tmp_path):
 @pytest.fixture
 def estimated(monkeypatch):
     monkeypatch.setattr(memory, "begin", BEGIN)
+    monkeypatch.setattr(sys, "executable", warm.python())
 
 
 def doctor(capsys, *argv):

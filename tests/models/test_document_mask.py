@@ -120,9 +120,10 @@ def test_trains(tmp_path) -> None:
     """Through the trainer, two ranks in float8: the mask changes the loss, and training goes on."""
     flags = {
         **runs.recipe("rowwise"),
+        **runs.shallow(2),
         "training.dataset": _many_documents(tmp_path),
         "activation_checkpoint.mode": "selective",
-        "optimizer.lr": 2e-3,
+        "optimizer.lr": 4e-3,
     }
     plain = runs.train(tmp_path / "plain", flags)
     masked = runs.train(tmp_path / "masked", {**flags, "training.document_mask": "true"}, world=2)
