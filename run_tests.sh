@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Runs the test suite, one process per core; arguments go to pytest:  ./run_tests.sh tests/float8 -k rowwise
+# With --all, the long sweeps (marked slow) too: hours.
 # The Python is found or made as for run_train.sh (scripts/python_env.sh), with the extra "test".
 set -euo pipefail
 
@@ -17,4 +18,14 @@ find_python "$root" train,test tyro tokenizers pytest xdist hypothesis expecttes
 # Tests run side by side, so each has one thread; tests/conftest.py says the same for a bare `pytest`.
 export OMP_NUM_THREADS=1 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 cd "$root"
-exec "$OCTAVO_RESOLVED_PYTHON" -m pytest --numprocesses auto --dist worksteal "$@"
+arguments=()
+for argument in "$@"; do
+  if [[ $argument == --all ]]; then
+    arguments+=(-m 'slow or not slow')
+  else
+    arguments+=("$argument")
+  fi
+done
+# Whole files, as what they share is made once; in the order of tests/conftest.py.
+exec "$OCTAVO_RESOLVED_PYTHON" -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder \
+  ${arguments[@]+"${arguments[@]}"}

@@ -38,11 +38,27 @@ settings.register_profile("octavo", derandomize=True, deadline=None, database=No
 settings.load_profile("octavo")
 
 
+# The files that take longest. ./run_tests.sh hands out whole files in this order: in the end no core is left
+# with a long one while the others are idle.
+LONG = (
+    *("float8/kernels/test_interpreted.py", "float8/test_compile.py", "test_train.py", "test_layouts.py"),
+    *("docs/test_commands.py", "test_compare.py", "test_faults.py", "float8/kernels/test_aot.py"),
+    *("test_small_training.py", "test_torchrun.py", "float8/test_tensor_parallel.py", "distributed"),
+    *("test_two_machines.py", "test_pipeline.py", "estimating", "doctor", "float8", "checkpoint"),
+)
+
+
+def _turn(item: pytest.Item) -> int:
+    path = item.path.relative_to(ROOT / "tests").as_posix()
+    return next((turn for turn, long in enumerate(LONG) if path.startswith(long)), len(LONG))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=_turn)
     if not config.option.markexpr:
         for item in items:
             if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="a long sweep; by hand: pytest -m slow"))
+                item.add_marker(pytest.mark.skip(reason="a long sweep; ./run_tests.sh --all runs it"))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

@@ -422,6 +422,12 @@ def test_run_tests_in_an_environment_without_test_packages_is_an_error(checkout)
     assert "[train,test]" in start.err
 
 
+def test_run_tests_leaves_the_slow_ones_out_unless_all_are_asked_for(checkout):
+    assert "-m" not in checkout.start("run_tests.sh").report["argv"]
+    asked = checkout.start("run_tests.sh", "--all", "tests/data").report["argv"]
+    assert asked[-3:] == ["-m", "slow or not slow", "tests/data"]
+
+
 def test_run_tests_works_from_any_directory(checkout, tmp_path):
     checkout.start("run_tests.sh")
     start = checkout.start("run_tests.sh", cwd=tmp_path)
