@@ -39,6 +39,9 @@ variables:
                  else .venv beside run_train.sh, made on the first start)
   OCTAVO_TORCH_INDEX
                  package index that torch is installed from on the first start (default: pip's own)
+  OCTAVO_CPU_DTYPE
+                 what training.mixed_precision_param = auto means on a CPU: float32 or bfloat16 (default:
+                 bfloat16 where there are matrix units for it)
   CHECK_ONLY=1   judge the variables and options (exit code 2 if one is wrong), and start nothing
   several machines, the same command on each:
   NNODES         how many machines (default: 1)

@@ -44,7 +44,8 @@ LONG = (
     *("float8/kernels/test_interpreted.py", "float8/test_compile.py", "test_train.py", "test_layouts.py"),
     *("docs/test_commands.py", "test_compare.py", "test_faults.py", "float8/kernels/test_aot.py"),
     *("test_small_training.py", "test_torchrun.py", "float8/test_tensor_parallel.py", "distributed"),
-    *("test_two_machines.py", "test_pipeline.py", "estimating", "doctor", "float8", "checkpoint"),
+    *("test_processors.py", "test_two_machines.py", "test_pipeline.py", "estimating", "doctor"),
+    *("float8", "checkpoint"),
 )
 
 

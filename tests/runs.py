@@ -17,17 +17,22 @@ import tyro  # noqa: F401
 from octavo import train as trainer
 from octavo.assets import CORPORA
 from tests import ranks
+from tests.waiting import LIMIT
 
 # The debug model on few tokens: about 0.2 s a step on one thread.
 TINY = {
     "training.seq_len": 64,
     "training.local_batch_size": 4,
     "training.steps": 4,
+    # Never left to the machine, which chooses bfloat16 where it has units for it.
+    "training.mixed_precision_param": "float32",
     "lr_scheduler.warmup_steps": 1,
     "lr_scheduler.decay_ratio": 0,
     "metrics.log_freq": 1,
     "activation_checkpoint.mode": "none",
 }
+# No process of a busy machine waits in vain for another that still compiles.
+PATIENT = {"comm.init_timeout_seconds": int(LIMIT), "comm.train_timeout_seconds": int(LIMIT)}
 FLOAT8 = {"model.converters": "float8", "float8.filter_fqns": "output"}
 
 
@@ -97,7 +102,8 @@ def _main(argv: list[str], log: Path, port: int, rank: int, world: int) -> int:
 def train(folder: Path, flags: dict[str, Any], *, world: int = 1) -> Run:
     """Train with `flags` (on top of `TINY`) on `world` processes, writing under `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    merged = {"job.dump_folder": folder, "training.dataset": small_corpus(), **TINY, **flags}
+    patient = {} if world == 1 else PATIENT
+    merged = {"job.dump_folder": folder, "training.dataset": small_corpus(), **TINY, **patient, **flags}
     argv = [f"--{key}={value}" for key, value in merged.items()]
     logs = [folder / f"rank{rank}.log" for rank in range(world)]
     try:

@@ -11,7 +11,13 @@ from tests import runs
 pytestmark = pytest.mark.gpu
 
 # Widths that hardware takes, and enough steps that a wrong gradient shows.
-FLAGS = {**runs.TINY, "training.seq_len": 256, "training.local_batch_size": 8, "training.steps": 20}
+FLAGS = {
+    **runs.TINY,
+    "training.mixed_precision_param": "auto",  # bfloat16 on every GPU
+    "training.seq_len": 256,
+    "training.local_batch_size": 8,
+    "training.steps": 20,
+}
 
 
 def train(folder, flags):

@@ -79,10 +79,13 @@ def auto_param_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     """The compute dtype for `training.mixed_precision_param = auto`, and the reason.
 
     A CPU computes bfloat16 faster than float32 only with matrix units (AMX): without any bf16 unit it is
-    several times slower, and with AVX-512's dot products alone it measured slower too.
+    several times slower, and with AVX-512's dot products alone it measured slower too. The variable
+    OCTAVO_CPU_DTYPE overrides this, to train as another machine would.
     """
     if device.type == "cuda":
         return torch.bfloat16, "the GPU's matrix units compute in bfloat16"
+    if asked := os.environ.get("OCTAVO_CPU_DTYPE"):
+        return DTYPES[asked], f"OCTAVO_CPU_DTYPE={asked}"
     if torch.cpu._is_amx_tile_supported():
         return torch.bfloat16, "this CPU has bfloat16 matrix units"
     return (

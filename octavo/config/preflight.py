@@ -82,6 +82,7 @@ def _here(job: JobConfig, gpus: int | None) -> Iterator[str]:
     yield from _on_disk(_initial_load, job, "checkpoint.initial_load_path")
     yield from _compiler(job, gpus)
     yield from _packages(job)
+    yield from _cpu_dtype()
 
 
 def notes(job: JobConfig) -> list[str]:
@@ -427,6 +428,12 @@ def _compiler(job: JobConfig, gpus: int | None) -> Iterator[str]:
             "does not start: install it (Debian, Ubuntu: apt install g++; macOS: xcode-select --install), "
             "name another one in CXX, or leave compilation out (--compile.no-enable)"
         )
+
+
+def _cpu_dtype() -> Iterator[str]:
+    asked = os.environ.get("OCTAVO_CPU_DTYPE", "")
+    if asked not in ("", "float32", "bfloat16"):
+        yield f"OCTAVO_CPU_DTYPE={asked}: expected float32 or bfloat16"
 
 
 def _packages(job: JobConfig) -> Iterator[str]:

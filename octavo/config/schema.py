@@ -161,7 +161,7 @@ class Training:
     """
     mixed_precision_param: names.ParamDtype = "auto"
     """Type of parameters and activations in forward and backward; auto: bfloat16, or float32 on a CPU
-    without bf16 units.
+    without bfloat16 matrix units. On a CPU the variable OCTAVO_CPU_DTYPE overrides that.
     """
     mixed_precision_reduce: names.ReduceDtype = "float32"
     """Type in which gradients are reduced over ranks."""

@@ -34,10 +34,20 @@ def test_peak_of_a_cpu_is_measured_and_says_so():
     assert "measured" in peak.source
 
 
-@pytest.mark.parametrize(("amx", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_dtype_of_a_cpu(monkeypatch, amx, dtype):
+@pytest.mark.parametrize(
+    ("amx", "asked", "dtype"),
+    [
+        (True, "", torch.bfloat16),
+        (False, "", torch.float32),
+        (True, "float32", torch.float32),
+        (False, "bfloat16", torch.bfloat16),
+    ],
+)
+def test_dtype_of_a_cpu(monkeypatch, amx, asked, dtype):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert device.auto_param_dtype(torch.device("cpu"))[0] is dtype
+    monkeypatch.setenv("OCTAVO_CPU_DTYPE", asked)
+    assert device.choose_param_dtype("auto", torch.device("cpu")) is dtype
+    assert device.choose_param_dtype("float32", torch.device("cpu")) is torch.float32
     assert device.auto_param_dtype(torch.device("cuda"))[0] is torch.bfloat16
 
 

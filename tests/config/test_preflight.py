@@ -248,6 +248,16 @@ def test_offloading_needs_fsdp() -> None:
     assert problems(*argv, gpus=2, world_size=2) == ""
 
 
+def test_the_dtype_of_a_cpu_is_one_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked, told in {
+        "": "",
+        "bfloat16": "",
+        "bf16": "OCTAVO_CPU_DTYPE=bf16: expected float32 or bfloat16",
+    }.items():
+        monkeypatch.setenv("OCTAVO_CPU_DTYPE", asked)
+        assert problems() == told
+
+
 PIPE = ["--parallelism.pipeline_parallel_degree=4", "--training.local_batch_size=8"]
 
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.runs import small_corpus
+from tests.waiting import LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
 
 # Few tokens, a short text and two steps.
 SMALL = (
     "--training.steps=2 --training.seq_len=64 --training.local_batch_size=1 "
-    "--lr_scheduler.warmup_steps=1 --metrics.log_freq=1"
+    "--lr_scheduler.warmup_steps=1 --metrics.log_freq=1 --training.mixed_precision_param=float32"
 )
 
 
@@ -85,6 +86,6 @@ def run(command: str, folder: Path, variables: dict[str, str], python: str) -> N
         env=environment,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, f"{command}\nexit code {done.returncode}\n{done.stdout}\n{done.stderr}"

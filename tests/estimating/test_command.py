@@ -18,6 +18,7 @@ from octavo.estimating.weak_scaling import choose
 from octavo.roofline import GPUS
 
 SMALL = ["--training.seq_len=64", "--training.local_batch_size=2", "--activation_checkpoint.mode=none"]
+FLOAT32 = "--training.mixed_precision_param=float32"  # where nothing is said of a GPU
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,8 @@ def test_stages_of_a_pipeline_are_traced_apart_and_the_fullest_is_told(run):
 
 def test_the_peak_of_uneven_stages_is_the_highest_of_all_processes():
     cuts = "--parallelism.pipeline_parallel_split_points=layers.1,layers.2,layers.5"
-    flags = [*SMALL, "--training.local_batch_size=4", "--parallelism.pipeline_parallel_degree=4", cuts]
+    pipeline = ["--training.local_batch_size=4", "--parallelism.pipeline_parallel_degree=4", cuts]
+    flags = [*SMALL, FLOAT32, *pipeline]
     job = config.load(flags)
     told = report.estimate(job, 4, None)
     peaks = [memory_of(trial.log).peak for trial in run_trials(job, 4, range(4))]

@@ -1,0 +1,83 @@
+"""What octavo computes on processors other than this one.
+
+PyTorch and oneDNN choose their code by what the processor has, and each reads a variable that makes it choose
+as on an older one; and OCTAVO_CPU_DTYPE makes the trainer choose as on one with matrix units. Any test can be
+run so, for instance the whole suite:
+
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ./run_tests.sh
+    OCTAVO_CPU_DTYPE=bfloat16 ./run_tests.sh
+
+Here a few tests are, each time in a process of its own: parity with torchao, golden losses, and training that
+once depended on the processor.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.waiting import LIMIT
+
+# What the libraries say of their choice, and then pytest.
+PROGRAM = """
+import sys
+import pytest, torch
+from octavo.components.device import auto_param_dtype
+with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+    torch.relu(torch.ones(64).to_mkldnn())
+print("PyTorch:", torch.backends.cpu.get_cpu_capability())
+print("auto:", auto_param_dtype(torch.device("cpu"))[0], flush=True)
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+@dataclass(frozen=True)
+class Processor:
+    """variables: what makes the libraries choose as on it. told: what they then say, a regular expression.
+    tests: what is run.
+    """
+
+    variables: dict[str, str]
+    told: str
+    tests: tuple[str, ...]
+
+
+PARITY = (
+    "tests/float8/test_parity.py::test_small_layers_equal_torchao[tensorwise]",
+    "tests/float8/test_parity.py::test_small_layers_equal_torchao[rowwise]",
+)
+GOLDEN = ("tests/test_train.py::test_golden_losses[tensorwise]",)
+TRAINING = ("tests/test_small_training.py::test_a_chunked_loss_trains_alike[1]",)
+PROCESSORS = {
+    "AVX2": Processor(
+        {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        r"isa:Intel AVX2\n(.*\n)*PyTorch: AVX2\n",
+        (*PARITY, *GOLDEN),
+    ),
+    "AVX-512 without bfloat16": Processor(
+        {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+        r"isa:Intel AVX(2|-512 with AVX512BW, AVX512VL, and AVX512DQ extensions)\n",
+        PARITY,
+    ),
+    "bfloat16 matrix units": Processor({"OCTAVO_CPU_DTYPE": "bfloat16"}, "auto: torch.bfloat16\n", TRAINING),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_few_tests_pass_as_on(name):
+    processor = PROCESSORS[name]
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *processor.tests],
+        cwd=ROOT,
+        env={**os.environ, **processor.variables},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert re.search(processor.told, ended.stdout), ended.stdout
+    assert f"\n{len(processor.tests)} passed" in ended.stdout
