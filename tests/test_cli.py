@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 import octavo
 from octavo.cli import COMMANDS, main
 from octavo.config.schema import SECTIONS, JobConfig
+from tests.waiting import LIMIT
 
 ROOT = Path(__file__).parents[1]
 LLAMA3_8B = ROOT / "octavo/models/llama3/train_configs/llama3_8b.toml"
@@ -20,7 +20,7 @@ LLAMA3_8B = ROOT / "octavo/models/llama3/train_configs/llama3_8b.toml"
 def run_python(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, *argv], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, *argv], cwd=cwd, env=environment, capture_output=True, text=True, timeout=LIMIT
     )
 
 
@@ -109,15 +109,15 @@ def test_a_full_disk_behind_the_output_is_one_line() -> None:
     )
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=LIMIT
+        )
     assert done.returncode == 1
     assert done.stderr == "octavo: what it prints cannot be written: No space left on device\n"
 
 
 def test_help_of_train_lists_every_key_with_its_default_once(tmp_path: Path) -> None:
-    start = time.perf_counter()
     result = run_python("-m", "octavo.cli", "train", "--help", cwd=tmp_path)
-    seconds = time.perf_counter() - start
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     for section, keys in SECTIONS.items():
@@ -129,7 +129,6 @@ def test_help_of_train_lists_every_key_with_its_default_once(tmp_path: Path) -> 
                 and line.split()[1].rstrip(",") == f"--{section}.{key}"
             ]
             assert len(named) == 1, (section, key)
-    assert seconds < 5, "measured 0.4 s; it must stay far below what importing torch costs"
 
 
 def test_loading_checking_and_helping_import_neither_torch_nor_numpy(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,14 @@ from octavo.comparing.saved import saved_bytes
 from octavo.config import ConfigError
 from tests.models.own import own_model
 from tests.runs import small_corpus
+from tests.waiting import LIMIT, wait_for
 
 STEPS = 16
 # As many tokens as it takes for the gradients to be small: the control has to lose them.
-SMALL = ["--config_file=debug_model.toml", "--training.seq_len=128", "--checkpoint.interval=4"]
+SMALL = [
+    *("--config_file=debug_model.toml", "--training.seq_len=128", "--checkpoint.interval=4"),
+    "--training.mixed_precision_param=float32",
+]
 
 
 def command(out: Path, *flags: str) -> list[str]:
@@ -41,16 +44,14 @@ def killed_twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[s
     """A comparison that was killed in the middle of its first runs, gone on with, and called once more."""
     out = tmp_path_factory.mktemp("comparison")
     first = subprocess.Popen(command(out), stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 120
-    while last_step(out, "bf16") < 6 and time.monotonic() < end:
-        time.sleep(0.05)
+    wait_for("step 6 of bf16", lambda: last_step(out, "bf16") >= 6)
     first.kill()
     first.wait()
     at = last_step(out, "bf16")
-    second = subprocess.run(command(out), capture_output=True, text=True, timeout=600, check=False)
+    second = subprocess.run(command(out), capture_output=True, text=True, timeout=LIMIT, check=False)
     assert second.returncode == 0, second.stderr
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/metrics.jsonl")}
-    third = subprocess.run(command(out), capture_output=True, text=True, timeout=200, check=False)
+    third = subprocess.run(command(out), capture_output=True, text=True, timeout=LIMIT, check=False)
     assert third.returncode == 0, third.stderr
     untouched = stamps == {path: path.stat().st_mtime_ns for path in stamps}
     return out, {"at": at, "second": second, "third": third, "untouched": untouched}
@@ -230,7 +231,7 @@ def test_a_signal_stops_the_runs_and_asks_for_the_same_command(tmp_path: Path) -
                 break
         os.kill(started.pid, signal.SIGTERM)
         rest = started.stderr.read()
-        assert started.wait(timeout=120) == 75, rest
+        assert started.wait(timeout=LIMIT) == 75, rest
     assert "the same command goes on" in rest
 
 
@@ -245,10 +246,11 @@ with open(sys.argv[1] + "/metrics.jsonl", "w") as file:
 
 
 def begin(executor: Executor, run: Run) -> _Active:
-    """In place of `Executor._start`: a run of 400 steps, and 4 s."""
+    """In place of `Executor._start`: a run of 400 steps, and 4 s, which stops as it should."""
     folder = executor._plan.folder(run)
     folder.mkdir(parents=True)
     process = subprocess.Popen([sys.executable, "-c", STEPPING, str(folder)])
+    wait_for("the stand-in's handler", (folder / "metrics.jsonl").exists)
     return _Active(run, process, (folder / "log.txt").open("ab"))
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import LIMIT
+
 ROOT = Path(__file__).resolve().parents[1]
 PROMISES = """
 import atexit, concurrent.futures, sys, threading, time
@@ -28,7 +30,7 @@ print("never")
 def run(code: str, **options: object) -> subprocess.CompletedProcess[str]:
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=buffered, text=True, timeout=60, **options
+        [sys.executable, "-c", code], cwd=ROOT, env=buffered, text=True, timeout=LIMIT, **options
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from octavo.config import names
+from tests.waiting import LIMIT
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "octavo"
@@ -106,7 +107,7 @@ def test_the_library_needs_torch_alone(file):
 
 
 def in_a_process_of_its_own(program: str) -> str:
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 

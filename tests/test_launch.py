@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from octavo import launch
 from octavo.config import ConfigError
 from octavo.config.files import TRAIN_CONFIGS
 from octavo.launch import plan, visible_gpus
+from tests.waiting import LIMIT
 
 
 def planned(
@@ -293,7 +293,7 @@ def command(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, **environ},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT,
     )
 
 
@@ -335,10 +335,8 @@ def test_check_only_starts_nothing(capsys, monkeypatch):
 
 
 def test_help_is_printed_once_with_options_and_variables():
-    began = time.monotonic()
     ended = command("--training.steps=0", "--help", NGPU="0")
 
-    assert time.monotonic() - began < 3
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""
     for once in ("--training.steps", "CONFIG_FILE    ", "NGPU    ", "LOG_RANK  ", "OCTAVO_TORCH_INDEX\n"):

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +22,7 @@ from octavo.data.loader import DataLoader
 from octavo.data.records import BadRecords
 from octavo.prepare import prepare, verify
 from tests import runs
+from tests.waiting import LIMIT, wait_for
 
 TOKENIZER = "octavo_bpe_2048"
 TEXTS = [
@@ -170,16 +170,18 @@ def test_a_killed_command_is_gone_on_with_and_leaves_no_process(tmp_path: Path) 
     command = [sys.executable, "-m", "octavo.cli", *arguments]
     partial = tmp_path / "out.partial"
     process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE)
-    while not (partial / "progress.json").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
+    progress = partial / "progress.json"
+    wait_for("some progress, or an end", lambda: progress.exists() or process.poll() is not None)
+    assert process.poll() is None
     process.kill()
-    process.communicate(timeout=60)  # ends when nobody holds stderr any more, the workers neither
+    process.communicate(timeout=LIMIT)  # ends when nobody holds stderr any more, the workers neither
     assert not (tmp_path / "out").exists()
-    done = json.loads((partial / "progress.json").read_bytes())["number"]
+    done = json.loads(progress.read_bytes())["number"]
     assert done >= 1
     for out in ("out", "whole"):
-        subprocess.run([*command, "--out", str(tmp_path / out)], check=True, capture_output=True, timeout=200)
+        subprocess.run(
+            [*command, "--out", str(tmp_path / out)], check=True, capture_output=True, timeout=LIMIT
+        )
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 

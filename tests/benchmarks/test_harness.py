@@ -14,6 +14,7 @@ from benchmarks.harness.machine import Conditions, describe, summarise
 from benchmarks.harness.options import Budget
 from benchmarks.harness.report import file_stem, table
 from octavo.timing import Spread
+from tests.waiting import wait_for
 
 CPU = torch.device("cpu")
 
@@ -78,12 +79,8 @@ def test_conditions_come_from_nvidia_smi(tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: object())
-    import time
-
     with Conditions(torch.device("cuda")) as conditions:
-        end = time.monotonic() + 10
-        while not conditions.summary() and time.monotonic() < end:
-            time.sleep(0.01)
+        wait_for("a line of nvidia-smi", conditions.summary)
     assert conditions.summary()["power_watts"]["median"] == 300.0
     assert conditions._process.poll() is not None
     assert "-lms 500" in Path(f"{program}.args").read_text()

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import LIMIT
+
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torchao's
@@ -64,7 +66,7 @@ def test_elder_benchmarks():
     started = [subprocess.Popen(command, **pipes) for command in commands]
     printed = {}
     for name, process in zip(names, started, strict=True):
-        out, error = process.communicate(timeout=300)
+        out, error = process.communicate(timeout=LIMIT)
         assert process.returncode == 0, error[-2000:]
         printed[name] = out
     assert "crc32" in printed["checkpoint"]

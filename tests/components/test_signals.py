@@ -33,8 +33,8 @@ def test_the_first_signal_counts_and_more_change_nothing():
         assert received.received == signal.SIGUSR1
 
 
-def _interrupted_twice(pause):
-    signals._INSISTS_AFTER = 0.2
+def _interrupted_twice(insists_after, pause):
+    signals._INSISTS_AFTER = insists_after
     with Signals():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(pause)
@@ -43,9 +43,9 @@ def _interrupted_twice(pause):
 
 
 def test_a_second_ctrl_c_ends_the_process_at_once():
-    assert ranks.fork([(_interrupted_twice, (0.0,))]) == ["alive"]
+    assert ranks.fork([(_interrupted_twice, (1000.0, 0.0))]) == ["alive"]
     with pytest.raises(AssertionError, match=r"ended with exit code \[-2\]"):
-        ranks.fork([(_interrupted_twice, (0.3,))])
+        ranks.fork([(_interrupted_twice, (0.2, 0.3))])
 
 
 def test_who_ignores_the_terminals_end_goes_on_ignoring_it():

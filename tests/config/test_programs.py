@@ -9,6 +9,7 @@ import pytest
 
 from octavo.config import programs
 from octavo.config.programs import download_command, missing_cxx, octavo_command
+from tests.waiting import LIMIT
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,7 +80,7 @@ def test_a_checkout_without_a_script_is_called_through_its_python(here: Path) ->
     # In an environment without octavo: no PYTHONPATH but the command's own.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     ended = subprocess.run(
-        f"{command} --version", shell=True, env=environment, capture_output=True, text=True, timeout=60
+        f"{command} --version", shell=True, env=environment, capture_output=True, text=True, timeout=LIMIT
     )
     assert (ended.returncode, ended.stdout[:7]) == (0, "octavo "), ended.stderr
 

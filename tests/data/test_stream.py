@@ -20,6 +20,7 @@ from octavo.data.build import build_dataloader
 from octavo.data.loader import DataLoader, merge_state_dicts
 from octavo.data.records import BadRecords
 from octavo.data.stream import StreamedCorpus, hub_files
+from tests.waiting import LIMIT
 
 SEQ_LEN = 16
 FILES = 6
@@ -301,7 +302,11 @@ sys.exit(7)
 
 def test_a_process_ends_cleanly_while_it_reads_ahead(copy: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", ABANDONED, str(copy)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", ABANDONED, str(copy)],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
     )
     assert (run.returncode, run.stderr) == (7, "")
 

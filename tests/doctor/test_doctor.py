@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +16,7 @@ from octavo.doctor.findings import Level, fail
 from octavo.float8.selfcheck import Check
 from tests import warm
 from tests.models.own import own_model
+from tests.waiting import LIMIT, wait_for, wait_for_text
 
 BEGIN = memory.begin
 
@@ -212,8 +212,6 @@ def test_a_flavor_is_not_judged_without_its_model(capsys):
     ],
 )
 def test_what_comes_next_works_as_it_stands(capsys, monkeypatch, wrong, kept):
-    monkeypatch.setattr(job.memory, "_SECONDS", 0.01)  # it is not about memory
-
     code, told = doctor(capsys, *wrong)
 
     assert code == 2
@@ -259,7 +257,7 @@ def test_a_tokenizer_nobody_publishes_gets_no_made_up_command(capsys):
     [(1, "ok", "and the machine has", "Ready:"), (10**6, "warn", "not fit", "Doubtful:")],
 )
 def test_the_memory_that_a_job_would_take(capsys, monkeypatch, estimated, batch, level, words, verdict):
-    monkeypatch.setattr(job.memory, "_SECONDS", 240.0)
+    monkeypatch.setattr(job.memory, "_SECONDS", LIMIT)
 
     code, told = doctor(capsys, "--config-file=debug_model.toml", f"--training.local_batch_size={batch}")
 
@@ -273,22 +271,26 @@ def test_the_memory_that_a_job_would_take(capsys, monkeypatch, estimated, batch,
 
 def test_what_an_estimate_forked_ends_with_it(monkeypatch, tmp_path):
     """The processes that trace are forks of the one that is waited for."""
-    program = tmp_path / "estimate"
-    program.write_text("#!/bin/sh\nsleep 60 &\necho $! > forked\nwait\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(job.memory.sys, "executable", str(program))
-    monkeypatch.setattr(job.memory, "_SECONDS", 1.0)
+    monkeypatch.setattr(job.memory.sys, "executable", endless(tmp_path))
+    monkeypatch.setattr(job.memory, "_SECONDS", 0.0)
 
     estimate = job.memory.Estimate([], 1, 0)
+    forked = int(wait_for_text(tmp_path / "forked", "\n"))
     assert job.memory.look(estimate, here=1, gpus=0).level is Level.NOTE
 
-    forked = int((tmp_path / "forked").read_text())
-    for _ in range(50):  # the system reaps it in its own time
-        if _has_ended(forked):
-            return
-        time.sleep(0.1)
-    os.kill(forked, signal.SIGKILL)
-    pytest.fail("a fork of the estimate outlived it")
+    try:
+        wait_for("the end of the estimate's fork", lambda: _has_ended(forked))
+    except AssertionError:
+        os.kill(forked, signal.SIGKILL)
+        raise
+
+
+def endless(folder):
+    """A program in place of Python's, for an estimate that forks and never comes to an end."""
+    program = folder / "estimate"
+    program.write_text("#!/bin/sh\nsleep 1000 &\necho $! > forked\nwait\n")
+    program.chmod(0o755)
+    return str(program)
 
 
 def _has_ended(process):
@@ -300,8 +302,9 @@ def _has_ended(process):
     return state == "Z"
 
 
-def test_an_estimate_that_takes_too_long_is_left(capsys, monkeypatch, estimated):
-    monkeypatch.setattr(job.memory, "_SECONDS", 0.01)
+def test_an_estimate_that_takes_too_long_is_left(capsys, monkeypatch, estimated, tmp_path):
+    monkeypatch.setattr(job.memory.sys, "executable", endless(tmp_path))
+    monkeypatch.setattr(job.memory, "_SECONDS", 0.0)
 
     code, told = doctor(capsys, "--config-file=debug_model.toml")
 
@@ -371,7 +374,7 @@ def test_without_torch_it_says_so_and_how_to_get_it():
         "from octavo.doctor.main import main; sys.exit(main(['--config-file', 'debug_model.toml', '--json']))"
     )
 
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT)
 
     told = json.loads(ended.stdout)
     assert ended.returncode == told["exit_code"] == 1

@@ -11,6 +11,7 @@ import pytest
 from octavo import download, hub
 from octavo.assets import TOKENIZERS
 from tests.download.servers import REPOSITORY, SHARD, TOKEN, HubServer, Store, World
+from tests.waiting import LIMIT
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[World]:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.delenv("HF_TOKEN_PATH", raising=False)
     monkeypatch.setattr(hub, "RETRY_WAITS", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(hub, "TIMEOUT", 5.0)
+    monkeypatch.setattr(hub, "TIMEOUT", LIMIT)
     monkeypatch.chdir(tmp_path)
     yield state
     for server in servers:

@@ -25,6 +25,7 @@ from tests.download.servers import (
     World,
     folder_content,
 )
+from tests.waiting import LIMIT
 
 
 @pytest.mark.parametrize(
@@ -113,11 +114,18 @@ def test_as_a_command_of_octavo(world: World) -> None:
     environment = {**os.environ, "HF_TOKEN": TOKEN}
     world.token = TOKEN
     arguments = [sys.executable, "-c", command, "download", "--repo_id", REPOSITORY]
-    run = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(
+        arguments, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+    )
     assert (run.returncode, run.stderr) == (0, "")
     assert TOKEN not in run.stdout
     assert folder_content().keys() == TOKENIZER_FILES
     helped = subprocess.run(
-        [*arguments[:4], "--help"], env=environment, capture_output=True, text=True, timeout=60, check=False
+        [*arguments[:4], "--help"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
     )
     assert (helped.returncode, "HF_TOKEN" in helped.stdout, TOKEN in helped.stdout) == (0, True, False)

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.waiting import LIMIT
+
 ROOT = Path(__file__).resolve().parents[2]
 
 TOOLS = (
@@ -126,7 +128,7 @@ class Checkout:
         self, script: str | Path = "run_train.sh", *args: str, cwd: Path | None = None, **environ: str
     ) -> Start:
         process = self.begin(script, *args, cwd=cwd, **environ)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=LIMIT)
         return Start(process.returncode, out, err)
 
     def environment(self, name: str, packages: Mapping[str, str], modules: Sequence[str]) -> Path:

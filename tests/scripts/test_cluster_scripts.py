@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import yaml
 
 from tests import ranks, warm
 from tests.conftest import ROOT
+from tests.waiting import LIMIT
 
 SCRIPTS = ROOT / "scripts"
 SMI = """#!/bin/bash
@@ -40,7 +40,7 @@ def check(tmp_path: Path, *, listing=TWO, ecc="0, 0\\n1, 0\\n", busy="", **envir
         env={**os.environ, **variables, **environ},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=LIMIT,
     )
 
 
@@ -93,13 +93,13 @@ def node(tmp_path):
         ("scripts/run_node.sh", (SCRIPTS / "run_node.sh").read_text()),
         (
             "scripts/health_check.sh",
-            "#!/bin/bash\n[[ -z $SLOW ]] || { echo checks; exec sleep 20; }\nexit ${UNFIT:-0}\n",
+            "#!/bin/bash\n[[ -z $SLOW ]] || { echo checks; exec sleep 1000; }\nexit ${UNFIT:-0}\n",
         ),
         (
             "run_train.sh",
             '#!/bin/bash\n[[ -z $CHECK_ONLY ]] || exit "${WRONG:-0}"\n'
-            "trap 'sleep 0.5; exit 75' TERM\necho \"$@\"\n"
-            '[[ -z $ENDS ]] || exit "$ENDS"\nfor _ in {1..200}; do sleep 0.1; done\n',
+            "trap 'sleep 0.5; echo saved; exit 75' TERM\necho \"$@\"\n"
+            '[[ -z $ENDS ]] || exit "$ENDS"\nfor _ in {1..9999}; do sleep 0.1; done\n',
         ),
     ):
         (tmp_path / name).write_text(text)
@@ -132,7 +132,7 @@ def node(tmp_path):
 )
 def test_exit_codes_of_a_machine(node, environ, code):
     process = node("--a=b c", **environ)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == code
     assert out.startswith("--a=b c\n") != ("UNFIT" in environ or "WRONG" in environ)
 
@@ -140,22 +140,18 @@ def test_exit_codes_of_a_machine(node, environ, code):
 def test_a_signal_reaches_training_and_its_save_is_waited_for(node):
     process = node("x")
     assert process.stdout.readline() == "x\n"
-    began = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
-    assert process.returncode == 75
-    assert time.monotonic() - began > 0.4
+    out, _ = process.communicate(timeout=LIMIT)
+    assert (process.returncode, out) == (75, "saved\n")
 
 
 @pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_during_a_check_ends_it_and_nothing_is_lost(node, sent):
     process = node("x", SLOW="1")
     assert process.stdout.readline() == "checks\n"
-    began = time.monotonic()
     process.send_signal(sent)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=LIMIT)
     assert (process.returncode, out) == (75, "")
-    assert time.monotonic() - began < 10
 
 
 def test_machines_without_numbers_check_that_they_reach_each_other(node):
@@ -163,12 +159,12 @@ def test_machines_without_numbers_check_that_they_reach_each_other(node):
         "NNODES": "2",
         "NGPU": "1",
         "RDZV_ENDPOINT": f"127.0.0.1:{ranks.free_port()}",
-        "RDZV_TIMEOUT": "60",
+        "RDZV_TIMEOUT": f"{LIMIT:.0f}",
         "OCTAVO_PYTHON": warm.python(),
         "ENDS": "0",
     }
     machines = [node("x", **environ) for _ in range(2)]
-    outs = [machine.communicate(timeout=120)[0] for machine in machines]
+    outs = [machine.communicate(timeout=LIMIT)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outs
     assert "octavo: 2 processes reach each other by gloo" in "".join(outs)
     assert "Traceback" not in "".join(outs)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from tests.scripts import checkout as checkouts
 from tests.scripts.checkout import Checkout
+from tests.waiting import LIMIT, wait_for
 
 FITTING = {"torch": "2.13.0"}
 TRAIN = ("tyro", "tokenizers")
@@ -31,10 +31,7 @@ def venv_python(checkout: Checkout) -> str:
 
 def wait_until_pip_hangs(checkout: Checkout) -> None:
     hangs = Path(checkout.environ["FAKE_PIP_LOG"] + ".hangs")
-    deadline = time.monotonic() + 30
-    while not hangs.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for("pip to hang", hangs.exists)
 
 
 # What is installed
@@ -54,17 +51,14 @@ def test_first_start_installs_the_cpu_build_of_torch_and_then_octavo_with_torch_
     assert start.report["module"] == "octavo.launch"
 
 
-def test_second_start_installs_nothing_says_nothing_and_is_quick(checkout):
+def test_second_start_installs_nothing_and_says_nothing(checkout):
     checkout.start()
     calls = checkout.pip_calls
-    began = time.monotonic()
     start = checkout.start(FAKE_INDEX="none")
-    took = time.monotonic() - began
 
     assert start.code == 0
     assert start.err == ""
     assert checkout.pip_calls == calls
-    assert took < 3
 
 
 def test_an_index_without_cpu_builds_is_told_before_the_download(checkout):
@@ -230,7 +224,7 @@ def test_two_starts_at_once_install_once(checkout, lock):
         (checkout.tools / "flock").unlink()
     first = checkout.begin()
     second = checkout.begin()
-    results = [(*process.communicate(timeout=60), process.returncode) for process in (first, second)]
+    results = [(*process.communicate(timeout=LIMIT), process.returncode) for process in (first, second)]
 
     assert [code for _, _, code in results] == [0, 0], results
     assert len(checkout.pip_calls) == 2
@@ -387,7 +381,7 @@ def test_a_package_of_the_working_directory_does_not_shadow_octavo(checkout, tmp
 def test_the_exit_code_and_the_process_are_the_programs_own(checkout):
     active = checkout.environment("active", FITTING, TRAIN)
     process = checkout.begin(VIRTUAL_ENV=str(active), FAKE_EXIT="7")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=LIMIT)
 
     assert process.returncode == 7
     assert f'"pid": {process.pid},' in out, err  # no shell in between: signals reach it

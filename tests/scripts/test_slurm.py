@@ -4,13 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests import runs, warm
 from tests.conftest import ROOT
+from tests.waiting import LIMIT, wait_for, wait_for_text
 
 # srun as the job uses it: tasks on this machine, each with its number and its output; signals go on to
 # all of them, and the exit code is the highest.
@@ -107,14 +107,12 @@ def test_a_job_on_two_machines_saves_before_its_time_is_over_and_goes_on(slurm, 
     def logs() -> str:
         return "".join(path.read_text() for path in sorted((tmp_path / "logs").iterdir()))
 
-    first = start(10_000)
-    metrics, end = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 300
-    while not metrics.exists():
-        assert first.poll() is None, (first.communicate(), logs())
-        assert time.monotonic() < end, logs()
-        time.sleep(0.1)
+    first = start(10**6)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    wait_for("a report or an end", lambda: metrics.exists() or first.poll() is not None)
+    assert first.poll() is None, (first.communicate(), logs())
     first.send_signal(signal.SIGUSR1)
-    out, _ = first.communicate(timeout=300)
+    out, _ = first.communicate(timeout=LIMIT)
     assert first.returncode == 75, (out, logs())
     assert "octavo: SIGUSR1; the machines save and stop" in out
     (call,) = requeued(tmp_path)
@@ -127,7 +125,7 @@ def test_a_job_on_two_machines_saves_before_its_time_is_over_and_goes_on(slurm, 
 
     done = len(metrics.read_text().splitlines())
     again = start(done + 1, SLURM_RESTART_COUNT=1, CHECK_NETWORK=0)
-    out, _ = again.communicate(timeout=300)
+    out, _ = again.communicate(timeout=LIMIT)
     assert again.returncode == 0, (out, logs())
     assert f"resumed step {done}, " in logs()
     assert len(metrics.read_text().splitlines()) == done + 1
@@ -142,7 +140,7 @@ def test_what_may_pass_is_started_again_and_what_would_come_again_is_not(
     slurm, tmp_path, command, starts, code
 ):
     job = slurm(FAKE_COMMAND=command, MAX_RESTARTS=2)
-    out, _ = job.communicate(timeout=120)
+    out, _ = job.communicate(timeout=LIMIT)
     assert job.returncode == code, out
     assert out.count("octavo: start ") == starts
     assert requeued(tmp_path) == []
@@ -160,13 +158,12 @@ def test_what_may_pass_is_started_again_and_what_would_come_again_is_not(
 )
 def test_what_is_requeued_after_a_signal(slurm, tmp_path, sent, code, again):
     script = tmp_path / "saves.sh"
-    script.write_text(f"trap 'exit {code}' USR1\necho ready\nfor _ in {{1..300}}; do sleep 0.1; done\n")
+    script.write_text(f"trap 'exit {code}' USR1\necho ready\nfor _ in {{1..9999}}; do sleep 0.1; done\n")
     job = slurm(FAKE_COMMAND=f"bash {script}")
     logs = [tmp_path / "logs" / f"node-{number}.log" for number in range(2)]
-    while not all(log.exists() and "ready" in log.read_text() for log in logs):
-        assert job.poll() is None
-        time.sleep(0.05)
+    for log in logs:
+        wait_for_text(log, "ready")
     job.send_signal(sent)
-    out, _ = job.communicate(timeout=120)
+    out, _ = job.communicate(timeout=LIMIT)
     assert job.returncode == code, out
     assert bool(requeued(tmp_path)) == again
