@@ -13,6 +13,8 @@ are registers that did not fit and live in memory: a kernel that moves bytes has
 from __future__ import annotations
 
 import argparse
+import hashlib
+import inspect
 import json
 import re
 import subprocess
@@ -20,12 +22,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from octavo.float8.kernels import (
     adamw_cast,
@@ -145,6 +150,8 @@ class Compiled:
     """Whether the kernel writes float8."""
     native: bool
     """Whether the hardware's saturating conversion is in its PTX."""
+    key: str
+    """Hash of all that the row depends on, the compiler's version included: the same key, the same row."""
 
 
 def _signature(job: Job, constants: dict[str, Any], dtype: str, scales: str) -> tuple[dict[str, str], dict]:
@@ -171,35 +178,83 @@ def _signature(job: Job, constants: dict[str, Any], dtype: str, scales: str) -> 
     return signature, attributes
 
 
-def compile_one(job: Job, config: Config, dtype: str, float8: str, scales: str, arch: int) -> Compiled:
-    """Compile for sm_`arch` and read the result."""
-    numbers = {"MANTISSA": 3 if float8 == "e4m3" else 2, "SCALES": SCALE_FORMATS[scales]}
-    tile = {name: value for name, value in config.items() if not name.startswith("num_")}
-    constants = {
-        name: value
-        for name, value in {**numbers, **job.constants, **tile}.items()
-        if name in job.kernel.fn.arg_names
-    }
-    signature, attributes = _signature(job, constants, dtype, scales)
-    source = ASTSource(job.kernel.fn, signature, constants, attributes)
-    options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    registers, spilled = _usage(compiled.asm["cubin"])
-    return Compiled(
-        kernel=f"{Path(job.kernel.fn.__globals__['__file__']).stem}.{job.kernel.fn.__name__}",
-        constants=" ".join(f"{k}={v}" for k, v in job.constants.items()),
-        config=" ".join(f"{k}={v}" for k, v in config.items()),
-        default=config == job.configs[0],
-        input=dtype,
-        float8=float8,
-        scales=scales,
-        arch=arch,
-        registers=registers,
-        shared=compiled.metadata.shared,
-        spilled=spilled,
-        converts=job.converts,
-        native=f"cvt.rn.satfinite.{float8}x2.f32" in compiled.asm["ptx"],
-    )
+@cache
+def _source(kernel: JITFunction) -> str:
+    """The text of a kernel and of all functions that it calls, and the constants that they name."""
+    functions, constants = {kernel}, {}
+    waiting = [kernel]
+    while waiting:
+        function = waiting.pop().fn
+        for name in function.__code__.co_names:
+            value = function.__globals__.get(name)
+            if isinstance(value, JITFunction) and value not in functions:
+                functions.add(value)
+                waiting.append(value)
+            elif isinstance(value, tl.constexpr):
+                constants[name] = value.value
+    texts = sorted(inspect.getsource(function.fn) for function in functions)
+    return "\n".join([*texts, str(sorted(constants.items()))])
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What the compiler is given at once: a kernel with one configuration, from and to one dtype."""
+
+    job: Job
+    config: Config
+    dtype: str
+    float8: str
+    scales: str
+    arch: int
+
+    def _constants(self) -> dict[str, Any]:
+        numbers = {"MANTISSA": 3 if self.float8 == "e4m3" else 2, "SCALES": SCALE_FORMATS[self.scales]}
+        tile = {name: value for name, value in self.config.items() if not name.startswith("num_")}
+        every = {**numbers, **self.job.constants, **tile}
+        return {name: value for name, value in every.items() if name in self.job.kernel.fn.arg_names}
+
+    @property
+    def default(self) -> bool:
+        return self.config == self.job.configs[0]
+
+    @property
+    def key(self) -> str:
+        given = (
+            triton.__version__,
+            _source(self.job.kernel.fn),
+            self._constants(),
+            _signature(self.job, self._constants(), self.dtype, self.scales),
+            self.config,
+            self.default,
+            self.job.converts,
+            self.arch,
+        )
+        return hashlib.sha256(repr(given).encode()).hexdigest()[:16]
+
+    def compile(self) -> Compiled:
+        """Compile for sm_`arch` and read the result."""
+        job, constants = self.job, self._constants()
+        signature, attributes = _signature(job, constants, self.dtype, self.scales)
+        source = ASTSource(job.kernel.fn, signature, constants, attributes)
+        options = {name: self.config[name] for name in ("num_warps", "num_stages")}
+        compiled = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=options)
+        registers, spilled = _usage(compiled.asm["cubin"])
+        return Compiled(
+            kernel=f"{Path(job.kernel.fn.__globals__['__file__']).stem}.{job.kernel.fn.__name__}",
+            constants=" ".join(f"{k}={v}" for k, v in job.constants.items()),
+            config=" ".join(f"{k}={v}" for k, v in self.config.items()),
+            default=self.default,
+            input=self.dtype,
+            float8=self.float8,
+            scales=self.scales,
+            arch=self.arch,
+            registers=registers,
+            shared=compiled.metadata.shared,
+            spilled=spilled,
+            converts=job.converts,
+            native=f"cvt.rn.satfinite.{self.float8}x2.f32" in compiled.asm["ptx"],
+            key=self.key,
+        )
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -216,7 +271,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def compile_all(arch: int, everything: bool, only_defaults: bool) -> Iterator[Compiled]:
+def units(arch: int, *, everything: bool = False, only_defaults: bool = False) -> Iterator[Unit]:
     """Every configuration of every kernel, or the first: from bfloat16 to its first format, or from and to
     everything.
     """
@@ -224,7 +279,7 @@ def compile_all(arch: int, everything: bool, only_defaults: bool) -> Iterator[Co
         for float8, scales in job.formats if everything else job.formats[:1]:
             for dtype in ("bf16", "fp16", "fp32") if everything else ("bf16",):
                 for config in job.configs[:1] if only_defaults else job.configs:
-                    yield compile_one(job, config, dtype, float8, scales, arch)
+                    yield Unit(job, config, dtype, float8, scales, arch)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -245,7 +300,8 @@ def main(argv: list[str] | None = None) -> int:
     if INTERPRETING:
         parser.error("TRITON_INTERPRET=1 compiles nothing: unset it")
     bad = 0
-    for row in compile_all(options.arch, options.all, options.defaults):
+    for unit in units(options.arch, everything=options.all, only_defaults=options.defaults):
+        row = unit.compile()
         wrong = row.default and (row.spilled > 0 or row.converts != row.native)
         bad += wrong
         if options.json:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import os
 
 import pytest
 
@@ -10,6 +11,10 @@ _VERSION = importlib.metadata.version("triton") if importlib.util.find_spec("tri
 triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
     reason="triton is not installed (it has wheels for Linux): pip install 'triton>=3.6'",
+)
+
+compiler = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 compiles nothing"
 )
 
 interpreter = pytest.mark.skipif(

@@ -1,0 +1,42 @@
+"""What the compiler made of every kernel, kept: `compiled.jsonl`, one row of the report a line.
+
+Compiling them takes minutes, and gives the same as long as nothing that a row's key hashes has changed.
+Once it has, the tests fail until this writes the file again, compiling everything:
+
+    python -m tests.float8.kernels.compiled
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from octavo.float8.kernels.report import Compiled, Unit, units
+
+FILE = Path(__file__).with_name("compiled.jsonl")
+
+
+def kept_units() -> Iterator[Unit]:
+    """All configurations for Hopper, and the defaults for Blackwell."""
+    yield from units(90)
+    yield from units(100, only_defaults=True)
+
+
+def read() -> tuple[str, dict[str, Compiled]]:
+    """The version of Triton that compiled them, and the rows by key."""
+    version, *lines = FILE.read_text().splitlines()
+    rows = [Compiled(**json.loads(line)) for line in lines]
+    return json.loads(version)["triton"], {row.key: row for row in rows}
+
+
+def main() -> None:
+    import triton
+
+    rows = [json.dumps(asdict(unit.compile())) for unit in kept_units()]
+    FILE.write_text("\n".join([json.dumps({"triton": triton.__version__}), *rows, ""]))
+
+
+if __name__ == "__main__":
+    main()
