@@ -5,10 +5,11 @@ Importing this imports triton. On a CPU it needs TRITON_INTERPRET=1, set before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCALES = tuple(ScaleFormat)
 FEATURES = ("plain", "nan", "inf", "zeros", "tiny", "huge", "spread")
 SHAPES = [(1, 1), (1, 300), (257, 1), (37, 65), (128, 128), (130, 200), (64, 256)]
+
+
+def pairs(shapes: Sequence[tuple[int, ...]]) -> list[Any]:
+    """Every shape with bfloat16, and the first with every dtype: cases of `("shape", "dtype")`."""
+    return [*((shape, DTYPES[0]) for shape in shapes), *((shapes[0], dtype) for dtype in DTYPES[1:])]
+
 
 Casts = tuple[Tensor, Tensor, Tensor, Tensor]  # data, scale, data_t, scale_t
 
@@ -168,10 +175,15 @@ def check_transpose(x: Tensor, dtype: torch.dtype) -> None:
         assert_same(scale_t, want_scale, "scale_t")
 
 
-def check_given_maxima(x: Tensor, rows: Tensor, columns: Tensor) -> None:
-    """Maxima handed over with x are x's, and casts made with them are its casts."""
+def check_maxima(x: Tensor, rows: Tensor, columns: Tensor) -> None:
+    """Maxima handed over with x are x's, and so casts made with them are its casts: `check_given_maxima`."""
     assert_same(rows.amax(0).view(torch.float32), x.cpu().float().abs().amax(1), "maxima of rows")
     assert_same(columns.amax(0).view(torch.float32), x.cpu().float().abs().amax(0), "maxima of columns")
+
+
+def check_given_maxima(x: Tensor, rows: Tensor, columns: Tensor) -> None:
+    """Maxima handed over with x are x's, and casts made with them are its casts, made here."""
+    check_maxima(x, rows, columns)
     for dtype, scales in ((E4M3, ScaleFormat.POW2), (E5M2, ScaleFormat.FP32)):
         cast = Cast(dtype, (1, FULL), scales)
         casts = cast_given_maxima.cast_given_maxima(x, rows, columns, dtype, scales.value)

@@ -36,7 +36,7 @@ def step(
     if cast == "maxima":
         _, rows, columns = kernels.adamw_maxima(w, g, m, v, numbers, source)
         new = w if source is None else w.to(source)
-        check.check_given_maxima(new, rows, columns)
+        check.check_maxima(new, rows, columns)
         whole = Cast(check.E4M3, (FULL, FULL))
         data, _, scale = cast_tensor(new, rows.flatten(), check.E4M3, "fp32", True, False)
         want = quantize(new, whole)

@@ -11,7 +11,7 @@ from torch import Tensor
 from octavo.float8.kernels import rope_backward as kernels
 from tests.float8.kernels import against_reference as check
 
-SHAPES = [(1, 1, 1, 2), (2, 16, 4, 32), (1, 37, 3, 6), (3, 11, 5, 128), (1, 33, 2, 100)]  # B, S, H, E
+SHAPES = [(2, 16, 4, 32), (1, 1, 1, 2), (1, 37, 3, 6), (3, 11, 5, 128), (1, 33, 2, 100)]  # B, S, H, E
 
 
 def inputs(
@@ -41,8 +41,7 @@ def test_values_in_float32(shape: tuple[int, ...]) -> None:
     check_values(*inputs(shape, torch.float32))
 
 
-@pytest.mark.parametrize("dtype", check.DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), check.pairs(SHAPES), ids=str)
 def test_it_is_the_references_value_and_its_casts(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     dy, cos, sin = inputs(shape, dtype)
     made = kernels.rope_backward(dy, cos, sin)
@@ -68,7 +67,7 @@ def test_configurations(config: dict) -> None:
             dy, cos, sin = inputs(shape, torch.bfloat16)
             made = kernels.rope_backward(dy, cos, sin)
             check.assert_same(made[0], kernels.reference(dy, cos, sin), "dx")
-            check.check_given_maxima(*made)
+            check.check_maxima(*made)
 
 
 @settings(max_examples=15)
