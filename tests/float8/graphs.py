@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 
 # The compiler makes deprecated calls to PyTorch itself.
 compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+# The graphs that inductor would be given, run as they are: generating code is most of what compiling takes.
+WITHOUT_CODE = "aot_eager_decomp_partition"
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 HIGH_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -22,7 +23,7 @@ from octavo.float8 import (
 )
 from octavo.float8.fsdp import ShardedWeight, sharded_weights
 from tests import ranks
-from tests.float8.graphs import compiles
+from tests.float8.graphs import WITHOUT_CODE, compiles
 from tests.float8.sharded import (
     SIZES,
     WORLDS,
@@ -165,7 +166,10 @@ def test_scales_are_never_older_than_the_weights() -> None:
 
 
 def _compiled() -> list[str]:
-    """A block compiled in one graph, then sharded; against the same in eager mode."""
+    """A block compiled in one graph, then sharded; against the same in eager mode. On one rank it is compiled
+    into code, on the other into the same graphs without it.
+    """
+    backend = "inductor" if dist.get_rank() == 0 else WITHOUT_CODE
     runs: dict[str, list[Tensor]] = {}
     for name in ("eager", "compiled", "compiled, once"):
         torch._dynamo.reset()
@@ -173,7 +177,7 @@ def _compiled() -> list[str]:
         model = nn.Sequential(Block((64, 192, 64), checkpointed=False))
         convert_to_float8_training(model, config=config("tensorwise", gather=True))
         if name != "eager":
-            model[0].compile(fullgraph=True)
+            model[0].compile(fullgraph=True, backend=backend)
         shard(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         runs[name] = []
