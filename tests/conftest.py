@@ -6,6 +6,7 @@ it only once.
 """
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,11 @@ os.environ.update(
     # A test's child processes import this checkout, whatever their working directory is.
     PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
 )
+if as_on := os.environ.get("ATEN_CPU_CAPABILITY"):  # see tests/test_processors.py
+    # torch's cache of compiled code does not tell instruction sets apart, and code in it made for one crashes
+    # when it is compiled for another.
+    cache = Path(tempfile.gettempdir()) / f"octavo-inductor-{os.getuid()}-{as_on}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 # The same examples on every run: a failure seen once can be seen again.
 settings.register_profile("octavo", derandomize=True, deadline=None, database=None)

@@ -7,8 +7,8 @@ run so, for instance the whole suite:
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ./run_tests.sh
     OCTAVO_CPU_DTYPE=bfloat16 ./run_tests.sh
 
-Here a few tests are, each time in a process of its own: parity with torchao, golden losses, and training that
-once depended on the processor.
+Here a few tests are, each time in a process of its own: parity with torchao, golden losses, compiled
+code, and training that once depended on the processor.
 """
 
 import os
@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
 from tests.waiting import LIMIT
@@ -50,13 +51,14 @@ PARITY = (
     "tests/float8/test_parity.py::test_small_layers_equal_torchao[tensorwise]",
     "tests/float8/test_parity.py::test_small_layers_equal_torchao[rowwise]",
 )
+COMPILED = ("tests/test_processors.py::test_compiled_code_is_for_this_processor",)
 GOLDEN = ("tests/test_train.py::test_golden_losses[tensorwise]",)
 TRAINING = ("tests/test_small_training.py::test_a_chunked_loss_trains_alike[1]",)
 PROCESSORS = {
     "AVX2": Processor(
         {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
         r"isa:Intel AVX2\n(.*\n)*PyTorch: AVX2\n",
-        (*PARITY, *GOLDEN),
+        (*COMPILED, *PARITY, *GOLDEN),
     ),
     "AVX-512 without bfloat16": Processor(
         {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
@@ -65,6 +67,17 @@ PROCESSORS = {
     ),
     "bfloat16 matrix units": Processor({"OCTAVO_CPU_DTYPE": "bfloat16"}, "auto: torch.bfloat16\n", TRAINING),
 }
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_code_is_for_this_processor():
+    """And not what the same test, as on another one, has left in a cache: tests/conftest.py sees to that."""
+
+    def sums(x):
+        return (x.t().contiguous() * 2 + x.amax(1)).sum(0)
+
+    x = torch.arange(96.0 * 96).reshape(96, 96)
+    torch.testing.assert_close(torch.compile(sums)(x), sums(x))
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
