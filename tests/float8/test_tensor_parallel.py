@@ -5,8 +5,8 @@ Every test feeds a fixed gradient: one ulp in an output would flip roundings of 
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -40,7 +40,7 @@ from octavo.float8.tensor_parallel import (
     PrepareFloat8ModuleInput,
 )
 from tests import ranks
-from tests.float8.graphs import compiles
+from tests.float8.graphs import WITHOUT_CODE, compiles
 
 B, S, K, N = 2, 256, 512, 512  # 128-blocks of features fit on four ranks, of tokens on two
 CLOSE = 1e-5  # norm-relative, against one process
@@ -152,6 +152,22 @@ def tp_mesh() -> DeviceMesh:
     return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
+@cache
+def one_process(
+    kind: str, recipe: str, emulate: bool | None, dtype: torch.dtype, tokens: int
+) -> dict[str, Tensor]:
+    """The output of one process, and its gradients, by name."""
+    model, (x, dy) = build(kind, recipe, emulate, dtype), batch(dtype, tokens)
+    y = model(x.requires_grad_())
+    y.backward(dy)
+    return {"y": y.detach(), "dx": x.grad, **{name: p.grad for name, p in model.named_parameters()}}
+
+
+def batch(dtype: torch.dtype, tokens: int) -> tuple[Tensor, Tensor]:
+    """The input and the gradient of the output."""
+    return uneven(B, tokens, K, seed=10).to(dtype), uneven(B, tokens, N, seed=11).to(dtype)
+
+
 def errors(
     kind: str,
     recipe: str,
@@ -165,16 +181,13 @@ def errors(
     tokens: int = S,
     as_dtensor: bool = False,
 ) -> dict[str, float]:
-    """Distance of the output and of every gradient from one process's, by name."""
-    model = build(kind, recipe, emulate, dtype)
-    lone = copy.deepcopy(model)
-    x = uneven(B, tokens, K, seed=10).to(dtype)
-    dy = uneven(B, tokens, N, seed=11).to(dtype)
+    """Distance of the output and of every gradient from one process's, by name.
 
-    x_whole = x.clone().requires_grad_()
-    want_y = lone(x_whole)
-    want_y.backward(dy)
-
+    `compiled`: on one rank into code, on the others into the same graphs without it.
+    """
+    wanted = one_process(kind, recipe, emulate, dtype, tokens)
+    model, (x, dy) = build(kind, recipe, emulate, dtype), batch(dtype, tokens)
+    backend = "inductor" if dist.get_rank() == 0 else WITHOUT_CODE
     mesh = tp_mesh()
     parallelize_module(model, mesh, styles.plan(kind, sequence))
     before, after = layouts(kind, sequence)
@@ -182,7 +195,7 @@ def errors(
     part = (part if as_dtensor else part.to_local().clone()).detach().requires_grad_()
     with cast_weights_once(model, enabled=cached):
         assert not cached or all(m.weight_casts for m in model.modules() if isinstance(m, Float8Linear))
-        y = (torch.compile(model, fullgraph=True) if compiled else model)(part)
+        y = (torch.compile(model, fullgraph=True, backend=backend) if compiled else model)(part)
         y.backward(distribute_tensor(dy, mesh, [after]).to_local())
 
     def whole(x: Tensor, layout: Any) -> Tensor:
@@ -191,12 +204,11 @@ def errors(
         return x.full_tensor()
 
     found = {
-        "y": relative(whole(y.detach(), after), want_y.detach()),
-        "dx": relative(whole(part.grad, before), x_whole.grad),
+        "y": relative(whole(y.detach(), after), wanted["y"]),
+        "dx": relative(whole(part.grad, before), wanted["dx"]),
     }
-    wanted = dict(lone.named_parameters())
     for name, p in model.named_parameters():
-        found[name] = relative(p.grad.full_tensor(), wanted[name].grad)
+        found[name] = relative(p.grad.full_tensor(), wanted[name])
     return found
 
 
@@ -205,6 +217,9 @@ def all_errors(cases: list[tuple[str, str, dict[str, Any]]]) -> list[dict[str, f
 
 
 def check(world: int, cases: list[tuple[str, str, dict[str, Any]]]) -> None:
+    for kind, recipe, options in cases:  # once, for all ranks, which are forked
+        emulate, tokens = options.get("emulate", True), options.get("tokens", S)
+        one_process(kind, recipe, emulate, torch.float32, tokens)
     for by_case in ranks.run(world, all_errors, cases):
         far = {
             (*case[:2], name): error
