@@ -48,7 +48,7 @@ settings.load_profile("octavo")
 # with a long one while the others are idle.
 LONG = (
     *("float8/kernels/test_interpreted.py", "float8/test_compile.py", "test_train.py", "test_layouts.py"),
-    *("docs/test_commands.py", "test_compare.py", "test_faults.py", "float8/kernels/test_aot.py"),
+    *("docs/test_commands.py", "test_compare.py", "test_faults.py"),
     *("test_small_training.py", "test_torchrun.py", "float8/test_tensor_parallel.py", "distributed"),
     *("test_processors.py", "test_two_machines.py", "test_pipeline.py", "estimating", "doctor"),
     *("float8", "checkpoint"),
