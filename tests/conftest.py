@@ -22,7 +22,9 @@ LAUNCH_VARIABLES = (
 
 for variable in LAUNCH_VARIABLES:
     os.environ.pop(variable, None)
+cache = tempfile.TemporaryDirectory(prefix="octavo-test-cache-")
 os.environ.update(
+    XDG_CACHE_HOME=cache.name,
     OMP_NUM_THREADS="1",
     OMP_WAIT_POLICY="passive",
     GOMP_SPINCOUNT="0",

@@ -123,6 +123,14 @@ class Tokenizer:
         encoded = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
         return [self._wrap(one.ids, bos=bos, eos=eos) for one in encoded]
 
+    @property
+    def rules(self) -> str:
+        """SHA-256 of all that decides the ids of a text: beside what `fingerprint` covers, where text is cut,
+        what is merged, and the engine's version.
+        """
+        rules = [_engine_library().__version__, self.bos_id, self.eos_id, self._engine.to_str()]
+        return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
+
     def byte_lengths(self) -> list[int]:
         """Bytes of text that each id stands for, [vocab_size]; 0 for special tokens.
 

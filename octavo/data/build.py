@@ -14,10 +14,11 @@ from octavo.config.errors import ConfigError, did_you_mean
 from octavo.data import shards
 from octavo.data.corpus import PackedCorpus
 from octavo.data.files import find_files
+from octavo.data.kept import tokens_of
 from octavo.data.loader import DataLoader
 from octavo.data.mixture import Mixture
 from octavo.data.prepared import open_prepared
-from octavo.data.records import BadRecords, read_documents
+from octavo.data.records import BadRecords
 from octavo.data.source import Source
 from octavo.data.spec import parse_dataset
 
@@ -96,11 +97,10 @@ def _one(name: str, wanted: Wanted) -> Source:
             f"{name} has no {wanted.split} split; name a validation.dataset, or hold a share of the samples "
             "out with validation.fraction"
         )
-    documents = (document for path in find_files(root) for document in read_documents(path, wanted.bad))
     return PackedCorpus(
-        documents,
+        tokens_of(find_files(root), wanted.tokenizer, wanted.bad),
         name=name,
-        tokenizer=wanted.tokenizer,
+        vocab_size=wanted.tokenizer.vocab_size,
         seq_len=wanted.seq_len,
         seed=wanted.seed,
         held_out_fraction=wanted.held_out_fraction,

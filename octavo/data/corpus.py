@@ -19,7 +19,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -170,11 +170,28 @@ class _Memory:
         return f"{self._name}, token {token:,}"
 
 
+class Tokens(NamedTuple):
+    """A local corpus, tokenised: the ids of all documents one after the other, and how many these are."""
+
+    ids_N: NDArray[np.int32]
+    documents: int
+
+
+def encode(documents: Iterable[str], tokenizer: Tokenizer) -> Tokens:
+    """`documents` as ids, each between the ids that open and close one."""
+    row, iterator, count = array("i"), iter(documents), 0
+    while texts := list(islice(iterator, _DOCUMENTS_PER_CALL)):
+        count += len(texts)
+        for ids in tokenizer.encode_batch(texts, bos=tokenizer.bos_id is not None, eos=True):
+            row.extend(ids)
+    return Tokens(np.frombuffer(row, dtype=np.int32) if row else np.empty(0, dtype=np.int32), count)
+
+
 class PackedCorpus(RowCorpus):
-    """A local corpus, tokenised once into memory, every document between the ids that open and close one.
+    """A local corpus, tokenised once into memory.
 
     Args:
-        documents: the texts, in an order that is the same everywhere.
+        tokens: of its documents, in an order that is the same everywhere.
         name: the corpus, for messages.
 
     Raises:
@@ -183,28 +200,22 @@ class PackedCorpus(RowCorpus):
 
     def __init__(
         self,
-        documents: Iterable[str],
+        tokens: Tokens,
         *,
         name: str,
-        tokenizer: Tokenizer,
+        vocab_size: int,
         seq_len: int,
         seed: int,
         held_out_fraction: float = 0.0,
     ) -> None:
-        row, iterator, count = array("i"), iter(documents), 0
-        while texts := list(islice(iterator, _DOCUMENTS_PER_CALL)):
-            count += len(texts)
-            for ids in tokenizer.encode_batch(texts, bos=tokenizer.bos_id is not None, eos=True):
-                row.extend(ids)
-        ids_N = np.frombuffer(row, dtype=np.int32) if row else np.empty(0, dtype=np.int32)
-        self.tokens_N = torch.from_numpy(ids_N)
+        self.tokens_N = torch.from_numpy(tokens.ids_N)
         super().__init__(
-            _Memory(ids_N, name),
+            _Memory(tokens.ids_N, name),
             name=name,
-            documents=count,
-            identity={"tokens": len(row), "crc32": zlib.crc32(row)},
+            documents=tokens.documents,
+            identity={"tokens": len(tokens.ids_N), "crc32": zlib.crc32(tokens.ids_N.data)},
             seq_len=seq_len,
             seed=seed,
-            vocab_size=tokenizer.vocab_size,
+            vocab_size=vocab_size,
             held_out_fraction=held_out_fraction,
         )

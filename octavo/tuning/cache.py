@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import octavo
+from octavo.cache_folder import cache_folder
 from octavo.tuning.costs import Costs, Parts
 from octavo.tuning.layers import Size
 
@@ -27,8 +28,7 @@ FORMAT = 1
 
 def default_path() -> Path:
     """Where measurements are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "octavo" / "tune.json"
+    return cache_folder() / "tune.json"
 
 
 def machine(device: torch.device) -> str:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from octavo.components.tokenizer import build_tokenizer
 from octavo.components.validation import Validator
 from octavo.config.layout import Layout
-from octavo.data.corpus import PackedCorpus
+from octavo.data.corpus import PackedCorpus, encode
 from tests import ranks, runs
 
 TEXT = "It was the best of times, it was the worst of times. 漢字 naïve.\n" * 12
@@ -42,7 +42,9 @@ def all_reduce(values):
 def measure(world, batch):
     """The report of this rank, out of `world`, over the whole of TEXT."""
     tokenizer = build_tokenizer("octavo_bpe_2048")
-    source = PackedCorpus([TEXT], name="text", tokenizer=tokenizer, seq_len=SEQ_LEN, seed=0)
+    source = PackedCorpus(
+        encode([TEXT], tokenizer), name="text", vocab_size=tokenizer.vocab_size, seq_len=SEQ_LEN, seed=0
+    )
     rank = torch.distributed.get_rank() if world > 1 else 0
     place = SimpleNamespace(
         data_rank=rank,

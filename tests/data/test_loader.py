@@ -15,7 +15,7 @@ from octavo.components.tokenizer import Tokenizer, build_tokenizer
 from octavo.config.errors import ConfigError
 from octavo.data import prefetch
 from octavo.data.build import build_dataloader
-from octavo.data.corpus import PackedCorpus
+from octavo.data.corpus import PackedCorpus, encode
 from octavo.data.loader import DataLoader, merge_state_dicts
 from tests import ranks as forks
 
@@ -195,11 +195,16 @@ def test_one_sample_is_enough(tokenizer: Tokenizer) -> None:
     text = "\x01" * (
         SEQ_LEN - 1
     )  # one token each, for nothing merges with it; the ids around make it one sample
-    corpus = PackedCorpus([text], name="tiny", tokenizer=tokenizer, seq_len=SEQ_LEN, seed=0)
+
+    def packed(text: str) -> PackedCorpus:
+        tokens, size = encode([text], tokenizer), tokenizer.vocab_size
+        return PackedCorpus(tokens, name="tiny", vocab_size=size, seq_len=SEQ_LEN, seed=0)
+
+    corpus = packed(text)
     assert corpus.samples == 1
     assert torch.equal(corpus.read(7, 1)[0], corpus.tokens_N)
     with pytest.raises(ConfigError, match="16 tokens in 1 documents"):
-        PackedCorpus([text[1:]], name="tiny", tokenizer=tokenizer, seq_len=SEQ_LEN, seed=0)
+        packed(text[1:])
 
 
 def test_refuses_an_empty_batch() -> None:
