@@ -16,6 +16,7 @@ from octavo.comparing.execute import Executor, _Active, exit_code
 from octavo.comparing.plan import Plan, Run
 from octavo.comparing.saved import saved_bytes
 from octavo.config import ConfigError
+from tests import warm
 from tests.models.own import own_model
 from tests.runs import small_corpus
 from tests.waiting import LIMIT, wait_for
@@ -31,7 +32,7 @@ SMALL = [
 def command(out: Path, *flags: str) -> list[str]:
     asked = ["--steps", str(STEPS), "--recipes", "bf16,tensorwise", "--bf16-seeds", "2", "--jobs", "2"]
     corpus = f"--training.dataset={small_corpus()}"
-    return [sys.executable, "-m", "octavo.cli", "compare", *SMALL, corpus, *asked, "--out", str(out), *flags]
+    return [warm.python(), "-m", "octavo.cli", "compare", *SMALL, corpus, *asked, "--out", str(out), *flags]
 
 
 def last_step(out: Path, run: str) -> int:
