@@ -19,6 +19,7 @@ from octavo.components.utilization import Work, work_of
 from octavo.config import ConfigError, JobConfig
 from octavo.config.pipeline import PipelinePlan, plan_of
 from octavo.config.sizes import undivided
+from octavo.distributed.copies import give_copies
 from octavo.distributed.mesh import World
 from octavo.distributed.plan import Parallelize, Replicas, Sharding
 from octavo.distributed.stages import Parts, cut
@@ -72,10 +73,12 @@ def build_model(
     world: World,
     pipeline: PipelinePlan | None = None,
     materialise: Callable[[nn.Module], object] | None = None,
+    copies: bool = True,
 ) -> Built:
     """The model with `args` on `device`, in float8 `recipe` if there is one; its work per token is the
     whole model's.
 
+    copies: whether this process may compute in copies of its parameters (see `copies.py`), as on a CPU.
     `materialise` gives a part, built on no device, its memory; the default also gives the initial weights.
     """
     spec = models.get(job.model.name)
@@ -107,8 +110,12 @@ def build_model(
 
     _chunk_loss(job, spec, model)
 
+    copies = copies and spec.casts_inputs and _computes_in_copies(job, device, param_dtype, world)
+
     def ready(part: nn.Module) -> nn.Module:
-        spec.parallelize(part, replace(_plan(job, param_dtype, world), fusion=fusion))
+        spec.parallelize(part, replace(_plan(job, dtype if copies else param_dtype, world), fusion=fusion))
+        if copies:
+            give_copies(part, param_dtype)
         if materialise is not None:
             materialise(part)
         else:
@@ -161,6 +168,12 @@ def _work(
         spec.layer_products and spec.layer_products(args, seq_len),
         to_the_end=not compiled and quantization.converted(model),
     )
+
+
+def _computes_in_copies(job: JobConfig, device: torch.device, param_dtype: torch.dtype, world: World) -> bool:
+    """Whether parameters of another dtype than the one computed in need no FSDP2 (see `copies.py`)."""
+    alone = world.size == 1 and device.type == "cpu" and not job.training.enable_cpu_offload
+    return alone and param_dtype is not DTYPES[job.training.dtype]
 
 
 def _plan(job: JobConfig, param_dtype: torch.dtype, world: World) -> Parallelize:

@@ -51,6 +51,7 @@ from octavo.data.build import build_dataloader
 from octavo.data.loader import merge_state_dicts
 from octavo.data.records import BadRecords
 from octavo.distributed import mesh
+from octavo.distributed.copies import computing_in_copies
 from octavo.distributed.pipeline import Activations, Pipeline
 from octavo.distributed.replicas import reduce_gradients_now
 from octavo.distributed.tensor_parallel import loss_context
@@ -329,7 +330,10 @@ class Trainer:
             return loss
 
         total = torch.zeros((), device=self.device)
-        with quantization.weights_cast_once(self.model, self.job, self.world.size):
+        with (
+            computing_in_copies(self.model),
+            quantization.weights_cast_once(self.model, self.job, self.world.size),
+        ):
             for number, (tokens_BS, labels_BS) in enumerate(batches, start=1):
                 reduce_gradients_now(self.model, last=number == self.accumulation)
                 with loss_context(parallel=self.world.loss_parallel):
@@ -356,7 +360,7 @@ class Trainer:
         def trial(layer: str) -> tuple[Sequence[Row], Sequence[str]]:
             start = time.perf_counter()
             reduce_gradients_now(self.model, last=False)  # it makes none
-            with loss_context(parallel=self.world.loss_parallel):
+            with computing_in_copies(self.model), loss_context(parallel=self.world.loss_parallel):
                 found = quantization.try_recipes(
                     self.model,
                     layer,
@@ -379,7 +383,7 @@ class Trainer:
         """Measure the loss on held-out text, where that is due after `step`."""
         freq = self.job.validation.freq
         if self.validator is not None and (step % freq == 0 or step == last):
-            with loss_context(parallel=self.world.loss_parallel):
+            with computing_in_copies(self.model), loss_context(parallel=self.world.loss_parallel):
                 forward = self._logits if self.pipeline is None else self.pipeline.forward
                 report = self.validator.run(self.model, self.loss_sum, forward)
             self.metrics.report_validation(step, report)

@@ -70,8 +70,8 @@ class Fusion:
 
 @dataclass(frozen=True)
 class Parallelize:
-    """The plan for one model. `sharding` is None where a process has whole parameters in their own dtype
-    (`replicas`: and is one of several that do),
+    """The plan for one model. `sharding` is None where a process has whole parameters, in the dtype that it
+    computes in or with copies in that (`replicas`: and is one of several that do),
     `tensor` and `context` where products and sequences are not shared. ring: keys and values travel round the
     context group, instead of being gathered. `fusion` is None
     where modules are called one by one.

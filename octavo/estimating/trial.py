@@ -234,6 +234,7 @@ def _trace(
         world=world,
         pipeline=plan,
         materialise=materialise,
+        copies=gpu is None,
     )
     step: Any = object.__new__(Trainer)  # its methods that compute, without what it reads and writes
     vars(step).update(

@@ -86,6 +86,8 @@ class ModelSpec:
     decoder: `(model, capacity in tokens) -> (tokens [B, S] -> logits [B, vocab] after the last)`, which keeps
     what it has seen from call to call; None: `octavo generate` computes every position anew.
     fuses: whether `parallelize` follows its plan's `fusion`.
+    casts_inputs: whether modules whose parameters are bfloat16 need no help to get inputs that fit. False:
+    FSDP2 casts inputs, too, and so is used even by a single process.
     chunk_loss: `(model, ChunkedLoss) -> None`, makes the model, called with `labels_BS` as well, return their
     summed loss without ever having all logits (`components/chunked_loss.py`); None where it cannot.
     pipeline: for pipeline parallelism, or None. The module's parts may then be absent (None, or missing from
@@ -106,6 +108,7 @@ class ModelSpec:
     hugging_face: HuggingFace | None = None
     decoder: Callable[[nn.Module, int], Callable[[Tensor], Tensor]] | None = None
     fuses: bool = False
+    casts_inputs: bool = False
     chunk_loss: Callable[[nn.Module, ChunkedLoss], None] | None = None
     pipeline: Pipelined | None = None
     linears: Linears = Linears()

@@ -103,6 +103,7 @@ SPEC = models.ModelSpec(
     hugging_face=models.HuggingFace("llama", to_hf, from_hf, to_config, from_config),
     decoder=Decoder,
     fuses=True,
+    casts_inputs=True,
     chunk_loss=_chunk_loss,
     linears=models.Linears(same_input=(("wq", "wk", "wv"), ("w1", "w3")), rows=("wo", "w2")),
     pipeline=models.Pipelined(units, width=lambda args: args.dim),
