@@ -91,6 +91,7 @@ def build_model(
     if recipe is not None:
         if job.compile.enable:
             quantization.keep_casts_under_compile()
+            quantization.keep_traces_of_compiled_layers()
         quantization.convert(
             model,
             recipe,

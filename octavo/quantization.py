@@ -94,6 +94,17 @@ def keep_casts_under_compile() -> None:
         inductor.emulate_precision_casts = True
 
 
+def keep_traces_of_compiled_layers() -> None:
+    """Let torch keep what it traced of float8 layers for the next start, as it does with other layers.
+
+    It leaves out autograd functions unless told that they may be kept. Ours may: what it looks a graph up by
+    has the operations of their forward and backward in it, and they do nothing else.
+    """
+    import torch._functorch.config as functorch
+
+    functorch.autograd_cache_allow_custom_autograd_functions = True
+
+
 def monitor_of(model: nn.Module, settings: Float8) -> Monitor | None:
     """What measures the float8 layers of `model`, over all processes' tokens; None if nothing is to be."""
     if settings.health_every == 0 or not converted(model):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from octavo import quantization
 from octavo.float8 import (
     RECIPES,
     Float8Linear,
@@ -225,3 +226,24 @@ def test_shapes_may_change() -> None:
         x = torch.randn(tokens, 64)
         got, want = gradients(compiled, model, x), gradients(model, model, x)
         assert torch.equal(got[0], want[0])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_was_traced_of_a_layer_may_be_kept_for_the_next_process(recipe: str) -> None:
+    """By torch's own judgement of the graph, once the trainer has said that our autograd functions may."""
+    import torch._functorch.config as functorch
+    from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache, check_cacheable
+
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    model = converted(nn.Sequential(nn.Linear(32, 16)), recipe)
+    torch.compile(model, backend=keep, fullgraph=True)(torch.randn(16, 32, requires_grad=True))
+    with functorch.patch(autograd_cache_allow_custom_autograd_functions=False):
+        with pytest.raises(BypassAOTAutogradCache):
+            check_cacheable(graphs[0])
+        quantization.keep_traces_of_compiled_layers()
+        check_cacheable(graphs[0])
