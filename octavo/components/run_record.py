@@ -32,7 +32,7 @@ def write_run_record(
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cpu": _cpu(),
+        "cpu": processor(),
         "processes": processes,
         "threads": torch.get_num_threads(),
         "precision": recipe or high,
@@ -63,7 +63,7 @@ def _commit() -> str | None:
     return told.stdout.strip()
 
 
-def _cpu() -> str:
+def processor() -> str:
     """The processor's name, as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
