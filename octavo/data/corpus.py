@@ -17,8 +17,7 @@ import copy
 import math
 import zlib
 from array import array
-from collections.abc import Iterable, Mapping
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -30,7 +29,7 @@ from octavo.components.tokenizer import Tokenizer
 from octavo.config.errors import ConfigError
 from octavo.data.order import shuffled_many, shuffled_range
 
-_DOCUMENTS_PER_CALL = 256
+_CHARACTERS_PER_CALL = 2**20  # the tokenizer takes some hundred bytes a token until a call is done
 _BLOCK = 4096  # samples whose place is computed at once
 _HELD_OUT_SEED = 0x6865_6C64_206F_7574  # never change it: it says which text was never trained on
 
@@ -179,12 +178,26 @@ class Tokens(NamedTuple):
 
 def encode(documents: Iterable[str], tokenizer: Tokenizer) -> Tokens:
     """`documents` as ids, each between the ids that open and close one."""
-    row, iterator, count = array("i"), iter(documents), 0
-    while texts := list(islice(iterator, _DOCUMENTS_PER_CALL)):
+    row, count = array("i"), 0
+    for texts in _calls(documents):
         count += len(texts)
         for ids in tokenizer.encode_batch(texts, bos=tokenizer.bos_id is not None, eos=True):
             row.extend(ids)
     return Tokens(np.frombuffer(row, dtype=np.int32) if row else np.empty(0, dtype=np.int32), count)
+
+
+def _calls(documents: Iterable[str]) -> Iterator[list[str]]:
+    """`documents` in portions for the tokenizer."""
+    texts: list[str] = []
+    characters = 0
+    for text in documents:
+        texts.append(text)
+        characters += len(text) + 1
+        if characters >= _CHARACTERS_PER_CALL:
+            yield texts
+            texts, characters = [], 0
+    if texts:
+        yield texts
 
 
 class PackedCorpus(RowCorpus):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from octavo.components.tokenizer import Tokenizer, build_tokenizer
 from octavo.config.errors import ConfigError
-from octavo.data import prefetch
+from octavo.data import corpus, prefetch
 from octavo.data.build import build_dataloader
 from octavo.data.corpus import PackedCorpus, encode
 from octavo.data.loader import DataLoader, merge_state_dicts
@@ -97,6 +97,28 @@ def test_packing_keeps_every_document_whole(folder: Path, tokenizer: Tokenizer) 
     for path in sorted(folder.iterdir()):
         expected += tokenizer.encode(path.read_text(), bos=True, eos=True)
     assert source(folder, tokenizer).tokens_N.tolist() == expected
+
+
+@pytest.mark.parametrize(("most", "calls"), [(1, [1, 1, 1, 1, 1]), (14, [1, 2, 2]), (1000, [5])])
+def test_portions_of_text_change_no_token(
+    most: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["Nay, answer me.", "", "Stand, and unfold", "yourself.", ""]
+    tokenizer = build_tokenizer("octavo_bpe_2048")
+    sizes: list[int] = []
+    whole = encode(texts, tokenizer)
+    batch = tokenizer.encode_batch
+    monkeypatch.setattr(corpus, "_CHARACTERS_PER_CALL", most)
+
+    def counted(texts: list[str], **ends: bool) -> list[list[int]]:
+        sizes.append(len(texts))
+        return batch(texts, **ends)
+
+    monkeypatch.setattr(tokenizer, "encode_batch", counted)
+    portions = encode(iter(texts), tokenizer)
+    assert sizes == calls
+    assert portions.ids_N.tolist() == whole.ids_N.tolist()
+    assert portions.documents == whole.documents == 5
 
 
 def test_an_epoch_uses_every_sample_once(folder: Path, tokenizer: Tokenizer) -> None:
