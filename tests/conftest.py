@@ -5,8 +5,10 @@ variables that steer a launch are removed. All of it is set before any test impo
 it only once.
 """
 
+import logging
 import os
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         skip = pytest.mark.skip(reason=f"needs a CUDA GPU; torch {torch.__version__} sees none")
         for item in gpu_items:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """A command that a test calls sets the log up for itself; what the next test sees is as it was."""
+    logger = logging.getLogger("octavo")
+    kept = logger.handlers[:], logger.propagate, logger.level
+    try:
+        return (yield)
+    finally:
+        logger.handlers[:], logger.propagate, level = kept
+        logger.setLevel(level)

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers  # noqa: F401 - here, or each forked process imports it
-import tyro  # noqa: F401
 
+from octavo import config
 from octavo import train as trainer
 from octavo.assets import CORPORA
 from tests import ranks
 from tests.waiting import LIMIT
+
+config.load([])  # it reads the schema's types and imports tyro: 0.1 s, here or in each forked process
 
 # The debug model on few tokens: about 0.2 s a step on one thread.
 TINY = {

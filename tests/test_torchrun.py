@@ -13,6 +13,7 @@ import pytest
 
 from octavo import supervisor, torchrun
 from octavo.distributed import status
+from tests import warm
 from tests.waiting import LIMIT, wait_for_text
 
 DRIVER = """
@@ -80,11 +81,11 @@ def begin(tmp_path):
     temporary.mkdir()
     started = []
 
-    def begin(what: str, **environ: str) -> subprocess.Popen[str]:
+    def begin(what: str, *, python: str | None = None, **environ: str) -> subprocess.Popen[str]:
         # Lines are to come while training runs without this variable too.
         inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
         process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, str(script), what],
+            [python or warm.python(), "-c", DRIVER, str(script), what],
             env={**inherited, "NGPU": "2", "TMPDIR": str(temporary), **environ},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -105,7 +106,7 @@ def kept_logs(tmp_path: Path) -> list[Path]:
 
 
 def test_the_exit_code_and_the_last_words_of_a_failed_process_come_through(begin, tmp_path):
-    process = begin("fail")
+    process = begin("fail", python=sys.executable)
     out, err = process.communicate(timeout=LIMIT)
 
     assert process.returncode == 1, err  # 9 is not what it said, but what it left with

@@ -206,7 +206,8 @@ def test_an_injected_outlier_is_named_with_the_remedy(tmp_path, monkeypatch, wor
         return built
 
     monkeypatch.setattr(runs.trainer, "build_model", with_outlier)
-    run = runs.train(tmp_path, {**HEALTH, "training.steps": 2, "training.local_batch_size": 2}, world=world)
+    short = {"training.steps": 2, "training.local_batch_size": 2}
+    run = runs.train(tmp_path, {**HEALTH, **runs.shallow(4), **short}, world=world)
     (first, *_) = [line for line in run.log.splitlines() if "WARNING - Step 2:" in line]
     assert "layers.3.feed_forward.w2 input: " in first
     assert "flushed to zero in tensorwise; rowwise gives 0" in first

@@ -100,7 +100,7 @@ def test_byte_lengths_add_up_to_the_text():
     assert len(lengths) == tokenizer.vocab_size
 
 
-HELD_OUT = {"validation.fraction": 0.05}
+HELD_OUT = {**runs.shallow(2), "validation.fraction": 0.05}
 VALIDATE = {**HELD_OUT, "validation.enable": "true", "validation.freq": 2, "validation.steps": 2}
 
 
@@ -136,6 +136,8 @@ def test_validates_on_a_dataset_of_its_own(tmp_path):
     text = tmp_path / "held_out.txt"
     text.write_text(runs.small_corpus().read_text()[:9000])
     flags = {
+        **runs.shallow(2),
+        "optimizer.lr": 4e-3,
         "validation.enable": "true",
         "validation.dataset": text,
         "validation.freq": 1,

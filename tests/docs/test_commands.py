@@ -47,7 +47,8 @@ README: Mapping[str, Shrunk | Elsewhere] = {
     "--val-fraction 0.01": Shrunk((("/data", "data"), ("0.01", "0.3"))),
     "./run_train.sh --training.dataset=/data/ready:0.8,shakespeare:0.2 --validation.enable "
     "--validation.dataset=/data/other": Shrunk(
-        (("/data/ready", "data/ready"), ("/data/other", "data/other.txt")), f"{SMALL} --validation.steps=1"
+        (("/data/ready", "data/ready"), ("shakespeare", "data/texts"), ("/data/other", "data/other.txt")),
+        f"{SMALL} --validation.steps=1",
     ),
     "./run_train.sh --training.steps 560 --checkpoint.enable": Shrunk(
         ((" --training.steps 560", ""),), SHORT

@@ -62,7 +62,7 @@ def many_layers(monkeypatch):
 )
 def test_few_layers_tell_the_same_as_all(many_layers, name):
     processes, flags = CASES[name]
-    many_layers(30 if name == "pipeline" else 15)
+    many_layers(20 if name == "pipeline" else 10)
     job = config.load([*SMALL, *flags])
     calls = [{"gpu": GPUS["h100"], "whole": whole} for whole in (False, True)]
     few, whole = apart(run_trial, (job, processes), calls)

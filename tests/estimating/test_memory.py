@@ -11,10 +11,11 @@ from octavo.estimating.memory import memory_of
 from octavo.estimating.trial import run_trial
 from tests import ranks
 from tests.estimating.measured import flags, measure
-from tests.runs import recipe
+from tests.runs import recipe, shallow
 
-SMALL = {"training.seq_len": 48, "training.local_batch_size": 2}
-GATHER = {"float8.enable_fsdp_float8_all_gather": True}
+SMALL = {**shallow(2), "training.seq_len": 48, "training.local_batch_size": 2}
+WHOLE = {"experimental.custom_import": "", "model.name": "llama3", "model.flavor": "debugmodel"}
+GATHER = {"float8.enable_fsdp_float8_all_gather": True, **WHOLE}  # where buffers are not all there is
 
 # name -> (processes, flags)
 CASES = {

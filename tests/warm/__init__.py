@@ -22,7 +22,9 @@ from pathlib import Path
 
 @cache
 def python() -> str:
-    """The stand-in's path. Its server ends with this process."""
+    """The stand-in's path; Python's own where the system is not Linux. Its server ends with this process."""
+    if sys.platform != "linux":
+        return sys.executable
     folder = Path(tempfile.mkdtemp(prefix="octavo-warm-"))
     here, program, socket = Path(__file__).parent, folder / "python", folder / "socket"
     command = shlex.join([sys.executable, "-IS", str(here / "client.py"), str(socket)])

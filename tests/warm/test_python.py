@@ -9,13 +9,16 @@ import sys
 import pytest
 
 from tests import warm
+from tests.waiting import LIMIT
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the stand-in needs Linux's pidfd_open")
 
 
 def both(*argv, **options):
     """What Python and the stand-in answer to the same: exit code, standard output and error."""
     told = []
     for program in (sys.executable, warm.python()):
-        done = subprocess.run([program, *argv], capture_output=True, text=True, timeout=300, **options)
+        done = subprocess.run([program, *argv], capture_output=True, text=True, timeout=LIMIT, **options)
         told.append((done.returncode, done.stdout, done.stderr.splitlines()[-1:]))
     return told
 
@@ -50,7 +53,7 @@ def test_signals_are_passed_on():
     code = "import signal; signal.signal(signal.SIGTERM, lambda *_: exit(75)); print(1); signal.pause()"
     process, _ = started(code)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=300)
+    process.communicate(timeout=LIMIT)
     assert process.returncode == 75
 
 
@@ -58,13 +61,13 @@ def test_what_is_killed_is_gone():
     process, other = started("import os, time; print(os.getpid()); time.sleep(600)")
     gone = os.pidfd_open(int(other))
     process.kill()
-    process.communicate(timeout=300)
-    assert select.select([gone], [], [], 300)[0]
+    process.communicate(timeout=LIMIT)
+    assert select.select([gone], [], [], LIMIT)[0]
     os.close(gone)
 
 
 def test_what_it_starts_goes_the_same_way():
     code = "import sys; print(sys.executable, 'torch' in sys.modules)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}], check=True)"
-    done = subprocess.run([warm.python(), "-c", parent], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([warm.python(), "-c", parent], capture_output=True, text=True, timeout=LIMIT)
     assert done.stdout == f"{warm.python()} True\n", done.stderr
