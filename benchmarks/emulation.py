@@ -1,9 +1,10 @@
-"""Step time of a float8 Llama on a CPU: octavo's emulation against torchao's `emulate=True`.
+"""Step time of a float8 Llama on a CPU: octavo's emulation, torchao's `emulate=True`, and high precision.
 
     python benchmarks/emulation.py [--steps 20] [--layers 6] [--json results.json]
 
-Both sides run in one process, on the same weights and batch, in turns, so that what else the machine does
-falls on both. A step is forward, backward and AdamW. Needs `pip install torchao==0.18.0`.
+All sides run in one process, on the same weights and batch, in turns, so that what else the machine does
+falls on all. A step is forward, backward and AdamW. High precision is the same model with `nn.Linear`s in
+float32 and, where the CPU has bfloat16 units, wholly in bfloat16. Needs `pip install torchao==0.18.0`.
 """
 
 from __future__ import annotations
@@ -14,18 +15,23 @@ import dataclasses
 import json
 import logging
 import math
-import platform
 import statistics
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.harness import machine
 from octavo import float8 as octavo
+from octavo.float8.matmul import BFLOAT16_UNITS
 
 warnings.simplefilter("ignore")
 logging.disable(logging.WARNING)  # torchao reports GPU libraries that a CPU build cannot load
@@ -84,37 +90,56 @@ def stepper(model: Llama, tokens: Tensor, compiled: bool) -> Callable[[], float]
     return step
 
 
-def compare(recipe: str, compiled: bool, args: argparse.Namespace) -> dict[str, float | str | bool]:
+def build_sides(model: Llama, recipes: Sequence[str]) -> dict[str, Llama]:
+    """`model` in high precision, and in each recipe by either library."""
+    sides = {"float32": copy.deepcopy(model)}
+    if BFLOAT16_UNITS:
+        sides["bfloat16"] = copy.deepcopy(model).bfloat16()
+    for recipe in recipes:
+        for name, library in (("octavo", octavo), ("torchao", torchao)):
+            config = dataclasses.replace(library.Float8LinearConfig.from_recipe_name(recipe), emulate=True)
+            sides[f"{name} {recipe}"] = library.convert_to_float8_training(
+                copy.deepcopy(model), config=config, module_filter_fn=lambda m, fqn: fqn != "output"
+            )
+    return sides
+
+
+def time_steps(compiled: bool, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Milliseconds of each side's steps."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = Llama(args.layers, args.dim, args.vocab)
     tokens = torch.randint(args.vocab, (args.batch, args.length + 1))
-    sides = {}
-    for name, library in (("octavo", octavo), ("torchao", torchao)):
-        config = dataclasses.replace(library.Float8LinearConfig.from_recipe_name(recipe), emulate=True)
-        converted = library.convert_to_float8_training(
-            copy.deepcopy(model), config=config, module_filter_fn=lambda m, fqn: fqn != "output"
-        )
-        sides[name] = stepper(converted, tokens, compiled)
-    for step in sides.values():
+    sides = build_sides(model, args.recipes)
+    steps = {name: stepper(side, tokens, compiled) for name, side in sides.items()}
+    for step in steps.values():
         for _ in range(args.warmup):
             step()
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(args.steps):
-        order = list(sides) if turn % 2 else list(reversed(sides))
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    for _ in range(args.steps):
+        order = [*order[1:], order[0]]
         for name in order:
-            seconds[name].append(sides[name]())
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    spread = {name: statistics.quantiles(times, n=4) for name, times in seconds.items()}
-    return {
-        "recipe": recipe,
-        "compiled": compiled,
-        "octavo_ms": medians["octavo"] * 1e3,
-        "octavo_iqr_ms": (spread["octavo"][2] - spread["octavo"][0]) * 1e3,
-        "torchao_ms": medians["torchao"] * 1e3,
-        "torchao_iqr_ms": (spread["torchao"][2] - spread["torchao"][0]) * 1e3,
-        "ratio": medians["octavo"] / medians["torchao"],
-    }
+            taken[name].append(steps[name]() * 1e3)
+    return taken
+
+
+def report(mode: str, taken: dict[str, list[float]], recipes: Sequence[str]) -> list[float]:
+    """Print a mode's figures; returns octavo's time over torchao's, a recipe each."""
+    spread = {name: statistics.quantiles(times, n=4) for name, times in taken.items()}
+    medians = {name: statistics.median(times) for name, times in taken.items()}
+    for name, median in medians.items():
+        print(f"{mode:9} {name:28} {median:9.1f} ms  ±{spread[name][2] - spread[name][0]:.1f}")
+    ratios = []
+    for recipe in recipes:
+        mine = medians[f"octavo {recipe}"]
+        over = {"torchao": mine / medians[f"torchao {recipe}"]}
+        over |= {name: mine / medians[name] for name in ("float32", "bfloat16") if name in medians}
+        print(f"{mode:9} octavo {recipe:21} / " + ", ".join(f"{k} {v:.3f}" for k, v in over.items()))
+        ratios.append(over["torchao"])
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    print(f"{mode:9} octavo / torchao: geometric mean {mean:.3f}, worst {max(ratios):.3f}", flush=True)
+    return ratios
 
 
 def main() -> None:
@@ -134,30 +159,19 @@ def main() -> None:
         args.layers, args.batch, args.length, args.vocab = 1, 1, 32, 64
         args.steps, args.warmup, args.recipes, args.modes = 2, 1, ["rowwise"], ["eager"]
 
+    device = torch.device("cpu")
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}, {platform.processor() or platform.machine()}; "
-        f"{args.layers} layers of {args.dim}, "
+        f"{machine.device_name(device)}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}, bfloat16 units: {'yes' if BFLOAT16_UNITS else 'no'}; "
+        f"torch {torch.__version__}; {args.layers} layers of {args.dim}, "
         f"{args.batch * args.length} tokens a step, {args.steps} steps a side"
     )
-    print(f"{'recipe':20} {'mode':9} {'octavo ms':>16} {'torchao ms':>16} {'ratio':>6}")
-    results = []
+    results: dict[str, Any] = {}
     for mode in args.modes:
-        for recipe in args.recipes:
-            row = compare(recipe, mode == "compiled", args)
-            results.append(row)
-            print(
-                f"{recipe:20} {mode:9} {row['octavo_ms']:9.1f} ±{row['octavo_iqr_ms']:5.1f}"
-                f" {row['torchao_ms']:9.1f} ±{row['torchao_iqr_ms']:5.1f} {row['ratio']:6.3f}",
-                flush=True,
-            )
-    ratios = [float(row["ratio"]) for row in results]
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    print(f"geometric mean {mean:.3f} (goal 0.9), worst {max(ratios):.3f} (limit 1.0)")
+        taken = time_steps(mode == "compiled", args)
+        results[mode] = {"ratios": report(mode, taken, args.recipes), "milliseconds": taken}
     if args.json:
-        args.json.write_text(
-            json.dumps({"torch": torch.__version__, "results": results, "mean": mean}, indent=2)
-        )
+        args.json.write_text(json.dumps({"machine": machine.describe(device), **results}, indent=2))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -62,7 +63,12 @@ def device_name(device: torch.device) -> str:
     """As its maker calls it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU"
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    named = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
+    return named[1] if named else f"{platform.processor() or platform.machine()} CPU"
 
 
 def _version(package: str) -> str | None:

@@ -99,7 +99,7 @@ class Operations:
 
     def see(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         name = func._schema.name.partition("::")[2]
-        if name in ("mm", "addmm", "bmm", *_SCALED):
+        if name in ("mm", "addmm", "bmm", "mm_codes", *_SCALED):
             self._product(name, args)
         elif "scaled_dot_product" in name:
             self._attention(name, args, kwargs)

@@ -1,13 +1,23 @@
 """`y[M, N] = a[M, C] . b[N, C]^T` for float8 operands: the hardware's units where there are any, else
 emulation.
 
-Emulation multiplies the dequantised operands in float32. That is exactly what float8 hardware computes, up to
-the order in which it adds, so it honours the recipe on any device. Hardware paths are rows of `PATHS`: which
-blocks a path multiplies, on which devices, and the call. Adding a backend is adding a row.
+Emulation computes what float8 hardware does, on any device: codes multiplied exactly, products added in
+float32, then the scales, one rounding to the output's dtype. Only the order of the additions is a library's
+own, so results differ by about 1e-7 of their norm from one processor to another.
 
-On a CPU both exist: `torch._scaled_mm` runs there and equals emulation bit for bit. It converts operands one
-element at a time, so emulation, which looks codes up (eager) or fuses the conversion (compiled), is what
-`emulate=None` takes.
+    scales               applied                                   why
+    powers of two        to the codes                              exact there: the same bits before and after
+    others, (·, FULL)    to the product                            one scale for a whole sum
+    others, along C      to the codes, rounding to float32         a scale for each part of a sum
+
+A float8 code has at most 4 significant bits and so, times a power of two, is exact in bfloat16. CPUs with
+bfloat16 instructions multiply such operands by them, adding in float32: as precise as float32, and several
+times faster where they are matrix units (AMX): see `mm_codes`.
+
+Hardware paths are rows of `PATHS`: which blocks a path multiplies, on which devices, and the call. Adding a
+backend is adding a row. On a CPU there is one too, `torch._scaled_mm`. It converts operands one element at a
+time, so emulation, which looks codes up (eager) or fuses the conversion (compiled), is what `emulate=None`
+takes.
 
 Hopper wants both operands contiguous along the contraction, and multiples of 16 (128 for block scales);
 operands are padded with zeros here, where they are one byte an element, and nowhere else. Zeros add nothing
@@ -16,16 +26,17 @@ to a product.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.float8.quantize import Quantized, dequantize
+from octavo.float8.quantize import Quantized, dequantize, to_float32, written_out
 from octavo.float8.recipe import FULL, Cast, Gemm, Recipe
 
 
@@ -57,7 +68,9 @@ def _crop(y: Tensor, rows: int, cols: int) -> Tensor:
 
 def _scaled_mm_cpu(a: Quantized, b: Quantized, gemm: Gemm, out_dtype: torch.dtype) -> Tensor:
     scale_a, scale_b = _matching_scales(a, b)
-    return torch._scaled_mm(a.data, b.data.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype)
+    # Inductor wants to know that both operands lie along the contraction.
+    data_a, data_b = (written_out(q.data.contiguous()) for q in (a, b))
+    return torch._scaled_mm(data_a, data_b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype)
 
 
 def _matching_scales(a: Quantized, b: Quantized) -> tuple[Tensor, Tensor]:
@@ -293,9 +306,8 @@ def describe_path(recipe: Recipe, device: torch.device, emulate: bool | None) ->
     if not any(chosen.values()):
         if missing:
             return f"emulated: {missing}"
-        return (
-            "emulated: a CPU multiplies dequantised float32 faster than torch._scaled_mm, with the same bits"
-        )
+        units = "on bfloat16 units" if MATRIX_UNITS else "in float32"
+        return f"emulated: this CPU multiplies float8 codes {units} faster than torch._scaled_mm does"
     if missing:
         return f"hardware: {hardware}; the rest emulated: {missing}"
     return f"hardware: {hardware}"
@@ -329,24 +341,90 @@ def warn_if_emulated(recipe: Recipe, device: torch.device, emulate: bool | None)
 
 # ------------------------------------------------------------------------------------------------ the product
 
+MATRIX_UNITS = torch.cpu._is_amx_tile_supported()
+BFLOAT16_UNITS = MATRIX_UNITS or torch.cpu._is_avx512_bf16_supported()
+"""Whether this CPU multiplies bfloat16 faster than float32."""
+
+_switch = threading.Lock()  # the units' switch is the process's, and other threads multiply too
+
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """`a . b^T` in the operands' own dtype: autocast must not narrow a product whose precision the recipe
-    sets.
+    """`a[M, C] . b[C, N]` in the operands' own dtype: autocast must not narrow a product whose precision the
+    recipe sets.
     """
     if torch.is_autocast_enabled(a.device.type):
         with torch.autocast(a.device.type, enabled=False):
-            return torch.mm(a, b.t())
-    return torch.mm(a, b.t())
+            return torch.mm(a, b)
+    return torch.mm(a, b)
+
+
+_CODES = torch.library.Library("octavo", "FRAGMENT")
+_CODES.define(
+    "mm_codes(Tensor a, Tensor b, ScalarType out_dtype) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+
+
+@torch.library.impl(_CODES, "mm_codes", "CompositeExplicitAutograd")
+def _mm_codes(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """`a[M, C] . b[C, N]`, as `torch.mm`, of float32 tensors whose values are exact in bfloat16; added in
+    float32, rounded once to `out_dtype`.
+
+    oneDNN, told that bfloat16 will do, takes AMX's units; without them its float32, which a Zen 4 runs 1.15
+    times as fast as torch's own choice. An operator, so that compiled code too sets that switch around the
+    product and nowhere else: it is the whole process's, and would round every other product.
+    """
+    if not BFLOAT16_UNITS or a.device.type != "cpu":
+        return _mm(a, b).to(out_dtype)
+    if out_dtype == torch.bfloat16:
+        return _mm(a.bfloat16(), b.bfloat16())
+    mkldnn: Any = torch.backends.mkldnn
+    units = mkldnn.matmul
+    with _switch:
+        before = units.fp32_precision
+        units.fp32_precision = "bf16"
+        try:
+            return _mm(a, b).to(out_dtype)
+        finally:
+            units.fp32_precision = before
+
+
+@torch.library.register_fake("octavo::mm_codes", lib=_CODES)
+def _(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype)
+
+
+_aten = torch.ops.aten
+PRODUCTS = frozenset(
+    {
+        _aten.mm.default,
+        _aten._scaled_mm.default,
+        _aten._scaled_mm_v2.default,
+        torch.ops.octavo.mm_codes.default,
+    }
+)
+"""The operators that compute a layer's products: what selective activation checkpointing keeps."""
 
 
 def _emulate(a: Quantized, b: Quantized, cast_a: Cast, cast_b: Cast, out_dtype: torch.dtype) -> Tensor:
-    values_a, values_b = dequantize(a, cast_a.block), dequantize(b, cast_b.block)
-    if not torch.compiler.is_compiling() and any(n % 16 for n in (*values_a.shape, values_b.shape[0])):
-        # Libraries then add in an order that depends on the operands' layout: this is `torch._scaled_mm`'s.
-        # Not in compiled code, which would write transposed: garbage from narrow types on a CPU.
-        values_a, values_b = values_a.contiguous(), values_b.t().contiguous().t()
-    return _mm(values_a, values_b).to(out_dtype)
+    (values_a, after_a), (values_b, after_b) = _codes(a, cast_a), _codes(b, cast_b)
+    if not all(cast.power_of_two or cast.block[1] == FULL for cast in (cast_a, cast_b)):
+        return _mm(values_a, values_b.t()).to(out_dtype)
+    scales = [s for s in (after_a, None if after_b is None else after_b.t()) if s is not None]
+    y = torch.ops.octavo.mm_codes(values_a, values_b.t(), torch.float32 if scales else out_dtype)
+    if len(scales) == 2 and scales[0].numel() == scales[1].numel() == 1:
+        scales = [scales[0] * scales[1]]  # one pass over y
+    for scale in scales:
+        y.mul_(scale)
+    return y.to(out_dtype)
+
+
+def _codes(q: Quantized, cast: Cast) -> tuple[Tensor, Tensor | None]:
+    """What is multiplied, in float32, and the scales `[rows or 1, 1]` that the product is multiplied by."""
+    if cast.power_of_two or cast.block[1] != FULL:
+        return dequantize(q, cast.block), None
+    rows, block = q.data.shape[0], cast.block[0]
+    spread = block not in (1, FULL)
+    return to_float32(q.data), q.scale.repeat_interleave(block, 0)[:rows] if spread else q.scale
 
 
 def matmul(
@@ -368,7 +446,7 @@ def matmul(
             f"operands [rows, contraction] {tuple(data_a.shape)} and {tuple(data_b.shape)} differ in it"
         )
     if gemm.a is None or gemm.b is None:
-        return _mm(data_a, data_b).to(out_dtype)
+        return _mm(data_a, data_b.t()).to(out_dtype)
     assert isinstance(a, Quantized)
     assert isinstance(b, Quantized)
     path = choose_path(gemm, data_a.device, emulate)

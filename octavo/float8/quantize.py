@@ -231,22 +231,19 @@ def quantize_both(
     return first, quantize(x.t(), col, across)
 
 
-_TABLES: dict[torch.dtype, Tensor] = {}
-
-
 def to_float32(data: Tensor) -> Tensor:
     """float8 `data` as float32, exactly. Keeps the memory layout."""
     if torch.compiler.is_compiling() or data.device.type != "cpu" or type(data) is not Tensor:
         return data.float()
-    if data.dtype != torch.float8_e4m3fn or data.dim() != 2:
+    # PyTorch converts one element at a time here. Moving a code's bits to their places in a float16, which
+    # it converts many at a time, takes half as long for e4m3 and a third for e5m2.
+    codes = data.view(torch.int8).to(torch.int16)
+    if data.dtype == torch.float8_e5m2:  # the upper half of a float16
+        return codes.bitwise_left_shift_(8).view(torch.float16).float()
+    if data.numel() and (codes & 0x7F).amax() == 0x7F:  # NaN, which would become 480
         return data.float()
-    # PyTorch converts e4m3 one element at a time on a CPU; looking the 256 codes up is seven times faster.
-    if not data.is_contiguous():
-        return to_float32(data.t()).t() if _lies_transposed(data) else data.float()
-    table = _TABLES.get(data.dtype)
-    if table is None:
-        table = _TABLES[data.dtype] = torch.arange(256, dtype=torch.uint8).view(data.dtype).float()
-    return table.index_select(0, data.view(torch.uint8).flatten().int()).view(data.shape)
+    # The exponent's bias is 7, and 15 in float16; the sign's copies go but for the first.
+    return codes.bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16).float().mul_(256.0)
 
 
 def dequantize(q: Quantized, block: tuple[int, int]) -> Tensor:

@@ -126,6 +126,11 @@ class Cast:
         return self.block[0] == self.block[1]
 
     @property
+    def power_of_two(self) -> bool:
+        """Whether every scale is a power of two, so that applying it never rounds."""
+        return self.scale is not ScaleFormat.FP32 or not self.scaled
+
+    @property
     def blocks(self) -> str:
         """The block in words, for messages: "blocks of 1 x FULL"."""
         return "blocks of " + " x ".join("FULL" if size == FULL else str(size) for size in self.block)

@@ -11,6 +11,7 @@ from octavo.components.device import Peak
 from octavo.components.utilization import Work, utilization, work_of
 from octavo.config.schema import ActivationCheckpoint, Float8
 from octavo.distributed.activation_checkpoint import checkpoint_layer
+from octavo.float8.matmul import PRODUCTS
 from octavo.models.llama3.model import Llama, LlamaArgs
 
 # One layer, counted by hand. Multiply-adds a token: wq, wo 64 each, wk, wv 32 each, w1, w2, w3 128 each,
@@ -138,7 +139,7 @@ class CountProducts(TorchDispatchMode):
         self.flops = 0.0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default):
+        if func in PRODUCTS:
             (rows, inner), columns = args[0].shape, args[1].shape[1]
             self.flops += 2.0 * rows * inner * columns
         return func(*args, **(kwargs or {}))

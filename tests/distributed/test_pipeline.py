@@ -19,6 +19,7 @@ from octavo.config.schema import JobConfig
 from octavo.distributed.pipeline import Activations, Pipeline
 from octavo.distributed.stages import Parts, cut
 from octavo.float8 import cast_weights_once, convert_to_float8_training
+from octavo.float8.matmul import PRODUCTS
 from octavo.models.llama3 import units
 from octavo.models.llama3.model import Llama, LlamaArgs
 from octavo.train import loss_sum
@@ -26,8 +27,6 @@ from tests import ranks
 
 ARGS = LlamaArgs(dim=32, n_layers=5, n_heads=2, n_kv_heads=2, hidden_dim=48, vocab_size=64, max_seq_len=16)
 BATCH, LENGTH = 4, 16
-_aten = torch.ops.aten
-PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten._scaled_mm.default}
 SPLITTING = [name for name, schedule in SCHEDULES.items() if schedule.splits]
 NAMED = [name for name, schedule in SCHEDULES.items() if not schedule.csv]
 # Stage 0 of process 0, stage 1 of process 1; the weights' gradients come last.

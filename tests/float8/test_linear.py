@@ -29,6 +29,7 @@ from octavo.float8 import (
     convert_to_float8_training,
     shared,
 )
+from octavo.float8.matmul import PRODUCTS
 from tests.float8.graphs import FLOAT8, saved_bytes, saved_tensors
 from tests.float8.llama_block import LlamaBlock
 from tests.float8.torchao_reference import relative
@@ -155,7 +156,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.mm += func in (torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default)
+        self.mm += func in PRODUCTS
         if isinstance(out, Tensor) and out.dtype in FLOAT8:
             self.casts += args[0].dtype not in (*FLOAT8, torch.uint8)
         return out

@@ -6,14 +6,25 @@ tensors, which know the real limits on shapes and layouts, where it has not.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from octavo.float8 import RECIPES, Gemm, ScaleFormat, describe_path
+from octavo.float8 import (
+    FULL,
+    RECIPES,
+    Cast,
+    Float8LinearConfig,
+    Gemm,
+    ScaleFormat,
+    convert_to_float8_training,
+    describe_path,
+)
 from octavo.float8 import matmul as module
 from octavo.float8.matmul import (
     PATHS,
@@ -25,7 +36,8 @@ from octavo.float8.matmul import (
     matmul,
     swizzle_e8m0,
 )
-from octavo.float8.quantize import Quantized, quantize, scale_values
+from octavo.float8.quantize import Quantized, dequantize, quantize, scale_values
+from tests.float8.graphs import compiles
 from tests.float8.torchao_reference import relative
 
 CPU = torch.device("cpu")
@@ -68,7 +80,7 @@ def test_mxfp8_has_hardware_on_blackwell() -> None:
 
 
 def test_the_choice_is_explained() -> None:
-    assert describe_path(RECIPES["rowwise"], CPU, None).startswith("emulated: a CPU")
+    assert describe_path(RECIPES["rowwise"], CPU, None).startswith("emulated: this CPU")
     assert describe_path(RECIPES["rowwise"], CPU, True).startswith("emulated: as asked")
     assert describe_path(RECIPES["rowwise"], CPU, False) == "hardware: torch._scaled_mm"
     assert "1 x 128" in describe_path(RECIPES["blockwise"], CPU, None)
@@ -174,6 +186,69 @@ def test_fake_tensors_do_enforce_the_limits() -> None:
         a, b = operands(gemm, 16, 24, 16, "cuda")
         with pytest.raises(RuntimeError, match="16"):
             torch._scaled_mm(a.data, b.data.t(), a.scale, b.scale)
+
+
+ROW, TENSOR = Cast(torch.float8_e4m3fn, (1, FULL)), Cast(torch.float8_e5m2, (FULL, FULL))
+EMULATED = {
+    **{f"{name}.{gemm}": getattr(RECIPES[name], gemm) for name, gemm in (
+        ("tensorwise", "grad_input"), ("rowwise", "output"), ("rowwise_with_gw_hp", "grad_input"),
+        ("blockwise", "output"), ("blockwise", "grad_weight"), ("mxfp8", "output"),
+    )},
+    "rows, float32 scales": Gemm(ROW, ROW),
+    "rows by a tensor": Gemm(TENSOR, ROW),
+    "bands of rows": Gemm(replace(ROW, block=(48, FULL)), replace(ROW, scale=ScaleFormat.POW2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", EMULATED)
+def test_emulation_adds_in_float32_and_rounds_once(
+    name: str, out_dtype: torch.dtype, units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BFLOAT16_UNITS", units)
+    gemm = EMULATED[name]
+    a, b = operands(gemm, 130, 260, 131)
+    values_a, values_b = dequantize(a, gemm.a.block).double(), dequantize(b, gemm.b.block).double()
+    got, want = matmul(a, b, gemm, out_dtype, emulate=True), values_a @ values_b.t()
+    assert got.dtype == out_dtype
+    terms = values_a.abs() @ values_b.abs().t()
+    rounding = 2.0**-8 * want.abs() if out_dtype == torch.bfloat16 else 0.0  # half the step of bfloat16
+    assert bool(((got.double() - want).abs() <= 3e-7 * terms + rounding * (1 + 1e-5)).all())
+
+
+def test_the_units_switch_is_set_for_the_product_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BFLOAT16_UNITS", True)
+    precision = torch.backends.mkldnn.matmul
+    seen = []
+
+    def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        seen.append(precision.fp32_precision)
+        return torch.mm(a, b)
+
+    monkeypatch.setattr(module, "_mm", mm)
+    before = precision.fp32_precision
+    product = torch.ops.octavo.mm_codes
+    product(torch.ones(2, 3), torch.ones(3, 4), torch.float32)
+    assert (seen, precision.fp32_precision) == (["bf16"], before)
+    with pytest.raises(RuntimeError):
+        product(torch.ones(2, 3), torch.ones(2, 4), torch.float32)
+    assert precision.fp32_precision == before
+
+
+@compiles
+@pytest.mark.skipif(module._TORCH < (2, 13), reason="2.11 has no rowwise product on a CPU")
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_the_native_path_of_a_cpu_compiles(recipe: str) -> None:
+    torch.manual_seed(0)
+    config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=False)
+    linear = convert_to_float8_training(nn.Linear(64, 32, dtype=torch.bfloat16), config=config)
+    x = torch.randn(16, 64, dtype=torch.bfloat16, requires_grad=True)
+    results = []
+    for layer in (linear, torch.compile(linear, fullgraph=True)):
+        y = layer(x)
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, linear.weight))))
+    assert all(torch.equal(eager, compiled) for eager, compiled in zip(*results, strict=True))
 
 
 def test_swizzled_scales_lie_as_the_format_says() -> None:

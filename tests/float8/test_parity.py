@@ -1,62 +1,97 @@
-"""The numbers are torchao's, bit for bit: a user who moves over needs no new convergence study.
+"""The numbers are torchao's: a user who moves over needs no new convergence study.
 
-The law is bitwise where M, K and N are multiples of 16. Elsewhere the matrix library sums in an order that
-depends on the operands' layout, and results agree to 1e-6 of their norm.
+Casts are equal bit for bit, everywhere. A product's last bits depend on the order in which a library adds and
+on when it scales, which processors decide. So products are held to what no order changes: each element within
+`ROUNDING` of the sum of its terms' magnitudes, and one rounding of the output's dtype. Bits are compared
+where both sides are known to add alike: rowwise scales are powers of two and sizes multiples of 16, so that
+octavo without bfloat16 units and torchao's emulation give the same values to the same routine, `torch.mm` in
+float32.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from octavo.float8 import matmul
 from octavo.float8.quantize import block_amax, quantize, scales_from_amax
 from octavo.float8.recipe import FULL, Cast, ScaleFormat
 from tests.float8 import torchao_reference as reference
 from tests.float8.torchao_reference import Case, cases, relative, same_bits
 
-UNALIGNED = 1e-6
-# One ulp of float16 and bfloat16: what a float32 sum in another order can be rounded to.
-ULP = {torch.float32: UNALIGNED, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+ROUNDING = 1e-6
+# The distance of neighbouring numbers, relative to them: what sums that differ a little may be rounded apart.
+NEIGHBOURS = {torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+LEAST = {torch.float32: 1e-37, torch.float16: 2.0**-24, torch.bfloat16: 1e-37}
+
+
+def magnitudes(case: Case) -> dict[str, Tensor]:
+    """The sums of the magnitudes of the terms of each result's elements."""
+    x, w, dy, bias = case.tensors()
+    x_MK, dy_MN, w_NK = (t.double().abs().flatten(0, -2) for t in (x, dy, w))
+    return {
+        "output": x_MK @ w_NK.t() + (0 if bias is None else bias.double().abs()),
+        "grad_input": dy_MN @ w_NK,
+        "grad_weight": dy_MN.t() @ x_MK,
+        "grad_bias": dy_MN.sum(0),
+    }
 
 
 def check(case: Case, mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert mine.keys() == theirs.keys()
+    terms, bias = magnitudes(case), case.tensors()[3]
     for name, got in mine.items():
         want = theirs[name]
-        assert got.dtype == want.dtype
-        if case.aligned:
-            assert same_bits(got, want), f"{name}: {relative(got, want):.2e} off"
-        else:
-            finite = want.isfinite()
-            assert torch.equal(finite, got.isfinite())
-            assert relative(got[finite], want[finite]) <= ULP[case.dtype], name
+        assert got.dtype == want.dtype == case.dtype
+        finite = want.isfinite()
+        assert torch.equal(finite, got.isfinite()), name
+        rounded = want.double().abs()
+        if name == "output" and bias is not None:  # the product is rounded, and its sum with the bias
+            rounded = rounded + (want.double() - bias.double()).abs()
+        limit = ROUNDING * terms[name].reshape(want.shape) + NEIGHBOURS[case.dtype] * rounded
+        off = (got.double() - want.double()).abs() - limit - LEAST[case.dtype]
+        assert not bool((off[finite] > 0).any()), f"{name}: {relative(got[finite], want[finite]):.2e} off"
 
 
 @pytest.mark.parametrize("recipe", reference.RECIPES)
-@settings(max_examples=340)
+@settings(max_examples=200)
 @given(case=cases(large=False))
 def test_small_layers_equal_torchao(recipe: str, case: Case) -> None:
     check(case, reference.ours(case, recipe), reference.torchaos(case, recipe))
 
 
 @pytest.mark.parametrize("recipe", reference.RECIPES)
-@settings(max_examples=180)
+@settings(max_examples=100)
 @given(case=cases(large=True))
 def test_large_layers_equal_torchao(recipe: str, case: Case) -> None:
     assert min(case.M, case.K, case.N) >= 128
     check(case, reference.ours(case, recipe), reference.torchaos(case, recipe))
 
 
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_with_gw_hp"])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.filter_too_much])
+@given(data=st.data())
+def test_bits_are_torchaos_where_both_add_alike(recipe: str, large: bool, data: st.DataObject) -> None:
+    case = data.draw(cases(large=large))
+    assume(case.aligned)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matmul, "BFLOAT16_UNITS", False)
+        mine = reference.ours(case, recipe)
+    theirs = reference.torchaos(case, recipe)
+    for name, got in mine.items():
+        assert same_bits(got, theirs[name]), f"{name}: {relative(got, theirs[name]):.2e} off"
+
+
 @pytest.mark.parametrize("recipe", reference.RECIPES)
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(case=cases(large=False))
-def test_emulation_equals_the_native_path_on_a_cpu(recipe: str, case: Case) -> None:
+def test_emulation_computes_what_the_native_path_of_a_cpu_does(recipe: str, case: Case) -> None:
     native, emulated = (reference.ours(case, recipe, emulate) for emulate in (False, True))
-    for name in native:
-        assert same_bits(native[name], emulated[name]), name
+    check(case, emulated, native)
 
 
 @st.composite
