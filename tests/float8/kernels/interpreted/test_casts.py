@@ -20,17 +20,21 @@ def test_shapes(kernel: check.Kernel, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("scales", ScaleFormat, ids=lambda scales: scales.value)
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_formats(kernel: check.Kernel, scales: ScaleFormat) -> None:
-    for dtype in check.FLOAT8:
-        for source in check.DTYPES:
+    for dtype, sources in ((check.E4M3, check.DTYPES), (check.E5M2, check.DTYPES[:1])):
+        for source in sources:
             check.check_cast(kernel, check.make_x((37, 140), source, "spread"), dtype, scales)
 
 
 @pytest.mark.parametrize("feature", check.FEATURES)
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_hard_values(kernel: check.Kernel, feature: str) -> None:
-    for source in check.DTYPES:
-        for scales in (ScaleFormat.FP32, ScaleFormat.E8M0):
-            check.check_cast(kernel, check.make_x((40, 70), source, feature), check.E4M3, scales)
+    for source, scales in (
+        (torch.bfloat16, ScaleFormat.FP32),
+        (torch.float16, ScaleFormat.E8M0),
+        (torch.float32, ScaleFormat.FP32),
+        (torch.float32, ScaleFormat.E8M0),
+    ):
+        check.check_cast(kernel, check.make_x((40, 70), source, feature), check.E4M3, scales)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(True, False), (False, True)])
