@@ -150,7 +150,8 @@ def run(case: Case) -> dict[str, Any]:
     """Take the steps; seconds of each by side, and the peak of resident memory in MiB."""
     with tempfile.TemporaryDirectory() as folder:
         make = {"bare": lambda: bare_steps(case), "trainer": lambda: trainer_steps(case, folder)}
-        sides = {name: make[name]() for name in case.sides}
+        # The trainer first: it makes the process group, and insists on that.
+        sides = {name: make[name]() for name in sorted(case.sides, reverse=True)}
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for step in range(case.steps):
             for name in sorted(sides, reverse=bool(step % 2)):
