@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -22,6 +21,8 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+
+from octavo.components.run_record import processor
 
 ROOT = Path(__file__).resolve().parents[2]
 QUERIES = {
@@ -63,12 +64,7 @@ def device_name(device: torch.device) -> str:
     """As its maker calls it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    named = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
-    return named[1] if named else f"{platform.processor() or platform.machine()} CPU"
+    return processor()
 
 
 def _version(package: str) -> str | None:
