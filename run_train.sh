@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a model: finds or makes a Python with torch (scripts/python_env.sh), checks the job, starts torchrun.
+# Trains a model: finds or makes a Python with torch (scripts/python_env.sh), checks the job, starts its processes.
 #
 #   ./run_train.sh                                                   the debug model in float8, on this machine
 #   NGPU=8 CONFIG_FILE=llama3_8b.toml ./run_train.sh --training.compile

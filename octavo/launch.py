@@ -1,9 +1,8 @@
-"""From `./run_train.sh` to running processes: check everything that can be checked, then start torchrun.
+"""From `./run_train.sh` to running processes: check everything that can be checked, then start them.
 
-A wrong option found by a training process costs seconds of importing torch, is told once by each process,
-and comes out of torchrun as exit code 1 under a traceback of torchrun's own. So the variables, the
-configuration and the paths are judged here first, without torch, in a fraction of a second: one message, exit
-code 2.
+A wrong option found by a training process costs seconds of importing torch, and is told once by each process.
+So the variables, the configuration and the paths are judged here first, without torch, in a fraction of a
+second: one message, exit code 2.
 
 What runs then is in `torchrun.py`.
 """
@@ -80,16 +79,9 @@ def plan(
     if job.parallelism.pipeline_parallel_degree > 1:
         environment[PIPELINE_VARIABLE] = "1"
     return Launch(
-        torchrun=(
-            *rendezvous,
-            f"--nproc-per-node={processes}",
-            f"--local-ranks-filter={','.join(map(str, sorted(shown_ranks)))}",
-            "--role=rank",
-            "--signals-to-handle=SIGQUIT",  # the others are the supervisor's
-            "--tee=3",
-            *("-m", "octavo.train"),
-            *options,
-        ),
+        command=("-m", "octavo.train", *options),
+        local=processes,
+        rendezvous=rendezvous,
         processes=nodes * processes,
         options=tuple(options),
         environment=environment,
@@ -144,7 +136,7 @@ def _shown_ranks(environ: Mapping[str, str], processes: int) -> frozenset[int]:
     return frozenset(map(int, ranks))
 
 
-def _rendezvous(environ: Mapping[str, str]) -> tuple[Meeting | None, list[str]]:
+def _rendezvous(environ: Mapping[str, str]) -> tuple[Meeting | None, tuple[str, ...]]:
     """Where the launchers of several machines meet, and how torchrun's agents find each other."""
     nodes = _number(environ, "NNODES", default=1)
     if nodes == 1:
@@ -155,13 +147,7 @@ def _rendezvous(environ: Mapping[str, str]) -> tuple[Meeting | None, list[str]]:
                     f"{'1' if environ.get('NNODES', '').strip() else 'not set'}: "
                     f"set NNODES to how many there are, or unset {name}"
                 )
-        # Port 0: any free one. The name of this machine need not resolve, as a laptop's often does not.
-        return None, [
-            "--nnodes=1",
-            "--rdzv-backend=c10d",
-            "--rdzv-endpoint=localhost:0",
-            "--local-addr=localhost",
-        ]
+        return None, ()
 
     endpoint = environ.get("RDZV_ENDPOINT", "").strip()
     match = re.fullmatch(r"(\S+):([0-9]+)", endpoint)
@@ -174,20 +160,20 @@ def _rendezvous(environ: Mapping[str, str]) -> tuple[Meeting | None, list[str]]:
         raise ConfigError(f"RDZV_ENDPOINT={endpoint}: the port must be between 1 and {_LAST_PORT}")
     timeout = _number(environ, "RDZV_TIMEOUT", default=_MEETS_WITHIN)
     job = environ.get("RDZV_ID") or "octavo"
-    found = [
+    found = (
         f"--nnodes={nodes}",
         f"--rdzv-endpoint={endpoint}",
         f"--rdzv-id={job}",
         f"--rdzv-conf=timeout={timeout},join_timeout={timeout}",
-    ]
+    )
     meeting = Meeting(match[1].strip("[]"), int(match[2]), job, nodes, timeout)
     rank = environ.get("NODE_RANK", "").strip()
     if not rank:
-        return meeting, [*found, "--rdzv-backend=c10d"]
+        return meeting, (*found, "--rdzv-backend=c10d")
     if not re.fullmatch(r"[0-9]{1,6}", rank) or int(rank) >= nodes:
         raise ConfigError(f"NODE_RANK={rank}: expected 0 to {nodes - 1}, for NNODES={nodes}")
     meeting = replace(meeting, number=int(rank))
-    return meeting, [*found, "--rdzv-backend=static", f"--node-rank={rank}"]
+    return meeting, (*found, "--rdzv-backend=static", f"--node-rank={rank}")
 
 
 def _config_file(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
@@ -232,7 +218,7 @@ def _environment(
     if "PYTHONUNBUFFERED" not in environ:
         wanted["PYTHONUNBUFFERED"] = "1"  # what they print is read from files while they run
     if terminal and "FORCE_COLOR" not in environ and not environ.get("NO_COLOR"):
-        wanted["FORCE_COLOR"] = "1"  # the processes write into pipes of torchrun's, which are no terminals
+        wanted["FORCE_COLOR"] = "1"  # the processes write into files, which are no terminals
     if processes > 1:
         wanted["OMP_NUM_THREADS"] = environ.get("OMP_NUM_THREADS") or str(max(1, cores // processes))
     if gpus:

@@ -1,12 +1,13 @@
-"""The launcher's eye on the training processes of its machine, beside torchrun, without torch.
+"""The launcher's eye on the training processes of its machine, without torch.
 
-torchrun passes a signal on and kills after half a minute whatever is left, which tears a long save apart; and
-when one process dies it waits as long for others that hang in a collective. So signals are taken here: the
-first one is passed to each process, once, and then the launcher waits for as long as saving takes. And a
-thread looks every quarter of a second whether all processes are there. When one has gone without saying
-so, the others write their stacks, get `GRACE` seconds to end by themselves, and are killed. One that is
-stopped (SIGSTOP, a debugger) writes its stacks when it is continued, which is just before it is killed: with
-more time it might end by itself, and nobody would be told who it was that hung.
+torchrun, which starts them where there are several machines, passes a signal on and kills after half a minute
+whatever is left, which tears a long save apart; and when one process dies it waits as long for others that
+hang in a collective. So signals are taken here: the first one is passed to each process, once, and then the
+launcher waits for as long as saving takes. And a thread looks every quarter of a second whether all processes
+are there. When one has gone without saying so, the others write their stacks, get `GRACE` seconds to end by
+themselves, and are killed. One that is stopped (SIGSTOP, a debugger) writes its stacks when it is continued,
+which is just before it is killed: with more time it might end by itself, and nobody would be told who it was
+that hung.
 """
 
 import os
@@ -156,6 +157,6 @@ def _send(pid: int, number: int) -> None:
 
 
 def _kill_group(pid: int) -> None:
-    """torchrun starts each process in a session, and so a group, of its own."""
+    """Each process was started in a session, and so a group, of its own."""
     with suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)

@@ -1,9 +1,10 @@
-"""Run torchrun within this process, and tell how it ended.
+"""Run the training processes until they end, and tell how they ended.
 
-In this process rather than in a new one: that lets the exit code of the first process that failed be ours
-(torchrun alone always says 1), and lets us show the last lines of a failed process whose output LOG_RANK had
-hidden. Signals and deaths are the `Supervisor`'s, who knows what a save needs. torch is imported only when
-the job starts.
+On one machine they are ours (`processes.py`). On several torchrun starts them, whose agents find each other;
+torch is imported here for it alone. torchrun runs in this process rather than in a new one: that lets the
+exit code of the first process that failed be ours (torchrun alone always says 1), and lets us show the last
+lines of a failed process whose output LOG_RANK had hidden. Signals and deaths are the `Supervisor`'s, who
+knows what a save needs.
 """
 
 import importlib
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
 
-from octavo import exits
+from octavo import exits, processes
 from octavo.distributed.status import (
     FOLDER_VARIABLE,
     LAUNCHER_VARIABLE,
@@ -28,17 +29,22 @@ from octavo.distributed.status import (
     stacks_path,
 )
 from octavo.peers import Meeting, Peers
+from octavo.processes import Failures
 from octavo.supervisor import Supervisor
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One start of torchrun: its arguments, and what the environment must hold before torch is imported.
+    """What is started: Python with the arguments `command`, in so many `local` processes on this machine, and
+    what the environment must hold before torch is imported.
 
-    processes: in all, on every machine. options: the job's, with the config file among them.
+    rendezvous: torchrun's options on how the machines meet, if there are several. processes: in all, on every
+    machine. options: the job's, with the config file among them.
     """
 
-    torchrun: tuple[str, ...]
+    command: tuple[str, ...]
+    local: int
+    rendezvous: tuple[str, ...]
     processes: int
     options: tuple[str, ...]
     environment: Mapping[str, str]
@@ -49,7 +55,7 @@ class Launch:
 
 
 def run(launch: Launch) -> int:
-    """Run torchrun in this process until training ends.
+    """Start the processes, and wait until training ends.
 
     Returns 0, or the exit code of the first process that failed (128 + the signal that ended it).
     """
@@ -69,8 +75,13 @@ def run(launch: Launch) -> int:
                 peers = Peers(launch.meeting, supervisor.look, supervisor.end_for_others)
                 stack.enter_context(peers)
             try:
-                failures = _torchrun([f"--log-dir={logs}", *launch.torchrun])
+                if launch.meeting is None:
+                    failures = processes.run(launch.command, launch.local, launch.shown_ranks, logs)
+                else:
+                    failures = _torchrun(_arguments(launch, logs))
             except _NotMet as error:
+                assert launch.meeting is not None
+                assert peers is not None
                 print(_unmet(launch.meeting, peers, str(error)), file=sys.stderr)
                 return exits.FAILED
             if supervisor.ended_at_once is not None:
@@ -102,12 +113,10 @@ class _NotMet(Exception):
     """torchrun's agents did not find each other, or lost the one that holds their store."""
 
 
-def _unmet(meeting: Meeting | None, peers: Peers | None, reason: str) -> str:
-    elsewhere = None if peers is None else peers.cause()
+def _unmet(meeting: Meeting, peers: Peers, reason: str) -> str:
+    elsewhere = peers.cause()
     if elsewhere is not None:
         return f"octavo: the job ends because of another machine: {elsewhere}"
-    if meeting is None:
-        return f"octavo: torchrun could not start: {reason}"
     return (
         f"octavo: the {meeting.machines} machines did not meet at {meeting.host}:{meeting.port} within "
         f"{meeting.timeout:g} s (RDZV_TIMEOUT): {reason}"
@@ -117,7 +126,7 @@ def _unmet(meeting: Meeting | None, peers: Peers | None, reason: str) -> str:
 def _failed(
     launch: Launch,
     logs: Path,
-    failures: Mapping[int, tuple[int, int]],
+    failures: Failures,
     supervisor: Supervisor,
     peers: Peers | None,
 ) -> tuple[int, bool]:
@@ -165,8 +174,21 @@ def _culprit(failures: Collection[int], supervisor: Supervisor, logs: Path) -> i
     return next(iter([*seen, *failed, *unseen, *failures]))
 
 
-def _torchrun(arguments: list[str]) -> dict[int, tuple[int, int]]:
-    """Run it; returns, for each process that failed, the first one first: rank -> local rank, exit code."""
+def _arguments(launch: Launch, logs: Path) -> list[str]:
+    return [
+        f"--log-dir={logs}",
+        *launch.rendezvous,
+        f"--nproc-per-node={launch.local}",
+        f"--local-ranks-filter={','.join(map(str, sorted(launch.shown_ranks)))}",
+        "--role=rank",
+        "--signals-to-handle=SIGQUIT",  # the others are the supervisor's
+        "--tee=3",
+        *launch.command,
+    ]
+
+
+def _torchrun(arguments: list[str]) -> Failures:
+    """Run it; returns the processes that failed."""
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

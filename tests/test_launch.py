@@ -1,4 +1,4 @@
-"""The check before torchrun, and what it is started with."""
+"""The check before anything is started, and what is started then."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from octavo import launch
+from octavo import launch, torchrun
 from octavo.config import ConfigError
 from octavo.config.files import TRAIN_CONFIGS
 from octavo.launch import plan, visible_gpus
@@ -22,7 +22,7 @@ def planned(
 
 def option(started: launch.Launch, name: str) -> str | None:
     """The value of an option of torchrun's own."""
-    own = started.torchrun[: started.torchrun.index("-m")]
+    own = torchrun._arguments(started, Path("logs"))[: -len(started.command)]
     found = [argument.removeprefix(f"--{name}=") for argument in own if argument.startswith(f"--{name}=")]
     return found[0] if found else None
 
@@ -32,35 +32,25 @@ def option(started: launch.Launch, name: str) -> str | None:
 
 def test_without_variables_one_process_trains_the_demo():
     started = planned()
-    module = started.torchrun.index("-m")
 
-    assert started.torchrun[module:] == (
-        "-m",
-        "octavo.train",
-        f"--job.config_file={TRAIN_CONFIGS / 'demo.toml'}",
-    )
-    assert option(started, "nproc-per-node") == "1"
-    assert option(started, "nnodes") == "1"
-    assert option(started, "rdzv-endpoint") == "localhost:0"
-    assert option(started, "local-ranks-filter") == "0"
+    assert started.command == ("-m", "octavo.train", f"--job.config_file={TRAIN_CONFIGS / 'demo.toml'}")
+    assert (started.local, started.processes, started.meeting) == (1, 1, None)
+    assert started.shown_ranks == {0}
 
 
 def test_options_are_passed_on_in_order_after_the_file():
     options = ["--training.steps", "7", "--job.dump_folder=with a space", "--job.description", ""]
 
-    assert list(planned(*options).torchrun[-len(options) :]) == options
+    assert list(planned(*options).command[-len(options) :]) == options
 
 
 @pytest.mark.parametrize(("gpus", "ngpu", "processes"), [(0, "", 1), (0, "3", 3), (4, "", 4), (4, "2", 2)])
 def test_number_of_processes(gpus, ngpu, processes):
-    assert option(planned(gpus=gpus, NGPU=ngpu), "nproc-per-node") == str(processes)
+    assert planned(gpus=gpus, NGPU=ngpu).local == processes
 
 
 def test_shown_ranks():
-    started = planned(NGPU="4", LOG_RANK="3, 0")
-
-    assert option(started, "local-ranks-filter") == "0,3"
-    assert started.shown_ranks == {0, 3}
+    assert planned(NGPU="4", LOG_RANK="3, 0").shown_ranks == {0, 3}
 
 
 @pytest.mark.parametrize(
@@ -107,8 +97,11 @@ def test_more_processes_than_gpus_is_an_error():
 
 
 def test_several_machines():
-    environ = {"NNODES": "4", "NGPU": "2", "RDZV_ENDPOINT": "node0:29500"}
+    environ = {"NNODES": "4", "NGPU": "2", "RDZV_ENDPOINT": "node0:29500", "LOG_RANK": "1,0"}
     started = planned(**environ)
+    assert (started.local, started.processes) == (2, 8)
+    assert option(started, "nproc-per-node") == "2"
+    assert option(started, "local-ranks-filter") == "0,1"
     assert option(started, "nnodes") == "4"
     assert option(started, "rdzv-endpoint") == "node0:29500"
     assert option(started, "rdzv-backend") == "c10d"
@@ -134,11 +127,11 @@ def test_the_job_is_checked_for_the_processes_of_all_machines():
 def test_config_file_is_a_path_or_the_name_of_a_shipped_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shipped = planned(CONFIG_FILE="debug_model.toml")
-    assert shipped.torchrun[-1] == f"--job.config_file={TRAIN_CONFIGS / 'debug_model.toml'}"
+    assert shipped.command[-1] == f"--job.config_file={TRAIN_CONFIGS / 'debug_model.toml'}"
 
     (tmp_path / "debug_model.toml").write_text("[training]\nsteps = 3\n")
     own = planned(CONFIG_FILE="debug_model.toml")
-    assert own.torchrun[-1] == "--job.config_file=debug_model.toml"
+    assert own.command[-1] == "--job.config_file=debug_model.toml"
 
 
 def test_the_option_alone_names_the_file(tmp_path):
@@ -146,7 +139,7 @@ def test_the_option_alone_names_the_file(tmp_path):
     file.write_text("")
     started = planned("--job.config_file", str(file))
 
-    assert started.torchrun[started.torchrun.index("-m") + 2 :] == ("--job.config_file", str(file))
+    assert started.command == ("-m", "octavo.train", "--job.config_file", str(file))
 
 
 @pytest.mark.parametrize("spelling", ["--job.config_file", "--job.config-file", "--config_file"])

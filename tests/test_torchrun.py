@@ -1,4 +1,4 @@
-"""torchrun's end: exit codes, last words and signals, with a script of ours in place of octavo.train."""
+"""How processes end: exit codes, last words and signals, with a script of ours in place of octavo.train."""
 
 import os
 import re
@@ -20,8 +20,7 @@ DRIVER = """
 import dataclasses, os, sys
 from octavo import launch, supervisor, torchrun
 planned = launch.plan([], os.environ, gpus=0, cores=2)
-own = planned.torchrun[:planned.torchrun.index("-m")]
-sys.exit(launch.run(dataclasses.replace(planned, torchrun=(*own, *sys.argv[1:]))))
+sys.exit(launch.run(dataclasses.replace(planned, command=tuple(sys.argv[1:]))))
 """
 
 TRAINING = """
@@ -63,7 +62,7 @@ match sys.argv[1], rank:
         status.write(8)
         wait_for_all(8)  # none is ended before it has said so
         if rank == 0:
-            time.sleep(0.5)  # the hidden one is the first that torchrun sees
+            time.sleep(0.5)  # the hidden one is the first that the launcher sees
         status.write(8, ended=True)
         sys.exit(2)
     case "die", 1:

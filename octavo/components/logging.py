@@ -33,6 +33,6 @@ def count(number: int, noun: str) -> str:
 
 
 def wants_color() -> bool:
-    """Colours on a terminal; torchrun's workers have none, so the launcher sets FORCE_COLOR for them."""
+    """Colours on a terminal; training processes have none, so the launcher sets FORCE_COLOR for them."""
     wanted = sys.stderr.isatty() or bool(os.environ.get("FORCE_COLOR"))
     return wanted and not os.environ.get("NO_COLOR")

@@ -1,7 +1,6 @@
 """The process group and the device mesh."""
 
 import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from octavo.config.layout import Layout, layout_of
 from octavo.config.schema import Comm, Parallelism
 from octavo.distributed.context_parallel import local_positions
+from octavo.processes import STORE_VARIABLE
 
 _NAMES = {
     "pipeline": "pp",
@@ -84,32 +84,33 @@ class World:
         return labels_BS[:, local_positions(self.context, labels_BS.shape[1], labels_BS.device)]
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def _alone() -> dict[str, str]:
-    """What torchrun would have set for a job of one process."""
-    return {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-    }
+def _store(world: int, timeout: timedelta) -> dist.Store | None:
+    """Where the processes find each other: a file that the launcher has named, or, None, as torchrun's
+    variables say. A single process needs no place for it.
+    """
+    path = os.environ.get(STORE_VARIABLE)
+    if world > 1 and path is None:
+        return None
+    store = dist.HashStore() if path is None or world == 1 else dist.FileStore(path, world)
+    store.set_timeout(timeout)
+    return store
 
 
 def init_world(device: torch.device, parallelism: Parallelism, comm: Comm) -> World:
-    """Join the process group that torchrun described, or a group of one, and lay the mesh over it."""
-    if "RANK" not in os.environ:
-        os.environ.update(_alone())
+    """Join the process group that the launcher or torchrun described, or a group of one, and lay the mesh
+    over it.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    timeout = timedelta(seconds=comm.init_timeout_seconds)
+    store = _store(world, timeout)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl"
         if device.type == "cuda"
         else "gloo",  # gloo too: offloaded gradients are on the CPU
-        timeout=timedelta(seconds=comm.init_timeout_seconds),
+        timeout=timeout,
+        store=store,
+        rank=-1 if store is None else rank,
+        world_size=-1 if store is None else world,
         device_id=device if device.type == "cuda" else None,
     )
     layout = layout_of(parallelism, dist.get_world_size())
