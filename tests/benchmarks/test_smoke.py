@@ -4,6 +4,7 @@ other. Nothing here asserts a speed.
 
 import importlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.waiting import LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +75,25 @@ def test_elder_benchmarks():
     assert "geometric mean" in printed["emulation"]
     assert "one block" in printed["health"]
     assert "trainer / bare, 1 processes" in printed["loop_overhead"]
+
+
+def test_startup(tmp_path):
+    """The phases of each start, in their order; with the stand-in, which spares the imports it measures."""
+    done = subprocess.run(
+        [sys.executable, "benchmarks/startup.py", "--smoke", "--json", tmp_path / "figures.json"],
+        env={**os.environ, "OCTAVO_PYTHON": warm.python()},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=LIMIT,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "two processes" in done.stdout
+    told = json.loads((tmp_path / "figures.json").read_text())
+    assert set(told["starts"]) == {"demo", "two processes"}
+    for (start,) in told["starts"].values():
+        assert 0 < start["launched"] < start["built"] < start["stepped"]
+        assert start["left"] > 0
 
 
 def small_text(folder):
