@@ -22,8 +22,8 @@ from tests.layouts import ALL, BASE, DEGREES, PRECISIONS, SCHEDULE, Case, Precis
 
 TENSOR, CONTEXT, REPLICATE, PIPELINE = (DEGREES[a] for a in ("tensor", "context", "replicate", "pipeline"))
 
-# One case of each layout, with few layers. `pytest -m slow` runs the others with the debug model's six, and
-# `python -m tests.layout_table` all of them.
+# One case of each layout, with few layers. `./run_tests.sh --all` runs the others with the debug model's six,
+# and `python -m tests.layout_table` all of them.
 CHOSEN = {
     "DDP 2": "bfloat16",
     "FSDP 2": "tensorwise",
@@ -88,9 +88,9 @@ def alone(tmp_path_factory):
 
 
 def quick(case: Case) -> Case:
-    """`case` with as few layers as its stages need, for three steps."""
+    """`case` with as few layers as its stages need, for two steps and what is validated after them."""
     layers = 4 if "pipeline" in case.degrees else 2
-    fewer = {"training.steps": 3, "validation.freq": 3, "validation.fraction": 0.02}
+    fewer = {"training.steps": 2, "validation.freq": 2, "validation.fraction": 0.01}
     return replace(case, both={**case.both, **runs.shallow(layers), **fewer})
 
 
@@ -159,51 +159,35 @@ def everywhere(world, flags, again=None):
     return found
 
 
-SAVED = {"checkpoint.enable": True, "training.steps": 2, **runs.shallow(4)}
+SAVED = {key: value for key, value in BASE.items() if not key.startswith("validation.")}
+SAVED |= {"checkpoint.enable": True, "training.steps": 2, **runs.shallow(4)}
 ZBV = {PIPELINE: 2, SCHEDULE: "ZBVZeroBubble", "training.local_batch_size": 4}
 SINGLE = {PIPELINE: 2, "training.local_batch_size": 4}
-
-
-def flags_for(folder: Path) -> dict[str, object]:
-    corpus = runs.small_corpus()
-    return {**runs.TINY, **BASE, **SAVED, "job.dump_folder": folder, "training.dataset": corpus}
-
-
-def test_a_checkpoint_loads_into_every_layout_bit_for_bit(tmp_path):
-    runs.train(tmp_path, {**BASE, **SAVED, TENSOR: 2}, world=4)
-    layouts = [
-        (1, {}),
-        (3, {"training.global_batch_size": 6}),
-        (4, {TENSOR: 2, CONTEXT: 2}),
-        (4, {REPLICATE: 2, TENSOR: 2}),
-        (2, ZBV),
-    ]
-    found = [everywhere(world, flags_for(tmp_path) | degrees) for world, degrees in layouts]
-    assert len(found[0]) > 100
-    assert found[0]["step"] == 2
-    assert all(other == found[0] for other in found)
+LOOPED = {**SINGLE, SCHEDULE: "Interleaved1F1B"}
 
 
 def test_a_checkpoint_goes_from_layout_to_layout_bit_for_bit(tmp_path):
-    """FSDP 4 saves; TP 2 x PP 2 loads and saves; one process loads that."""
-    trained = flags_for(tmp_path / "a")
-    runs.train(tmp_path / "a", {**BASE, **SAVED}, world=4)
-    first = everywhere(4, trained)
-    second = everywhere(4, trained | SINGLE | {TENSOR: 2}, tmp_path / "b" / "checkpoint")
-    (tmp_path / "b").mkdir(exist_ok=True)
-    third = everywhere(1, flags_for(tmp_path / "b"))
-    assert len(first) > 100
-    assert first == second == third
-
-
-def test_a_checkpoint_of_a_pipeline_loads_without_one(tmp_path):
-    runs.train(tmp_path, {**BASE, **SAVED, **ZBV}, world=2)
-    found = [
-        everywhere(world, flags_for(tmp_path) | degrees)
-        for world, degrees in ((2, ZBV), (2, {}), (4, SINGLE | {SCHEDULE: "Interleaved1F1B"}))
+    """What FSDP 2 x TP 2 saves loads everywhere; FSDP 3 and two kinds of pipelines save what they loaded."""
+    assert runs.train(tmp_path / "trained", {**SAVED, TENSOR: 2}, world=4).exit_codes == [0] * 4
+    journeys = [  # from which folder, into how many processes, in which layout, saved again where
+        ("trained", 1, {}, None),
+        ("trained", 3, {"training.global_batch_size": 6}, "sharded"),
+        ("trained", 4, {TENSOR: 2, CONTEXT: 2}, None),
+        ("trained", 4, {REPLICATE: 2, TENSOR: 2}, None),
+        ("trained", 2, ZBV, "v"),
+        ("v", 2, {}, None),
+        ("v", 4, LOOPED, None),
+        ("sharded", 4, SINGLE | {TENSOR: 2}, "pipeline"),
+        ("pipeline", 1, {}, None),
     ]
+    found = []
+    for start, world, degrees, again in journeys:
+        folder = {"job.dump_folder": tmp_path / start, "training.dataset": runs.small_corpus()}
+        flags = {**runs.TINY, **SAVED, **folder, **degrees}
+        found.append(everywhere(world, flags, again and tmp_path / again / "checkpoint"))
     assert len(found[0]) > 100
-    assert found[0] == found[1] == found[2]
+    assert found[0]["step"] == 2
+    assert all(other == found[0] for other in found)
 
 
 def test_sizes_that_do_not_divide_are_one_error(tmp_path):

@@ -13,8 +13,9 @@ from tests import runs
 P = "parallelism.pipeline_parallel_"
 PP = {f"{P}degree": 2}
 LOOPED = {**PP, f"{P}schedule": "InterleavedZeroBubble"}
-SAVES = {"checkpoint.enable": "true", "checkpoint.interval": 2, "metrics.log_grad_norm": True}
-FAULTS = {"experimental.custom_import": "tests.faults"}
+NARROW = runs.shallow(4)
+SAVES = {**NARROW, "checkpoint.enable": "true", "checkpoint.interval": 2, "metrics.log_grad_norm": True}
+FAULTS = {**NARROW, "experimental.custom_import": "tests.faults"}
 
 
 def same(a, b):
@@ -63,6 +64,7 @@ def test_a_pipeline_starts_from_a_seed_checkpoint_and_from_an_export(tmp_path):
     assert begun.exit_codes == [0, 0]
     assert tell(begun) == tell(fresh)
     start = {
+        **NARROW,
         "checkpoint.initial_load_path": tmp_path / "run" / "checkpoint" / "step-4-hf",
         "checkpoint.initial_load_in_hf": True,
         "training.steps": 2,
@@ -75,13 +77,13 @@ def test_a_pipeline_starts_from_a_seed_checkpoint_and_from_an_export(tmp_path):
     assert two.losses[0] != pytest.approx(fresh.losses[0], rel=1e-3)
 
 
-# Layer 4 is in stage 1 of two, layer 2 in stage 1 of four: each of them with process 1.
+# Layer 3 is in stage 1 of two, layer 1 in stage 1 of four: each of them with process 1.
 @pytest.mark.parametrize(
     ("kind", "flags", "module", "named"),
     [
-        ("activation", LOOPED, "layers.2.feed_forward.w2", "the activation that {} puts out in forward"),
-        ("gradient", PP, "layers.4.feed_forward", "the gradient of {}.w2's output in backward"),
-        ("weight", PP, "layers.4.feed_forward.w2", "the weight {}.weight, before the step"),
+        ("activation", LOOPED, "layers.1.feed_forward.w2", "the activation that {} puts out in forward"),
+        ("gradient", PP, "layers.3.feed_forward", "the gradient of {}.w2's output in backward"),
+        ("weight", PP, "layers.3.feed_forward.w2", "the weight {}.weight, before the step"),
     ],
 )
 def test_a_bad_number_is_named_with_its_layer(kind, flags, module, named, tmp_path, monkeypatch):
@@ -94,9 +96,9 @@ def test_a_bad_number_is_named_with_its_layer(kind, flags, module, named, tmp_pa
 
 
 def test_a_step_that_is_skipped_and_one_that_is_rewound(tmp_path, monkeypatch):
-    fault = {"kind": "gradient", "step": 3, "rank": 1, "module": "layers.4.feed_forward"}
+    fault = {"kind": "gradient", "step": 3, "rank": 1, "module": "layers.3.feed_forward"}
     monkeypatch.setenv("OCTAVO_TEST_FAULT", json.dumps(fault))
-    flags = {**FAULTS, **SAVES, **PP, "checkpoint.interval": 1}
+    flags = {**SAVES, **FAULTS, **PP, "checkpoint.interval": 1}
     skipping = runs.train(tmp_path / "skip", {**flags, "fault_tolerance.non_finite": "skip"}, world=2)
     assert skipping.exit_codes == [0, 0]
     saved = tmp_path / "skip" / "checkpoint"

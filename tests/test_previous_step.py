@@ -8,7 +8,7 @@ import pytest
 
 from tests import runs
 
-RECIPE = runs.recipe("tensorwise_previous_step")
+RECIPE = {**runs.shallow(4), **runs.recipe("tensorwise_previous_step")}
 STEPS = {"training.steps": 6}
 SAVES = {"checkpoint.enable": True, "checkpoint.interval": 3}
 # A few thousand elements a layer: their maxima jump more than those of a real batch.
@@ -25,7 +25,7 @@ def whole(tmp_path_factory):
 
 def test_the_loss_is_tensorwises(whole, tmp_path):
     run, _ = whole
-    tensorwise = runs.train(tmp_path, runs.recipe("tensorwise"))
+    tensorwise = runs.train(tmp_path, {**runs.shallow(4), **runs.recipe("tensorwise")})
     assert run.losses[0] == tensorwise.losses[0]  # just in time
     assert run.losses[2:4] != tensorwise.losses[2:4]
     for loss, other in zip(run.losses[:4], tensorwise.losses, strict=True):

@@ -63,7 +63,7 @@ def test_smoke(name, monkeypatch, tmp_path, capsys):
 def test_elder_benchmarks():
     """Those that measure what a CPU can tell, each in a process of its own, which they set up."""
     names = ("checkpoint", "emulation", "health", "loop_overhead")
-    commands = [[sys.executable, f"benchmarks/{name}.py", "--smoke"] for name in names]
+    commands = [[warm.python(), f"benchmarks/{name}.py", "--smoke"] for name in names]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     started = [subprocess.Popen(command, **pipes) for command in commands]
     printed = {}

@@ -13,7 +13,6 @@ models.register(
     replace(
         SPEC,
         name="shallow",
-        hugging_face=None,
         flavors={str(layers): replace(NARROW, n_layers=layers) for layers in (2, 4)},
     )
 )
