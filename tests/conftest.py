@@ -41,7 +41,7 @@ if as_on := os.environ.get("ATEN_CPU_CAPABILITY"):  # see tests/test_processors.
     # torch's cache of compiled code does not tell instruction sets apart, and code in it made for one crashes
     # when it is compiled for another.
     cache = Path(tempfile.gettempdir()) / f"octavo-inductor-{os.getuid()}-{as_on}"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)  # torch itself sets it in a process that has compiled
 
 # The same examples on every run: a failure seen once can be seen again.
 settings.register_profile("octavo", derandomize=True, deadline=None, database=None)

@@ -50,6 +50,8 @@ CHOSEN = {
     "FSDP 2, PP 2, ZBVZeroBubble": "float32",
 }
 QUICK = [case for case in ALL if not case.compiled and CHOSEN[case.layout] == case.precision.name]
+# Each has fewer axes than another of the chosen ones, split in the same way.
+WITHIN_OTHERS = ("TP 2, CP 2", "TP 2, PP 2", "FSDP 2, CP 2", "HSDP 2 x 1, TP 2")
 DOCUMENTS = {"training.document_mask": True}
 VARIANTS = [
     Case("TP 2, whole logits", 2, {"tensor": 2}, flags={"parallelism.disable_loss_parallel": True}),
@@ -101,7 +103,14 @@ def check(case: Case, alone, folder: Path) -> None:
     assert found.validation <= case.precision.limit
 
 
-@pytest.mark.parametrize("case", [*QUICK, *VARIANTS], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow) if case.layout in WITHIN_OTHERS else case
+        for case in (*QUICK, *VARIANTS)
+    ],
+    ids=lambda case: case.name,
+)
 def test_layout_equals_one_process(case, alone, tmp_path):
     check(quick(case), alone, tmp_path)
 

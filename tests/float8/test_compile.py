@@ -218,10 +218,11 @@ def test_checkpointing_recasts_activations_and_no_weight() -> None:
     assert len(graphs.casts("backward")) > 2 * 3  # activations again
 
 
-def test_shapes_may_change() -> None:
+@pytest.mark.parametrize("backend", [WITHOUT_CODE, pytest.param("inductor", marks=pytest.mark.slow)])
+def test_shapes_may_change(backend: str) -> None:
     torch._dynamo.reset()
     model = Float8Linear(64, 48, config="rowwise", emulate=True)
-    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     for tokens in (5, 16, 33):
         x = torch.randn(tokens, 64)
         got, want = gradients(compiled, model, x), gradients(model, model, x)

@@ -19,7 +19,7 @@ from octavo.float8.health import Monitor, Row, Table, audit, watch
 from octavo.float8.quantize import dequantize, quantize, scales_from_amax
 from octavo.float8.recipe import ScaleFormat
 from tests import ranks
-from tests.float8.graphs import compiles
+from tests.float8.graphs import WITHOUT_CODE, compiles
 
 TOKENS, K, N = 150, 160, 144
 
@@ -388,7 +388,14 @@ def test_what_a_monitor_refuses() -> None:
 
 
 @compiles
-@pytest.mark.parametrize(("backend", "checkpointed"), [("inductor", False), ("aot_eager", True)])
+@pytest.mark.parametrize(
+    ("backend", "checkpointed"),
+    [
+        (WITHOUT_CODE, False),
+        (WITHOUT_CODE, True),
+        pytest.param("inductor", False, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_blocks_are_measured_without_a_break(backend: str, checkpointed: bool) -> None:
     """The numbers of eager code; and a graph of its own for measured steps only."""
     model = stack(checkpointed=checkpointed)

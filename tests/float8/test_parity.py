@@ -57,14 +57,14 @@ def check(case: Case, mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> Non
 
 
 @pytest.mark.parametrize("recipe", reference.RECIPES)
-@settings(max_examples=200)
+@settings(max_examples=140)
 @given(case=cases(large=False))
 def test_small_layers_equal_torchao(recipe: str, case: Case) -> None:
     check(case, reference.ours(case, recipe), reference.torchaos(case, recipe))
 
 
 @pytest.mark.parametrize("recipe", reference.RECIPES)
-@settings(max_examples=100)
+@settings(max_examples=70)
 @given(case=cases(large=True))
 def test_large_layers_equal_torchao(recipe: str, case: Case) -> None:
     assert min(case.M, case.K, case.N) >= 128
@@ -73,7 +73,7 @@ def test_large_layers_equal_torchao(recipe: str, case: Case) -> None:
 
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("recipe", ["rowwise", "rowwise_with_gw_hp"])
-@settings(max_examples=120, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.filter_too_much])
 @given(data=st.data())
 def test_bits_are_torchaos_where_both_add_alike(recipe: str, large: bool, data: st.DataObject) -> None:
     case = data.draw(cases(large=large))

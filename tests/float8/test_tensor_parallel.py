@@ -174,7 +174,7 @@ def errors(
     *,
     sequence: bool = True,
     emulate: bool | None = True,
-    compiled: bool = False,
+    compiled: bool | str = False,
     cached: bool = False,
     dtype: torch.dtype = torch.float32,
     styles: Styles = OURS,
@@ -183,11 +183,11 @@ def errors(
 ) -> dict[str, float]:
     """Distance of the output and of every gradient from one process's, by name.
 
-    `compiled`: on one rank into code, on the others into the same graphs without it.
+    `compiled`: into graphs without code; "inductor": on one rank into code.
     """
     wanted = one_process(kind, recipe, emulate, dtype, tokens)
     model, (x, dy) = build(kind, recipe, emulate, dtype), batch(dtype, tokens)
-    backend = "inductor" if dist.get_rank() == 0 else WITHOUT_CODE
+    backend = compiled if compiled == "inductor" and dist.get_rank() == 0 else WITHOUT_CODE
     mesh = tp_mesh()
     parallelize_module(model, mesh, styles.plan(kind, sequence))
     before, after = layouts(kind, sequence)
@@ -247,6 +247,7 @@ def test_the_hardware_path_equals_one_process(recipe: str) -> None:
 
 
 @compiles
+@pytest.mark.parametrize("compiled", [True, pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("kind", "recipe"),
     [
@@ -256,8 +257,8 @@ def test_the_hardware_path_equals_one_process(recipe: str) -> None:
         pytest.param("block", "rowwise", marks=pytest.mark.slow),
     ],
 )
-def test_compiled_equals_one_process(kind: str, recipe: str) -> None:
-    check(2, [(kind, recipe, {"compiled": True})])
+def test_compiled_equals_one_process(kind: str, recipe: str, compiled: bool | str) -> None:
+    check(2, [(kind, recipe, {"compiled": compiled})])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
