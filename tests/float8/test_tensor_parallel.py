@@ -42,6 +42,8 @@ from octavo.float8.tensor_parallel import (
 from tests import ranks
 from tests.float8.graphs import WITHOUT_CODE, compiles
 
+pytestmark = pytest.mark.usefixtures("products_in_float32")
+
 B, S, K, N = 2, 256, 512, 512  # 128-blocks of features fit on four ranks, of tokens on two
 CLOSE = 1e-5  # norm-relative, against one process
 KINDS = ("colwise", "rowwise", "shared")

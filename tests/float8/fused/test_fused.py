@@ -18,6 +18,8 @@ from octavo.float8.recipe import RECIPES
 from tests.float8.graphs import compile_and_capture, compiles, saved_bytes
 from tests.float8.llama_block import LlamaBlock
 
+pytestmark = pytest.mark.usefixtures("products_in_float32")
+
 DIM, HIDDEN = 256, 384  # q is 256 rows and k 128: blocks of 128 do not straddle them
 
 
