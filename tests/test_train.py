@@ -4,12 +4,15 @@ import json
 import math
 import re
 import shutil
+from functools import partialmethod
 
 import pytest
 import torch
+from torch import nn
 
 from octavo.quantization import DEFAULT_RECIPE, recipe_name
 from tests import runs
+from tests.float8.graphs import WITHOUT_CODE
 from tests.golden import golden
 
 
@@ -201,12 +204,19 @@ def test_casting_weights_once_changes_no_bit(tmp_path):
     assert [line["grad_norm"] for line in once.metrics] == [line["grad_norm"] for line in each.metrics]
 
 
-def test_compiled_run_follows_the_eager_one(tmp_path):
-    flags = {
-        **runs.recipe("rowwise"),
-        "training.steps": 3,
-        "activation_checkpoint.mode": "selective",
-    }
+@pytest.mark.parametrize(
+    ("precision", "code"),
+    [
+        pytest.param({}, True, id="high precision"),
+        pytest.param(runs.recipe("rowwise"), False, id="rowwise, graphs"),  # half a minute of generating code
+        pytest.param(runs.recipe("rowwise"), True, id="rowwise", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_run_follows_the_eager_one(tmp_path, monkeypatch, precision, code):
+    if not code:
+        compile_ = nn.Module.compile
+        monkeypatch.setattr(nn.Module, "compile", partialmethod(compile_, backend=WITHOUT_CODE))
+    flags = {**precision, "training.steps": 3, "activation_checkpoint.mode": "selective"}
     eager = train(tmp_path / "eager", flags)
     compiled = train(tmp_path / "compiled", {**flags, "compile.enable": "true"}, world=1)
     assert compiled.losses == pytest.approx(eager.losses, rel=2e-3)

@@ -54,7 +54,7 @@ README: Mapping[str, Shrunk | Elsewhere] = {
         ((" --training.steps 560", ""),), SHORT
     ),
     '.venv/bin/octavo generate --checkpoint outputs --prompt "ROMEO."': Shrunk(appended="--max_new_tokens 4"),
-    ".venv/bin/octavo export outputs --out exported": Shrunk(cold=True),
+    ".venv/bin/octavo export outputs --out exported": As_it_stands,
     ".venv/bin/octavo import exported --out imported": As_it_stands,
     "./run_train.sh --job.dump_folder outputs_2 --checkpoint.initial_load_path imported": few,
 }

@@ -72,6 +72,10 @@ def batch(dtype: torch.dtype) -> Tensor:
     return torch.randn(2, M // 2, DIM, generator=g).to(dtype).requires_grad_()
 
 
+# Of these no code is generated here: tensorwise is what tests/float8/test_convert.py compiles.
+GRAPHS_ALONE = (MIXED, "tensorwise")
+
+
 def gradients(run: nn.Module, model: nn.Module, x: Tensor) -> list[Tensor]:
     model.zero_grad()
     x = x.detach().requires_grad_()
@@ -83,10 +87,13 @@ def gradients(run: nn.Module, model: nn.Module, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("recipe", "dtype", "backend"),
     [
-        *((recipe, torch.bfloat16, "inductor") for recipe in RECIPES if recipe != MIXED),
-        (MIXED, torch.bfloat16, WITHOUT_CODE),
+        *((recipe, torch.bfloat16, "inductor") for recipe in RECIPES if recipe not in GRAPHS_ALONE),
+        *((recipe, torch.bfloat16, WITHOUT_CODE) for recipe in GRAPHS_ALONE),
         ("rowwise", torch.float32, WITHOUT_CODE),
-        pytest.param(MIXED, torch.bfloat16, "inductor", marks=pytest.mark.slow),
+        *(
+            pytest.param(recipe, torch.bfloat16, "inductor", marks=pytest.mark.slow)
+            for recipe in GRAPHS_ALONE
+        ),
         *(pytest.param(recipe, torch.float32, "inductor", marks=pytest.mark.slow) for recipe in RECIPES),
     ],
 )

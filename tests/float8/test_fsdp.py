@@ -165,11 +165,11 @@ def test_scales_are_never_older_than_the_weights() -> None:
     assert verdicts == [[True] * 10] * 2
 
 
-def _compiled() -> list[str]:
-    """A block compiled in one graph, then sharded; against the same in eager mode. On one rank it is compiled
-    into code, on the other into the same graphs without it.
+def _compiled(code: bool) -> list[str]:
+    """A block compiled in one graph, then sharded; against the same in eager mode. `code`: on one rank it is
+    compiled into code, on the other into the same graphs without it.
     """
-    backend = "inductor" if dist.get_rank() == 0 else WITHOUT_CODE
+    backend = "inductor" if code and dist.get_rank() == 0 else WITHOUT_CODE
     runs: dict[str, list[Tensor]] = {}
     for name in ("eager", "compiled", "compiled, once"):
         torch._dynamo.reset()
@@ -197,5 +197,6 @@ def _compiled() -> list[str]:
 
 
 @compiles
-def test_compiled_block_equals_the_eager_one() -> None:
-    assert ranks.run(2, _compiled) == [[], []]
+@pytest.mark.parametrize("code", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compiled_block_equals_the_eager_one(code: bool) -> None:
+    assert ranks.run(2, _compiled, code) == [[], []]

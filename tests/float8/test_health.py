@@ -391,7 +391,7 @@ def test_what_a_monitor_refuses() -> None:
 @pytest.mark.parametrize(
     ("backend", "checkpointed"),
     [
-        (WITHOUT_CODE, False),
+        pytest.param(WITHOUT_CODE, False, marks=pytest.mark.slow),
         (WITHOUT_CODE, True),
         pytest.param("inductor", False, marks=pytest.mark.slow),
     ],

@@ -33,7 +33,7 @@ def gradients(run: nn.Module, model: nn.Module, x: Tensor) -> list[Tensor]:
     return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
 
 
-COMPILED = {"rowwise": "inductor", "mxfp8": WITHOUT_CODE, "tensorwise_previous_step": WITHOUT_CODE}
+COMPILED = ("rowwise", "mxfp8", "tensorwise_previous_step")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -45,7 +45,7 @@ def test_a_linear_computes_the_same(recipe: str) -> None:
         want = gradients(model, model, x)
     runs = [model]
     if recipe in COMPILED:
-        runs.append(torch.compile(model, fullgraph=True, backend=COMPILED[recipe]))
+        runs.append(torch.compile(model, fullgraph=True, backend=WITHOUT_CODE))
     for run in runs:
         for got, wanted in zip(gradients(run, model, x), want, strict=True):
             assert_same(got, wanted, recipe)
