@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import machine
 from octavo import float8 as octavo
-from octavo.float8.matmul import BFLOAT16_UNITS
+from octavo.float8.matmul import BFLOAT16_UNITS, MATRIX_UNITS
 
 warnings.simplefilter("ignore")
 logging.disable(logging.WARNING)  # torchao reports GPU libraries that a CPU build cannot load
@@ -162,7 +162,9 @@ def main() -> None:
     device = torch.device("cpu")
     print(
         f"{machine.device_name(device)}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}, bfloat16 units: {'yes' if BFLOAT16_UNITS else 'no'}; "
+        f"{torch.backends.cpu.get_cpu_capability()}, "
+        f"bfloat16 instructions: {'yes' if BFLOAT16_UNITS else 'no'}, "
+        f"matrix units: {'yes' if MATRIX_UNITS else 'no'}; "
         f"torch {torch.__version__}; {args.layers} layers of {args.dim}, "
         f"{args.batch * args.length} tokens a step, {args.steps} steps a side"
     )

@@ -25,6 +25,10 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from octavo.components.run_record import processor
+
 ROOT = Path(__file__).resolve().parents[1]
 SIDES: dict[str, tuple[int, tuple[str, ...]]] = {  # processes, options
     "demo": (1, ()),
@@ -61,15 +65,6 @@ def start(side: str, folder: Path, options: tuple[str, ...] = ()) -> dict[str, f
     if process.returncode or set(seen) != set(PHASES):
         sys.exit(f"{side}: exit code {process.returncode}\n{''.join(lines)}")
     return seen
-
-
-def processor() -> str:
-    """Its name, where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    names = [
-        line.partition(":")[2] for line in info.read_text().splitlines() if line.startswith("model name")
-    ]
-    return names[0].strip() if names else platform.machine()
 
 
 def measure(folder: Path, sides: list[str], rounds: int, options: tuple[str, ...]) -> dict[str, list]:

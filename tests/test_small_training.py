@@ -1,13 +1,11 @@
 """What a run keeps in memory may shrink, and its losses stay: fused layers, a chunked loss, small moments."""
 
 import importlib.util
-from functools import partialmethod
 
 import pytest
-from torch import nn
 
 from tests import runs
-from tests.float8.graphs import WITHOUT_CODE
+from tests.float8.graphs import layers_compile_without_code
 
 # Weights as wide as 128-blocks, so that joined ones are cut between blocks.
 CHECKPOINTED = {"checkpoint.enable": True, "checkpoint.interval": 2, "training.steps": 4}
@@ -64,8 +62,7 @@ def test_compiled_fused_layers_and_a_chunked_loss_train_alike(tmp_path, monkeypa
     """
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))  # of this process alone
     if not flags:  # the graphs as they are: tests/test_train.py trains in what code is generated from them
-        compile_ = nn.Module.compile
-        monkeypatch.setattr(nn.Module, "compile", partialmethod(compile_, backend=WITHOUT_CODE))
+        layers_compile_without_code(monkeypatch)
     flags = {**flags, "training.steps": 2, "training.local_batch_size": 2}
     compiled = {**flags, "training.compile": True}
     float8 = "float8.emulate" in flags

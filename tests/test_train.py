@@ -4,15 +4,13 @@ import json
 import math
 import re
 import shutil
-from functools import partialmethod
 
 import pytest
 import torch
-from torch import nn
 
 from octavo.quantization import DEFAULT_RECIPE, recipe_name
 from tests import runs
-from tests.float8.graphs import WITHOUT_CODE
+from tests.float8.graphs import layers_compile_without_code
 from tests.golden import golden
 
 
@@ -214,8 +212,7 @@ def test_casting_weights_once_changes_no_bit(tmp_path):
 )
 def test_compiled_run_follows_the_eager_one(tmp_path, monkeypatch, precision, code):
     if not code:
-        compile_ = nn.Module.compile
-        monkeypatch.setattr(nn.Module, "compile", partialmethod(compile_, backend=WITHOUT_CODE))
+        layers_compile_without_code(monkeypatch)
     flags = {**precision, "training.steps": 3, "activation_checkpoint.mode": "selective"}
     eager = train(tmp_path / "eager", flags)
     compiled = train(tmp_path / "compiled", {**flags, "compile.enable": "true"}, world=1)

@@ -113,10 +113,12 @@ def scales_from_amax(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
         s = _keep_nan(s, (s.view(torch.int32) & _EXPONENT_MASK).view(torch.float32))
     if s.device.type == "cpu":
         # Not by way of float64: compiled for AVX2, `.float().double()` leaves s unrounded.
-        return written_out(s), written_out(s.reciprocal())
-    # A float64 quotient rounded to float32 is the correctly rounded float32 quotient; GPU code would give
-    # less.
-    return written_out(s), written_out((1.0 / s.double()).float())
+        scale = s.reciprocal()
+    else:
+        # A float64 quotient rounded to float32 is the correctly rounded float32 quotient; GPU code would give
+        # less.
+        scale = (1.0 / s.double()).float()
+    return written_out(s), written_out(scale)
 
 
 def written_out(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partialmethod
 from typing import Any
 
 import pytest
@@ -18,6 +19,11 @@ compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 WITHOUT_CODE = "aot_eager_decomp_partition"
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 HIGH_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def layers_compile_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `module.compile()`, also in processes that are forked from here on, stop at the graphs."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=WITHOUT_CODE))
 
 
 def saved_tensors(model: Callable[..., Tensor], x: Tensor, params: nn.Module) -> list[Tensor]:
