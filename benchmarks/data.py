@@ -50,7 +50,7 @@ def write_corpus(path: Path, megabytes: float) -> list[str]:
 
 def raw(texts: list[str]) -> int:
     """Tokens, counted after all ids were taken."""
-    from octavo.components.tokenizer import build_tokenizer
+    from octavo.tokenizer import build_tokenizer
 
     engine = build_tokenizer(TOKENIZER)._engine
     return sum(len(ids) for ids in [one.ids for one in engine.encode_batch_fast(texts)])
@@ -58,7 +58,7 @@ def raw(texts: list[str]) -> int:
 
 def prepare(source: Path, out: Path, workers: int) -> int:
     """Tokens in the prepared folder."""
-    from octavo import prepare as command
+    from octavo.commands import prepare as command
 
     shutil.rmtree(out, ignore_errors=True)
     index, _ = command.prepare([str(source)], tokenizer=TOKENIZER, out=out, workers=workers)
@@ -69,7 +69,7 @@ def map_datasets(source: Path, cache: Path, workers: int) -> Any:
     """The same with `datasets`: one row of ids a document."""
     import datasets
 
-    from octavo.components.tokenizer import build_tokenizer
+    from octavo.tokenizer import build_tokenizer
 
     shutil.rmtree(cache, ignore_errors=True)
     datasets.disable_progress_bars()
@@ -84,8 +84,8 @@ def map_datasets(source: Path, cache: Path, workers: int) -> Any:
 
 def octavo_batches(folder: Path, workers: int) -> Iterator[tuple[Any, Any]]:
     """Endless batches of octavo's loader."""
-    from octavo.components.tokenizer import build_tokenizer
     from octavo.data.build import build_dataloader
+    from octavo.tokenizer import build_tokenizer
 
     loader = build_dataloader(
         dataset=str(folder),

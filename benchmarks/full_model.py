@@ -37,7 +37,7 @@ from benchmarks.harness.machine import ROOT, Conditions
 from benchmarks.harness.options import Options, parse
 from benchmarks.harness.report import Report
 from octavo.roofline import Block, Gpu, gemm_seconds, layer_time, linear_shapes
-from octavo.timing import Spread
+from octavo.roofline.timing import Spread
 
 TOKENS, STEPS, WARMUP = 8192, 25, 5
 SIDES: Mapping[str, Mapping[str, str]] = {

@@ -31,10 +31,10 @@ from benchmarks.harness.comparison import Side, compare, predicted_only
 from benchmarks.harness.machine import Conditions
 from benchmarks.harness.options import Options, parse
 from benchmarks.harness.report import Report
+from octavo.commands.argparser import whole
 from octavo.float8 import RECIPES, Gemm
 from octavo.float8.matmul import choose_path, matmul
 from octavo.float8.quantize import quantize
-from octavo.hf.arguments import whole
 from octavo.roofline import Gpu, Shape, Tensors, cast_seconds, gemm_seconds
 
 TOKENS = 8192

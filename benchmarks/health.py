@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from octavo import config as job_config
-from octavo import train
 from octavo.float8 import Float8LinearConfig, convert_to_float8_training
 from octavo.float8.health import Monitor
+from octavo.train import trainer as train
 from tests.float8.llama_block import Llama
 
 LAYERS, WARMUP, MICROBATCHES = 6, 2, 2

@@ -39,12 +39,12 @@ from benchmarks.harness.gradients import sqnr, watched
 from benchmarks.harness.machine import Conditions
 from benchmarks.harness.options import Options, parse
 from benchmarks.harness.report import Report
-from octavo.components.device import fastest_attention
+from octavo.commands.argparser import whole
 from octavo.float8 import RECIPES, Float8LinearConfig, convert_to_float8_training
-from octavo.hf.arguments import whole
+from octavo.metrics.device import fastest_attention
 from octavo.models.llama3.model import LlamaArgs, TransformerBlock, rope_table
-from octavo.quantization import keep_casts_under_compile
 from octavo.roofline import Block, Gpu, layer_time
+from octavo.train.quantization import keep_casts_under_compile
 
 LAYERS, TOKENS = 8, 8192
 # side -> (its goal over bfloat16 on an H100, where there is one)
@@ -86,7 +86,7 @@ class Kind:
 
 
 def _fuses() -> bool:
-    return importlib.util.find_spec("octavo.models.llama3.fuse") is not None
+    return importlib.util.find_spec("octavo.models.llama3.fused_block") is not None
 
 
 def kinds(with_torchao: bool) -> list[Kind]:
@@ -115,9 +115,9 @@ def build(kind: Kind, base: Stack, options: Options) -> tuple[Stack, Callable[[]
         ours = replace(Float8LinearConfig.from_recipe_name(kind.recipe), emulate=emulate)
         convert_to_float8_training(model, config=ours)
         if "previous_step" in kind.recipe:
-            from octavo.float8 import PreviousStep
+            from octavo.float8 import DelayedScaling
 
-            after = PreviousStep(model).end_step
+            after = DelayedScaling(model).end_step
     if kind.fused:
         _fuse(model)
     if not options.smoke:
@@ -127,9 +127,9 @@ def build(kind: Kind, base: Stack, options: Options) -> tuple[Stack, Callable[[]
 
 
 def _fuse(model: Stack) -> None:
-    from octavo.distributed.plan import Fusion
+    from octavo.distributed.parallelize_plan import Fusion
     from octavo.float8.fused import GatedLinear, NormedInput, SharedInput
-    from octavo.models.llama3.fuse import fuse_layer
+    from octavo.models.llama3.fused_block import fuse_layer
 
     for layer in model.layers.values():
         fuse_layer(layer, Fusion(NormedInput, GatedLinear, SharedInput))

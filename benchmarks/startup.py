@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from octavo.components.run_record import processor
+from octavo.train.run_record import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES: dict[str, tuple[int, tuple[str, ...]]] = {  # processes, options

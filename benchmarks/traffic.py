@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 
-from octavo import config, train
-from octavo.components.signals import Signals
+from octavo import config
 from octavo.distributed import mesh
 from octavo.distributed.traffic import Traffic
-from octavo.distributed.watchdog import Watchdog
+from octavo.train import trainer
+from octavo.train.signals import Signals
+from octavo.train.watchdog import Watchdog
 
 LAYOUTS: Mapping[str, tuple[int, dict[str, Any]]] = {
     # name -> processes, flags of [parallelism]
@@ -91,7 +92,7 @@ def _step(rank: int, world: int, port: int, argv: Sequence[str], results: Any) -
     torch.set_num_threads(1)
     with ExitStack() as stack:
         signals, watchdog = (stack.enter_context(each) for each in (Signals(), Watchdog()))
-        steps = train.Trainer(config.load(argv), signals, watchdog).steps()
+        steps = trainer.Trainer(config.load(argv), signals, watchdog).steps()
         next(steps)
         with Traffic() as traffic:
             next(steps)

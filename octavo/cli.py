@@ -17,19 +17,18 @@ from types import MappingProxyType
 
 from octavo import __version__
 from octavo.config import ConfigError
-from octavo.config.errors import did_you_mean
+from octavo.core.errors import did_you_mean
 
 _USAGE_ERROR = 2
 
 
 def _preflight_train(argv: Sequence[str]) -> None:
-    """Judge the job before octavo.train, and with it torch, is imported; print help and exit where it is
-    asked for.
-    """
-    from octavo import config, launch
+    """Validate the job before importing the trainer and torch; print help and exit where it is asked for."""
+    from octavo import config
+    from octavo.launch import launcher
 
     job = config.load(argv)
-    config.check(job, world_size=_world_size(), gpus=launch.count_gpus(os.environ))
+    config.check(job, world_size=_world_size(), gpus=launcher.count_gpus(os.environ))
     # A console script has its own folder on the path, where `python -m` has the working directory.
     sys.path.append(os.getcwd())
 
@@ -55,19 +54,29 @@ class Command:
 COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
         "train": Command(
-            "octavo.train", "train a model in this process (./run_train.sh starts several)", _preflight_train
+            "octavo.train.trainer",
+            "train a model in this process (./run_train.sh starts several)",
+            _preflight_train,
         ),
-        "compare": Command("octavo.compare", "train in several recipes, and report which keep the loss"),
-        "tune": Command("octavo.tune", "find the fastest float8 recipe of each layer on this GPU"),
-        "prepare": Command("octavo.prepare", "tokenise text into shards that training reads"),
-        "export": Command("octavo.export", "write a trained model as a Hugging Face folder"),
+        "compare": Command(
+            "octavo.commands.compare.main", "train in several recipes, and report which keep the loss"
+        ),
+        "tune": Command(
+            "octavo.commands.tune.main", "find the fastest float8 recipe of each layer on this GPU"
+        ),
+        "prepare": Command("octavo.commands.prepare", "tokenise text into shards that training reads"),
+        "export": Command("octavo.commands.export", "write a trained model as a Hugging Face folder"),
         "import": Command(
-            "octavo.import_hf", "make a checkpoint from a Hugging Face or an original Llama model"
+            "octavo.commands.import_", "make a checkpoint from a Hugging Face or an original Llama model"
         ),
-        "estimate": Command("octavo.estimate", "memory, messages and time of a job, without running it"),
-        "generate": Command("octavo.generate", "continue a text with a trained model"),
-        "doctor": Command("octavo.doctor.main", "look whether training works here, and with a config"),
-        "download": Command("octavo.download", "fetch a tokenizer from Hugging Face"),
+        "estimate": Command(
+            "octavo.commands.estimate.main", "memory, messages and time of a job, without running it"
+        ),
+        "generate": Command("octavo.commands.generate", "continue a text with a trained model"),
+        "doctor": Command(
+            "octavo.commands.doctor.main", "look whether training works here, and with a config"
+        ),
+        "download": Command("octavo.commands.download", "fetch a tokenizer from Hugging Face"),
     }
 )
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from octavo.assets import CORPORA, TOKENIZERS  # noqa: E402
-from octavo.components.tokenizer import BOS, EOS, LLAMA3_SPLIT  # noqa: E402
+from octavo.tokenizer import BOS, EOS, LLAMA3_SPLIT  # noqa: E402
 
 ENTRIES = 2048
 

@@ -32,12 +32,12 @@ os.environ.update(
     GOMP_SPINCOUNT="0",
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
-    # No pool of compiling threads: a forked process (tests/ranks.py) would wait for threads it has not got.
+    # No pool of compiling threads: a forked process (ranks.py) would wait for threads it does not have.
     TORCHINDUCTOR_COMPILE_THREADS="1",
     # A test's child processes import this checkout, whatever their working directory is.
     PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
 )
-if as_on := os.environ.get("ATEN_CPU_CAPABILITY"):  # see tests/test_processors.py
+if as_on := os.environ.get("ATEN_CPU_CAPABILITY"):  # see tests/train/test_processors.py
     # torch's cache of compiled code does not tell instruction sets apart, and code in it made for one crashes
     # when it is compiled for another.
     cache = Path(tempfile.gettempdir()) / f"octavo-inductor-{os.getuid()}-{as_on}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.harness.options import Options
-from octavo.timing import Call, Spread, paired, time_in_turn
+from octavo.roofline.timing import Call, Spread, paired, time_in_turn
 
 CONTROL = "control"
 

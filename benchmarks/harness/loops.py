@@ -33,12 +33,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from octavo import config, models
-from octavo.components.init import init_weights
-from octavo.components.run_record import processor
-from octavo.components.tokenizer import build_tokenizer
 from octavo.data.build import build_dataloader
 from octavo.distributed import mesh
+from octavo.models.init import init_weights
 from octavo.models.llama3.model import Llama
+from octavo.tokenizer import build_tokenizer
+from octavo.train.run_record import processor
 
 BATCH = 8
 
@@ -128,7 +128,7 @@ def _place() -> tuple[int, int]:
 
 def trainer_steps(case: Case, folder: str) -> Iterator[int]:
     """The trainer's own loop, step by step."""
-    from octavo.train import Trainer  # the bare loop's process has no use for it
+    from octavo.train.trainer import Trainer  # the bare loop's process has no use for it
 
     flags = {
         "job.dump_folder": folder,

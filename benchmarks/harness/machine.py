@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import torch
 
-from octavo.components.run_record import processor
+from octavo.train.run_record import processor
 
 ROOT = Path(__file__).resolve().parents[2]
 QUERIES = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from octavo.float8 import RECIPES
-from octavo.float8.cast_on_gpu import use_kernels
+from octavo.float8.casts.gpu_cast import use_kernels
 from octavo.float8.quantize import quantize_both
 
 E4M3 = torch.float8_e4m3fn

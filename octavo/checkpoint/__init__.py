@@ -4,7 +4,7 @@
 here imports torch.
 """
 
-from octavo.checkpoint.errors import DamagedCheckpoint, NoCheckpointVerifies, RefusedCheckpoint
+from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint, NoCheckpointVerifies, RefusedCheckpoint
 from octavo.checkpoint.store import latest
 
 __all__ = ["DamagedCheckpoint", "NoCheckpointVerifies", "RefusedCheckpoint", "latest"]

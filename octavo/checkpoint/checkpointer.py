@@ -32,15 +32,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from octavo.checkpoint import disk, points, rng
-from octavo.checkpoint.errors import DamagedCheckpoint, SavesFailed
+from octavo.checkpoint import disk_space, failpoints, rng
+from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint, SavesFailed
 from octavo.checkpoint.loading import check_fit, open_by_ranks, problems_by_ranks, restore_rng
 from octavo.checkpoint.resume import without
 from octavo.checkpoint.saving import Outcome, Pending, Save, from_rank_0, write
 from octavo.checkpoint.store import Store, none_verifies, path_of, published, told
-from octavo.components.logging import logger
 from octavo.config import ConfigError
 from octavo.config.schema import Checkpoint
+from octavo.core.logging import logger
 from octavo.distributed.mesh import disk_group
 
 
@@ -147,7 +147,7 @@ class Checkpointer:
         for part, tensors in save.tensors.items():
             stager = self._stagers.setdefault(part, BlockingAsyncStager(cache_staged_state_dict=pinned))
             staged[part] = stager.stage(tensors)
-            points.reach("during staging")
+            failpoints.reach("during staging")
         return Save(save.step, staged, save.state)
 
     def _await_pending(self) -> None:
@@ -167,7 +167,7 @@ class Checkpointer:
                 logger.info(
                     "Saved checkpoint %s: %s in %.2f s, for which training stood still %.2f s",
                     path,
-                    disk.size(outcome.bytes),
+                    disk_space.size(outcome.bytes),
                     outcome.seconds,
                     lost + time.perf_counter() - self._entered,
                 )
@@ -277,7 +277,7 @@ class Checkpointer:
         try:
             state = self._load(path, excluded)
         except CheckpointException as error:
-            return None, [disk.why(error, self._folder, 0)]
+            return None, [disk_space.why(error, self._folder, 0)]
         except DamagedCheckpoint as error:
             return None, [str(error)]
         if step is not None:

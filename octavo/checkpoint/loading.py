@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from octavo.checkpoint import manifest, rng
-from octavo.checkpoint.errors import DamagedCheckpoint
+from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint
 from octavo.checkpoint.hashing import differences
 from octavo.checkpoint.reader import Reader, read_state
 from octavo.checkpoint.saving import from_rank_0

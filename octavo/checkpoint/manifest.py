@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from octavo.checkpoint.errors import DamagedCheckpoint
+from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint
 from octavo.checkpoint.hashing import ALGORITHMS, BLOCK, Content
 
 FILE = "manifest.json"

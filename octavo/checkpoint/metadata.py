@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from octavo.checkpoint.errors import DamagedCheckpoint, RefusedCheckpoint
+from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint, RefusedCheckpoint
 
 FILE = ".metadata"
 

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 from torch.serialization import MAP_LOCATION
 
-from octavo.checkpoint.errors import DamagedCheckpoint, RefusedCheckpoint
+from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint, RefusedCheckpoint
 from octavo.checkpoint.metadata import read_metadata
 
 STATE = "state.json"

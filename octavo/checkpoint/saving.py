@@ -18,11 +18,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from octavo.checkpoint import disk, manifest, points
+from octavo.checkpoint import disk_space, failpoints, manifest
 from octavo.checkpoint.hashing import Content, write_synced
+from octavo.checkpoint.hashing_writer import HashingWriter
 from octavo.checkpoint.reader import STATE
 from octavo.checkpoint.store import Store
-from octavo.checkpoint.writer import Writer
 
 _T = TypeVar("_T")
 
@@ -60,19 +60,19 @@ def write(save: Save, store: Store, group: dist.ProcessGroup) -> Outcome:
     """Write and publish `save`; the same outcome on every rank."""
     began = time.perf_counter()
     world = dist.get_world_size(group)
-    need = disk.estimate(save.tensors, world)
-    points.reach("before write")
+    need = disk_space.estimate(save.tensors, world)
+    failpoints.reach("before write")
     partial, problem = from_rank_0(_begin(save.step, store, need), group)
     if partial is None:
         return Outcome(problem)
 
     contents: dict[str, Content] = {}
     try:
-        writer = Writer(partial, store.algorithm)
+        writer = HashingWriter(partial, store.algorithm)
         dcp.save(dict(save.tensors), storage_writer=writer, process_group=group)
         contents = writer.contents
     except (Exception, CheckpointException) as error:
-        problem = disk.why(error, store.folder, need)
+        problem = disk_space.why(error, store.folder, need)
     told: list[Any] = [None] * world
     dist.all_gather_object(told, (problem, contents), group=group)
 
@@ -154,12 +154,12 @@ def _begin(step: int, store: Store, need: int) -> tuple[Path | None, str | None]
     if dist.get_rank() != 0:
         return None, None
     try:
-        have = disk.free(store.folder)
+        have = disk_space.free(store.folder)
         if have < need:
-            return None, disk.too_small(store.folder, need, have)
+            return None, disk_space.too_small(store.folder, need, have)
         return store.begin(step), None
     except OSError as error:
-        return None, disk.why(error, store.folder, need)
+        return None, disk_space.why(error, store.folder, need)
 
 
 def _publish(
@@ -180,7 +180,7 @@ def _publish(
         files[STATE] = write_synced(partial / STATE, state, store.algorithm)
         notes = store.commit(partial, save.step, files, _about(save.state))
     except OSError as error:
-        problem = disk.why(error, store.folder, need)
+        problem = disk_space.why(error, store.folder, need)
         if partial.exists():  # it never got its name
             store.discard(partial)
             return Outcome(problem)

@@ -19,10 +19,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from octavo.checkpoint import manifest, points
-from octavo.checkpoint.errors import DamagedCheckpoint, NoCheckpointVerifies
+from octavo.checkpoint import failpoints, manifest
+from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint, NoCheckpointVerifies
 from octavo.checkpoint.hashing import Content, differences, write_synced
-from octavo.config.errors import ConfigError
+from octavo.core.errors import ConfigError
 
 _STEP = re.compile(r"step-(0|[1-9]\d*)")
 _PARTIAL = re.compile(r"step-\d+\.tmp(-\w+)?")
@@ -138,17 +138,17 @@ class Store:
         What stands where it goes is set aside, and so is every later step that this run neither wrote nor
         went on from: a run that was sent back goes another way now, and must not be resumed from those.
         """
-        points.reach("before manifest")
+        failpoints.reach("before manifest")
         write_synced(partial / manifest.FILE, manifest.render(step, self.algorithm, files, about))
-        points.reach("after manifest")
+        failpoints.reach("after manifest")
         sync_folder(partial)
-        points.reach("before rename")
+        failpoints.reach("before rename")
         there = {other for other in published(self.folder) if other >= step}
         if os.path.lexists(path_of(self.folder, step)):  # a file, say
             there.add(step)
         notes = [self._set_aside(other) for other in sorted(there)]
         partial.rename(path_of(self.folder, step))
-        points.reach("after rename")
+        failpoints.reach("after rename")
         sync_folder(self.folder)
         self.good.add(step)
         return notes
@@ -185,7 +185,7 @@ class Store:
         for path in sorted(doomed.iterdir()):
             if path.is_file():
                 path.unlink()
-                points.reach("during purge")
+                failpoints.reach("during purge")
         shutil.rmtree(doomed)
 
     def _temporary(self, step: int) -> Path:

@@ -7,9 +7,9 @@ they may be set to.
 """
 
 from octavo.config import names
-from octavo.config.errors import ConfigError
 from octavo.config.loader import load
 from octavo.config.preflight import check, each, notes
 from octavo.config.schema import JobConfig
+from octavo.core.errors import ConfigError
 
 __all__ = ["ConfigError", "JobConfig", "check", "each", "load", "names", "notes"]

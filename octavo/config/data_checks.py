@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from octavo.config import names
-from octavo.config.errors import ConfigError, did_you_mean
 from octavo.config.ranges import named
 from octavo.config.schema import JobConfig
+from octavo.core.errors import ConfigError, did_you_mean
 
 
 def dataset(job: JobConfig) -> Iterator[str]:
@@ -65,12 +65,12 @@ def _validation_split(job: JobConfig) -> Iterator[str]:
 
 
 def _has_validation_split(name: str) -> bool:
-    from octavo.data import shards
+    from octavo.data import shard_format
 
     folder = Path(name).expanduser()
-    if name in names.DATASETS or not shards.is_prepared(folder):
+    if name in names.DATASETS or not shard_format.is_prepared(folder):
         return False
-    return shards.VALIDATION in shards.read_index(folder).splits
+    return shard_format.VALIDATION in shard_format.read_index(folder).splits
 
 
 def _sources(job: JobConfig, section: str, dataset: str, dataset_path: str | None) -> Iterator[str]:
@@ -100,8 +100,8 @@ def _sources(job: JobConfig, section: str, dataset: str, dataset_path: str | Non
 
 
 def _source(job: JobConfig, key: str, name: str, subject: str) -> Iterator[str]:
-    from octavo.data import shards
-    from octavo.data.files import find_files
+    from octavo.data import shard_format
+    from octavo.data.corpus_files import find_files
 
     path = Path(name).expanduser()
     if name in names.DATASETS:
@@ -111,8 +111,8 @@ def _source(job: JobConfig, key: str, name: str, subject: str) -> Iterator[str]:
         yield f"{named(job, key)}: {subject}neither a known corpus ({known}) nor an existing path{hint}"
         return
     try:
-        if shards.is_prepared(path):
-            shards.check_sizes(path, shards.read_index(path))
+        if shard_format.is_prepared(path):
+            shard_format.check_sizes(path, shard_format.read_index(path))
         else:
             find_files(path)
     except ConfigError as error:

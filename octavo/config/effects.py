@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from octavo.config import names
-from octavo.config.errors import ConfigError
-from octavo.config.layout import Layout, layout_of
+from octavo.config.parallel_dims import ParallelDims, parallel_dims_of
 from octavo.config.schema import JobConfig
+from octavo.core.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ def _policies(job: JobConfig) -> tuple[str, str]:
     return job.fault_tolerance.non_finite, job.fault_tolerance.spike
 
 
-def _layout(job: JobConfig, world_size: int) -> Layout:
+def _layout(job: JobConfig, world_size: int) -> ParallelDims:
     """The layout; where it is impossible, which others tell, all processes shard one copy."""
     try:
-        return layout_of(job.parallelism, world_size)
+        return parallel_dims_of(job.parallelism, world_size)
     except ConfigError:
-        return Layout(shard=world_size)
+        return ParallelDims(shard=world_size)
 
 
 def casts_weights_again(job: JobConfig, world_size: int) -> bool:

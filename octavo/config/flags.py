@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo.config import lookup
-from octavo.config.errors import ConfigError
 from octavo.config.schema import SECTIONS, JobConfig
 from octavo.config.values import BadValue, convert, metavar
+from octavo.core.errors import ConfigError
 
 _CONFIG_FILE = ("job", "config_file")
 _HELP = ("-h", "--help")

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from octavo.config import names, toml
-from octavo.config.errors import ConfigError, did_you_mean
 from octavo.config.schema import Float8
+from octavo.core.errors import ConfigError, did_you_mean
 
 HIGH_PRECISION = "high_precision"
 KEY, FILE_KEY = "float8.layer_recipes", "float8.layer_recipes_file"

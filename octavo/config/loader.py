@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from octavo.config import files, flags, layer_recipes, toml
-from octavo.config.errors import ConfigError
+from octavo.config import config_file, flags, layer_recipes, toml
 from octavo.config.ranges import shown
 from octavo.config.schema import JobConfig
+from octavo.core.errors import ConfigError
 
 
 def load(argv: Sequence[str], *, prog: str = "octavo train", problems: list[str] | None = None) -> JobConfig:
@@ -70,7 +70,7 @@ def _take_up_layer_recipes(job: JobConfig, path: str) -> None:
 
 def _read_file(named: flags.Flag) -> tuple[list[toml.Entry], list[str]]:
     try:
-        path = files.find(named.text)
+        path = config_file.find(named.text)
     except ConfigError as error:
         return [], [f"{named.typed}={shown(named.text)}: {error}"]
     try:

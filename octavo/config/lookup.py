@@ -1,8 +1,8 @@
 """From the name a user wrote to the attribute that holds it, or to the reason why there is none."""
 
 from octavo.config import torchtitan
-from octavo.config.errors import nearest
 from octavo.config.schema import ALIASES, SECTIONS
+from octavo.core.errors import nearest
 
 
 def normal(name: str) -> str:

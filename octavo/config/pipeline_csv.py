@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from octavo.config.errors import ConfigError
+from octavo.core.errors import ConfigError
 
 _ACTION = re.compile(r"(\d{1,6})([FBIW])(\d{1,6})")
 
 
 @dataclass(frozen=True)
-class Action:
+class ScheduleAction:
     """One cell. kind: F, B, I or W."""
 
     stage: int
@@ -34,7 +34,7 @@ class Action:
         return f"{self.stage}{self.kind}{self.microbatch}"
 
 
-def read(path: Path) -> list[list[Action]]:
+def read(path: Path) -> list[list[ScheduleAction]]:
     """The actions of each process, in order. `ConfigError` where a cell is none; `OSError` from the disk."""
     rows = []
     try:
@@ -46,23 +46,23 @@ def read(path: Path) -> list[list[Action]]:
     return rows
 
 
-def _action(cell: str, path: Path, row: int) -> Action:
+def _action(cell: str, path: Path, row: int) -> ScheduleAction:
     found = _ACTION.fullmatch(cell.strip())
     if found is None:
         raise ConfigError(
             f"{path}, row {row}: {cell.strip()[:40]!r} is no action; one is written as stage, F, B, I or W, "
             "microbatch, such as 0F0, and sends, receives and gathers are left out"
         )
-    return Action(int(found[1]), found[2], int(found[3]))
+    return ScheduleAction(int(found[1]), found[2], int(found[3]))
 
 
-def processes(rows: Sequence[Sequence[Action]]) -> tuple[int, ...]:
+def processes(rows: Sequence[Sequence[ScheduleAction]]) -> tuple[int, ...]:
     """Stage -> the process that has it; of rows without a `problem`."""
     owner = {action.stage: process for process, row in enumerate(rows) for action in row}
     return tuple(owner[stage] for stage in sorted(owner))
 
 
-def problem(rows: Sequence[Sequence[Action]], degree: int, microbatches: int) -> str | None:
+def problem(rows: Sequence[Sequence[ScheduleAction]], degree: int, microbatches: int) -> str | None:
     """What is wrong with a schedule for `degree` processes and so many microbatches; None if it runs."""
     if len(rows) != degree:
         return f"has {len(rows)} rows, and there are {degree} processes (pipeline_parallel_degree)"
@@ -81,7 +81,7 @@ def problem(rows: Sequence[Sequence[Action]], degree: int, microbatches: int) ->
     return _miscounted(rows, stages, microbatches) or _stuck(rows, stages)
 
 
-def _miscounted(rows: Sequence[Sequence[Action]], stages: int, microbatches: int) -> str | None:
+def _miscounted(rows: Sequence[Sequence[ScheduleAction]], stages: int, microbatches: int) -> str | None:
     """Each stage takes each microbatch forward once, and backward once, whole or in two parts."""
     kinds: dict[tuple[int, int], list[str]] = {}
     for row in rows:
@@ -103,13 +103,13 @@ def _miscounted(rows: Sequence[Sequence[Action]], stages: int, microbatches: int
     return None
 
 
-def _forward(stage: int, like: Action) -> Action:
-    return Action(stage, "F", like.microbatch)
+def _forward(stage: int, like: ScheduleAction) -> ScheduleAction:
+    return ScheduleAction(stage, "F", like.microbatch)
 
 
-def _stuck(rows: Sequence[Sequence[Action]], stages: int) -> str | None:
+def _stuck(rows: Sequence[Sequence[ScheduleAction]], stages: int) -> str | None:
     """Play the schedule: an action waits for the stage before it, or behind it, to hand something over."""
-    done: set[Action] = set()
+    done: set[ScheduleAction] = set()
     at = [0] * len(rows)
     moved = True
     while moved:
@@ -125,12 +125,12 @@ def _stuck(rows: Sequence[Sequence[Action]], stages: int) -> str | None:
     return f"cannot go on: {' and '.join(waiting)} wait for each other" if waiting else None
 
 
-def _ready(action: Action, done: set[Action], stages: int) -> bool:
+def _ready(action: ScheduleAction, done: set[ScheduleAction], stages: int) -> bool:
     stage, microbatch = action.stage, action.microbatch
     if action.kind == "F":
-        return stage == 0 or Action(stage - 1, "F", microbatch) in done
+        return stage == 0 or ScheduleAction(stage - 1, "F", microbatch) in done
     if action.kind == "W":
-        return Action(stage, "I", microbatch) in done
-    if Action(stage, "F", microbatch) not in done:
+        return ScheduleAction(stage, "I", microbatch) in done
+    if ScheduleAction(stage, "F", microbatch) not in done:
         return False
-    return stage == stages - 1 or any(Action(stage + 1, kind, microbatch) in done for kind in "BI")
+    return stage == stages - 1 or any(ScheduleAction(stage + 1, kind, microbatch) in done for kind in "BI")

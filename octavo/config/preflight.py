@@ -16,14 +16,14 @@ from pathlib import Path
 
 from octavo.config import data_checks, layer_recipes, names
 from octavo.config.effects import fuses, uses_previous_step, without_effect
-from octavo.config.errors import ConfigError, did_you_mean
-from octavo.config.layout import Layout, layout_of
-from octavo.config.pipeline import plan_of
-from octavo.config.pipeline import problems as pipeline_problems
+from octavo.config.parallel_dims import ParallelDims, parallel_dims_of
+from octavo.config.pipeline_plan import plan_of
+from octavo.config.pipeline_plan import problems as pipeline_problems
 from octavo.config.programs import download_command, missing_cxx
 from octavo.config.ranges import get, named, out_of_range
 from octavo.config.schema import JobConfig
 from octavo.config.sizes import sizes_of, undivided, units
+from octavo.core.errors import ConfigError, did_you_mean
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -103,7 +103,7 @@ def _on_disk(look: Callable[[JobConfig], Iterator[str]], job: JobConfig, key: st
 
 def _layout(job: JobConfig, world_size: int) -> Iterator[str]:
     try:
-        layout = layout_of(job.parallelism, world_size)
+        layout = parallel_dims_of(job.parallelism, world_size)
     except ConfigError as error:
         yield str(error)
         return
@@ -125,7 +125,7 @@ def _pipeline(job: JobConfig) -> Iterator[str]:
     yield from problems
 
 
-def _batch(job: JobConfig, layout: Layout) -> Iterator[str]:
+def _batch(job: JobConfig, layout: ParallelDims) -> Iterator[str]:
     total, local = job.training.global_batch_size, job.training.local_batch_size
     one_pass = local * layout.data
     if total == -1 or total % one_pass == 0:
@@ -139,7 +139,7 @@ def _batch(job: JobConfig, layout: Layout) -> Iterator[str]:
     )
 
 
-def _sequence(job: JobConfig, layout: Layout) -> Iterator[str]:
+def _sequence(job: JobConfig, layout: ParallelDims) -> Iterator[str]:
     multiple = layout.sequence_multiple
     for key in ("training.seq_len", "validation.seq_len"):
         length = get(job, key)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from octavo.config import names
-from octavo.config.secrets import redact
+from octavo.core.secrets import redact
 
 
 @dataclass

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from octavo.config.errors import ConfigError
 from octavo.config.schema import JobConfig
+from octavo.core.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from octavo.config import lookup, torchtitan
-from octavo.config.errors import ConfigError
 from octavo.config.schema import SECTIONS
 from octavo.config.values import BadValue, convert
+from octavo.core.errors import ConfigError
 
 _POSITION = re.compile(r"\s*\(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)$")
 

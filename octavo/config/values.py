@@ -10,7 +10,7 @@ import re
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
-from octavo.config.errors import did_you_mean
+from octavo.core.errors import did_you_mean
 
 _INTEGER = re.compile(r"[+-]?[0-9](_?[0-9])*")
 _NUMBER = re.compile(r"[+-]?(([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?|inf|nan)", re.IGNORECASE)

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from octavo.assets import CORPORA
-from octavo.components.tokenizer import Tokenizer
-from octavo.config.errors import ConfigError, did_you_mean
-from octavo.data import shards
+from octavo.core.errors import ConfigError, did_you_mean
+from octavo.data import shard_format
 from octavo.data.corpus import PackedCorpus
-from octavo.data.files import find_files
-from octavo.data.kept import tokens_of
-from octavo.data.loader import DataLoader
+from octavo.data.corpus_files import find_files
+from octavo.data.dataloader import DataLoader
 from octavo.data.mixture import Mixture
 from octavo.data.prepared import open_prepared
 from octavo.data.records import BadRecords
-from octavo.data.source import Source
+from octavo.data.sample_source import SampleSource
 from octavo.data.spec import parse_dataset
+from octavo.data.token_cache import tokens_of
+from octavo.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Wanted:
     seed: int
     dataset_path: str | None = None
     held_out_fraction: float = 0.0
-    split: shards.Split = shards.TRAIN
+    split: shard_format.Split = shard_format.TRAIN
     bad: BadRecords | None = None
     verify: tuple[int, int] | None = None
 
 
-def build_source(dataset: str, wanted: Wanted) -> Source:
+def build_source(dataset: str, wanted: Wanted) -> SampleSource:
     """The source that `dataset` names: a corpus, a path, or a mixture of those (`spec.py`).
 
     Raises:
@@ -67,7 +67,7 @@ def build_source(dataset: str, wanted: Wanted) -> Source:
     return Mixture([(name, weight, _one(name, wanted)) for name, weight in parts], seed=wanted.seed)
 
 
-def _one(name: str, wanted: Wanted) -> Source:
+def _one(name: str, wanted: Wanted) -> SampleSource:
     if name in _STREAMED:
         if wanted.held_out_fraction:
             raise ConfigError(
@@ -82,7 +82,7 @@ def _one(name: str, wanted: Wanted) -> Source:
             f"({', '.join([*CORPORA, *_STREAMED])}) nor a file or "
             f"folder{did_you_mean(name, [*CORPORA, *_STREAMED])}"
         )
-    if shards.is_prepared(root):
+    if shard_format.is_prepared(root):
         return open_prepared(
             root,
             split=wanted.split,
@@ -92,7 +92,7 @@ def _one(name: str, wanted: Wanted) -> Source:
             held_out_fraction=wanted.held_out_fraction,
             verify=wanted.verify,
         )
-    if wanted.split != shards.TRAIN:
+    if wanted.split != shard_format.TRAIN:
         raise ConfigError(
             f"{name} has no {wanted.split} split; name a validation.dataset, or hold a share of the samples "
             "out with validation.fraction"
@@ -155,7 +155,7 @@ def build_dataloader(
     )
 
 
-def _c4(wanted: Wanted, split: str = "train") -> Source:
+def _c4(wanted: Wanted, split: str = "train") -> SampleSource:
     from octavo.data.stream import StreamedCorpus, open_c4
 
     files = open_c4(wanted.dataset_path, split, wanted.bad)
@@ -165,7 +165,7 @@ def _c4(wanted: Wanted, split: str = "train") -> Source:
     )
 
 
-_STREAMED: Mapping[str, Callable[[Wanted], Source]] = {
+_STREAMED: Mapping[str, Callable[[Wanted], SampleSource]] = {
     "c4": _c4,
     "c4_validation": lambda wanted: _c4(wanted, "validation"),
 }

@@ -25,9 +25,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.components.tokenizer import Tokenizer
-from octavo.config.errors import ConfigError
+from octavo.core.errors import ConfigError
 from octavo.data.order import shuffled_many, shuffled_range
+from octavo.tokenizer import Tokenizer
 
 _CHARACTERS_PER_CALL = 2**20  # the tokenizer takes some hundred bytes a token until a call is done
 _BLOCK = 4096  # samples whose place is computed at once
@@ -51,7 +51,7 @@ class TokenRow(Protocol):
 
 
 class RowCorpus:
-    """Samples of a row of tokens; see `source.Source`.
+    """Samples of a row of tokens; see `source.SampleSource`.
 
     Args:
         documents: how many there are, for messages.
@@ -113,7 +113,7 @@ class RowCorpus:
         return part
 
     def read(self, first: int, count: int) -> Tensor:
-        """See `Source.read`."""
+        """See `SampleSource.read`."""
         samples_BS = np.empty((count, self._seq_len + 1), dtype=np.int64)
         for row in range(count):
             self._row.copy(self._window(first + row) * self._seq_len, samples_BS[row])

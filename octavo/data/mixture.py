@@ -22,16 +22,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.config.errors import ConfigError
+from octavo.core.errors import ConfigError
 from octavo.data.corpus import RowCorpus
 from octavo.data.order import shuffled_range
-from octavo.data.source import Source
+from octavo.data.sample_source import SampleSource
 
 BLOCK = 10_000
 
 
 class Mixture:
-    """Samples of several sources; see `source.Source`.
+    """Samples of several sources; see `source.SampleSource`.
 
     Args:
         parts: name, weight and source of each; weights need not add up to 1.
@@ -40,7 +40,7 @@ class Mixture:
         ConfigError: a share too small for one sample in 10,000.
     """
 
-    def __init__(self, parts: Sequence[tuple[str, float, Source]], *, seed: int) -> None:
+    def __init__(self, parts: Sequence[tuple[str, float, SampleSource]], *, seed: int) -> None:
         self._parts = parts
         self._sources = [source for _, _, source in parts]
         self._seed = seed
@@ -82,7 +82,7 @@ class Mixture:
         return owners, ranks
 
     def read(self, first: int, count: int) -> Tensor:
-        """See `Source.read`."""
+        """See `SampleSource.read`."""
         places = [self.where(first + row) for row in range(count)]
         return torch.cat([self._sources[owner].read(number, 1) for owner, number in places])
 
@@ -97,7 +97,7 @@ class Mixture:
             source.load_state_dict(part)
 
 
-def held_out(source: Source, *, seed: int) -> Source:
+def held_out(source: SampleSource, *, seed: int) -> SampleSource:
     """The samples that a corpus or a mixture leaves out for validation.
 
     Raises:

@@ -5,7 +5,7 @@ the queues in turn: the order needs no agreement between threads, and any N give
 and not processes, because what costs time here (tokenising, copying, waiting for a network) releases
 Python's lock, and because a batch then needs no copy and an error keeps its type and message.
 
-A source that can only be read forward (`Source.forward_only`) is read by one thread.
+A source that can only be read forward (`SampleSource.forward_only`) is read by one thread.
 """
 
 from __future__ import annotations

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.components.tokenizer import Tokenizer
-from octavo.config.errors import ConfigError
-from octavo.data import shards
+from octavo.core.errors import ConfigError
+from octavo.data import shard_format
 from octavo.data.corpus import RowCorpus
-from octavo.data.shards import Index, Shard, Vocabulary
+from octavo.data.shard_format import Index, Shard, Vocabulary
+from octavo.tokenizer import Tokenizer
 
 
 class _Mapped:
@@ -52,7 +52,7 @@ class _Mapped:
 def open_prepared(
     folder: Path,
     *,
-    split: shards.Split,
+    split: shard_format.Split,
     tokenizer: Tokenizer,
     seq_len: int,
     seed: int,
@@ -68,18 +68,18 @@ def open_prepared(
         ConfigError: the index is damaged, a shard is missing or of another size or content, the ids are
             another tokenizer's, or there are too few for one sample.
     """
-    index = shards.read_index(folder)
+    index = shard_format.read_index(folder)
     _check_vocabulary(folder, index.vocabulary, tokenizer)
-    shards.check_sizes(folder, index)
+    shard_format.check_sizes(folder, index)
     if verify is not None:
-        shards.check_sums(folder, index.shards[verify[0] :: verify[1]])
+        shard_format.check_sums(folder, index.shards[verify[0] :: verify[1]])
     return _corpus(folder, index, split, tokenizer.vocab_size, seq_len, seed, held_out_fraction)
 
 
 def _corpus(
     folder: Path,
     index: Index,
-    split: shards.Split,
+    split: shard_format.Split,
     vocab_size: int,
     seq_len: int,
     seed: int,
@@ -91,7 +91,7 @@ def _corpus(
         )
     return RowCorpus(
         _Mapped(folder, index.splits[split], index.dtype),
-        name=f"{folder} ({split})" if split != shards.TRAIN else str(folder),
+        name=f"{folder} ({split})" if split != shard_format.TRAIN else str(folder),
         documents=index.documents(split),
         identity={"tokens": index.tokens(split), "sha256": index.digest(split)},
         seq_len=seq_len,

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
-from octavo.config.errors import ConfigError
+from octavo.core.errors import ConfigError
 
 TEXT_KEY = "text"
 

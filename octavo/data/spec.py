@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from octavo.config.errors import ConfigError
+from octavo.core.errors import ConfigError
 
 _WEIGHTED = re.compile(r"\s*(?P<name>[^,]+?)\s*:\s*(?P<weight>[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*")
 

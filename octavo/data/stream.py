@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.components.tokenizer import Tokenizer
-from octavo.config.errors import ConfigError
-from octavo.data.files import find_files
+from octavo.core.errors import ConfigError
+from octavo.data.corpus_files import find_files
 from octavo.data.order import mix64, shuffled
 from octavo.data.records import TEXT_KEY, BadRecords, read_documents
+from octavo.tokenizer import Tokenizer
 
 STREAMS = 64
 _DOCUMENTS_PER_CALL = 32
@@ -129,7 +129,7 @@ class _Stream:
 
 
 class StreamedCorpus:
-    """Samples of a data set that is read file by file. See the module's text and `loader.Source`.
+    """Samples of a data set that is read file by file. See the module's text and `loader.SampleSource`.
 
     Args:
         files: what opens each file, in an order that is the same everywhere.
@@ -152,7 +152,7 @@ class StreamedCorpus:
         self.identity: Mapping[str, int] = {"files": len(files), "seq_len": seq_len, "seed": seed}
 
     def read(self, first: int, count: int) -> Tensor:
-        """See `Source.read`."""
+        """See `SampleSource.read`."""
         samples = torch.empty(count, self._seq_len + 1, dtype=torch.int64)
         for row in range(count):
             sample, number = divmod(first + row, self._count)

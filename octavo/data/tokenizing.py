@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from octavo.components.tokenizer import Tokenizer, build_tokenizer
-from octavo.config.errors import ConfigError
-from octavo.data import shards
+from octavo.core.errors import ConfigError
+from octavo.data import shard_format
 from octavo.data.order import mix64
 from octavo.data.records import BadRecord, Record, parse
+from octavo.tokenizer import Tokenizer, build_tokenizer
 
 _BATCHES_PER_WORKER = 3
 
@@ -60,7 +60,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Job:
+class TokenizeJob:
     """What a worker needs to know.
 
     key: where JSON and parquet have the text. validation_share: of the documents, drawn by (file, record).
@@ -75,13 +75,13 @@ class Job:
 class Encoder:
     """Does one batch after the other, in this process."""
 
-    def __init__(self, job: Job, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, job: TokenizeJob, tokenizer: Tokenizer | None = None) -> None:
         self._job = job
         self._tokenizer = tokenizer or build_tokenizer(job.tokenizer)
         self._validation_below = int(job.validation_share * 2**64)
 
     def encode(self, batch: Batch) -> Result:
-        texts: dict[str, list[str]] = {shards.TRAIN: [], shards.VALIDATION: []}
+        texts: dict[str, list[str]] = {shard_format.TRAIN: [], shard_format.VALIDATION: []}
         bad: list[tuple[str, int, str]] = []
         documents = Counter[int]()
         for file, record in batch.records:
@@ -102,9 +102,9 @@ class Encoder:
 
     def _split(self, file: int, record: int) -> str:
         if not self._validation_below:
-            return shards.TRAIN
+            return shard_format.TRAIN
         drawn = mix64(mix64(file) ^ record)
-        return shards.VALIDATION if drawn < self._validation_below else shards.TRAIN
+        return shard_format.VALIDATION if drawn < self._validation_below else shard_format.TRAIN
 
     def _ids(self, texts: list[str]) -> Ids:
         tokenizer, dtype = self._tokenizer, np.dtype(self._job.dtype).newbyteorder("<")
@@ -116,7 +116,7 @@ class Encoder:
 _encoder: Encoder | None = None
 
 
-def _start(job: Job) -> None:
+def _start(job: TokenizeJob) -> None:
     global _encoder
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
@@ -138,7 +138,7 @@ def _encode(batch: Batch) -> Result:
 
 
 def encode_all(
-    batches: Iterable[Batch], job: Job, *, workers: int, tokenizer: Tokenizer | None = None
+    batches: Iterable[Batch], job: TokenizeJob, *, workers: int, tokenizer: Tokenizer | None = None
 ) -> Iterator[Result]:
     """A result for each batch, in order. One worker means this process.
 

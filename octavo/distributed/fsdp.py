@@ -18,13 +18,13 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from octavo.distributed.plan import Sharding
+from octavo.distributed.parallelize_plan import FSDPPlan
 
 
 def shard(
     model: nn.Module,
     groups: Sequence[Sequence[nn.Module]],
-    sharding: Sharding,
+    sharding: FSDPPlan,
     *,
     cast_inputs: bool = True,
 ) -> None:

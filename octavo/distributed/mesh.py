@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from octavo.config.layout import Layout, layout_of
+from octavo.config.parallel_dims import ParallelDims, parallel_dims_of
 from octavo.config.schema import Comm, Parallelism
+from octavo.core.environment import STORE_VARIABLE
 from octavo.distributed.context_parallel import local_positions
-from octavo.processes import STORE_VARIABLE
 
 _NAMES = {
     "pipeline": "pp",
@@ -45,7 +45,7 @@ class World:
 
     rank: int
     size: int
-    layout: Layout
+    layout: ParallelDims
     sharding: DeviceMesh
     tensor: DeviceMesh | None
     context: DeviceMesh | None
@@ -113,11 +113,11 @@ def init_world(device: torch.device, parallelism: Parallelism, comm: Comm) -> Wo
         world_size=-1 if store is None else world,
         device_id=device if device.type == "cuda" else None,
     )
-    layout = layout_of(parallelism, dist.get_world_size())
+    layout = parallel_dims_of(parallelism, dist.get_world_size())
     return build_world(device, layout, loss_parallel=not parallelism.disable_loss_parallel)
 
 
-def build_world(device: torch.device, layout: Layout, *, loss_parallel: bool = True) -> World:
+def build_world(device: torch.device, layout: ParallelDims, *, loss_parallel: bool = True) -> World:
     """Lay the mesh of `layout` over the default process group."""
     # Axes of one process take no group of their own, but for the one that is always there.
     degrees = {_NAMES[axis]: n for axis, n in layout.degrees.items() if n > 1 or axis == "shard"}

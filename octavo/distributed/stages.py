@@ -28,7 +28,7 @@ def cut(model: nn.Module, names: Iterable[str]) -> nn.Module:
     return stage
 
 
-class Parts(nn.Module):
+class LocalStages(nn.Module):
     """All that one process has of a model, under the names of the whole: the modules of its stages, for what
     concerns parameters. It computes nothing.
 

@@ -10,7 +10,7 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor.parallel import loss_parallel
 
-from octavo.distributed.plan import TensorParallel
+from octavo.distributed.parallelize_plan import TensorParallel
 
 
 def lay_logits(model: nn.Module, plan: TensorParallel, layout: Placement) -> None:

@@ -6,7 +6,9 @@
 `recipe.py` is the file to read first; docs/float8.md explains the rest.
 """
 
-from octavo.float8.adamw import Float8AdamW
+from octavo.float8.casts.casting_adamw import Float8AdamW
+from octavo.float8.casts.delayed_scaling import DelayedScaling
+from octavo.float8.casts.weight_cache import cast_weights_once
 from octavo.float8.config import (
     CastConfig,
     Float8GemmConfig,
@@ -17,23 +19,22 @@ from octavo.float8.config import (
 )
 from octavo.float8.convert import auto_filter_for_recipe, convert_to_float8_training
 from octavo.float8.convert import auto_filter_for_recipe as _auto_filter_for_recipe
-from octavo.float8.fsdp import precompute_float8_dynamic_scale_for_fsdp
-from octavo.float8.linear import Float8Linear
-from octavo.float8.matmul import EmulationWarning, describe_path
-from octavo.float8.previous_step import PreviousStep
-from octavo.float8.recipe import FULL, RECIPES, Cast, Gemm, Recipe, ScaleFormat, When
-from octavo.float8.tensor_parallel import (
+from octavo.float8.distributed.fsdp_gather import precompute_float8_dynamic_scale_for_fsdp
+from octavo.float8.distributed.parallel_styles import (
     Float8ColwiseParallel,
     Float8RowwiseParallel,
     PrepareFloat8ModuleInput,
 )
-from octavo.float8.weights import cast_weights_once
+from octavo.float8.linear import Float8Linear
+from octavo.float8.matmul import EmulationWarning, describe_path
+from octavo.float8.recipe import FULL, RECIPES, Cast, Gemm, Recipe, ScaleFormat, When
 
 __all__ = [
     "FULL",
     "RECIPES",
     "Cast",
     "CastConfig",
+    "DelayedScaling",
     "EmulationWarning",
     "Float8AdamW",
     "Float8ColwiseParallel",
@@ -44,7 +45,6 @@ __all__ = [
     "Float8RowwiseParallel",
     "Gemm",
     "PrepareFloat8ModuleInput",
-    "PreviousStep",
     "Recipe",
     "ScaleFormat",
     "ScalingGranularity",

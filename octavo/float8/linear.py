@@ -26,19 +26,24 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement
 
-from octavo.float8.bias import add_bias
-from octavo.float8.carrier import Carrier
+from octavo.float8.casts.delayed_operand import (
+    DelayedOperand,
+    DelayedOperands,
+    is_recomputing,
+    quantize_operand,
+)
+from octavo.float8.casts.input_cache import Casts, shared
+from octavo.float8.compiled.bias import add_bias
+from octavo.float8.compiled.pin_saved import keep
 from octavo.float8.config import Options, resolve
-from octavo.float8.fsdp import plain_parameter, shard_in_float8
-from octavo.float8.gather import Gathered, cast_and_gather, scatter_rows
-from octavo.float8.keep import keep
+from octavo.float8.distributed.dtensor_io import local_input, scatters, sharding_of, whole_output
+from octavo.float8.distributed.fsdp_gather import plain_parameter, shard_in_float8
+from octavo.float8.distributed.tp_gather import Gathered, cast_and_gather, scatter_rows
+from octavo.float8.distributed.tp_scales import Split, WeightSharding
+from octavo.float8.distributed.unsharded_weight import UnshardedWeight
 from octavo.float8.matmul import matmul, warn_if_emulated
-from octavo.float8.operand import Operand, Operands, is_recomputing, quantize_operand
 from octavo.float8.quantize import Quantized, quantize, quantize_both
 from octavo.float8.recipe import Recipe
-from octavo.float8.sharded import local_input, scatters, sharding_of, whole_output
-from octavo.float8.shared import Casts, shared
-from octavo.float8.split import Sharding, Split
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -89,8 +94,8 @@ class Float8Matmul(torch.autograd.Function):
         w_KN_scale: Tensor | None,
         recipe: Recipe,
         emulate: bool | None,
-        sharding: Sharding | None,
-        grad_output: Operand | None = None,
+        sharding: WeightSharding | None,
+        grad_output: DelayedOperand | None = None,
     ) -> Tensor:
         need_x, need_w = ctx.needs_input_grad[:2]
         keep_x = (x if x_KM is None else x_KM, x_KM_scale) if need_w else (None, None)
@@ -147,8 +152,8 @@ class Float8Matmul(torch.autograd.Function):
 def _cast_grad_output(
     dy: Tensor,
     recipe: Recipe,
-    sharding: Sharding | None,
-    operand: Operand | None,
+    sharding: WeightSharding | None,
+    operand: DelayedOperand | None,
     *,
     want_x: bool,
     want_w: bool,
@@ -182,7 +187,7 @@ def cast_input(
     *,
     for_grad_weight: bool,
     split: Split | None = None,
-    operand: Operand | None = None,
+    operand: DelayedOperand | None = None,
     notes: bool = False,
 ) -> Casts:
     """`x[M, K]` as the output's operand `[M, K]` and, if asked for, as grad_weight's `[K, M]`.
@@ -218,8 +223,8 @@ def multiply(
     emulate: bool | None = None,
     x_casts: Casts | None = None,
     w_casts: Casts | None = None,
-    sharding: Sharding | None = None,
-    operands: Operands | None = None,
+    sharding: WeightSharding | None = None,
+    operands: DelayedOperands | None = None,
 ) -> Tensor:
     """`x[M, K] . w[N, K]^T` as `y[M, N]` in x's dtype, differentiable in both.
 
@@ -228,7 +233,7 @@ def multiply(
     between. `sharding` says that x and w are one rank's parts of a tensor parallel product; `operands` have
     the previous step's maxima.
     """
-    known = operands or Operands()
+    known = operands or DelayedOperands()
     notes = torch.is_grad_enabled()
     with torch.no_grad():
         if x_casts is None:
@@ -243,7 +248,7 @@ def multiply(
         if w_casts is None:
             w_casts = (
                 w.casts()
-                if isinstance(w, Carrier)
+                if isinstance(w, UnshardedWeight)
                 else cast_weight(
                     w, recipe, for_grad_input=False, split=None if sharding is None else sharding.weight
                 )
@@ -287,7 +292,7 @@ class Float8Linear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.recipe, self.config = resolve(config)
         self.emulate = emulate if self.config is None or emulate is not None else self.config.emulate
-        self.operands: Operands | None = None  # set by `PreviousStep`
+        self.operands: DelayedOperands | None = None  # set by `DelayedScaling`
         self.weight_casts: Casts | None = None
         self._held_weight: tuple[weakref.ref[Tensor], int] | None = None  # what those are the casts of
         self._made_casts: tuple[Casts, weakref.ref[Tensor], int] | None = None
@@ -356,7 +361,7 @@ class Float8Linear(nn.Linear):
         owner: Tensor,
         *,
         x_casts: Casts | None = None,
-        sharding: Sharding | None = None,
+        sharding: WeightSharding | None = None,
     ) -> Tensor:
         """`y_MN`. `owner` is the tensor whose casts those of x_MK are."""
         trains = torch.is_grad_enabled()
@@ -424,7 +429,7 @@ class Float8Linear(nn.Linear):
                 return
             split = sharding_of(weight, self.recipe).weight
             weight = weight.to_local()
-        if isinstance(weight, Carrier):  # gathered in float8: its casts are at hand
+        if isinstance(weight, UnshardedWeight):  # gathered in float8: its casts are at hand
             return
         if not isinstance(self.weight, nn.Parameter):  # computed anew at each use, as by weight_norm
             return

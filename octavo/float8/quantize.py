@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.float8 import cast_on_gpu
+from octavo.float8.casts import gpu_cast
+from octavo.float8.distributed.tp_scales import Split
 from octavo.float8.recipe import FULL, Cast, ScaleFormat
-from octavo.float8.split import Split
 
 EPS = 1e-12
 """The least amax: an all-zero block gets a finite scale."""
@@ -190,11 +190,11 @@ def quantize(x: Tensor, cast: Cast, split: Split | None = None) -> Quantized:
 
     `split`: x is one rank's part of the operand; the scales are then those of the whole.
     """
-    if cast_on_gpu.serves(x, cast, split):
+    if gpu_cast.serves(x, cast, split):
         if _lies_transposed(x):
-            _, made = cast_on_gpu.cast_both(x.t(), None, cast)
+            _, made = gpu_cast.cast_both(x.t(), None, cast)
         else:
-            made, _ = cast_on_gpu.cast_both(x, cast, None)
+            made, _ = gpu_cast.cast_both(x, cast, None)
         assert made is not None
         return Quantized(*made)
     if _lies_transposed(x):
@@ -224,8 +224,8 @@ def quantize_both(
     is.
     """
     across = split and split.transposed
-    if (row or col) and cast_on_gpu.serves(x, row, split) and cast_on_gpu.serves(x, col, across):
-        one, two = cast_on_gpu.cast_both(x, row, col)
+    if (row or col) and gpu_cast.serves(x, row, split) and gpu_cast.serves(x, col, across):
+        one, two = gpu_cast.cast_both(x, row, col)
         return x if one is None else Quantized(*one), x.t() if two is None else Quantized(*two)
     x = written_out(x)
     first = x if row is None else quantize(x, row, split)

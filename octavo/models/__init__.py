@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from octavo.components.chunked_loss import ChunkedLoss
 from octavo.config import ConfigError
+from octavo.models.loss import ChunkedLoss
 
 
 @dataclass(frozen=True)

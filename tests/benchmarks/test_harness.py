@@ -13,8 +13,8 @@ from benchmarks.harness.comparison import CONTROL, Side, judge
 from benchmarks.harness.machine import Conditions, describe, summarise
 from benchmarks.harness.options import Budget
 from benchmarks.harness.report import file_stem, table
-from octavo.timing import Spread
-from tests.waiting import wait_for
+from octavo.roofline.timing import Spread
+from tests.helpers.waiting import wait_for
 
 CPU = torch.device("cpu")
 

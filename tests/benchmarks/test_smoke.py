@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import warm
-from tests.waiting import LIMIT
+from tests.helpers import warm
+from tests.helpers.waiting import LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,9 +10,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from octavo.checkpoint import latest, points
+from octavo.checkpoint import failpoints, latest
 from octavo.checkpoint.reader import read_tensors
-from tests import runs
+from tests.helpers import launching
 
 # A small model that the package does not know: 0.3 MiB a checkpoint, 10 ms a step.
 FLAGS = {
@@ -52,15 +52,15 @@ def kill_at(point: str, *, visit: int, rank: int | None = None) -> Any:
 
 def crashes(folder: Path, flags: dict[str, Any], world: int, hook: Any) -> bool:
     """Train with `hook` at the points; whether a process was killed."""
-    points.hook, _killed.value = hook, 0
+    failpoints.hook, _killed.value = hook, 0
     try:
-        runs.train(folder, flags, world=world)
+        launching.train(folder, flags, world=world)
     except AssertionError:
         if not _killed.value:  # it ended for another reason
             raise
         return True
     finally:
-        points.hook = None
+        failpoints.hook = None
     return False
 
 
@@ -96,7 +96,7 @@ def crashes_after(
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        runs.train(folder, flags, world=world)
+        launching.train(folder, flags, world=world)
     except AssertionError:
         assert killed
         return True

@@ -12,16 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from octavo.checkpoint import points, saving
+from octavo.checkpoint import failpoints, saving
+from octavo.checkpoint.checkpoint_errors import SavesFailed
 from octavo.checkpoint.checkpointer import Checkpointer
-from octavo.checkpoint.errors import SavesFailed
 from octavo.checkpoint.store import Store, problems
 from octavo.checkpoint.store import published as saved_steps
 from octavo.config import ConfigError
 from octavo.config.schema import Checkpoint
 from octavo.distributed import mesh
-from tests import ranks
 from tests.checkpoint.small import ON, build, load, save
+from tests.helpers import ranks
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [(1, 1), (2, 2), (2, 1), (1, 3)])
@@ -135,7 +135,7 @@ def test_a_slow_disk_is_no_hang(folder):
     assert min(ours) >= 3600
 
 
-class _Elsewhere(saving.Writer):
+class _Elsewhere(saving.HashingWriter):
     """Writes into a folder of the same name on this rank's own disk."""
 
     def __init__(self, partial, algorithm):
@@ -153,10 +153,10 @@ def _save_unseen(folder, how):
     checkpointer.save(1, 3, {})
     if dist.get_rank() == 1:
         if how == "elsewhere":
-            saving.Writer = _Elsewhere
+            saving.HashingWriter = _Elsewhere
         else:
             action = {"late": _appears_later, "cut": _cut}[how]
-            points.hook = lambda name: (
+            failpoints.hook = lambda name: (
                 name == "after shard" and action(next(folder.glob("step-*.tmp-*")) / "__1_0.distcp")
             )
     checkpointer.save(2, 3, {})

@@ -12,8 +12,8 @@ import pytest
 
 from octavo.checkpoint import latest
 from octavo.checkpoint.store import published
-from tests import runs
 from tests.checkpoint.crashes import FLAGS, crashes, crashes_after, final_hash, kill_at, last_step
+from tests.helpers import launching
 
 SYNC = {}
 ASYNC = {"checkpoint.async_mode": "async"}
@@ -27,7 +27,7 @@ def whole(tmp_path_factory):
     def get(world):
         if world not in made:
             folder = tmp_path_factory.mktemp(f"whole-{world}")
-            run = runs.train(folder, FLAGS, world=world)
+            run = launching.train(folder, FLAGS, world=world)
             assert len(run.losses) == 26
             made[world] = run.losses, final_hash(folder)
         return made[world]
@@ -36,7 +36,7 @@ def whole(tmp_path_factory):
 
 
 def goes_on_as_if_nothing_had_been(folder, flags, world, whole, at_least):
-    run = runs.train(folder, flags, world=world)
+    run = launching.train(folder, flags, world=world)
     assert run.exit_codes == [0] * world
     assert f"resumed step {at_least}, " in run.log
     assert "data position exact, RNG exact" in run.log
@@ -115,7 +115,7 @@ def test_five_crashes_in_a_row_leave_one_that_verifies_at_every_instant(whole, t
         assert crashes(tmp_path, FLAGS, 1, hook), (number, point)
         assert not bad.exists(), bad.read_text()
         assert latest(folder)
-    run = runs.train(tmp_path, FLAGS)
+    run = launching.train(tmp_path, FLAGS)
     assert (run.losses, final_hash(tmp_path)) == whole(1)
 
 
@@ -126,7 +126,7 @@ def test_killed_at_random_times(world, mode, whole, tmp_path):
     """Fifty kills; each run is started again by the same command. Prints how many steps each lost."""
     flags = {**FLAGS, **mode}
     dice = random.Random(17 * world + len(mode))
-    runs.train(tmp_path / "timed", flags, world=world)
+    launching.train(tmp_path / "timed", flags, world=world)
     timed = tmp_path / "timed"
     ended = (latest(timed / "checkpoint") / "manifest.json").stat().st_mtime
     seconds = ended - (timed / "run.json").stat().st_mtime
@@ -138,7 +138,7 @@ def test_killed_at_random_times(world, mode, whole, tmp_path):
         ):
             shutil.rmtree(folder)
         done = last_step(folder)
-        run = runs.train(folder, flags, world=world)
+        run = launching.train(folder, flags, world=world)
         assert (run.losses, final_hash(folder)) == whole(world), number
         resumed = re.search(r"resumed step (\d+), .* data position exact, RNG exact", run.log)
         lost.append(done - (int(resumed[1]) if resumed else 0))

@@ -12,11 +12,11 @@ from octavo.checkpoint import manifest
 from octavo.checkpoint.checkpointer import Checkpointer
 from octavo.checkpoint.hashing import write_synced
 from octavo.checkpoint.store import problems
-from octavo.components.logging import logger
 from octavo.config import ConfigError
 from octavo.config.schema import Checkpoint
-from tests import ranks
+from octavo.core.logging import logger
 from tests.checkpoint.small import ON, build, everything, save
+from tests.helpers import ranks
 
 
 def _load_and_listen(folder, settings):

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from octavo.checkpoint.checkpointer import Checkpointer
-from tests import ranks
 from tests.checkpoint.small import ON, build, train
+from tests.helpers import ranks
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -15,10 +15,10 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from octavo.checkpoint.errors import DamagedCheckpoint, RefusedCheckpoint
+from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint, RefusedCheckpoint
 from octavo.checkpoint.metadata import read_metadata
 from octavo.checkpoint.reader import Reader, load_tensors, read_model, read_state
-from tests import ranks
+from tests.helpers import ranks
 
 WEIGHTS = {
     "layer.weight": torch.arange(35.0).reshape(7, 5),

@@ -9,8 +9,8 @@ import pytest
 
 from octavo.checkpoint.resume import resumed
 from octavo.checkpoint.store import published
-from tests import runs
 from tests.checkpoint.crashes import FLAGS, final_hash
+from tests.helpers import launching
 
 SHORT = {**FLAGS, "training.steps": 6, "checkpoint.keep_latest_k": 0}
 
@@ -19,7 +19,7 @@ SHORT = {**FLAGS, "training.steps": 6, "checkpoint.keep_latest_k": 0}
 def six(tmp_path_factory):
     """A run of six steps."""
     folder = tmp_path_factory.mktemp("six")
-    return folder, runs.train(folder, SHORT)
+    return folder, launching.train(folder, SHORT)
 
 
 def test_the_line_says_what_is_exact():
@@ -33,7 +33,7 @@ def test_the_line_says_what_is_exact():
 
 def test_another_number_of_processes_is_told(six, tmp_path):
     shutil.copytree(six[0] / "checkpoint" / "step-3", tmp_path / "checkpoint" / "step-3")
-    run = runs.train(
+    run = launching.train(
         tmp_path, {**SHORT, "training.global_batch_size": 2, "training.local_batch_size": 1}, world=2
     )
     line = "resumed step 3, tokens 96, data position exact, RNG not exact (1 processes then, 2 now)"
@@ -45,7 +45,7 @@ def test_no_checkpoint_that_verifies_ends_with_3(six, tmp_path):
     shutil.copytree(six[0] / "checkpoint", tmp_path / "checkpoint")
     for step in (3, 6):
         (tmp_path / "checkpoint" / f"step-{step}" / "state.json").unlink()
-    run = runs.train(tmp_path, SHORT)
+    run = launching.train(tmp_path, SHORT)
     assert run.exit_codes == [3]
     assert run.losses == []
     assert "step-3: state.json: missing" in run.log
@@ -56,7 +56,7 @@ def test_no_checkpoint_that_verifies_ends_with_3(six, tmp_path):
 def test_a_run_goes_on_from_before_the_damage_and_ends_the_same(six, tmp_path):
     shutil.copytree(six[0] / "checkpoint", tmp_path / "checkpoint")
     (tmp_path / "checkpoint" / "step-6" / "__0_0.distcp").write_bytes(b"")
-    run = runs.train(tmp_path, SHORT)
+    run = launching.train(tmp_path, SHORT)
     assert "step-6 does not verify and is passed over: __0_0.distcp: truncated" in run.log
     assert "resumed step 3, " in run.log
     assert run.losses == six[1].losses[3:]
@@ -66,10 +66,10 @@ def test_a_run_goes_on_from_before_the_damage_and_ends_the_same(six, tmp_path):
 
 def test_going_on_from_another_runs_checkpoint(six, tmp_path):
     flags = {**SHORT, "checkpoint.initial_load_path": six[0] / "checkpoint" / "step-3"}
-    whole = runs.train(tmp_path / "whole", {**flags, "checkpoint.initial_load_model_only": "false"})
+    whole = launching.train(tmp_path / "whole", {**flags, "checkpoint.initial_load_model_only": "false"})
     assert whole.losses == six[1].losses[3:]
     assert final_hash(tmp_path / "whole") == final_hash(six[0])
-    weights = runs.train(tmp_path / "weights", flags)
+    weights = launching.train(tmp_path / "weights", flags)
     assert len(weights.losses) == 6
     assert weights.losses[0] not in six[1].losses
 
@@ -90,32 +90,32 @@ def test_exclude_from_loading(six, tmp_path, excluded, losses, told):
         "checkpoint.initial_load_model_only": "false",
         "checkpoint.exclude_from_loading": excluded,
     }
-    run = runs.train(tmp_path, flags)
+    run = launching.train(tmp_path, flags)
     assert told in run.log
     assert len(run.losses) == losses
     assert run.losses != six[1].losses[-losses:]
     if losses == 6:  # the same as to take the weights alone
         weights = {**SHORT, "checkpoint.initial_load_path": path}
-        assert run.losses == runs.train(tmp_path / "weights", weights).losses
+        assert run.losses == launching.train(tmp_path / "weights", weights).losses
 
 
 def test_excluding_from_a_resumed_run_is_refused(tmp_path):
-    run = runs.train(tmp_path, {**SHORT, "checkpoint.exclude_from_loading": "optimizer"})
+    run = launching.train(tmp_path, {**SHORT, "checkpoint.exclude_from_loading": "optimizer"})
     assert run.exit_codes == [2]
     assert "exclude_from_loading" in run.log
     assert "would have no effect: a run that resumes takes up everything" in run.log
 
 
 def test_a_seed_is_the_start_of_a_run_that_had_none(six, tmp_path):
-    seed = runs.train(tmp_path, {**SHORT, "checkpoint.create_seed_checkpoint": "true"})
+    seed = launching.train(tmp_path, {**SHORT, "checkpoint.create_seed_checkpoint": "true"})
     assert seed.exit_codes == [0]
     assert seed.losses == []
     assert published(tmp_path / "checkpoint") == [0]
     assert json.loads((tmp_path / "checkpoint" / "step-0" / "state.json").read_text())["step"] == 0
-    again = runs.train(tmp_path, {**SHORT, "checkpoint.create_seed_checkpoint": "true"})
+    again = launching.train(tmp_path, {**SHORT, "checkpoint.create_seed_checkpoint": "true"})
     assert again.exit_codes == [2]
     assert "holds checkpoints" in again.log
-    run = runs.train(tmp_path, SHORT)
+    run = launching.train(tmp_path, SHORT)
     assert "resumed step 0, tokens 0, data position exact, RNG exact" in run.log
     assert run.losses == six[1].losses
     assert final_hash(tmp_path) == final_hash(six[0])
@@ -125,7 +125,7 @@ def test_load_only_saves_nothing(six, tmp_path):
     shutil.copytree(six[0] / "checkpoint" / "step-3", tmp_path / "checkpoint" / "step-3")
     flags = {key: value for key, value in SHORT.items() if key in FLAGS and "interval" not in key}
     del flags["checkpoint.keep_latest_k"]
-    run = runs.train(tmp_path, {**flags, "checkpoint.load_only": "true"})
+    run = launching.train(tmp_path, {**flags, "checkpoint.load_only": "true"})
     assert run.losses == six[1].losses[3:]
     assert published(tmp_path / "checkpoint") == [3]
 

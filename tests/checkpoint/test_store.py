@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.checkpoint import NoCheckpointVerifies, latest, manifest, points
+from octavo.checkpoint import NoCheckpointVerifies, failpoints, latest, manifest
 from octavo.checkpoint.hashing import BLOCK, Content, HashingFile, differences, write_synced
 from octavo.checkpoint.store import Store, problems, published
 from octavo.config import ConfigError
@@ -34,7 +34,7 @@ def store(tmp_path):
 @pytest.fixture
 def reached(monkeypatch):
     seen = []
-    monkeypatch.setattr(points, "hook", seen.append)
+    monkeypatch.setattr(failpoints, "hook", seen.append)
     return seen
 
 
@@ -55,7 +55,7 @@ def test_at_every_instant_one_verifies(tmp_path, monkeypatch):
             if path.name.startswith("step-") and "." not in path.name and path.name != damaged:
                 assert problems(path) == []
 
-    monkeypatch.setattr(points, "hook", look)
+    monkeypatch.setattr(failpoints, "hook", look)
     damaged = ""
     for step in range(2, 8):
         write(store, step)

@@ -38,7 +38,7 @@ def test_recipes() -> None:
 
 
 def test_controls() -> None:
-    from octavo.quantization import CONTROLS
+    from octavo.train.quantization import CONTROLS
 
     assert tuple(CONTROLS) == names.CONTROLS
     assert get_args(names.AnyRecipeName) == (*names.RECIPES, *names.CONTROLS)
@@ -58,14 +58,14 @@ def test_streamed_corpora() -> None:
 
 
 def test_optimizers() -> None:
-    from octavo.components import optimizer, small_states
+    from octavo.optim import low_bit, optimizer
 
-    ours = {name for name in names.OPTIMIZERS if hasattr(small_states, name)}
+    ours = {name for name in names.OPTIMIZERS if hasattr(low_bit, name)}
     assert ours == {"AdamW", "AdamW8bit"}
     assert ours | set(optimizer._CLASSES) == set(names.OPTIMIZERS)
 
 
 def test_decay_types() -> None:
-    from octavo.components import lr_scheduler
+    from octavo.optim import lr_schedule
 
-    assert set(names.DECAY_TYPES) == set(lr_scheduler._DECAYS)
+    assert set(names.DECAY_TYPES) == set(lr_schedule._DECAYS)

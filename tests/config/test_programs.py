@@ -9,7 +9,7 @@ import pytest
 
 from octavo.config import programs
 from octavo.config.programs import download_command, missing_cxx, octavo_command
-from tests.waiting import LIMIT
+from tests.helpers.waiting import LIMIT
 
 ROOT = Path(__file__).parents[2]
 

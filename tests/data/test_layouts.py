@@ -2,8 +2,8 @@
 
 import pytest
 
-from octavo.prepare import prepare
-from tests import runs
+from octavo.commands.prepare import prepare
+from tests.helpers import launching
 
 
 def test_world_and_workers_change_on_the_way(tmp_path):
@@ -12,22 +12,22 @@ def test_world_and_workers_change_on_the_way(tmp_path):
     Losses of different batches differ by far more than rounding makes those of the same batch differ.
     """
     folder = tmp_path / "prepared"
-    prepare([str(runs.small_corpus())], tokenizer="octavo_bpe_2048", out=folder, workers=1)
+    prepare([str(launching.small_corpus())], tokenizer="octavo_bpe_2048", out=folder, workers=1)
     common = {
-        **runs.shallow(2),
+        **launching.shallow(2),
         "training.dataset": folder,
         "training.global_batch_size": 8,
         "training.seq_len": 32,
         "lr_scheduler.warmup_steps": 0,
     }
-    alone = runs.train(
+    alone = launching.train(
         tmp_path / "alone", {**common, "training.local_batch_size": 8, "training.steps": 6}
     ).losses
     assert min(abs(a - b) for k, a in enumerate(alone) for b in alone[:k]) > 4e-4
 
     found = []
     for steps, world, workers in ((2, 2, 0), (4, 1, 2), (6, 4, 1)):
-        run = runs.train(
+        run = launching.train(
             tmp_path / "changing",
             {
                 **common,

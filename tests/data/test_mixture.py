@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.components.tokenizer import build_tokenizer
-from octavo.config.errors import ConfigError
+from octavo.core.errors import ConfigError
 from octavo.data.build import build_dataloader
-from octavo.data.loader import DataLoader, merge_state_dicts
+from octavo.data.dataloader import DataLoader, merge_state_dicts
 from octavo.data.mixture import BLOCK, Mixture, apportion
 from octavo.data.spec import parse_dataset
+from octavo.tokenizer import build_tokenizer
 
 
 class Numbered:

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.components.tokenizer import Tokenizer, build_tokenizer
-from octavo.config.errors import ConfigError
+from octavo.core.errors import ConfigError
 from octavo.data import stream as data_stream
 from octavo.data.build import build_dataloader
-from octavo.data.loader import DataLoader, merge_state_dicts
+from octavo.data.dataloader import DataLoader, merge_state_dicts
 from octavo.data.records import BadRecords
 from octavo.data.stream import StreamedCorpus, hub_files
-from tests.waiting import LIMIT
+from octavo.tokenizer import Tokenizer, build_tokenizer
+from tests.helpers.waiting import LIMIT
 
 SEQ_LEN = 16
 FILES = 6
@@ -290,7 +290,7 @@ def test_needs_files(tokenizer: Tokenizer) -> None:
 ABANDONED = """
 import sys
 from octavo.data.build import build_dataloader
-from octavo.components.tokenizer import build_tokenizer
+from octavo.tokenizer import build_tokenizer
 loader = build_dataloader(
     dataset="c4", dataset_path=sys.argv[1], tokenizer=build_tokenizer("octavo_bpe_2048"),
     seq_len=16, local_batch_size=4, dp_rank=0, dp_degree=1, seed=0,

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from octavo.components.init import init_weights
 from octavo.config.schema import ActivationCheckpoint
 from octavo.distributed.activation_checkpoint import checkpoint_layer
+from octavo.models.init import init_weights
 from octavo.models.llama3.model import Llama, LlamaArgs
 
 ARGS = LlamaArgs(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=64, max_seq_len=16)

@@ -12,7 +12,7 @@ from octavo.distributed.context_parallel import (
     local_positions,
     positions_of,
 )
-from tests import ranks
+from tests.helpers import ranks
 
 B, H, G, S, E = 2, 4, 2, 24, 8
 

@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from octavo import models
-from octavo.components.init import init_weights, plain_name
 from octavo.config.schema import ActivationCheckpoint
-from octavo.distributed.plan import Parallelize, Sharding
+from octavo.distributed.parallelize_plan import FSDPPlan, Parallelize
+from octavo.models.init import init_weights, plain_name
 from octavo.models.llama3.model import Llama, LlamaArgs
-from tests import ranks
+from tests.helpers import ranks
 
 ARGS = LlamaArgs(dim=30, n_layers=2, n_heads=5, n_kv_heads=5, hidden_dim=50, vocab_size=67, max_seq_len=8)
 
@@ -36,7 +36,7 @@ def compare(tied, reshard, replicas, offload):
     shape = (replicas, world // replicas) if replicas > 1 else (world,)
     names = ("dp_replicate", "dp_shard")[-len(shape) :]
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-    sharding = Sharding(mesh, torch.float32, torch.float32, reshard=reshard, cpu_offload=offload)
+    sharding = FSDPPlan(mesh, torch.float32, torch.float32, reshard=reshard, cpu_offload=offload)
     tokens = torch.arange(2 * world * 8).remainder(67).view(2 * world, 8)
     expected = gradients(tied, tokens, None)
     got = gradients(tied, tokens[2 * rank : 2 * rank + 2], sharding)
@@ -63,7 +63,7 @@ def dtypes_in_bfloat16():
     with torch.device("meta"):
         model = Llama(ARGS)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
-    sharding = Sharding(mesh, torch.bfloat16, torch.float32, reshard=True, cpu_offload=False)
+    sharding = FSDPPlan(mesh, torch.bfloat16, torch.float32, reshard=True, cpu_offload=False)
     plan = Parallelize(ActivationCheckpoint(mode="none"), compile_model=False, sharding=sharding)
     models.get("llama3").parallelize(model, plan)
     model.to_empty(device="cpu")

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from octavo.distributed.activation_checkpoint import _selective
 from octavo.distributed.context_parallel import local_positions
 from octavo.distributed.ring_attention import RingAttention
-from tests import ranks
 from tests.distributed.test_context_parallel import E, G, S, tensors
+from tests.helpers import ranks
 
 
 class Sizes(TorchDispatchMode):

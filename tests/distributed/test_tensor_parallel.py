@@ -4,16 +4,17 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from octavo import config, quantization
-from octavo.building import model_args
-from octavo.components.init import init_weights
-from octavo.components.tokenizer import build_tokenizer
+from octavo import config
 from octavo.config import ConfigError
 from octavo.distributed.tensor_parallel import loss_context
+from octavo.models.init import init_weights
 from octavo.models.llama3.model import Llama
 from octavo.models.llama3.parallelize import share_products
-from octavo.train import loss_sum
-from tests import ranks
+from octavo.tokenizer import build_tokenizer
+from octavo.train import quantization
+from octavo.train.build_model import model_args
+from octavo.train.trainer import loss_sum
+from tests.helpers import ranks
 from tests.models.small_llama import small
 
 

@@ -7,13 +7,13 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks import traffic
 from octavo import models
-from octavo.components.init import init_weights
 from octavo.config.schema import ActivationCheckpoint
-from octavo.distributed.plan import Parallelize, Replicas, Sharding
-from octavo.distributed.replicas import reduce_gradients_now
+from octavo.distributed.ddp import reduce_gradients_now
+from octavo.distributed.parallelize_plan import FSDPPlan, Parallelize, Replicas
 from octavo.distributed.traffic import Traffic
+from octavo.models.init import init_weights
 from octavo.models.llama3.model import Llama, LlamaArgs
-from tests import ranks
+from tests.helpers import ranks
 
 ARGS = LlamaArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=64, max_seq_len=8)
 
@@ -63,7 +63,7 @@ def step(reshard, param_dtype, microbatches):
     if reshard is None:
         replicas = Replicas(mesh["dp_replicate"], torch.float32)
     else:
-        sharding = Sharding(
+        sharding = FSDPPlan(
             mesh=mesh,
             param_dtype=param_dtype,
             reduce_dtype=torch.float32,

@@ -6,8 +6,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.runs import small_corpus
-from tests.waiting import LIMIT
+from tests.helpers.launching import small_corpus
+from tests.helpers.waiting import LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +31,7 @@ def commands_of(page: Path) -> list[str]:
 @dataclass(frozen=True)
 class Shrunk:
     """How a command is made small: texts to replace, then what to append; and whether Python itself starts it
-    (`tests.warm` otherwise).
+    (`tests.helpers.warm` otherwise).
     """
 
     replaced: tuple[tuple[str, str], ...] = ()

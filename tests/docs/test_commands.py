@@ -8,13 +8,13 @@ from collections.abc import Mapping
 
 import pytest
 
-from tests import warm
 from tests.docs.commands import ROOT, SMALL, Elsewhere, Shrunk, checkout, commands_of, run
+from tests.helpers import warm
 
 As_it_stands = Shrunk()
 SHORT = f"{SMALL} --training.dataset=data/texts"  # the whole corpus takes seconds to tokenise
 few = Shrunk(appended=SHORT)
-# What compiling computes is the business of tests/test_train.py.
+# What compiling computes is the business of tests/train/test_trainer.py.
 eager = Shrunk((("NGPU=8", "NGPU=1"), (" --training.compile", "")), SHORT)
 two = Shrunk((("--training.steps 20", ""),), SHORT)
 
@@ -27,7 +27,7 @@ README: Mapping[str, Shrunk | Elsewhere] = {
     'NGPU=8 CONFIG_FILE=$CFG ./run_train.sh --training.compile --model.converters="float8" '
     '--float8.recipe_name="rowwise"': eager,
     "HF_TOKEN=… .venv/bin/octavo download --repo_id meta-llama/Llama-3.1-8B --assets tokenizer": Elsewhere(
-        "a network and a licence", "tests/download/test_download.py"
+        "a network and a licence", "tests/commands/download/test_download.py"
     ),
     "NGPU=8 CONFIG_FILE=./octavo/models/llama3/train_configs/llama3_8b.toml ./run_train.sh "
     '--training.compile --model.converters="float8" --float8.recipe_name="rowwise"': Shrunk(
@@ -36,11 +36,11 @@ README: Mapping[str, Shrunk | Elsewhere] = {
     "NNODES=4 RDZV_ENDPOINT=first-node:29500 RDZV_ID=my-run NGPU=8 "
     "CONFIG_FILE=./octavo/models/llama3/train_configs/llama3_70b.toml ./run_train.sh --training.compile "
     '--model.converters="float8" --parallelism.data_parallel_replicate_degree 4': Elsewhere(
-        "several machines", "tests/test_launch.py"
+        "several machines", "tests/launch/test_launcher.py"
     ),
     ".venv/bin/octavo compare --config-file ./octavo/models/llama3/train_configs/debug_model.toml "
     "--steps 200 --recipes bf16,tensorwise,rowwise --bf16-seeds 3": Elsewhere(
-        "it trains five models; two steps of each are that file's", "tests/test_compare.py"
+        "it trains five models; two steps of each are that file's", "tests/commands/compare/test_compare.py"
     ),
     "./run_train.sh --training.dataset=/data/texts": Shrunk((("/data", "data"),), SMALL),
     ".venv/bin/octavo prepare /data/texts --tokenizer octavo_bpe_2048 --out /data/ready "

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from octavo.report import words
+from octavo.commands.compare.report import wording
 from tests.docs.commands import ROOT
 
 REPORT = ROOT / "docs" / "results" / "debugmodel_500"
@@ -55,7 +55,7 @@ def test_both_pages_of_the_report_are_one_comparison_of_500_steps(read: dict[str
 
 
 def test_the_report_has_todays_columns() -> None:
-    head, _ = words.verdicts_of({"runs": [], "baseline": ""})
+    head, _ = wording.verdicts_of({"runs": [], "baseline": ""})
     assert f"| {' | '.join(head)} |" in (REPORT / "report.md").read_text()
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.waiting import LIMIT
+from tests.helpers.waiting import LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
 

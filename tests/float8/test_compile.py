@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from octavo import quantization
 from octavo.float8 import (
     RECIPES,
     Float8Linear,
@@ -21,6 +20,7 @@ from octavo.float8 import (
     cast_weights_once,
     convert_to_float8_training,
 )
+from octavo.train import quantization
 from tests.float8.graphs import FLOAT8, WITHOUT_CODE, Graphs, compile_and_capture, compiles, saved_bytes
 from tests.float8.llama_block import FeedForward, LlamaBlock
 from tests.float8.torchao_reference import relative
@@ -29,7 +29,7 @@ pytestmark = compiles
 M, DIM, HIDDEN = 512, 256, 768
 MIXED = "rowwise_with_gw_hp"
 SAVING = [name for name in RECIPES if name != MIXED]
-# Without a `PreviousStep` that one's graphs are tensorwise's.
+# Without a `DelayedScaling` that one's graphs are tensorwise's.
 DISTINCT = [name for name in SAVING if name != "tensorwise_previous_step"]
 
 

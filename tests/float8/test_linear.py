@@ -27,8 +27,8 @@ from octavo.float8 import (
     Gemm,
     Recipe,
     convert_to_float8_training,
-    shared,
 )
+from octavo.float8.casts import input_cache
 from octavo.float8.matmul import PRODUCTS
 from tests.float8.graphs import FLOAT8, saved_bytes, saved_tensors
 from tests.float8.llama_block import LlamaBlock
@@ -313,13 +313,13 @@ def test_shared_casts_differ_where_the_recipes_do() -> None:
 def test_remembered_casts_die_with_their_input() -> None:
     x = torch.randn(5, 64, requires_grad=True) * 1
     linear("rowwise")(x)
-    assert shared._last is not None
-    assert shared._last.tensor() is x
+    assert input_cache._last is not None
+    assert input_cache._last.tensor() is x
     gone = weakref.ref(x)
     del x
     gc.collect()
     assert gone() is None
-    assert shared._last is None
+    assert input_cache._last is None
 
 
 def test_one_inputs_casts_are_remembered_at_most() -> None:
@@ -333,8 +333,8 @@ def test_one_inputs_casts_are_remembered_at_most() -> None:
     once = count.casts
     with Products() as count:
         model(inputs[0])
-    assert shared._last is not None
-    assert shared._last.tensor() is inputs[0]
+    assert input_cache._last is not None
+    assert input_cache._last.tensor() is inputs[0]
     assert count.casts == 2 + 1  # as row and as column; the weight
     assert once == 3 * (2 + 2)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tests import runs
+from tests.helpers import launching
 
 FILE = Path(__file__).parent / "losses.json"
 FLAGS = {"training.steps": 10, "training.dataset": "shakespeare"}
@@ -23,8 +23,8 @@ RUNS = {
     "float32": {"training.mixed_precision_param": "float32"},
     # Seconds a step on a CPU without such units.
     "bfloat16": {"training.mixed_precision_param": "bfloat16", "training.steps": 3},
-    "tensorwise": {"training.mixed_precision_param": "float32", **runs.recipe("tensorwise")},
-    "rowwise": {"training.mixed_precision_param": "float32", **runs.recipe("rowwise")},
+    "tensorwise": {"training.mixed_precision_param": "float32", **launching.recipe("tensorwise")},
+    "rowwise": {"training.mixed_precision_param": "float32", **launching.recipe("rowwise")},
 }
 LIMITS = {"float32": 1e-6, "bfloat16": 1.5e-4, "tensorwise": 1.5e-4, "rowwise": 1.5e-4}
 """Relative. The largest difference measured between any two of an Intel and an AMD processor, AVX2, AVX-512
@@ -53,7 +53,7 @@ def record() -> None:
     losses = {}
     for name, flags in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
-            losses[name] = runs.train(Path(folder), {**FLAGS, **flags}).losses
+            losses[name] = launching.train(Path(folder), {**FLAGS, **flags}).losses
     FILE.write_text(json.dumps({"machine": machine(), "losses": losses}, indent=1) + "\n")
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from octavo.cli import main
-from octavo.hf.sources import find_checkpoint, open_source
-from octavo.hf.weights import load
-from octavo.sampling import Recompute, Sampling, generate
-from tests import runs
+from octavo.commands.sampling import Recompute, Sampling, generate
+from octavo.hf.model_sources import find_checkpoint, open_source
+from octavo.hf.stored_weights import load
+from tests.helpers import launching
 
 CONTEXT = 128
 FLAGS = {
-    **runs.recipe("rowwise"),
+    **launching.recipe("rowwise"),
     "checkpoint.enable": True,
     "training.seq_len": CONTEXT,
     "training.local_batch_size": 2,
@@ -27,7 +27,7 @@ def trained(tmp_path_factory):
     """A float8 run of 4 steps on two processes, with its checkpoint and its final export in bfloat16."""
     folder = tmp_path_factory.mktemp("trained")
     final = {"checkpoint.last_save_in_hf": True, "checkpoint.export_dtype": "bfloat16"}
-    run = runs.train(folder, {**FLAGS, **final}, world=2)
+    run = launching.train(folder, {**FLAGS, **final}, world=2)
     assert run.exit_codes == [0, 0], run.log
     return folder
 
@@ -54,7 +54,7 @@ def own_model(path):
 
 
 def text_ids(source, length):
-    text = runs.small_corpus().read_text()[:2000]
+    text = launching.small_corpus().read_text()[:2000]
     return source.tokenizer.encode(text, bos=True)[:length]
 
 
@@ -122,7 +122,7 @@ def test_training_goes_on_from_an_import_with_the_same_loss(trained, exported, t
     }
     losses = {}
     for way, (more, world) in ways.items():
-        run = runs.train(tmp_path / way, {**flags, **more}, world=world)
+        run = launching.train(tmp_path / way, {**flags, **more}, world=world)
         assert run.exit_codes == [0] * world, run.log
         losses[way] = run.losses
     assert losses["checkpoint"] == losses["import"]
@@ -141,7 +141,7 @@ def test_a_misfit_is_told_before_the_corpus_is_read(trained, exported, tmp_path)
             "is not llama3 1B: dim is 256, not 2048",
         ),
     ):
-        run = runs.train(tmp_path, {**FLAGS, "model.flavor": "1B", **flags}, world=2)
+        run = launching.train(tmp_path, {**FLAGS, "model.flavor": "1B", **flags}, world=2)
         assert run.exit_codes == [2, 2]
         assert told in run.log
         assert "Set model.flavor, and model.hf_assets_path" in run.log
@@ -152,7 +152,7 @@ def test_a_misfit_is_told_before_the_corpus_is_read(trained, exported, tmp_path)
 def test_a_run_that_resumes_needs_its_initial_weights_no_more(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     gone = {"checkpoint.initial_load_path": tmp_path / "gone", "training.steps": 5}
-    run = runs.train(tmp_path / "run", {**FLAGS, **gone}, world=2)
+    run = launching.train(tmp_path / "run", {**FLAGS, **gone}, world=2)
     assert run.exit_codes == [0, 0], run.log
     assert "Training starts at step 5" in run.log
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from octavo import models
-from octavo.components.init import InitRule, Normal
 from octavo.distributed.fsdp import shard
-from octavo.distributed.plan import Parallelize
+from octavo.distributed.parallelize_plan import Parallelize
+from octavo.models.init import InitRule, Normal
 
 
 @dataclass(frozen=True)

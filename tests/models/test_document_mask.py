@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.components.init import init_weights
 from octavo.float8 import Float8LinearConfig, convert_to_float8_training
+from octavo.models.init import init_weights
 from octavo.models.llama3.model import Llama, LlamaArgs, document_mask
-from tests import runs
 from tests.float8.graphs import compiles
+from tests.helpers import launching
 
 END = 0
 LENGTHS = (5, 9, 3, 15)  # of the documents of a sequence of 32, each with the token that ends it
@@ -119,14 +119,14 @@ def test_gradients_stay_within_documents() -> None:
 def test_trains(tmp_path) -> None:
     """Through the trainer, two ranks in float8: the mask changes the loss, and training goes on."""
     flags = {
-        **runs.recipe("rowwise"),
-        **runs.shallow(2),
+        **launching.recipe("rowwise"),
+        **launching.shallow(2),
         "training.dataset": _many_documents(tmp_path),
         "activation_checkpoint.mode": "selective",
         "optimizer.lr": 4e-3,
     }
-    plain = runs.train(tmp_path / "plain", flags)
-    masked = runs.train(tmp_path / "masked", {**flags, "training.document_mask": "true"}, world=2)
+    plain = launching.train(tmp_path / "plain", flags)
+    masked = launching.train(tmp_path / "masked", {**flags, "training.document_mask": "true"}, world=2)
     assert masked.losses[0] != pytest.approx(plain.losses[0], abs=1e-3)
     assert masked.losses[-1] < masked.losses[0] - 0.3
     assert all(map(math.isfinite, masked.losses))
@@ -135,7 +135,7 @@ def test_trains(tmp_path) -> None:
 def _many_documents(folder):
     path = folder / "corpus"
     path.mkdir()
-    text = runs.small_corpus().read_text()
+    text = launching.small_corpus().read_text()
     for number in range(100):
         (path / f"{number}.txt").write_text(text[number * 200 : number * 200 + 200])
     return path

@@ -5,10 +5,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo import models
-from octavo.components.init import init_weights
 from octavo.config import ConfigError
+from octavo.models.init import init_weights
 from octavo.models.llama3 import FLAVORS, configure
-from octavo.models.llama3.hf import from_hf, to_hf
+from octavo.models.llama3.hf_state_dict import from_hf, to_hf
 from octavo.models.llama3.model import Llama, LlamaArgs, apply_rope, rope_table
 from tests.models.small_llama import SCALING, SHAPES, small
 

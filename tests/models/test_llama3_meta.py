@@ -6,10 +6,10 @@ import os
 import pytest
 import torch
 
-from octavo.checkpoint.errors import DamagedCheckpoint, RefusedCheckpoint
+from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint, RefusedCheckpoint
 from octavo.cli import main
 from octavo.config import ConfigError
-from octavo.hf.weights import shapes_of
+from octavo.hf.stored_weights import shapes_of
 from octavo.models.llama3 import FLAVORS, meta
 from tests.models.small_llama import noisy, small
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from octavo.float8 import Float8LinearConfig, convert_to_float8_training
 from octavo.models.llama3.model import LlamaArgs, TransformerBlock, rope_table
-from octavo.quantization import keep_casts_under_compile
 from octavo.roofline import Block
+from octavo.train.quantization import keep_casts_under_compile
 from tests.float8.graphs import compile_and_capture, compiles
 
 T = 128

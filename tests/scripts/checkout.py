@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.waiting import LIMIT
+from tests.helpers.waiting import LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -157,7 +157,7 @@ def make(folder: Path) -> Checkout:
     (root / "scripts").mkdir(parents=True)
     for name in ("run_train.sh", "run_tests.sh", "scripts/python_env.sh", "pyproject.toml"):
         shutil.copy(ROOT / name, root / name)
-    for module in ("octavo/launch.py", "pytest/__main__.py"):
+    for module in ("octavo/launch/launcher.py", "pytest/__main__.py"):
         (root / module).parent.mkdir()
         (root / module).parent.joinpath("__init__.py").write_text("")
         (root / module).write_text(REPORT)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import ranks, warm
 from tests.conftest import ROOT
-from tests.waiting import LIMIT
+from tests.helpers import ranks, warm
+from tests.helpers.waiting import LIMIT
 
 SCRIPTS = ROOT / "scripts"
 SMI = """#!/bin/bash

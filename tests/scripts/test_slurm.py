@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import runs, warm
 from tests.conftest import ROOT
-from tests.waiting import LIMIT, wait_for, wait_for_text
+from tests.helpers import launching, warm
+from tests.helpers.waiting import LIMIT, wait_for, wait_for_text
 
 # srun as the job uses it: tasks on this machine, each with its number and its output; signals go on to
 # all of them, and the exit code is the highest.
@@ -93,9 +93,9 @@ def requeued(folder: Path) -> list[str]:
 def test_a_job_on_two_machines_saves_before_its_time_is_over_and_goes_on(slurm, tmp_path):
     job = {
         "job.dump_folder": tmp_path / "out",
-        "training.dataset": runs.small_corpus(),
-        **runs.TINY,
-        **runs.shallow(2),
+        "training.dataset": launching.small_corpus(),
+        **launching.TINY,
+        **launching.shallow(2),
         "checkpoint.enable": "true",
         "checkpoint.interval": 10_000,
     }

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo.float8.fused.maxima import as_gradients, kernels_serve
+from octavo.float8.fused.producer_maxima import as_gradients, kernels_serve
 from octavo.float8.fused.product import Product
 from octavo.float8.fused.shared_input import SharedInput
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from octavo.float8.fused.maxima import as_gradients, kernels_serve
+from octavo.float8.fused.producer_maxima import as_gradients, kernels_serve
 from octavo.float8.fused.product import Product
 from octavo.float8.fused.shared_input import SharedInput, has_hooks
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from octavo.float8.fused.maxima import cast_known, from_gradients
+from octavo.float8.fused.producer_maxima import cast_known, from_gradients
 from octavo.float8.matmul import matmul
 from octavo.float8.quantize import Quantized, quantize
 from octavo.float8.recipe import Gemm, Recipe

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from octavo.float8.bias import add_bias
-from octavo.float8.carrier import Carrier
-from octavo.float8.fused.maxima import Maxima, cast_known, kernels_serve
+from octavo.float8.casts.input_cache import Casts
+from octavo.float8.compiled.bias import add_bias
+from octavo.float8.compiled.pin_saved import keep
+from octavo.float8.distributed.unsharded_weight import UnshardedWeight
+from octavo.float8.fused.producer_maxima import Maxima, cast_known, kernels_serve
 from octavo.float8.fused.product import HIGH_PRECISION, How, Product, multiply_joined
-from octavo.float8.keep import keep
 from octavo.float8.linear import DTYPES, Float8Linear, cast_input, cast_weight
 from octavo.float8.quantize import Quantized
 from octavo.float8.recipe import FULL, Cast, Recipe
-from octavo.float8.shared import Casts
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -97,7 +97,7 @@ class SharedInput:
         if len(self.linears) == 1:
             return None
         if self.shared_scales:
-            gathered = any(isinstance(linear.weight, Carrier) for linear in self.linears)
+            gathered = any(isinstance(linear.weight, UnshardedWeight) for linear in self.linears)
             return "weights gathered in float8 have a scale each" if gathered else None
         return why_unjoinable(self.recipe.output.b, [linear.out_features for linear in self.linears])
 
@@ -209,7 +209,7 @@ def _second(first: Quantized, second: Quantized | None, new: Quantized) -> Quant
 
 
 def _casts_of(weight: Tensor, recipe: Recipe) -> Casts:
-    if isinstance(weight, Carrier):
+    if isinstance(weight, UnshardedWeight):
         return weight.casts()
     return cast_weight(weight.detach(), recipe, for_grad_input=False)
 

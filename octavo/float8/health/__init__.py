@@ -25,8 +25,8 @@ already; the other numbers a Monitor takes from evenly spaced tokens. Weights ar
 """
 
 from octavo.float8.health.audit import audit
+from octavo.float8.health.measurements import Measurement, Table
 from octavo.float8.health.monitor import Monitor
-from octavo.float8.health.table import Row, Table
 from octavo.float8.health.watch import LayerFilter
 
-__all__ = ["LayerFilter", "Monitor", "Row", "Table", "audit"]
+__all__ = ["LayerFilter", "Measurement", "Monitor", "Table", "audit"]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from octavo.float8.config import Options, resolve
-from octavo.float8.health.table import Table
+from octavo.float8.health.measurements import Table
 from octavo.float8.health.watch import LayerFilter, Watch, linears_of, rows_of
 from octavo.float8.linear import Float8Linear
 

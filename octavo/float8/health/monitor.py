@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch.distributed as dist
 from torch import nn
 
-from octavo.float8.health.table import Table
+from octavo.float8.health.measurements import Table
 from octavo.float8.health.watch import LayerFilter, Watch, linears_of, rows_of
 from octavo.float8.linear import Float8Linear
 

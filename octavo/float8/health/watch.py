@@ -14,13 +14,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
-from octavo.float8.carrier import Carrier
-from octavo.float8.fsdp import plain_parameter
+from octavo.float8.casts.input_cache import shared
+from octavo.float8.distributed.fsdp_gather import plain_parameter
+from octavo.float8.distributed.unsharded_weight import UnshardedWeight
 from octavo.float8.health.measure import NUMBERS, Slot, measure, slots_of
-from octavo.float8.health.table import Row
+from octavo.float8.health.measurements import Measurement
 from octavo.float8.linear import Float8Linear
 from octavo.float8.recipe import Recipe
-from octavo.float8.shared import shared
 
 LayerFilter = Callable[[nn.Module, str], bool]
 
@@ -114,13 +114,13 @@ class Watch:
     def of_weight(self) -> Tensor:
         weight = plain_parameter(self.linear.weight.detach())
         whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        return measure(whole, () if isinstance(whole, Carrier) else self.weight, self.sample)
+        return measure(whole, () if isinstance(whole, UnshardedWeight) else self.weight, self.sample)
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
         return self(args[0], y)
 
 
-def rows_of(watches: Sequence[Watch], group: dist.ProcessGroup | None = None) -> tuple[Row, ...]:
+def rows_of(watches: Sequence[Watch], group: dist.ProcessGroup | None = None) -> tuple[Measurement, ...]:
     """What `watches` saw, brought from the device in one piece; over all ranks of `group`, whose inputs
     differ.
     """
@@ -137,7 +137,7 @@ def rows_of(watches: Sequence[Watch], group: dist.ProcessGroup | None = None) ->
 
     found: list[tuple[str, Slot, list[float]]] = []
     for watch in watches:
-        has_weight = not isinstance(watch.linear.weight, Carrier)
+        has_weight = not isinstance(watch.linear.weight, UnshardedWeight)
         of_weight = list(zip(watch.weight, take(watch.weight), strict=True)) if has_weight else []
         moving = watch.input + watch.grad_output
         calls = [take(moving) for _ in watch.seen]
@@ -190,11 +190,11 @@ def linears_of(model: nn.Module, kind: type[nn.Linear]) -> dict[str, nn.Linear]:
     return found
 
 
-def _row(layer: str, slot: Slot, seen: Sequence[float]) -> Row:
+def _row(layer: str, slot: Slot, seen: Sequence[float]) -> Measurement:
     """The row of the numbers of one cast."""
     amax, values, nonfinite, flushed, saturated, signal, noise = seen
     share = 1 / values if values else 0.0
-    return Row(
+    return Measurement(
         layer=layer,
         recipe=slot.recipe,
         operand=slot.operand,

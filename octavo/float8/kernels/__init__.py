@@ -22,7 +22,7 @@ reading and writing, so each kernel makes all that it can of a tile while it hol
 that of `octavo/float8/quantize.py` bit for bit, whatever the tile sizes: that file is their reference, and
 the tests compare every configuration with it.
 
-Kernels know tensors and numbers: no module, no recipe, no autograd. `octavo/float8/cast_on_gpu.py` decides
+Kernels know tensors and numbers: no module, no recipe, no autograd. `octavo/float8/casts/gpu_cast.py` decides
 which one serves a cast. Nothing imports them before a tensor on a GPU asks, so that triton is needed only
 there.
 """

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.float8.kernels.cast_given_scale import beyond, float8_or_nan
-from octavo.float8.kernels.maxima import Made
+from octavo.float8.kernels.kernel_maxima import Made
 from octavo.float8.kernels.numerics import (
     MANTISSA_BITS,
     SCALE_FORMATS,

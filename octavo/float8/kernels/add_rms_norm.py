@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.float8.kernels.maxima import Made
+from octavo.float8.kernels.kernel_maxima import Made
 from octavo.float8.kernels.numerics import (
     Config,
     magnitude,

@@ -4,7 +4,7 @@
 own. Under Triton's interpreter, which the compiler knows nothing of, they are opaque custom operators. The
 shapes of the results are stated for both, so that a graph can be traced on a machine without a GPU.
 
-Importing this file imports triton: `octavo/float8/cast_on_gpu.py` does it when the first tensor comes.
+Importing this file imports triton: `octavo/float8/casts/gpu_cast.py` does it when the first tensor comes.
 
 All casts take contiguous `x[M, K]` of bfloat16, float16 or float32. `dtype` is torch.float8_e4m3fn or
 torch.float8_e5m2, `scales` a key of `SCALE_FORMATS`. They return `(data[M, K], scale, data_t[K, M],
@@ -30,7 +30,7 @@ from octavo.float8.kernels.cast_lines import cast_lines
 from octavo.float8.kernels.cast_rows_columns import cast_columns, cast_rows, column_maxima
 from octavo.float8.kernels.cast_tensor import cast_tensor, magnitudes
 from octavo.float8.kernels.cast_tiles import cast_tiles
-from octavo.float8.kernels.maxima import Made, empty_made
+from octavo.float8.kernels.kernel_maxima import Made, empty_made
 from octavo.float8.kernels.numerics import INTERPRETING, empty_scale
 from octavo.float8.kernels.rope_backward import rope_backward
 from octavo.float8.kernels.silu_mul import silu_mul, silu_mul_backward

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.float8.kernels.maxima import TILE_K, TILE_M, Made, empty_made, grid_of, store_with_maxima
+from octavo.float8.kernels.kernel_maxima import TILE_K, TILE_M, Made, empty_made, grid_of, store_with_maxima
 from octavo.float8.kernels.numerics import Config, to_float32, tuned, wrap_triton
 
 CONFIGS: tuple[Config, ...] = (

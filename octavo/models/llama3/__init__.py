@@ -9,13 +9,13 @@ from dataclasses import replace
 from torch import nn
 
 from octavo import models
-from octavo.components.chunked_loss import ChunkedLoss
 from octavo.config import ConfigError, sizes
 from octavo.models.llama3.decode import Decoder
-from octavo.models.llama3.hf import from_hf, to_hf
 from octavo.models.llama3.hf_config import from_config, to_config
+from octavo.models.llama3.hf_state_dict import from_hf, to_hf
 from octavo.models.llama3.model import Llama, LlamaArgs, RopeScaling
 from octavo.models.llama3.parallelize import parallelize, shared_sizes
+from octavo.models.loss import ChunkedLoss
 
 _LLAMA_3_1 = RopeScaling(factor=8.0)
 _LLAMA_3_2 = RopeScaling(factor=32.0)

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo.components.chunked_loss import ChunkedLoss, give_loss
-from octavo.components.init import InitRule, Normal, Ones
+from octavo.models.init import InitRule, Normal, Ones
+from octavo.models.loss import ChunkedLoss, give_loss
 
 
 @dataclass(frozen=True)

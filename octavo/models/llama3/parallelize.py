@@ -13,11 +13,11 @@ from torch.distributed.tensor.parallel import ParallelStyle, SequenceParallel, p
 from octavo.config import sizes
 from octavo.distributed.activation_checkpoint import checkpoint_layer
 from octavo.distributed.context_parallel import share_sequences
+from octavo.distributed.ddp import replicate_model
 from octavo.distributed.fsdp import shard
-from octavo.distributed.plan import Parallelize, TensorParallel
-from octavo.distributed.replicas import replicate_model
+from octavo.distributed.parallelize_plan import Parallelize, TensorParallel
 from octavo.distributed.tensor_parallel import lay_logits, overlap_products, settle
-from octavo.models.llama3.fuse import fuse
+from octavo.models.llama3.fused_block import fuse
 from octavo.models.llama3.model import Llama, LlamaArgs, TransformerBlock
 
 _TOKENS, _WHOLE, _LAST = Shard(1), Replicate(), Shard(-1)

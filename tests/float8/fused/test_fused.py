@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from octavo.float8 import Float8LinearConfig, PreviousStep, cast_weights_once, convert_to_float8_training
+from octavo.float8 import DelayedScaling, Float8LinearConfig, cast_weights_once, convert_to_float8_training
 from octavo.float8.fused import GatedLinear, NormedInput, SharedInput
 from octavo.float8.fused.shared_input import why_unjoinable
 from octavo.float8.health import Monitor
@@ -107,7 +107,7 @@ def test_a_block_computes_the_same(recipe: str | None) -> None:
 def test_scales_of_the_step_before_are_used_and_noted() -> None:
     plain = make("tensorwise_previous_step")
     fused = fuse(copy.deepcopy(plain))
-    one, other = PreviousStep(plain), PreviousStep(fused)
+    one, other = DelayedScaling(plain), DelayedScaling(fused)
     assert "the step before" in fused.down.shared.why_separate()
     for seed in range(2):
         x = (1 + seed) * data()  # the second step's saturates

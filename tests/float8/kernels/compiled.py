@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from octavo.float8.kernels.report import Compiled, Unit, units
+from octavo.float8.kernels.compile_report import Compiled, Unit, units
 
 FILE = Path(__file__).with_name("compiled.jsonl")
 

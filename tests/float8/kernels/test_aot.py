@@ -11,7 +11,7 @@ import pytest
 from tests.float8.kernels import needs
 
 if TYPE_CHECKING:
-    from octavo.float8.kernels.report import Compiled
+    from octavo.float8.kernels.compile_report import Compiled
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = [
@@ -26,7 +26,7 @@ def rows(request: pytest.FixtureRequest) -> list[Compiled]:
     """As kept, or where they are of another Triton's compiler or asked for, compiled: minutes."""
     import triton
 
-    from octavo.float8.kernels.report import units
+    from octavo.float8.kernels.compile_report import units
     from tests.float8.kernels import compiled
 
     version, kept = compiled.read()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo.float8 import RECIPES, Float8Linear, ScaleFormat
-from octavo.float8.cast_on_gpu import LEAST_CAPABILITY, serves, use_kernels
+from octavo.float8.casts.gpu_cast import LEAST_CAPABILITY, serves, use_kernels
 from tests.float8.graphs import compiles
 
 pytestmark = [

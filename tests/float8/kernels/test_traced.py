@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import warm
 from tests.float8.kernels import needs
+from tests.helpers import warm
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = needs.triton

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from octavo.float8 import RECIPES, Cast, Float8AdamW, Float8Linear, ScaleFormat, cast_on_gpu
-from octavo.float8.cast_on_gpu import serves, use_kernels
+from octavo.float8 import RECIPES, Cast, Float8AdamW, Float8Linear, ScaleFormat
+from octavo.float8.casts import gpu_cast
+from octavo.float8.casts.delayed_operand import DelayedOperand, quantize_operand
+from octavo.float8.casts.gpu_cast import serves, use_kernels
+from octavo.float8.distributed.tp_scales import Split
 from octavo.float8.linear import cast_weight
-from octavo.float8.operand import Operand, quantize_operand
 from octavo.float8.quantize import Quantized, quantize, quantize_both
 from octavo.float8.recipe import FULL
-from octavo.float8.split import Split
 from tests.float8.graphs import FLOAT8, WITHOUT_CODE, compile_and_capture, compiles
 from tests.float8.kernels.against_reference import E4M3, assert_same, make_x
 
@@ -21,7 +22,7 @@ pytestmark = compiles
 
 @pytest.fixture(autouse=True)
 def _kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cast_on_gpu, "_device_serves", lambda device: True)
+    monkeypatch.setattr(gpu_cast, "_device_serves", lambda device: True)
     torch._dynamo.reset()
 
 
@@ -127,7 +128,7 @@ def test_an_operand_of_the_previous_step_is_cast_and_measured_by_kernels(known: 
     x = make_x((70, 133), torch.bfloat16, "spread")
     results = []
     for kernels in (True, False):
-        operand = Operand.on(x.device)
+        operand = DelayedOperand.on(x.device)
         operand.amax.fill_(2.0)
         operand.known = known
         with use_kernels(kernels):

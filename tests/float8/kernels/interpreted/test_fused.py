@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from octavo.float8 import Float8LinearConfig, cast_on_gpu, convert_to_float8_training
-from octavo.float8.cast_on_gpu import use_kernels
+from octavo.float8 import Float8LinearConfig, convert_to_float8_training
+from octavo.float8.casts import gpu_cast
+from octavo.float8.casts.gpu_cast import use_kernels
 from octavo.float8.fused import GatedLinear, NormedInput, SharedInput
-from octavo.float8.fused import maxima as known
+from octavo.float8.fused import producer_maxima as known
 from octavo.float8.kernels import ops
 from tests.float8.graphs import FLOAT8, compile_and_capture, compiles, saved_bytes
 
@@ -22,7 +23,7 @@ pytestmark = compiles
 
 @pytest.fixture(autouse=True)
 def _kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cast_on_gpu, "_device_serves", lambda device: True)
+    monkeypatch.setattr(gpu_cast, "_device_serves", lambda device: True)
     torch._dynamo.reset()
 
 

@@ -1,0 +1,111 @@
+"""How far the runs of a comparison are: a bar on a terminal, else a plain line now and then."""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from octavo.commands.compare.runs import Plan, Run
+
+_BAR = 24
+_SECONDS_PER_LINE = 30.0
+_SECONDS_PER_BAR = 0.5
+_TAIL = 8192  # bytes; a line of metrics has some 500
+
+
+class RunsProgress:
+    """Shows how many of a plan's steps are done; on stderr."""
+
+    def __init__(self, plan: Plan):
+        self._plan = plan
+        self._terminal = sys.stderr.isatty()
+        self._shown = self._start = time.monotonic()
+        self._before = 0  # steps that were done when this start began
+        self._total = sum(plan.steps_of(run) for run in plan.runs)
+        self._line = ""
+
+    def begin(self, left: Sequence[Run]) -> None:
+        """These runs are to be done; the others are."""
+        self._before = self._done()
+        runs = len(self._plan.runs)
+        self.say(
+            f"{runs} runs, {self._total} steps in all, under {self._plan.out}"
+            + (f"; {runs - len(left)} done already" if len(left) < runs else "")
+        )
+
+    def step(self, run: Run) -> int:
+        """The last step that `run` has reported."""
+        return int(last_report(self._plan.folder(run)).get("step", 0))
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._line:
+            print("\r\033[K", end="", file=sys.stderr)
+            self._line = ""
+        print(f"octavo compare: {text}", file=sys.stderr, flush=True)
+
+    def over(self, run: Run, ending: str) -> None:
+        """`run` is over, "done" or otherwise."""
+        last = last_report(self._plan.folder(run))
+        self.say(f"{run.name}: {ending}, step {last.get('step', 0)}, loss {_loss(last)}")
+
+    def show(self, active: Sequence[Run]) -> None:
+        """The state of things, if it is time to tell it."""
+        now = time.monotonic()
+        if now - self._shown < (_SECONDS_PER_BAR if self._terminal else _SECONDS_PER_LINE):
+            return
+        self._shown = now
+        done, total = self._done(), self._total
+        left = ""
+        if done > self._before:
+            left = f", {_clock((now - self._start) * (total - done) / (done - self._before))} left"
+        reports = {run.name: last_report(self._plan.folder(run)) for run in active}
+        runs = ", ".join(f"{name} {last.get('step', 0)} ({_loss(last)})" for name, last in reports.items())
+        text = f"{done / total:.0%} of {total:,} steps{left}: {runs}"
+        if not self._terminal:
+            self.say(text)
+            return
+        filled = round(done / total * _BAR)
+        self._line = f"[{'=' * filled}{' ' * (_BAR - filled)}] {text}"
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{self._line[:width]}\033[K", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal's cursor on a new line."""
+        if self._line:
+            print(file=sys.stderr)
+            self._line = ""
+
+    def _done(self) -> int:
+        return sum(min(self.step(run), self._plan.steps_of(run)) for run in self._plan.runs)
+
+
+def last_report(folder: Path) -> dict[str, Any]:
+    """The last whole line of a run's metrics that tells a loss; empty before there is one."""
+    try:
+        with (folder / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - _TAIL))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            found = json.loads(line)
+        except ValueError:  # torn, or begun before the part that was read
+            continue
+        if isinstance(found, dict) and "loss" in found:
+            return found
+    return {}
+
+
+def _loss(report: dict[str, Any]) -> str:
+    return "n/a" if report.get("loss") is None else f"{report['loss']:.4f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

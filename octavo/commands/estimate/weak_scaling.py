@@ -1,0 +1,220 @@
+"""Tokens/s and MFU of the Llamas on 8 to 4096 GPUs, on paper: for each number the best layout that fits.
+
+Tracing a layout takes seconds to a minute, so the search counts with formulas, from the same roofline:
+sharded parameters, gradients and moments; activations of the layers in flight; gathered weights; logits. The
+formulas leave MARGIN of the memory free, as traced eager layers were seen to hold up to a quarter more.
+`octavo estimate` on the layout that is found counts exactly.
+
+What is held fixed: 8192 tokens a sequence, and a step of 2048 sequences (16 M tokens, as in the Llama 3
+paper's training, arXiv:2407.21783) at most.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from octavo.commands.estimate.operations import Message
+from octavo.commands.estimate.step_time import message_seconds, mfu
+from octavo.config.parallel_dims import ParallelDims
+from octavo.models.llama3 import FLAVORS
+from octavo.models.llama3.model import LlamaArgs
+from octavo.roofline import Block, Gpu, Shape, attention_seconds, cast_seconds, gemm_seconds, linear_shapes
+from octavo.roofline.casts import STREAM
+
+SIZES = ("8B", "70B", "405B")
+COUNTS = tuple(8 * 2**n for n in range(10))
+SEQ_LEN = 8192
+MOST_SEQUENCES = 2048
+MARGIN = 0.25
+_CHECKPOINTS = ("none", "selective", "full")
+_SHARE_AGAIN = {"none": 0.0, "selective": 0.5, "full": 1.0}
+"""Share of forward's products that backward computes again."""
+
+
+@dataclass(frozen=True)
+class ScalingChoice:
+    """One row: a layout and what it gives. batch: sequences of one microbatch; microbatches: a step has."""
+
+    model: str
+    gpus: int
+    recipe: str | None
+    layout: ParallelDims
+    checkpoint: str
+    batch: int
+    microbatches: int
+    peak_bytes: float
+    tokens_per_second: float
+    mfu: float
+
+
+def _layouts(args: LlamaArgs, gpus: int) -> Iterator[ParallelDims]:
+    for tensor in (1, 2, 4, 8):
+        for pipeline in (1, 2, 4, 8, 16):
+            rest, left = divmod(gpus, tensor * pipeline)
+            if left or rest < 1 or args.n_kv_heads % tensor or pipeline > args.n_layers // 2:
+                continue
+            for shard in {rest, min(rest, 8), min(rest, 64), min(rest, 256)}:
+                if rest % shard == 0:
+                    yield ParallelDims(pipeline=pipeline, replicate=rest // shard, shard=shard, tensor=tensor)
+
+
+def _parameters(args: LlamaArgs, block: Block) -> tuple[float, float]:
+    """(of one layer, of embedding and head)."""
+    return block.weights + 2.0 * args.dim, 2.0 * args.vocab_size * args.dim + args.dim
+
+
+def _peak(
+    args: LlamaArgs, block: Block, layout: ParallelDims, checkpoint: str, batch: int, flying: int
+) -> float:
+    """Bytes of the fullest process; flying: microbatches whose activations are held."""
+    layer, ends = _parameters(args, block)
+    layers = math.ceil(args.n_layers / layout.pipeline)
+    own = (layers * layer + ends / (1 if layout.pipeline == 1 else 2)) / (layout.shard * layout.tensor)
+    tokens = batch * SEQ_LEN / layout.tensor
+    saved = block.saved(round(tokens))["all"]
+    each = {
+        "none": saved,
+        "selective": 0.5 * saved,  # half of the products, attention, and the layer's input
+        "full": 2.0 * tokens * args.dim,
+    }[checkpoint]
+    again = saved if checkpoint != "none" else 0.0
+    gathered = 2 * 2 * layer / layout.tensor
+    if layout.pipeline > 1:  # weights stay gathered over a step's microbatches, and gradients unreduced
+        gathered = (2 + 4) * layers * layer / layout.tensor
+    head = 2 * args.vocab_size * args.dim / layout.tensor
+    logits = (2 + 4 + 4) * tokens * args.vocab_size / layout.pipeline**0.5
+    at_loss = layers * each * flying + max(logits, again) + gathered + head
+    return 16.0 * own + at_loss
+
+
+def _seconds(
+    args: LlamaArgs,
+    block: Block,
+    layout: ParallelDims,
+    gpu: Gpu,
+    recipe: str | None,
+    checkpoint: str,
+    batch: int,
+    microbatches: int,
+) -> float:
+    """One step."""
+    tokens, split = batch * SEQ_LEN, layout.tensor
+    products = 0.0
+    for name, (inputs, outputs) in block.linears.items():
+        across = name in ("wo", "w2")  # row-wise: the contraction is shared
+        k, n = (inputs // split, outputs) if across else (inputs, outputs // split)
+        for product, shape in linear_shapes(tokens, k, n, float8=recipe is not None).items():
+            times = 1 + (_SHARE_AGAIN[checkpoint] if product == "output" else 0.0)
+            products += times * gemm_seconds(gpu, shape)
+    forward, backward = attention_seconds(gpu, tokens, SEQ_LEN, block.queries // split)
+    if checkpoint == "full":
+        backward += forward
+    first, second = block.elementwise_bytes(round(tokens / split))
+    moved = first + second + (first if checkpoint != "none" else 0.0)
+    casts = 0.0
+    if recipe is not None:
+        tensors = block.cast_tensors(round(tokens / split))
+        casts = cast_seconds(gpu, tensors, recipe, "kernels", microbatches=microbatches)
+    compute = products + forward + backward + moved / (gpu.hbm * STREAM) + casts
+    tensor_open = _tensor(args, layout, gpu, tokens, again=checkpoint == "full")
+    per_layer = compute + tensor_open
+    layers = args.n_layers / layout.pipeline
+    head = 3 * gemm_seconds(gpu, Shape(tokens, args.dim, args.vocab_size // split))
+    head += 16.0 * tokens * args.vocab_size / split / (gpu.hbm * STREAM)
+    busy = (layers * per_layer + head) * microbatches
+    bubble = (layout.pipeline - 1) * (layers * per_layer + head)
+
+    layer, ends = _parameters(args, block)
+    weights = (layers * layer + ends / layout.pipeline) / split
+    own = weights / layout.shard
+    gathers = (2 if layout.pipeline == 1 else 1 / microbatches) * microbatches
+    gather = Message("all-gather", "shard", layout.shard)
+    traffic = message_seconds(gather, 2 * weights, layout, gpu) * gathers
+    reductions = microbatches if layout.pipeline == 1 else 1
+    scatter = Message("reduce-scatter", "shard", layout.shard)
+    traffic += message_seconds(scatter, 4 * weights, layout, gpu) * reductions
+    if layout.replicate > 1:
+        over = Message("all-reduce", "replicate", layout.replicate)
+        traffic += message_seconds(over, 4 * own, layout, gpu) * reductions
+    update = 40 * own / (gpu.hbm * STREAM)
+    return busy + bubble + max(0.0, traffic - busy) + update
+
+
+def _tensor(args: LlamaArgs, layout: ParallelDims, gpu: Gpu, tokens: int, *, again: bool) -> float:
+    """Seconds of a layer's messages under tensor parallelism, forward and backward: two gathers and two
+    scatters each.
+    """
+    if layout.tensor == 1:
+        return 0.0
+    times = 8 + (4 if again else 0)
+    message = Message("all-gather", "tensor", layout.tensor)
+    return times * message_seconds(message, 2.0 * tokens * args.dim, layout, gpu)
+
+
+def choose(model: str, gpus: int, gpu: Gpu, recipe: str | None) -> ScalingChoice | None:
+    """The fastest layout that fits; None if none does."""
+    args = FLAVORS[model]
+    block = Block(args.dim, args.dim, args.n_kv_heads * args.head_dim, args.hidden_dim)
+    layer, ends = _parameters(args, block)
+    matrices = args.n_layers * layer + ends / 2
+    flops = 6.0 * matrices + 12.0 * args.n_layers * args.dim * SEQ_LEN
+    best: ScalingChoice | None = None
+    for layout in _layouts(args, gpus):
+        for checkpoint in _CHECKPOINTS:
+            for batch in (1, 2, 4):
+                for microbatches in (1, 2, 4, 8, 16, 32):
+                    sequences = batch * microbatches * layout.data
+                    if sequences > MOST_SEQUENCES or (layout.pipeline > 1 and microbatches < layout.pipeline):
+                        continue
+                    flying = min(layout.pipeline, microbatches)
+                    peak = _peak(args, block, layout, checkpoint, batch, flying)
+                    if peak > (1 - MARGIN) * gpu.hbm_bytes:
+                        continue
+                    step = _seconds(args, block, layout, gpu, recipe, checkpoint, batch, microbatches)
+                    rate = sequences * SEQ_LEN / step / gpus
+                    if best is None or rate > best.tokens_per_second:
+                        share = mfu(flops, rate, gpu)
+                        best = ScalingChoice(
+                            model, gpus, recipe, layout, checkpoint, batch, microbatches, peak, rate, share
+                        )
+    return best
+
+
+def table(gpu: Gpu) -> list[tuple[str, int, ScalingChoice | None, ScalingChoice | None]]:
+    """(model, GPUs, bfloat16, float8) for every row."""
+    return [
+        (model, gpus, choose(model, gpus, gpu, None), choose(model, gpus, gpu, "rowwise"))
+        for model in SIZES
+        for gpus in COUNTS
+    ]
+
+
+def _layout(choice: ScalingChoice) -> str:
+    names = {"pipeline": "PP", "replicate": "x", "shard": "FSDP", "tensor": "TP"}
+    axes = [f"{names[axis]} {n}" for axis, n in choice.layout.degrees.items() if n > 1]
+    return f"{', '.join(axes)}; {choice.microbatches} x {choice.batch}; {choice.checkpoint}"
+
+
+def report(gpu: Gpu, *, as_json: bool) -> str:
+    """The table as Markdown, or as JSON."""
+    rows = table(gpu)
+    if as_json:
+        found: list[dict[str, Any]] = [asdict(c) for row in rows for c in row[2:] if c is not None]
+        return json.dumps(found, indent=2)
+    lines = [
+        f"| model | {gpu.name.upper()}s | layout; microbatches x sequences; checkpointing (float8) | GB | "
+        "bf16 tok/s a GPU, MFU | float8 rowwise |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model, gpus, high, low in rows:
+        if low is None:
+            lines.append(f"| {model} | {gpus} | none fits | | | |")
+            continue
+        plain = "none fits" if high is None else f"{high.tokens_per_second:,.0f}, {100 * high.mfu:.0f} %"
+        lines.append(
+            f"| {model} | {gpus} | {_layout(low)} | {low.peak_bytes / 1e9:.0f} | {plain} | "
+            f"{low.tokens_per_second:,.0f}, {100 * low.mfu:.0f} % |"
+        )
+    return "\n".join(lines)

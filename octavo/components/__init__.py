@@ -1,1 +1,0 @@
-"""The parts of the trainer: one file each, each given its own section of the configuration and no more."""

@@ -1,0 +1,40 @@
+"""Which TOML file is meant: a path, with `~` for a home folder, or the bare name of one that octavo ships.
+
+CONFIG_FILE, `--job.config_file` and the training processes all ask here, so that one name means one file
+everywhere.
+"""
+
+import os
+import stat
+from pathlib import Path
+
+from octavo.core.errors import ConfigError
+
+TRAIN_CONFIGS = Path(__file__).parents[1] / "models" / "llama3" / "train_configs"
+
+
+def find(name: str) -> Path:
+    """The file that `name` stands for; a file in the working directory comes before a shipped one.
+
+    Raises:
+        ConfigError: saying what is wrong with `name`, without repeating it.
+    """
+    shipped = sorted(file.name for file in TRAIN_CONFIGS.glob("*.toml"))
+    if not name:
+        raise ConfigError("name a file")
+    try:
+        path = Path(name).expanduser()
+        if name in shipped and not path.exists():
+            path = TRAIN_CONFIGS / name
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"no such file in {os.getcwd()}; octavo ships: {', '.join(shipped)}") from None
+    except RuntimeError:
+        raise ConfigError(f"there is no home folder {Path(name).parts[0]}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        raise ConfigError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if stat.S_ISDIR(mode):
+        raise ConfigError("is a folder; name the .toml file in it")
+    if stat.S_ISFIFO(mode):
+        raise ConfigError("is a pipe, which the first of several readers would empty; name a file")
+    return path

@@ -1,0 +1,90 @@
+"""How the processes of a job are laid out: one degree an axis, whose product is their number.
+
+    pipeline    processes that each hold some of the layers, and hand activations on
+    replicate   groups that each hold a whole copy of the model
+    shard       processes that one copy is sharded over (FSDP2)
+    context     processes that share a sequence, each with a part of its positions
+    tensor      processes that share every matrix product
+
+Processes that differ in `replicate` or `shard` read different data. The last axis is the innermost: its
+processes are neighbours, since they talk most.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+
+from octavo.config.schema import Parallelism
+from octavo.core.errors import ConfigError
+
+KEYS: Mapping[str, str] = MappingProxyType(
+    {
+        "pipeline": "pipeline_parallel_degree",
+        "replicate": "data_parallel_replicate_degree",
+        "shard": "data_parallel_shard_degree",
+        "context": "context_parallel_degree",
+        "tensor": "tensor_parallel_degree",
+    }
+)
+"""Axis -> its key in [parallelism], outermost first."""
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """A number of processes an axis."""
+
+    pipeline: int = 1
+    replicate: int = 1
+    shard: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """Axis -> degree, outermost first."""
+        return asdict(self)
+
+    @property
+    def data(self) -> int:
+        """How many groups of processes read different data."""
+        return self.replicate * self.shard
+
+    @property
+    def sharded(self) -> int:
+        """How many processes one parameter is sharded over by FSDP2: those that share a sequence, too."""
+        return self.shard * self.context
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What `training.seq_len` must be a multiple of, so that each process gets equal parts of a sequence.
+
+        Under context parallelism a process has two, one from the front and one from the back, because late
+        positions cost more attention.
+        """
+        return self.tensor * (2 * self.context if self.context > 1 else 1)
+
+
+def parallel_dims_of(parallelism: Parallelism, processes: int) -> ParallelDims:
+    """The layout that `parallelism` asks for; `ConfigError` with the arithmetic if `processes` do not fill
+    it.
+    """
+    degrees = {axis: getattr(parallelism, key) for axis, key in KEYS.items()}
+    there = f"{processes} process{'es' if processes > 1 else ''}"
+    left = degrees["shard"] == -1
+    # A degree of 1 is no factor to tell, but for that of the axis that would take what is left.
+    asked = {KEYS[axis]: n for axis, n in degrees.items() if n not in (1, -1) or (axis, n) == ("shard", 1)}
+    product = math.prod(asked.values())
+    terms = f"parallelism.{' x '.join(asked)} = {' x '.join(map(str, asked.values()))}"
+    if len(asked) > 1:
+        terms += f" = {product}"
+    if left and processes % product:
+        raise ConfigError(
+            f"{terms} does not divide {there}; change a degree, or the number of processes (NGPU)"
+        )
+    if not left and product != processes:
+        raise ConfigError(
+            f"{terms if asked else 'all of parallelism are 1'}, but the job has {there}; "
+            "data_parallel_shard_degree = -1 takes what is left"
+        )
+    return ParallelDims(**degrees | {"shard": processes // product if left else degrees["shard"]})

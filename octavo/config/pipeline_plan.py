@@ -1,0 +1,323 @@
+"""How a model is cut into pipeline stages, and which process has which; torch is not needed to know it.
+
+A *unit* is what is never cut: the embedding, a layer, or the head (the last norm with the output projection).
+A *stage* is a run of units. A process has one stage, or several under a schedule that takes turns between
+them. Left alone, stages get equal numbers of layers, but that the first one has
+`pipeline_parallel_first_stage_less_layers` fewer, for its embedding, and the last one has
+`pipeline_parallel_last_stage_less_layers` fewer, for its head.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from octavo.config import pipeline_csv
+from octavo.config.effects import uses_previous_step
+from octavo.config.ranges import named
+from octavo.config.schema import JobConfig, Parallelism
+from octavo.core.errors import ConfigError, did_you_mean
+
+_P = "parallelism.pipeline_parallel_"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a schedule of torch's asks for.
+
+    stages: the least that a process has, and what it gets by default. most: the most. v: the second half of
+    the stages runs back through the processes. every: there must be a microbatch for each process. rounds:
+    microbatches must be a multiple of the rounds that they make. splits: the gradients of inputs and of
+    weights are computed apart. csv: it is what a CSV file says.
+    """
+
+    stages: int
+    most: int | None = None
+    v: bool = False
+    every: bool = False
+    rounds: bool = False
+    splits: bool = False
+    csv: bool = False
+
+
+SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
+    {
+        "GPipe": Schedule(1, most=1),
+        "1F1B": Schedule(1, most=1, every=True),
+        "LoopedBFS": Schedule(2),
+        "Interleaved1F1B": Schedule(2, rounds=True),
+        "InterleavedZeroBubble": Schedule(2, rounds=True, splits=True),
+        "ZBVZeroBubble": Schedule(2, most=2, v=True, splits=True),
+        "PipelineScheduleSingle": Schedule(1, most=1, csv=True),
+        "PipelineScheduleMulti": Schedule(2, csv=True),
+    }
+)
+"""torch's names -> what they ask for."""
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """stages: the names of the modules in each. process_of: stage -> the process, along the pipeline axis,
+    that has it. csv: the file that says what each process does when, or None for the schedule's own order.
+    """
+
+    schedule: str
+    stages: tuple[tuple[str, ...], ...]
+    process_of: tuple[int, ...]
+    microbatches: int
+    csv: Path | None = None
+
+    def stages_of(self, process: int) -> list[int]:
+        """The stages that `process` has, ascending."""
+        return [stage for stage, owner in enumerate(self.process_of) if owner == process]
+
+
+def microbatches(job: JobConfig) -> int:
+    """How many microbatches a local batch is cut into."""
+    return job.training.local_batch_size // job.parallelism.pipeline_parallel_microbatch_size
+
+
+def plan_of(job: JobConfig, units: Sequence[Sequence[str]]) -> PipelinePlan:
+    """The stages of a model made of `units`, each the names of its modules, in the order of computation.
+
+    The job has passed `problems`. Raises:
+        ConfigError: the stages asked for cannot be made of these units.
+    """
+    settings = job.parallelism
+    degree, name = settings.pipeline_parallel_degree, _name(settings)
+    assert name is not None
+    rows = _rows(settings)
+    layers = len(units) - 2
+    if settings.pipeline_parallel_split_points:
+        cuts = _given_cuts(job, units)
+    else:
+        count = _count(job, name, layers)
+        if layers < count:
+            per_stage = settings.pipeline_parallel_layers_per_stage
+            by, remedy = (_P + "degree", "lower") if per_stage is None else (_P + "layers_per_stage", "raise")
+            raise ConfigError(
+                f"{named(job, by)} makes {degree} x {count // degree} = {count} stages, which "
+                f"need a layer each, and this model has {layers}; {remedy} it"
+            )
+        cuts = _even_cuts(job, count, layers)
+    bounds = [0, *cuts, len(units)]
+    stages = tuple(
+        tuple(module for unit in units[first:last] for module in unit)
+        for first, last in itertools.pairwise(bounds)
+    )
+    if rows is not None:
+        process_of = pipeline_csv.processes(rows)
+    elif SCHEDULES[name].v:
+        process_of = tuple(min(stage, 2 * degree - 1 - stage) for stage in range(len(stages)))
+    else:
+        process_of = tuple(stage % degree for stage in range(len(stages)))
+    return PipelinePlan(name, stages, process_of, microbatches(job), _csv_path(settings))
+
+
+def splits_backward(settings: Parallelism) -> bool:
+    """Whether the schedule computes the gradients of inputs and of weights apart."""
+    rows, name = _rows(settings), _name(settings)
+    if rows is not None:
+        return any(action.kind == "I" for row in rows for action in row)
+    return name is not None and SCHEDULES[name].splits
+
+
+def problems(job: JobConfig) -> Iterator[str]:
+    """One message for each thing about the pipeline that is wrong whatever the model is. `OSError` from the
+    disk.
+    """
+    settings = job.parallelism
+    if settings.pipeline_parallel_degree == 1:
+        return
+    name = _name(settings)
+    if name is None:
+        hint = did_you_mean(settings.pipeline_parallel_schedule, SCHEDULES)
+        yield f"{named(job, _P + 'schedule')}: no such schedule; there are {', '.join(SCHEDULES)}{hint}"
+        return
+    size = settings.pipeline_parallel_microbatch_size
+    if job.training.local_batch_size % size:
+        yield (
+            f"{named(job, 'training.local_batch_size')} is not a multiple of "
+            f"{named(job, _P + 'microbatch_size')}, so it does not divide into microbatches; change one"
+        )
+        return
+    try:
+        yield from _of_csv(job, name) if settings.pipeline_parallel_schedule_csv else _of_schedule(job, name)
+        yield from _of_split_points(job, name)
+        splits = splits_backward(settings)
+    except ConfigError as error:
+        yield str(error)
+        return
+    if splits:
+        yield from _of_split_backward(job)
+    if uses_previous_step(job) and (splits or SCHEDULES[name].stages > 1):
+        yield (
+            f"{named(job, 'float8.recipe_name')} notes maxima a step, which is not right yet where a process "
+            f"has several stages ({name}); take another recipe, or {_P}schedule = 1F1B"
+        )
+
+
+def _of_split_backward(job: JobConfig) -> Iterator[str]:
+    """What cannot be had from a schedule that computes the gradients of inputs and of weights apart."""
+    apart = "this pipeline schedule computes the gradients of inputs and of weights apart, and"
+    instead = f"take {_P}schedule = Interleaved1F1B"
+    if job.compile.enable and "model" in job.compile.components:
+        yield (
+            f"{named(job, 'compile.enable')}: {apart} a compiled layer can only compute both together, so "
+            "that each would be computed twice; leave compilation out, compile the loss alone "
+            f"(--compile.components=loss), or {instead}"
+        )
+    if job.parallelism.fsdp_reshard_after_forward == "always":
+        # FSDP2 reduces the gradients of what is gathered, and weights' come when that is freed again.
+        yield (
+            f"{named(job, 'parallelism.fsdp_reshard_after_forward')}: {apart} FSDP2 would have freed the "
+            f"weights between the two, and lose gradients; leave it at default, or {instead}"
+        )
+    checkpointing = job.activation_checkpoint
+    if checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op":
+        yield (
+            f"{named(job, 'activation_checkpoint.mode')}: {apart} selective checkpointing of operations can "
+            "go back through a layer only once; take activation_checkpoint.mode = full, or "
+            f"{instead}"
+        )
+
+
+def _name(settings: Parallelism) -> str | None:
+    """The schedule as torch spells it, in whatever case it was written."""
+    written = settings.pipeline_parallel_schedule.lower()
+    return next((name for name in SCHEDULES if name.lower() == written), None)
+
+
+def _csv_path(settings: Parallelism) -> Path | None:
+    written = settings.pipeline_parallel_schedule_csv
+    return None if written is None else Path(written).expanduser()
+
+
+def _rows(settings: Parallelism) -> list[list[pipeline_csv.ScheduleAction]] | None:
+    path = _csv_path(settings)
+    return None if path is None else pipeline_csv.read(path)
+
+
+def _of_csv(job: JobConfig, name: str) -> Iterator[str]:
+    key = _P + "schedule_csv"
+    if not SCHEDULES[name].csv and _P + "schedule" in job.given:
+        yield (
+            f"{named(job, _P + 'schedule')} and {named(job, key)} are two schedules: leave one out, or name "
+            "PipelineScheduleSingle or PipelineScheduleMulti, which stand for the file's own"
+        )
+    rows = _rows(job.parallelism)
+    assert rows is not None
+    wrong = pipeline_csv.problem(rows, job.parallelism.pipeline_parallel_degree, microbatches(job))
+    if wrong is not None:
+        yield f"{named(job, key)} {wrong}"
+
+
+def _of_schedule(job: JobConfig, name: str) -> Iterator[str]:
+    schedule, degree, count = SCHEDULES[name], job.parallelism.pipeline_parallel_degree, microbatches(job)
+    key = _P + "schedule"
+    terms = f"local_batch_size / pipeline_parallel_microbatch_size = {count}"
+    if schedule.csv:
+        yield f"{named(job, key)} is what a file says, and none is named: add --{_P}schedule_csv"
+    if schedule.every and count < degree:
+        yield (
+            f"{named(job, key)} needs a microbatch for each stage, and there are {degree} stages and "
+            f"{terms} microbatches; raise training.local_batch_size, or lower {_P}microbatch_size"
+        )
+    rounds = max(1, count // degree)
+    if schedule.rounds and count % rounds:
+        yield (
+            f"{named(job, key)} takes microbatches in {rounds} rounds, as often as they fill the "
+            f"{degree} stages of a round, and {terms} do not divide by {rounds}; "
+            f"{count // degree * degree} or {(count // degree + 1) * degree} would do"
+        )
+
+
+def _of_split_points(job: JobConfig, name: str) -> Iterator[str]:
+    points = job.parallelism.pipeline_parallel_split_points
+    if points:
+        given = named(job, _P + "split_points")
+        yield from _of_count(job, name, len(points) + 1, f"{given} names {len(points)} cuts, which")
+
+
+def _of_count(job: JobConfig, name: str, count: int, makes: str) -> Iterator[str]:
+    """Whether `count` stages suit the schedule."""
+    degree, rows, schedule = job.parallelism.pipeline_parallel_degree, _rows(job.parallelism), SCHEDULES[name]
+    each, over = divmod(count, degree)
+    told = f"{makes} makes {count} stages"
+    if rows is not None:
+        wanted = len(pipeline_csv.processes(rows))
+        if count != wanted:
+            yield f"{told}, and {_P}schedule_csv has {wanted}"
+    elif over or each < schedule.stages or each > (schedule.most or each):
+        several = f"{schedule.stages}{' or more' if schedule.most is None else ''}"
+        wanted = degree * schedule.stages
+        more = f", {2 * wanted}, ..." if schedule.most is None else ""
+        yield (
+            f"{told}, and {name} takes {several} for each of the {degree} processes "
+            f"({wanted}{more} stages in all, {wanted - 1}{', ...' if more else ''} cuts); change it, or the "
+            "schedule"
+        )
+
+
+def _count(job: JobConfig, name: str, layers: int) -> int:
+    """The number of stages where no split points are given."""
+    settings = job.parallelism
+    degree, rows, per_stage = (
+        settings.pipeline_parallel_degree,
+        _rows(settings),
+        settings.pipeline_parallel_layers_per_stage,
+    )
+    if rows is not None:
+        return len(pipeline_csv.processes(rows))
+    if per_stage is None:
+        return degree * SCHEDULES[name].stages
+    first, last = _less(settings)
+    count = math.ceil((layers + first + last) / per_stage)
+    terms = f"{layers} layers + {first} for the embedding + {last} for the head, by {per_stage}, rounded up,"
+    for wrong in _of_count(job, name, count, f"{named(job, _P + 'layers_per_stage')}: {terms}"):
+        raise ConfigError(wrong)
+    return count
+
+
+def _less(settings: Parallelism) -> tuple[int, int]:
+    return (
+        settings.pipeline_parallel_first_stage_less_layers,
+        settings.pipeline_parallel_last_stage_less_layers,
+    )
+
+
+def _given_cuts(job: JobConfig, units: Sequence[Sequence[str]]) -> list[int]:
+    """Where the split points cut: the unit that begins each stage but the first."""
+    points, names = job.parallelism.pipeline_parallel_split_points, [unit[0] for unit in units]
+    key = named(job, _P + "split_points")
+    for point in points:
+        if point not in names[1:]:
+            raise ConfigError(
+                f"{key}: {point!r} begins no part of this model, which has {names[1]} to {names[-2]}, then "
+                f"{names[-1]}{did_you_mean(point, names[1:])}"
+            )
+    cuts = [names.index(point) for point in points]
+    if cuts != sorted(cuts):
+        ordered = ",".join(names[cut] for cut in sorted(cuts))
+        raise ConfigError(f"{key} are out of order; in the model's they are {ordered}")
+    return cuts
+
+
+def _even_cuts(job: JobConfig, count: int, layers: int) -> list[int]:
+    """`count` stages of at least one layer each, whose loads differ as little as they can."""
+    first, last = _less(job.parallelism)
+    load = [1] * count  # in layers
+    load[0] += first
+    load[-1] += last
+    have = [1] * count
+    for _ in range(layers - count):
+        stage = load.index(min(load))
+        load[stage] += 1
+        have[stage] += 1
+    cuts, at = [], 1  # after the embedding
+    for number in have[:-1]:
+        at += number
+        cuts.append(at)
+    return cuts

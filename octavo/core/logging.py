@@ -1,0 +1,38 @@
+"""One logger for the trainer; its lines begin with `[octavo]`."""
+
+import logging
+import os
+import sys
+
+from octavo.core.secrets import redact
+
+logger = logging.getLogger("octavo")
+
+
+class _Formatter(logging.Formatter):
+    """Without tokens, in messages and in the tracebacks below them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text: str = redact(super().format(record))
+        return text
+
+
+def init_logger() -> None:
+    """Send the log to standard error, once, whatever other libraries did to the root logger."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("[octavo] %(asctime)s - %(levelname)s - %(message)s"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def count(number: int, noun: str) -> str:
+    """`number` of what `noun` names, as in "1 step" and "2 processes"."""
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number} {noun if number == 1 else plural}"
+
+
+def wants_color() -> bool:
+    """Colours on a terminal; training processes have none, so the launcher sets FORCE_COLOR for them."""
+    wanted = sys.stderr.isatty() or bool(os.environ.get("FORCE_COLOR"))
+    return wanted and not os.environ.get("NO_COLOR")

@@ -1,1 +1,0 @@
-"""What a job will need, found out without running it: see `octavo/estimate.py`."""

@@ -1,0 +1,131 @@
+"""AdamW whose step also makes the float8 weights of the next step.
+
+    optimizer = Float8AdamW(model.parameters(), model=model, lr=3e-4)
+    for step in steps:
+        with cast_weights_once(model):
+            ...                       # casts no weight: the last step made the casts
+        optimizer.step()
+
+An optimizer's step reads and writes every weight, and casting them reads them again. On a GPU the kernels of
+`kernels/adamw_cast.py` update and cast in one pass for 128 x 128 blocks, and for one scale a tensor or a row
+note the maxima on the way, after which one pass casts. Elsewhere the step is torch.optim.AdamW's own, and the
+weights are cast after it: the same bits as casting them in the next step.
+
+It is a torch.optim.AdamW: the same options, state and state dict, so that checkpoints of both load into each
+other. Only weights that lie whole and plain in one process are cast; sharded ones (FSDP, tensor parallelism)
+and all other parameters take torch's step. Kernels and torch's own step differ by float32 rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from octavo.float8.casts import gpu_cast
+from octavo.float8.casts.input_cache import Casts
+from octavo.float8.linear import Float8Linear, cast_weight
+from octavo.float8.quantize import Quantized
+from octavo.float8.recipe import FULL, Cast
+
+
+def _kernel_casts(row: Cast | None, col: Cast | None) -> bool:
+    """Whether one kernel's step makes both casts of a weight."""
+    return row is not None and row == col and row.block in ((FULL, FULL), (1, FULL), (128, 128))
+
+
+class Float8AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW that casts the weights of the `Float8Linear`s in `model` as it steps.
+
+    Options as there. Raises ValueError if `model` has no such layer.
+    """
+
+    def __init__(self, params: ParamsT, *, model: nn.Module, **options: Any) -> None:
+        super().__init__(params, **options)
+        linears = [m for m in model.modules() if isinstance(m, Float8Linear)]
+        if not linears:
+            raise ValueError(
+                f"Float8AdamW casts the weights of Float8Linears, and {type(model).__name__} has none: call "
+                "convert_to_float8_training first, or use torch.optim.AdamW"
+            )
+        self._linears = linears
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of every parameter with a gradient; then each of those weights has its casts."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        mine = {id(m.weight): m for m in self._linears if type(m.weight) is nn.Parameter}
+        stepped = [m for m in mine.values() if m.weight.grad is not None]
+        aside: dict[Tensor, Tensor] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                linear = mine.get(id(p))
+                if linear is not None and p.grad is not None and self._served(p, linear, group):
+                    linear.take_weight_casts(self._step_and_cast(p, linear, group))
+                    aside[p], p.grad = p.grad, None
+        super().step()
+        for p, grad in aside.items():
+            p.grad = grad
+        for linear in stepped:
+            if linear.weight not in aside:
+                linear.take_weight_casts(
+                    cast_weight(linear.weight.detach(), linear.recipe, for_grad_input=True)
+                )
+        return loss
+
+    def _served(self, p: Tensor, linear: Float8Linear, group: dict[str, Any]) -> bool:
+        row, col = linear.recipe.output.b, linear.recipe.grad_input.b
+        odd = any(group[name] for name in ("amsgrad", "maximize", "capturable", "differentiable"))
+        numbers = isinstance(group["lr"], float | int)
+        return (
+            not odd
+            and numbers
+            and p.is_contiguous()
+            and p.grad is not None
+            and p.grad.is_contiguous()
+            and _kernel_casts(row, col)
+            and gpu_cast.serves(p, row)
+        )
+
+    def _step_and_cast(self, p: Tensor, linear: Float8Linear, group: dict[str, Any]) -> Casts:
+        from octavo.float8.kernels import ops  # triton, at its first use
+        from octavo.float8.kernels.adamw_cast import Step
+
+        state = self.state[p]
+        if not state:  # as torch makes it
+            on = p.device if group["fused"] else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=on)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        state["step"] += 1
+        step = Step.of(
+            int(state["step"]),
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+        assert p.grad is not None
+        cast = linear.recipe.output.b
+        assert cast is not None
+        numbers = [step.decay, step.beta1, step.beta2, step.rate, step.root, step.eps]
+        tensors = p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"]
+        dtype, scales = cast.dtype, cast.scale.value
+        if cast.block[0] == 128:
+            data, data_t, scale = ops.adamw_with_squares(*tensors, numbers, 128, dtype, scales, None)
+            scale_t = scale.t()
+        else:
+            rows, columns = ops.adamw_with_maxima(*tensors, numbers, None)
+            if cast.square:
+                data, data_t, scale = ops.cast_by_tensor_with_maxima(
+                    p.detach(), rows.amax().view(1), dtype, scales, True, True
+                )
+                scale_t = scale.t()
+            else:
+                data, scale, data_t, scale_t = ops.cast_with_maxima(p.detach(), rows, columns, dtype, scales)
+        return Quantized(data, scale), Quantized(data_t, scale_t)

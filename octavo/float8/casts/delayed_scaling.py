@@ -1,0 +1,164 @@
+"""Scales from the step before, for all float8 layers of a model: what is decided between two steps.
+
+    scales = DelayedScaling(model)          # after the model has its memory
+    for batch in batches:
+        loss(model(batch)).backward()     # once or more
+        optimizer.step()
+        told = scales.end_step()
+
+During a step every layer casts its input and its output's gradient with the maximum of the step before, and
+notes its own (`operand.py`). `end_step` makes that the next step's: over all microbatches, and over all
+ranks, so that a scale does not depend on how a batch was laid out. It costs one reduction of the maxima and
+one of the counts, and the host waits for the numbers.
+
+The first step is just in time, as nothing is known. So is the step after one in which more than `bound` of
+any operand's elements saturated: its maxima are then measured anew before anything is cast with them. That
+holds for the whole model, since compiled code would otherwise come in as many forms as there are sets of
+layers; there are two. A maximum that is zero or no finite number is not taken over.
+
+Without a `DelayedScaling` the recipe is tensorwise, just in time. State dicts of the model do not change;
+`state_dict` here holds what a run that resumes bit for bit needs, by the layers' names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from octavo.float8.casts.delayed_operand import DelayedOperand, DelayedOperands
+from octavo.float8.linear import Float8Linear
+from octavo.float8.recipe import Cast, When
+
+DEFAULT_BOUND = 1e-3
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+@dataclass(frozen=True)
+class DelayedStatistics:
+    """What a step showed. largest: the share of saturated elements of the worst operand, which is called
+    `worst`. just_in_time: whether this step was cast just in time; falls_back: whether the next is.
+    """
+
+    largest: float
+    worst: str
+    just_in_time: bool
+    falls_back: bool
+
+
+def _plain(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _before(cast: Cast | None) -> bool:
+    return cast is not None and cast.when is When.PREVIOUS_STEP
+
+
+class DelayedScaling:
+    """Keeps the scales of the float8 layers in `model` whose recipes ask for the previous step's.
+
+    A module may say in `same_input`, tuples of its children's names, which of them read one tensor; they then
+    share its cast. `device` is where the layers compute; None: where their weights are, which then must have
+    their memory. `bound` is the share of saturated elements, above which the next step is cast just in time.
+    Raises ValueError for a bound that is no share.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, bound: float = DEFAULT_BOUND, device: torch.device | None = None
+    ) -> None:
+        if not 0 <= bound <= 1:
+            raise ValueError(f"bound = {bound}: a share of elements, from 0 to 1")
+        self.bound = bound
+        self.operands: dict[str, DelayedOperand] = {}
+        self.device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._names: list[str] | None = None
+        self._last = False  # whether the step under way casts with the last one's maxima
+        self._amax: dict[str, float] = {}
+        shared: dict[int, str] = {}
+        for name, parent in model.named_modules():
+            for group in getattr(parent, "same_input", ()):
+                first = f"{name}.{group[0]}" if name else group[0]
+                shared |= {id(getattr(parent, child, None)): _plain(first) for child in group}
+        for name, linear in model.named_modules():
+            if isinstance(linear, Float8Linear):
+                self._install(linear, _plain(name), shared.get(id(linear), _plain(name)))
+
+    def _install(self, linear: Float8Linear, name: str, reads_with: str) -> None:
+        def operand(wanted: bool, key: str) -> DelayedOperand | None:
+            if not wanted:
+                return None
+            if key not in self.operands:
+                self.operands[key] = DelayedOperand.on(self.device)
+            return self.operands[key]
+
+        linear.operands = DelayedOperands(
+            operand(_before(linear.recipe.output.a), f"{reads_with}.input"),
+            operand(_before(linear.recipe.grad_input.a), f"{name}.grad_output"),
+        )
+
+    @torch.no_grad()
+    def end_step(self) -> DelayedStatistics:
+        """Make this step's maxima the next step's scales. Every rank calls it, whatever layers it holds."""
+        names, seen, counts = self._measured()
+        shares = {name: s / n for name, (s, n) in zip(names, counts, strict=True) if n}
+        worst = max(shares, key=lambda name: shares[name], default="")
+        falls_back = bool(shares) and shares[worst] > self.bound
+        for name, amax in zip(names, seen, strict=True):
+            if math.isfinite(amax) and amax > 0:
+                self._amax[name] = amax
+        told = DelayedStatistics(
+            shares.get(worst, 0.0),
+            worst,
+            just_in_time=not self._last,
+            falls_back=falls_back,
+        )
+        self._begin(just_in_time=falls_back)
+        return told
+
+    def _begin(self, *, just_in_time: bool) -> None:
+        self._last = not just_in_time and bool(self._amax)
+        for name, operand in self.operands.items():
+            amax = self._amax.get(name)
+            if amax is not None:
+                operand.amax.fill_(amax)
+            operand.known = self._last and amax is not None
+            operand.seen.zero_()
+            operand.counts.zero_()
+
+    def _measured(self) -> tuple[list[str], list[float], list[list[int]]]:
+        """Names, maxima and counts of the operands on all ranks."""
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        if self._names is None:
+            theirs: list[list[str]] = [list(self.operands)]
+            if not alone:
+                theirs = [[] for _ in range(dist.get_world_size())]
+                dist.all_gather_object(theirs, list(self.operands))
+            self._names = sorted({name for names in theirs for name in names})
+        if not self._names:
+            return [], [], []
+        nothing = DelayedOperand.on(self.device)
+        here = [self.operands.get(name, nothing) for name in self._names]
+        # Not every backend lets a NaN win a maximum; as integers, its bits do.
+        seen = torch.cat([o.seen for o in here]).flatten().view(torch.int32)
+        counts = torch.stack([o.counts for o in here])
+        if not alone:
+            dist.all_reduce(seen, dist.ReduceOp.MAX)
+            dist.all_reduce(counts)
+        return self._names, seen.view(torch.float32).tolist(), counts.tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step's scales are, as JSON can hold it; the same on every rank."""
+        return {"just_in_time": not self._last, "amax": dict(self._amax)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`'s. Operands it does not name are cast just in time at first."""
+        self._amax = {name: float(amax) for name, amax in state["amax"].items()}
+        self._begin(just_in_time=state["just_in_time"])

@@ -1,0 +1,120 @@
+"""Which kernel casts a tensor on a GPU.
+
+`quantize.py` is the definition of a cast, and what runs on a CPU. On a GPU of compute capability 8.9 or later
+it hands tensors to the kernels here, which give the same bits with fewer passes over memory:
+
+    block of the cast          kernel
+    (FULL, FULL)               one scale a tensor
+    (1, FULL)                  one scale a row
+    (1, 128), (1, 32)          lines
+    (128, 128)                 squares
+
+Other blocks, casts without scales, tensors whose scales need another rank's maxima, and everything under
+`use_kernels(False)` or with OCTAVO_KERNELS=0 in the environment, go on in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from octavo.float8.distributed.tp_scales import Split
+from octavo.float8.recipe import FULL, Cast
+
+LEAST_CAPABILITY = (8, 9)  # the first to convert to float8
+GROUPS = (32, 128)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_PLAIN = (Tensor, torch.nn.Parameter)  # what kernels can take, not what only behaves like a tensor
+_HAVE_TRITON = importlib.util.find_spec("triton") is not None
+_wanted = os.environ.get("OCTAVO_KERNELS", "1") != "0"
+
+
+@contextmanager
+def use_kernels(wanted: bool) -> Iterator[None]:
+    """Whether kernels may cast, within the scope: to compare them with plain PyTorch, or to do without."""
+    global _wanted
+    before, _wanted = _wanted, wanted
+    try:
+        yield
+    finally:
+        _wanted = before
+
+
+def _device_serves(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.cuda is None or not _HAVE_TRITON:
+        return False  # a CPU build of torch knows fake tensors of CUDA, too
+    properties = torch.cuda.get_device_properties(device)  # a constant to the compiler
+    return (properties.major, properties.minor) >= LEAST_CAPABILITY
+
+
+def _has_kernel(cast: Cast) -> bool:
+    if not cast.scaled:
+        return False
+    rows, cols = cast.block
+    if rows == 1:
+        return cols == FULL or cols in GROUPS
+    return cast.square and (rows == FULL or rows == 128)
+
+
+def serves(x: Tensor, cast: Cast | None, split: Split | None = None) -> bool:
+    """Whether a kernel makes `cast` (None: nothing to make) of `x[R, C]`. `split` as in `quantize`."""
+    if not _wanted or not _device_serves(x.device) or type(x) not in _PLAIN:
+        return False
+    if x.dtype not in _DTYPES or x.numel() == 0:
+        return False
+    if cast is None:
+        return True
+    # Scales that span the axis along which ranks share an operand take a collective call for the maxima.
+    return _has_kernel(cast) and (split is None or cast.block[split.axis] != FULL)
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+def cast_both(x: Tensor, row: Cast | None, col: Cast | None) -> tuple[Pair | None, Pair | None]:
+    """`(data[R, C], scale)` as `row` says, and `(data[C, R], scale)` of the transpose as `col` says.
+
+    All contiguous. Casts that are the same are made together; `None` where none is asked for.
+    """
+    if row is not None and col is not None and row != col:
+        return cast_both(x, row, None)[0], cast_both(x, None, col)[1]
+    cast = row or col
+    assert cast is not None
+    first, second = _launch(x.contiguous(), cast, row is not None, col is not None)
+    return (first if row else None), (second if col else None)
+
+
+def cast_given(
+    x: Tensor, amax: Tensor, cast: Cast, rows: bool, columns: bool
+) -> tuple[Pair, Pair, Tensor, Tensor]:
+    """As `cast_both`, with one scale, that of `amax[1, 1]`; then x's own maximum, float32 `[1, 1]`, and how
+    many of its elements saturated, int64.
+    """
+    from octavo.float8.kernels import ops  # triton, at its first use
+
+    data, data_t, scale, maxima, saturated = ops.cast_by_given_scale(
+        x.contiguous(), amax, cast.dtype, cast.scale.value, rows, columns
+    )
+    return (data, scale), (data_t, scale), maxima.amax().view(torch.float32).view(1, 1), saturated.sum()
+
+
+def _launch(x: Tensor, cast: Cast, rows: bool, columns: bool) -> tuple[Pair, Pair]:
+    from octavo.float8.kernels import ops  # triton, at its first use
+
+    dtype, scales = cast.dtype, cast.scale.value
+    if cast.square:
+        if cast.block == (FULL, FULL):
+            data, data_t, scale = ops.cast_by_tensor(x, dtype, scales, rows, columns)
+        else:
+            data, data_t, scale = ops.cast_by_tiles(x, cast.block[0], dtype, scales, rows, columns)
+        return (data, scale), (data_t, scale.t())
+    if cast.block == (1, FULL):
+        data, scale, data_t, scale_t = ops.cast_by_rows(x, dtype, scales, rows, columns)
+    else:
+        data, scale, data_t, scale_t = ops.cast_by_lines(x, cast.block[1], dtype, scales, rows, columns)
+    return (data, scale), (data_t, scale_t)

@@ -1,0 +1,68 @@
+"""Weights change once per optimizer step, so they are cast once per optimizer step.
+
+Without this, every microbatch casts every weight, and activation checkpointing casts it again.
+`cast_weights_once` is a scope around all microbatches of a step, forward and backward, with the optimizer's
+step outside:
+
+    with cast_weights_once(model):
+        for microbatch in step:
+            loss(model(microbatch)).backward()
+    optimizer.step()
+
+Inside, each float8 linear holds its weight's casts: one byte a parameter for square casts (tensorwise,
+blockwise), two for the others. A scope says when weights may change, which a version check cannot: fused
+optimizers and FSDP2 change weights without a new version. Compiled code takes the casts as inputs, so
+entering the scope costs one more graph.
+
+Under FSDP2, weights gathered in float8 keep the cast of the local shard. Weights gathered in high precision
+are cast at every use, since keeping them would hold the whole model on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from octavo.float8.distributed.fsdp_gather import held_shard_casts
+from octavo.float8.linear import Float8Linear
+
+
+@contextmanager
+def cast_weights_once(model: nn.Module, *, enabled: bool = True) -> Iterator[None]:
+    """Cast each float8 weight of `model` now, and use that cast until the scope ends.
+
+    An optimizer step on one of these weights inside the scope raises RuntimeError: the casts would be out of
+    date. Editing a weight by hand inside it is not noticed. `enabled=False` does nothing, which gives the
+    same numbers.
+    """
+    linears = [m for m in model.modules() if isinstance(m, Float8Linear)] if enabled else []
+    if any(linear.weight_casts is not None for linear in linears):
+        raise RuntimeError("cast_weights_once is already active for this model")
+    weights = {id(linear.weight) for linear in linears}
+
+    def forbid(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if any(id(p) in weights for group in optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(
+                "an optimizer step inside cast_weights_once: the next microbatch would use the old weights. "
+                "Leave the scope before optimizer.step(), and enter a new one after it"
+            )
+
+    with ExitStack() as stack:
+        if linears:
+            stack.callback(register_optimizer_step_pre_hook(forbid).remove)
+            stack.enter_context(held_shard_casts(model))
+        for linear in linears:
+            stack.callback(setattr, linear, "weight_casts", None)
+            with torch.no_grad():
+                linear.hold_weight_casts()
+        # Those that are multiplied as one hold one buffer.
+        for group in {id(m.shares_input): m.shares_input for m in linears if m.shares_input}.values():
+            stack.callback(group.release)
+            with torch.no_grad():
+                group.hold()
+        yield

@@ -1,0 +1,139 @@
+"""From DTensors to this rank's tensors and back: the two ends of a linear whose weight is sharded.
+
+A `Float8Linear` under tensor parallelism takes a DTensor, or what `gather.py` made of one, multiplies its
+own part as a lone linear would (with the scales of the whole, see `split.py`) and returns a DTensor. How the
+weight is sharded says all: by output features, the input is needed whole and the output is sharded alike; by
+input features, the input is sharded alike and the output is a sum over the ranks.
+
+A sum that is to be sharded by tokens is scattered inside the product (`WeightSharding.pieces`), so that on the
+way back its gradient is gathered in float8. Where blocks of tokens would straddle ranks, or a product stays in
+high precision, DTensor moves it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from octavo.float8.casts.input_cache import Casts
+from octavo.float8.compiled.bias import add_bias
+from octavo.float8.distributed.tp_gather import Gathered, can_gather, pieces_of
+from octavo.float8.distributed.tp_scales import WeightSharding
+from octavo.float8.recipe import Recipe
+
+
+def sharding_of(weight: DTensor, recipe: Recipe) -> WeightSharding:
+    """How `weight[N, K]` is sharded. Raises ValueError for what no tensor parallel style makes, and for
+    blocks that straddle ranks.
+    """
+    mesh, placements = weight.device_mesh, weight.placements
+    if mesh.ndim != 1 or not (placements[0].is_shard(0) or placements[0].is_shard(1)):
+        raise ValueError(
+            f"a Float8Linear multiplies with a weight that is {placements} over a mesh of {mesh.ndim} "
+            "dimensions; it needs one that is Shard(0) or Shard(1) over one. Shard it with "
+            "Float8ColwiseParallel or Float8RowwiseParallel; if FSDP shards it too, call the model that "
+            "fully_shard was applied to, which gathers it"
+        )
+    axis = 0 if placements[0].is_shard(0) else 1
+    sharding = WeightSharding(axis, group_name(mesh), mesh.size())
+    sharding.check(recipe, weight.shape[axis])
+    return sharding
+
+
+def group_name(mesh: DeviceMesh) -> str:
+    return mesh.get_group().group_name
+
+
+def scatters(
+    sharding: WeightSharding, recipe: Recipe, tokens: torch.Size, output: Placement | None
+) -> WeightSharding:
+    """`sharding`, scattering its output inside the product if `output` asks for a sharding of `tokens` that
+    can be gathered in float8 on the way back.
+    """
+    if sharding.axis == 0 or not isinstance(output, Shard):
+        return sharding
+    dim = output.dim % (len(tokens) + 1)
+    row, col = recipe.grad_input.a, recipe.grad_weight.a
+    if dim == len(tokens) or row is None or col is None or tokens[dim] % sharding.size:
+        return sharding
+    pieces = pieces_of(tokens, dim)
+    if not can_gather(tokens.numel() // sharding.size, pieces, row, col):
+        return sharding
+    return replace(sharding, pieces=pieces)
+
+
+def local_input(x: Tensor | Gathered, sharding: WeightSharding) -> tuple[Tensor, Tensor, Casts | None]:
+    """This rank's `x_MK`; the tensor that owns its memory; and its casts, where they came along."""
+    if isinstance(x, Gathered):
+        if sharding.axis == 1:
+            raise ValueError(
+                "an input that was gathered whole, in float8, reached a Float8Linear whose weight is sharded "
+                "by input features: prepare the inputs of column-wise linears only"
+            )
+        return x.edge, x.edge, x.casts
+    if not isinstance(x, DTensor):
+        raise ValueError(
+            "a Float8Linear with a sharded weight was called with an ordinary tensor: apply "
+            "Float8ColwiseParallel or Float8RowwiseParallel with parallelize_module, which say how the input "
+            "is sharded; if the weight is FSDP's, call the model that fully_shard was applied to"
+        )
+    last = Shard(x.dim() - 1)
+    needed: Placement = Replicate() if sharding.axis == 0 else last
+    if x.placements != (needed,):
+        x = x.redistribute(placements=[needed])
+    # Of a whole input every rank's features give a part of the gradient's sum.
+    local = x.to_local(grad_placements=[Partial() if sharding.axis == 0 else last])
+    with torch.no_grad():
+        owner = x.to_local()
+    return local.reshape(-1, local.shape[-1]), owner, None
+
+
+class _SumGradient(torch.autograd.Function):
+    """Identity; the gradient is summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = torch.ops._c10d_functional.all_reduce(grads[0].contiguous(), "sum", ctx.group)
+        return torch.ops._c10d_functional.wait_tensor(total), None
+
+
+def whole_output(
+    y_MN: Tensor,
+    bias: Tensor | None,
+    tokens: torch.Size,
+    mesh: DeviceMesh,
+    sharding: WeightSharding,
+    output: Placement | None,
+) -> DTensor:
+    """This rank's part of the product, and the bias, as the DTensor `y[*tokens, N]`.
+
+    Sharded by N if the weight is. A sum becomes `output` (None: Partial, or Replicate where a bias must be
+    added to it).
+    """
+    local_bias = bias.to_local() if isinstance(bias, DTensor) else bias
+    if sharding.axis == 0:
+        y = y_MN.reshape(*tokens, -1)
+        y = y if local_bias is None else add_bias(y, local_bias)
+        return DTensor.from_local(y, mesh, [Shard(len(tokens))], run_check=False)
+    if sharding.pieces is not None:
+        assert isinstance(output, Shard)
+        dim = output.dim % (len(tokens) + 1)
+        y = y_MN.reshape(*tokens[:dim], tokens[dim] // sharding.size, *tokens[dim + 1 :], y_MN.shape[1])
+        y = y if local_bias is None else add_bias(y, _SumGradient.apply(local_bias, sharding.group))
+        return DTensor.from_local(y, mesh, [Shard(dim)], run_check=False)
+    whole = DTensor.from_local(y_MN.reshape(*tokens, -1), mesh, [Partial()], run_check=False)
+    if local_bias is None:
+        return whole if output is None else whole.redistribute(placements=[output])
+    y = whole.redistribute(placements=[Replicate()]).to_local()
+    whole = DTensor.from_local(add_bias(y, local_bias), mesh, [Replicate()], run_check=False)
+    return whole if output is None else whole.redistribute(placements=[output])

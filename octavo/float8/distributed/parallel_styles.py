@@ -1,0 +1,252 @@
+"""Tensor parallel styles whose activations travel in float8.
+
+`torch.distributed.tensor.parallel` shards a linear's weight over a group of ranks: column-wise by output
+features, row-wise by input features. Under sequence parallel the tokens between such pairs are sharded too:
+they are gathered in front of the column-wise linears, and the row-wise linear's sum is scattered. The styles
+here are used as torch's are, on `Float8Linear`s, and compute what one process would:
+
+    PrepareFloat8ModuleInput   one gather, in float8, for all column-wise linears of a module (wq, wk, wv)
+    Float8ColwiseParallel      gathers its own input in float8, where nobody did before
+    Float8RowwiseParallel      scatters its output; the gradient is gathered in float8 on the way back
+
+    plan = {
+        "attention_norm": SequenceParallel(),
+        "attention": PrepareFloat8ModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
+        "attention.wq": Float8ColwiseParallel(),
+        "attention.wk": Float8ColwiseParallel(),
+        "attention.wv": Float8ColwiseParallel(),
+        "attention.wo": Float8RowwiseParallel(output_layouts=Shard(1)),
+    }
+    parallelize_module(block, mesh, plan)
+
+What travels is the bytes that the products read: one an element where one scale serves the tensor, and two,
+as in bfloat16, where rows and columns are scaled apart and the weight is trained. Torch's own styles work on
+Float8Linears too, with the same numbers, and gather in high precision; so do these, silently, where float8
+cannot be gathered: a recipe with a product in high precision that needs the tensor itself, blocks of tokens
+that would straddle ranks, or tokens that do not divide evenly.
+
+The scales are those of the whole tensor (`split.py`), so the results are one process's but for the order of
+sums. Parameters are DTensors under their ordinary names.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel
+
+from octavo.float8.casts.delayed_operand import is_recomputing
+from octavo.float8.casts.input_cache import shared
+from octavo.float8.distributed.dtensor_io import group_name
+from octavo.float8.distributed.tp_gather import Gathered, can_gather, cast_and_gather, gather, pieces_of
+from octavo.float8.distributed.tp_scales import WeightSharding
+from octavo.float8.linear import Float8Linear
+
+Layouts = tuple[Placement, ...]
+
+
+def _linear(module: nn.Module, style: str) -> Float8Linear:
+    if not isinstance(module, Float8Linear):
+        raise ValueError(
+            f"{style} was applied to a {type(module).__name__}; it takes a Float8Linear. Call "
+            "convert_to_float8_training before parallelize_module, or use torch's "
+            f"{style.removeprefix('Float8')} for a module in high precision"
+        )
+    return module
+
+
+def _gather(
+    x: Any, layout: Placement, linear: Float8Linear, *, for_grad_weight: bool, mesh: DeviceMesh
+) -> Any:
+    """`x[..., K]`, of which this rank holds the part that `layout` says, gathered whole in float8 as `linear`
+    casts its input; or None where that cannot be.
+    """
+    recipe = linear.recipe
+    operand = None if linear.operands is None else linear.operands.input
+    trains = torch.is_grad_enabled()
+    if isinstance(x, DTensor):
+        layout = x.placements[0]
+    if not isinstance(layout, Shard) or isinstance(x, Gathered):
+        return None
+    size, dim = mesh.size(), layout.dim % x.dim()
+    row, col = recipe.output.a, recipe.grad_weight.b if for_grad_weight else None
+    if dim == x.dim() - 1 or row is None or (for_grad_weight and col is None):
+        return None
+    if isinstance(x, DTensor):
+        if x.shape[dim] % size:
+            return None
+        x = x.to_local()
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    pieces = pieces_of(x.shape, dim)
+    x_MK = x.reshape(-1, x.shape[-1])
+    if not can_gather(x_MK.shape[0], pieces, row, col):
+        return None
+    group = group_name(mesh)
+    with torch.no_grad():
+        casts = shared(
+            x,
+            ("gathered", group, dim, row, col, operand),
+            lambda: cast_and_gather(
+                x_MK.detach(),
+                row,
+                col,
+                pieces=pieces,
+                size=size,
+                group=group,
+                operand=operand,
+                notes=trains,
+                counts=trains and not is_recomputing(),
+            ),
+        )
+    shape = torch.Size((*x.shape[:dim], x.shape[dim] * size, *x.shape[dim + 1 :]))
+    return gather(x_MK, casts, shape, pieces=pieces, size=size, group=group)
+
+
+def _trains(linears: list[Float8Linear]) -> bool:
+    return torch.is_grad_enabled() and any(linear.weight.requires_grad for linear in linears)
+
+
+class Float8ColwiseParallel(ColwiseParallel):
+    """`ColwiseParallel` of a `Float8Linear`, with its input gathered in float8.
+
+    Arguments as there: `input_layouts` (default Replicate()) is how the input is sharded, `output_layouts`
+    (default Shard(-1)) how the output is to be, `use_local_output` (default True) whether that is an ordinary
+    tensor. Takes what PrepareFloat8ModuleInput gathered, too. Raises ValueError for a module that is no
+    Float8Linear, and where out_features does not divide into whole blocks for every rank.
+    """
+
+    @staticmethod
+    def _prepare_input_fn(
+        input_layouts: Layouts,
+        desired_input_layouts: Layouts,
+        mod: nn.Module,
+        inputs: Any,
+        device_mesh: DeviceMesh,
+    ) -> Any:
+        (x, *_) = inputs
+        if isinstance(x, Gathered):
+            return x
+        assert isinstance(mod, Float8Linear)
+        x_gathered = _gather(x, input_layouts[0], mod, for_grad_weight=_trains([mod]), mesh=device_mesh)
+        if x_gathered is not None:
+            return x_gathered
+        return ColwiseParallel._prepare_input_fn(
+            input_layouts, desired_input_layouts, mod, inputs, device_mesh
+        )
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        linear = _linear(module, type(self).__name__)
+        WeightSharding(0, "", device_mesh.size()).check(linear.recipe, linear.out_features)
+        linear.tensor_parallel = True
+        return super()._apply(module, device_mesh)
+
+
+class Float8RowwiseParallel(RowwiseParallel):
+    """`RowwiseParallel` of a `Float8Linear`, whose output's gradient is gathered in float8.
+
+    Arguments as there: `input_layouts` (default Shard(-1)), `output_layouts` (default Replicate()),
+    `use_local_output` (default True). Raises ValueError for a module that is no Float8Linear, and where
+    in_features does not divide into whole blocks for every rank.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        linear = _linear(module, type(self).__name__)
+        WeightSharding(1, "", device_mesh.size()).check(linear.recipe, linear.in_features)
+        linear.tensor_parallel = True
+        linear.output_placement = self.output_layouts[0]
+        return super()._apply(module, device_mesh)
+
+
+class PrepareFloat8ModuleInput(PrepareModuleInput):
+    """`PrepareModuleInput` for a module that hands its input to column-wise `Float8Linear`s: inputs that are
+    sharded by tokens and wanted whole are gathered once, in float8.
+
+    input_layouts, desired_input_layouts, input_kwarg_layouts, desired_input_kwarg_layouts: how each input is
+        sharded, and is wanted; None for one to leave alone.
+    use_local_output: whether inputs that were not gathered in float8 become ordinary tensors (default
+        False).
+    float8_dtype: the float8 type of those linears' input.
+    fwd_config_submodule_fqn: the name, below the module, of a linear that reads the input; its recipe says
+        how to cast. Without it all Float8Linears below the module must have one recipe.
+
+    What the module gets can be handed to Float8Linears, and nothing else: any other operation raises
+    TypeError. Raises ValueError where the recipe is not clear or does not cast the input to `float8_dtype`.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_layouts: Placement | tuple[Placement | None, ...] | None = None,
+        desired_input_layouts: Placement | tuple[Placement | None, ...] | None = None,
+        input_kwarg_layouts: dict[str, Placement] | None = None,
+        desired_input_kwarg_layouts: dict[str, Placement] | None = None,
+        use_local_output: bool = False,
+        float8_dtype: torch.dtype = torch.float8_e4m3fn,
+        fwd_config_submodule_fqn: str | None = None,
+    ) -> None:
+        super().__init__(
+            input_layouts=input_layouts,
+            desired_input_layouts=desired_input_layouts,
+            input_kwarg_layouts=input_kwarg_layouts,
+            desired_input_kwarg_layouts=desired_input_kwarg_layouts,
+            use_local_output=use_local_output,
+        )
+        self.float8_dtype = float8_dtype
+        self.fwd_config_submodule_fqn = fwd_config_submodule_fqn
+        self.readers: list[Float8Linear] = []
+
+    def _readers(self, module: nn.Module) -> list[Float8Linear]:
+        """The linears whose recipe says how to cast the input."""
+        name = self.fwd_config_submodule_fqn
+        if name is not None:
+            return [_linear(module.get_submodule(name), "PrepareFloat8ModuleInput.fwd_config_submodule_fqn")]
+        linears = [m for m in module.modules() if isinstance(m, Float8Linear)]
+        if not linears:
+            raise ValueError(
+                f"PrepareFloat8ModuleInput was applied to a {type(module).__name__} without a Float8Linear: "
+                "call convert_to_float8_training before, or use torch's PrepareModuleInput"
+            )
+        recipes = {linear.recipe.name: linear.recipe for linear in linears}
+        if any(linear.recipe != linears[0].recipe for linear in linears):
+            raise ValueError(
+                f"the Float8Linears of {type(module).__name__} have different recipes "
+                f"({', '.join(recipes)}): name one that reads the input in fwd_config_submodule_fqn"
+            )
+        return linears
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        readers = self._readers(module)
+        cast = readers[0].recipe.output.a
+        if cast is not None and cast.dtype != self.float8_dtype:
+            raise ValueError(
+                f"PrepareFloat8ModuleInput has float8_dtype={self.float8_dtype}, and recipe "
+                f"{readers[0].recipe.name!r} casts inputs to {cast.dtype}: pass float8_dtype={cast.dtype}"
+            )
+        one = copy.copy(self)  # a plan may apply one style to many modules
+        one.readers = readers
+        return super(PrepareFloat8ModuleInput, one)._apply(module, device_mesh)
+
+    def _prepare_input_arg(
+        self,
+        input: Any,
+        mesh: DeviceMesh,
+        input_layout: Placement | None,
+        desired_layout: Placement | None,
+    ) -> Any:
+        if input_layout is not None and desired_layout is not None and desired_layout.is_replicate():
+            gathered = _gather(
+                input,
+                input_layout,
+                self.readers[0],
+                for_grad_weight=_trains(self.readers),
+                mesh=mesh,
+            )
+            if gathered is not None:
+                return gathered
+        return super()._prepare_input_arg(input, mesh, input_layout, desired_layout)

@@ -1,0 +1,194 @@
+"""Tokens that are spread over a group of ranks, gathered in float8.
+
+Under sequence parallelism every rank holds some of the tokens, and a product needs all of them. What the
+product reads is float8, so that is what travels: each rank casts its own tokens, with the scales that the
+whole tensor would get, and one all-gather carries the bytes of both forms of the operand and of such scales
+as differ from token to token. Bytes, because not every backend knows float8.
+
+    one scale a tensor    one form serves both products    1 byte an element, and a maximum reduced before
+    one scale a row       x_MK and x_KM differ             2 bytes, 1 where the weight needs no gradient
+
+The way back is a sum over the ranks of which each keeps its own tokens: a reduce-scatter in high precision.
+
+`Gathered` is what several linears with one input (wq, wk and wv) are handed after one gather: the float8
+forms, and a stand-in through which the gradient flows. It is no tensor, so nothing can mistake it for one:
+any operation but a `Float8Linear` on it raises.
+
+Flattened, tokens of `[batch, sequence, K]` that are sharded by sequence are not one run of rows but `pieces`
+of them, one a batch entry: the rows of all ranks are `[pieces, ranks, rows a piece]`.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.float8.casts.delayed_operand import DelayedOperand, quantize_operand
+from octavo.float8.casts.input_cache import Casts
+from octavo.float8.distributed.tp_scales import Split
+from octavo.float8.quantize import Quantized, transposed
+from octavo.float8.recipe import FULL, Cast
+
+
+def pieces_of(shape: torch.Size, dim: int) -> int:
+    """How many runs of rows the tokens of one rank are, if `dim` of `shape[..., features]` is sharded."""
+    return prod(shape[:dim])
+
+
+def can_gather(rows: int, pieces: int, row: Cast | None, col: Cast | None) -> bool:
+    """Whether `rows` rows a rank cast as `row` (and, if given, as `col`) give the whole tensor's casts: not
+    where blocks of tokens would straddle ranks.
+    """
+    if row is None or pieces == 0:
+        return False
+    sizes = (row.block[0], FULL if col is None else col.block[1])
+    return all(size == FULL or rows // pieces % size == 0 for size in sizes)
+
+
+# ------------------------------------------------------------------------------------------- moving the rows
+
+
+def _merge(x: Tensor, pieces: int) -> Tensor:
+    """`x[ranks, rows, C]` as `[all rows, C]` in the order of the whole tensor."""
+    return x.unflatten(1, (pieces, -1)).transpose(0, 1).reshape(-1, x.shape[2])
+
+
+def _gather_bytes(x: Tensor, size: int, group: str) -> Tensor:
+    """uint8 `x[n]` of every rank as `[size, n]`."""
+    out = torch.ops._c10d_functional.all_gather_into_tensor(x, size, group)
+    return torch.ops._c10d_functional.wait_tensor(out).view(size, -1)
+
+
+def gather_rows(tensors: list[Tensor], pieces: int, size: int, group: str) -> list[Tensor]:
+    """Each of `tensors[rows, C]` with the rows of all ranks, `[all rows, C]`, in one all-gather of bytes."""
+    sent = [t.contiguous().view(torch.uint8).flatten() for t in tensors]
+    got = _gather_bytes(torch.cat(sent) if len(sent) > 1 else sent[0], size, group)
+    whole, start = [], 0
+    for t, piece in zip(tensors, sent, strict=True):
+        mine = got.narrow(1, start, piece.numel()).contiguous()
+        rows = mine.view(t.dtype).view(size, t.shape[0], t.shape[1])
+        whole.append(_merge(rows, pieces))
+        start += piece.numel()
+    return whole
+
+
+def scatter_rows(x: Tensor, pieces: int, size: int, group: str) -> Tensor:
+    """The sum over all ranks of `x[all rows, C]`, of which this rank keeps its own rows."""
+    parts = x.unflatten(0, (pieces, size, -1)).transpose(0, 1).contiguous()
+    out = torch.ops._c10d_functional.reduce_scatter_tensor(parts.flatten(0, 2), "sum", size, group)
+    return torch.ops._c10d_functional.wait_tensor(out)
+
+
+def cast_and_gather(
+    x: Tensor,
+    row: Cast,
+    col: Cast | None,
+    *,
+    pieces: int,
+    size: int,
+    group: str,
+    operand: DelayedOperand | None = None,
+    notes: bool = True,
+    counts: bool = True,
+) -> Casts:
+    """The casts of the whole `x[M, K]`, as `[M, K]` and `[K, M]`, given this rank's rows of it.
+
+    `operand`, `notes`, `counts` as in `quantize_operand`.
+    """
+    first, second = quantize_operand(x, row, col, Split(0, group), operand, notes=notes, counts=counts)
+    assert isinstance(first, Quantized)
+    shared = col == row and row.square
+    sent: list[Tensor] = []
+    # Scales first: a scale of four bytes must start at a multiple of four.
+    if row.block[0] != FULL:
+        sent.append(first.scale)
+    if col is not None and not shared and col.block[1] != FULL:
+        assert isinstance(second, Quantized)
+        sent.append(second.scale.t())
+    sent.append(first.data)
+    if col is not None and not shared:
+        assert isinstance(second, Quantized)
+        sent.append(second.data.t())
+    got = iter(gather_rows(sent, pieces, size, group))
+
+    row_scale = next(got) if row.block[0] != FULL else first.scale
+    col_scale = None
+    if col is not None and not shared:
+        assert isinstance(second, Quantized)
+        col_scale = next(got).t() if col.block[1] != FULL else second.scale
+    x_MK = Quantized(next(got), row_scale)
+    if col is None:
+        return x_MK, None
+    if shared:
+        return x_MK, transposed(x_MK)
+    assert col_scale is not None
+    return x_MK, Quantized(next(got).t(), col_scale)
+
+
+# ------------------------------------------------------------------------------- what linears are handed
+
+
+class _Edge(torch.autograd.Function):
+    """The way of the gradient: a stand-in for the whole `x[M, K]`, whose gradient is summed over the ranks
+    and scattered. It is one element, expanded, and nothing reads it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pieces: int, size: int, group: str) -> Tensor:
+        ctx.where = pieces, size, group
+        return x.new_zeros(1, 1).expand(x.shape[0] * size, x.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return scatter_rows(grads[0], *ctx.where), None, None, None
+
+
+_REMEDY = (
+    "this input was gathered in float8, and only a Float8Linear reads those. Where a module prepared by "
+    "PrepareFloat8ModuleInput does more with its input, gather in high precision with torch's "
+    "PrepareModuleInput"
+)
+
+
+class Gathered:
+    """A linear's input `[..., K]` of which only the float8 casts exist, to be handed to `Float8Linear`s.
+
+    Has the shape, dtype and device of a tensor. Anything else that a tensor can do raises TypeError.
+    """
+
+    def __init__(self, edge: Tensor, casts: Casts, shape: torch.Size) -> None:
+        self.edge, self.casts, self.shape = edge, casts, shape
+        self.dtype, self.device, self.requires_grad = edge.dtype, edge.device, edge.requires_grad
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def to(self, dtype: torch.dtype) -> Gathered:
+        if dtype != self.dtype:
+            raise TypeError(f"a conversion from {self.dtype} to {dtype}: {_REMEDY}")
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what Python itself asks for
+            raise AttributeError(name)
+        raise TypeError(f".{name}: {_REMEDY}")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise TypeError(f"{getattr(func, '__name__', func)}: {_REMEDY}")
+
+    def __repr__(self) -> str:
+        return f"Gathered(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def gather(x: Tensor, casts: Casts, shape: torch.Size, *, pieces: int, size: int, group: str) -> Gathered:
+    """What linears are handed of the gathered tensor of `shape[..., K]`, given this rank's rows `x[M, K]` and
+    the gathered casts.
+    """
+    return Gathered(_Edge.apply(x, pieces, size, group), casts, shape)

@@ -1,0 +1,61 @@
+"""Files of JSON lines, one object a line, that stay consistent when a run is killed and resumed."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from octavo.core.logging import logger
+
+
+def _step_of(line: str) -> float:
+    """The step that a line tells of; infinite for a torn line, or one that is not ours."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, LookupError):
+        return math.inf
+
+
+def _finite(value: object) -> object:
+    """JSON has no NaN and no infinity; they become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Jsonl:
+    """One file, `NAME.jsonl`, whose objects have a `step`; full precision."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def start(self, step: int) -> None:
+        """Keep the lines up to `step`, so that a resumed run tells each step once; an older run's file is
+        put aside.
+        """
+        if not self._path.exists():
+            return
+        kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
+        if not kept:
+            aside = datetime.fromtimestamp(self._path.stat().st_mtime).strftime("%Y%m%d-%H%M%S-%f")
+            self._path.rename(self._path.with_name(f"{self._path.stem}.{aside}.jsonl"))
+            return
+        partial = self._path.with_suffix(".tmp")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.replace(self._path)
+
+    def write(self, *rows: Mapping[str, Any]) -> None:
+        """Append a line for each of `rows`. A full disk costs the lines, not the run."""
+        line = "".join(
+            json.dumps({name: _finite(value) for name, value in row.items()}) + "\n" for row in rows
+        )
+        whole = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a") as file:
+                file.write(line)
+        except OSError as error:
+            logger.warning("%s: a line could not be written: %s", self._path, error.strerror)
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, whole)  # no half lines

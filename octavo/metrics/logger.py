@@ -1,0 +1,362 @@
+"""What a run reports: a log line, a line of JSON, and what trackers get, all from one `StepReport`.
+
+    step:  1  loss:  8.1294  memory:  0.63GiB(2.69%)  tps: 3,106  tflops: 0.13  mfu: 34.12%
+
+tps is tokens per second and device since the last line; tflops is tps times the model's FLOPs per token;
+mfu is tflops over the device's peak (`utilization.py` has the other two figures of that kind). Time spent
+waiting for data is measured around the wait itself. `docs/metrics.md` lists every name.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from octavo.config.schema import Metrics
+from octavo.core.logging import count, logger
+from octavo.metrics.device import Peak, memory_in_use
+from octavo.metrics.jsonl import Jsonl
+from octavo.metrics.mfu import Utilization, Work, utilization
+from octavo.metrics.step_times import StepTimes, seconds_compiling
+from octavo.metrics.trackers import Service, TensorBoard, Tracker
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """loss: nats per token. bits_per_byte: None where the labels stand for no text. tokens: labels counted,
+    over all ranks. seconds: what it took.
+    """
+
+    loss: float
+    bits_per_byte: float | None
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One reported step. Rates are per device, over the steps since the last report (`interval_steps` of
+    them).
+
+    tokens: seen by all devices since the run began. seconds: per step. data_seconds: waited for data, per
+    step. saving_seconds, compile_seconds: that training stood still for checkpoints, and that torch.compile
+    took, in all these steps together. mfu, mfu_mixed, hfu: percent, None where a peak is unknown.
+    loss_max: the mean loss of that process where it is largest. skipped_steps, spikes, rewinds: since the run
+    began. step_p50, step_p90, step_p99: seconds of the last steps in which nothing was compiled.
+    float8_saturated: where scales are the previous step's, the largest share of an operand's elements that
+    lay beyond them in a step; float8_fallbacks: steps since the run began that led to one just in time.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    memory_gib: float
+    memory_percent: float
+    tps: float
+    tflops: float
+    mfu: float | None
+    seconds: float
+    data_seconds: float
+    saving_seconds: float
+    interval_steps: int
+    skipped_steps: int = 0
+    spikes: int = 0
+    rewinds: int = 0
+    loss_max: float | None = None
+    memory_active_gib: float | None = None
+    memory_active_percent: float | None = None
+    num_ooms: int = 0
+    num_alloc_retries: int = 0
+    mfu_mixed: float | None = None
+    hfu: float | None = None
+    compile_seconds: float = 0.0
+    step_p50: float | None = None
+    step_p90: float | None = None
+    step_p99: float | None = None
+    float8_saturated: float = 0.0
+    float8_fallbacks: int = 0
+
+    @property
+    def data_percent(self) -> float:
+        """Share of the time that was spent waiting for data."""
+        return 100 * self.data_seconds / self.seconds
+
+
+# Trackers' names, which existing dashboards know (most are torchtitan's) -> our fields
+_TRACKED = {
+    "loss_metrics/global_avg_loss": "loss",
+    "loss_metrics/global_max_loss": "loss_max",
+    "grad_norm": "grad_norm",
+    "lr": "lr",
+    "throughput(tps)": "tps",
+    "tflops": "tflops",
+    "mfu(%)": "mfu",
+    "time_metrics/end_to_end(s)": "seconds",
+    "time_metrics/data_loading(s)": "data_seconds",
+    "time_metrics/data_loading(%)": "data_percent",
+    "memory/max_reserved(GiB)": "memory_gib",
+    "memory/max_reserved(%)": "memory_percent",
+    "memory/max_active(GiB)": "memory_active_gib",
+    "memory/max_active(%)": "memory_active_percent",
+    "memory/num_ooms": "num_ooms",
+    "memory/num_alloc_retries": "num_alloc_retries",
+    "n_tokens_seen": "tokens",
+    "mfu_mixed(%)": "mfu_mixed",
+    "hfu(%)": "hfu",
+    "time_metrics/step_p50(s)": "step_p50",
+    "time_metrics/step_p90(s)": "step_p90",
+    "time_metrics/step_p99(s)": "step_p99",
+    "time_metrics/compile(s)": "compile_seconds",
+    "time_metrics/saving(s)": "saving_seconds",
+    "fault_tolerance/skipped_steps": "skipped_steps",
+    "fault_tolerance/spikes": "spikes",
+    "fault_tolerance/rewinds": "rewinds",
+    "float8/saturated": "float8_saturated",
+    "float8/fallbacks": "float8_fallbacks",
+}
+
+
+def tracked(report: StepReport) -> dict[str, float]:
+    """What trackers get of `report`; what is not known is left out."""
+    values = {tag: getattr(report, name) for tag, name in _TRACKED.items()}
+    return {tag: value for tag, value in values.items() if value is not None}
+
+
+class _Colors:
+    """Terminal colours by the part of the line, or none."""
+
+    def __init__(self, on: bool):
+        self.step, self.loss, self.memory, self.tps, self.tflops, self.mfu, self.reset = (
+            [f"\033[{code}m" for code in (31, 32, 33, 34, 36, 35, 39)] if on else [""] * 7
+        )
+
+
+def format_line(report: StepReport, colors: _Colors, *, grad_norm: bool) -> str:
+    """The step's log line, in the form that torchtitan's readers know."""
+    mfu = "n/a" if report.mfu is None else f"{report.mfu:.2f}%"
+    norm = f"grad_norm: {report.grad_norm:7.4f}  " if grad_norm else ""
+    return (
+        f"{colors.step}step: {report.step:2}  "
+        f"{colors.loss}loss: {report.loss:7.4f}  {norm}"
+        f"{colors.memory}memory: {report.memory_gib:5.2f}GiB({report.memory_percent:.2f}%)  "
+        f"{colors.tps}tps: {round(report.tps):,}  "
+        f"{colors.tflops}tflops: {report.tflops:,.2f}  "
+        f"{colors.mfu}mfu: {mfu}{colors.reset}"
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}%"
+
+
+class MetricsLogger:
+    """Collects tokens and waiting times between reports; reports on the ranks that write.
+
+    config, description: what a tracker is told of the run; without secrets.
+    """
+
+    def __init__(
+        self,
+        settings: Metrics,
+        folder: Path,
+        *,
+        rank: int,
+        device: torch.device,
+        work: Work,
+        peak: Peak,
+        color: bool,
+        config: Mapping[str, Any] = MappingProxyType({}),
+        description: str = "",
+    ):
+        self._settings = settings
+        self._device = device
+        self._work = work
+        self._peak = peak
+        self._colors = _Colors(color and not settings.disable_color_printing)
+        self._jsonl = Jsonl(folder / "metrics.jsonl") if rank == 0 else None
+        self._trackers: list[Tracker] = []
+        if settings.enable_tensorboard and (rank == 0 or settings.save_for_all_ranks):
+            stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+            part = f"rank_{rank}" if settings.save_for_all_ranks else ""
+            self._trackers.append(TensorBoard(folder / settings.save_tb_folder / stamp / part))
+        services = {"wandb": settings.enable_wandb, "trackio": settings.enable_trackio}
+        self._services = [name for name, wanted in services.items() if wanted and rank == 0]
+        self._tell_service = (folder, config, description)
+        self._times = StepTimes()
+        self._steady_tokens = self._steady_data = 0.0
+        self._step_tokens = self._step_data = 0.0
+        self._compiled = seconds_compiling()
+        self._restart(time.perf_counter())
+
+    def start(self, step: int) -> None:
+        """Training begins, or goes on, after `step`."""
+        if self._jsonl:
+            self._jsonl.start(step)
+        while self._services:
+            service = Service(self._services.pop(), *self._tell_service, resumed=step > 0)
+            self._trackers.append(service)
+        now = time.perf_counter()
+        self._restart(now)
+        self._times.start(now)
+
+    def _restart(self, now: float) -> None:
+        self._since = now
+        self._tokens = 0
+        self._steps = 0
+        self._data_seconds = 0.0
+        self._saving_seconds = 0.0
+        self._compile_seconds = 0.0
+
+    def due(self, step: int) -> bool:
+        """Whether `step` is reported: the first one, and every `log_freq`-th."""
+        return step == 1 or step % self._settings.log_freq == 0
+
+    def add_batch(self, tokens: int, data_seconds: float) -> None:
+        """Count one microbatch of this device: its tokens, and the seconds waited for it."""
+        self._tokens += tokens
+        self._data_seconds += data_seconds
+        self._step_tokens += tokens
+        self._step_data += data_seconds
+
+    def add_saving(self, seconds: float) -> None:
+        """Count time that training stood still for a checkpoint."""
+        self._saving_seconds += seconds
+        self._times.pause(seconds)
+
+    def end_step(self) -> None:
+        """Count one optimizer step."""
+        self._steps += 1
+        compiled = seconds_compiling()
+        steady = len(self._times.steady)
+        self._times.end(time.perf_counter(), compiled - self._compiled)
+        self._compile_seconds += compiled - self._compiled
+        self._compiled = compiled
+        if len(self._times.steady) > steady:
+            self._steady_tokens += self._step_tokens
+            self._steady_data += self._step_data
+        self._step_tokens = self._step_data = 0.0
+
+    def report(
+        self,
+        *,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        tokens: int,
+        loss_max: float | None = None,
+        counts: Mapping[str, Any] = MappingProxyType({}),
+    ) -> StepReport:
+        """Report the steps since the last report; the device must have finished them. `counts`: the fields
+        of a `StepReport` that the guard counts.
+        """
+        now = time.perf_counter()
+        seconds = now - self._since
+        tps = self._tokens / seconds
+        memory = memory_in_use(self._device)
+        used = utilization(self._work, tps, self._peak)
+        times = self._times.recent()
+        report = StepReport(
+            step=step,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            tokens=tokens,
+            memory_gib=memory.gib,
+            memory_percent=memory.percent,
+            tps=tps,
+            tflops=tps * self._work.total / 1e12,
+            mfu=used.mfu,
+            seconds=seconds / self._steps,
+            data_seconds=self._data_seconds / self._steps,
+            saving_seconds=self._saving_seconds,
+            interval_steps=self._steps,
+            loss_max=loss_max,
+            memory_active_gib=memory.active_gib,
+            memory_active_percent=memory.active_percent,
+            num_ooms=memory.num_ooms,
+            num_alloc_retries=memory.num_alloc_retries,
+            mfu_mixed=used.mfu_mixed,
+            hfu=used.hfu,
+            compile_seconds=self._compile_seconds,
+            step_p50=times.p50 if times else None,
+            step_p90=times.p90 if times else None,
+            step_p99=times.p99 if times else None,
+            **counts,
+        )
+        logger.info(format_line(report, self._colors, grad_norm=self._settings.log_grad_norm))
+        if self._jsonl:
+            self._jsonl.write(asdict(report))
+        self.track(step, tracked(report))
+        self._restart(now)  # not the time after writing: what reporting costs counts in the next interval
+        return report
+
+    def track(self, step: int, values: Mapping[str, float]) -> None:
+        """Hand `values` to the trackers, if there are any."""
+        for tracker in self._trackers:
+            tracker.write(values, step)
+
+    @property
+    def tracks(self) -> bool:
+        """Whether somebody looks at what `track` is given."""
+        return bool(self._trackers)
+
+    def report_validation(self, step: int, found: ValidationReport) -> None:
+        """Report a validation after `step`; its time is no part of the training's rates."""
+        bits = "n/a" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
+        logger.info(
+            f"{self._colors.step}validate step: {step:2}  {self._colors.loss}loss: {found.loss:7.4f}  "
+            f"{self._colors.tps}bits per byte: {bits}{self._colors.reset}  tokens: {found.tokens:,}  "
+            f"seconds: {found.seconds:.1f}"
+        )
+        values = {
+            "step": step,
+            "validation_loss": found.loss,
+            "validation_bits_per_byte": found.bits_per_byte,
+            "validation_tokens": found.tokens,
+            "validation_seconds": found.seconds,
+        }
+        if self._jsonl:
+            self._jsonl.write(values)
+        tags = {"validation_metrics/global_avg_loss": found.loss}
+        if found.bits_per_byte is not None:
+            tags["validation_metrics/bits_per_byte"] = found.bits_per_byte
+        self.track(step, tags)
+        self.pause(found.seconds)
+
+    def pause(self, seconds: float) -> None:
+        """These seconds are no part of the training's rates."""
+        self._since += seconds
+        self._times.pause(seconds)
+
+    def summary(self) -> str | None:
+        """One line on this process's steady steps; None if there were none."""
+        times, steady = self._times.all(), sum(self._times.steady)
+        if times is None:
+            return None
+        tps = self._steady_tokens / steady
+        used: Utilization = utilization(self._work, tps, self._peak)
+        apart = f"the first took {self._times.first:.3f} s"
+        if self._times.compiling:
+            apart += (
+                f", compiling {self._times.compiling:.1f} s in it and {self._times.compiling_steps} others"
+            )
+        waited = 100 * self._steady_data / steady
+        return (
+            f"{count(len(self._times.steady), 'step')} took at most {times.p50:.3f} s (half of them), "
+            f"{times.p90:.3f} s (90%), {times.p99:.3f} s (99%); {apart}. "
+            f"Waited for data {waited:.2f}% of the time. tps {round(tps):,}, mfu {_percent(used.mfu)}, "
+            f"mfu_mixed {_percent(used.mfu_mixed)}, hfu {_percent(used.hfu)}"
+        )
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        for tracker in self._trackers:
+            tracker.close()

@@ -1,0 +1,51 @@
+"""A Llama layer in five passes: norm and projections, attention, output, add and norm and gates, SwiGLU and
+the way down.
+
+The layer's modules stay, with their names and parameters; the layer changes its class, and with it the order
+in which it reads them. What computes a pass is given from outside (`Fusion` in
+`octavo/distributed/parallelize_plan.py`), so this file, like the model, knows no number format.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from octavo.distributed.parallelize_plan import Fusion
+from octavo.models.llama3.model import Llama, TransformerBlock
+
+
+class FusedBlock(TransformerBlock):
+    """A `TransformerBlock` whose `fuse` has been called."""
+
+    _into_attention: Any
+    _out_of_attention: Any
+    _into_gates: Any
+    _out_of_gates: Any
+
+    def forward(self, h_BSD: Tensor, table_2SE: Tensor, mask_B1SS: Tensor | None = None) -> Tensor:
+        h_BSD, (q, k, v) = self._into_attention(h_BSD)
+        # The three are parts of one tensor. Attention keeps v as it is, and with a part would keep all.
+        heads_BSN = self.attention.attend(q.value, k.value, v.value.contiguous(), table_2SE, mask_B1SS)
+        (out,) = self._out_of_attention(heads_BSN, note_maxima=True)
+        h_BSD, (gate, up) = self._into_gates(out, h_BSD, note_maxima=True)
+        return h_BSD + self._out_of_gates(gate, up).value
+
+
+def fuse_layer(layer: nn.Module, fusion: Fusion) -> None:
+    """Make `layer`, a `TransformerBlock`, compute by `fusion`, in place."""
+    assert isinstance(layer, TransformerBlock)
+    attention, feed = layer.attention, layer.feed_forward
+    linears = attention.wq, attention.wk, attention.wv
+    layer.__class__ = FusedBlock
+    assert isinstance(layer, FusedBlock)
+    layer._into_attention = fusion.normed_input(layer.attention_norm, linears)
+    layer._out_of_attention = fusion.shared_input([attention.wo])
+    layer._into_gates = fusion.normed_input(layer.ffn_norm, (feed.w1, feed.w3))
+    layer._out_of_gates = fusion.gated_linear(feed.w2)
+
+
+def fuse(model: nn.Module, fusion: Fusion) -> None:
+    """Fuse all layers of a Llama, in place."""
+    assert isinstance(model, Llama)
+    for layer in model.layers.values():
+        fuse_layer(layer, fusion)

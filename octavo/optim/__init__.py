@@ -1,0 +1,1 @@
+"""The optimizer, its low-precision states, and the learning-rate schedule."""

@@ -1,0 +1,76 @@
+"""The optimizer from its config section. Every parameter is in one group: Llama's norms are decayed too,
+as in its peers.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from octavo.config.schema import Optimizer
+from octavo.distributed.pipeline_parallel import over_stages
+from octavo.metrics.device import DTYPES
+from octavo.optim import low_bit
+
+_CLASSES: dict[str, type[torch.optim.Adam]] = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
+_IMPLEMENTATIONS: dict[str, dict[str, bool]] = {
+    "fused": {"fused": True},
+    "foreach": {"fused": False, "foreach": True},
+    "for-loop": {"fused": False, "foreach": False},
+}
+_NORM_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
+
+
+def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
+    """The optimizer over the parameters of `model` that need gradients.
+
+    AdamW with bfloat16 moments, or over bfloat16 parameters, and AdamW8bit are our own (`small_states.py`).
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    numbers: dict[str, Any] = {
+        "lr": settings.lr,
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.name == "AdamW8bit":
+        return low_bit.AdamW8bit(parameters, **numbers)
+    narrow = any(p.dtype == torch.bfloat16 for p in parameters)
+    if settings.name == "AdamW" and (narrow or settings.state_dtype != "float32"):
+        return low_bit.AdamW(parameters, state_dtype=DTYPES[settings.state_dtype], **numbers)
+    numbers |= _IMPLEMENTATIONS[settings.implementation]
+    return _CLASSES[settings.name](parameters, **numbers)
+
+
+def clip_gradients(model: nn.Module, max_norm: float, pipeline: DeviceMesh | None = None) -> Tensor:
+    """Scale the gradients of `model` so that their global norm is `max_norm` at most.
+
+    `pipeline`: the processes that have the other stages of the model. Returns the norm before that, over all
+    processes, a scalar that is the same on each.
+    """
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if grads and grads[0].device.type == "cpu":
+        # A CPU adds up float32 squares one after another, which loses 1e-4 of a large gradient's norm: more
+        # than a change of the layout may show.
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+        norm = torch.linalg.vector_norm(torch.stack(norms)).float()
+    else:
+        norm = nn.utils.get_total_norm(grads)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    norm = over_stages(norm, pipeline)
+    _scale(grads, torch.clamp(max_norm / (norm + _NORM_EPS), max=1.0))
+    return norm
+
+
+@torch.no_grad()
+def _scale(grads: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply each by `factor`, a scalar: what a process has of it, without asking DTensor, which takes
+    seconds to work out, for hundreds of tensors on a mesh of three axes, that such a product moves nothing.
+    """
+    local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    if local:
+        torch._foreach_mul_(local, factor)

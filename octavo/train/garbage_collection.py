@@ -1,0 +1,29 @@
+"""Garbage collection at fixed steps, the same on every process.
+
+Python collects when it pleases; with many processes one or another is always collecting and all wait for it.
+"""
+
+import gc
+import time
+
+from octavo.core.logging import logger
+
+
+class GarbageCollector:
+    """Automatic collection off; `run(step)` collects at every `every` steps."""
+
+    def __init__(self, every: int):
+        self._every = every
+        gc.disable()
+        self._collect("Initial GC collection", generation=2)
+
+    def run(self, step: int) -> None:
+        """Collect the young generation if it is this step's turn."""
+        if step > 1 and step % self._every == 0:
+            self._collect("Performing periodical GC collection", generation=1)
+
+    @staticmethod
+    def _collect(reason: str, generation: int) -> None:
+        start = time.perf_counter()
+        gc.collect(generation)
+        logger.info("[GC] %s. %.2f seconds.", reason, time.perf_counter() - start)

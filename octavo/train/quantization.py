@@ -1,0 +1,411 @@
+"""The trainer's one door to `octavo.float8`: convert the model as the config says, and tell what was done."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+)
+
+from octavo.config import ConfigError, JobConfig, names
+from octavo.config.effects import casts_weights_again, fuses
+from octavo.config.layer_recipes import LayerRecipe, layer_recipes, matching, recipes_named
+from octavo.config.schema import Float8
+from octavo.core.logging import count, logger
+from octavo.distributed.parallelize_plan import Fusion, TensorParallel
+from octavo.float8 import (
+    RECIPES,
+    DelayedScaling,
+    Float8Linear,
+    Float8LinearConfig,
+    cast_weights_once,
+    convert_to_float8_training,
+    precompute_float8_dynamic_scale_for_fsdp,
+)
+from octavo.float8.checks.fake_gpu import as_on_a_gpu as as_on_a_gpu
+from octavo.float8.checks.fake_gpu import expect_hardware as expect_hardware
+from octavo.float8.checks.fake_gpu import gather_in_float8 as gather_in_float8
+from octavo.float8.checks.selfcheck import Check, check_device
+from octavo.float8.distributed.parallel_styles import (
+    Float8ColwiseParallel,
+    Float8RowwiseParallel,
+    PrepareFloat8ModuleInput,
+)
+from octavo.float8.fused import GatedLinear, NormedInput, SharedInput
+from octavo.float8.health import Measurement, Monitor, audit
+from octavo.float8.matmul import EmulationWarning, choose_path, describe_path
+from octavo.models.init import plain_name
+
+DEFAULT_RECIPE = "tensorwise"
+REMEDIES = ("rowwise", "blockwise")
+"""Recipes with finer scales, which a layer that loses much is tried in; the first that helps is named."""
+
+CONTROLS = MappingProxyType(
+    {
+        "unscaled_e5m2": replace(
+            RECIPES["tensorwise"].map_casts(lambda cast: replace(cast, scaled=False)), name="unscaled_e5m2"
+        )
+    }
+)
+"""Recipes known to train badly, by name: a comparison that does not find them out proves nothing. Gradients
+of a mean over a batch's tokens lie below what an unscaled e5m2 holds, and become zero.
+"""
+
+
+def describe_recipes(device: torch.device) -> dict[str, str]:
+    """Recipe -> one line on whether `device` computes it in hardware, and by what."""
+    return {name: describe_path(recipe, device, None) for name, recipe in RECIPES.items()}
+
+
+def check_products(device: torch.device) -> Iterator[Check]:
+    """Try each way of multiplying float8 on `device` once."""
+    return check_device(device)
+
+
+def recipe_name(converters: Sequence[str], settings: Float8) -> str | None:
+    """The recipe the model trains in, or None for high precision."""
+    if "float8" not in converters:
+        return None
+    return settings.recipe_name or DEFAULT_RECIPE
+
+
+def keep_casts_under_compile() -> None:
+    """Make compiled layers round to bfloat16 where eager ones do.
+
+    Without that, the value that is cast to float8 in forward and the one recomputed in backward can differ,
+    and rowwise training went to NaN (pytorch issue 150859). Later torch does by itself what is needed of
+    it, for the tensors that are saved; before, the general switch is the remedy.
+    """
+    import torch._inductor.config as inductor
+
+    if not hasattr(inductor, "emulate_precision_casts_on_saved_tensors"):
+        inductor.emulate_precision_casts = True
+
+
+def keep_traces_of_compiled_layers() -> None:
+    """Let torch keep what it traced of float8 layers for the next start, as it does with other layers.
+
+    It leaves out autograd functions unless told that they may be kept. Ours may: what it looks a graph up by
+    has the operations of their forward and backward in it, and they do nothing else.
+    """
+    import torch._functorch.config as functorch
+
+    functorch.autograd_cache_allow_custom_autograd_functions = True
+
+
+def monitor_of(model: nn.Module, settings: Float8) -> Monitor | None:
+    """What measures the float8 layers of `model`, over all processes' tokens; None if nothing is to be."""
+    if settings.health_every == 0 or not converted(model):
+        return None
+    return Monitor(model, every=1, sample=settings.health_tokens or None, group=_everyone())
+
+
+def _everyone() -> dist.ProcessGroup | None:
+    return dist.group.WORLD if dist.get_world_size() > 1 else None
+
+
+def measured(monitor: Monitor | None) -> AbstractContextManager[object]:
+    """The scope of all forwards and backwards of a step that `monitor`, if there is one, measures."""
+    return nullcontext() if monitor is None else monitor.step()
+
+
+def try_recipes(
+    model: nn.Module, layer: str, settings: Float8, loss: Callable[[], Tensor]
+) -> tuple[Sequence[Measurement], Sequence[str]]:
+    """What other recipes would do to the operands of `layer`, in one more forward and backward, which leaves
+    no gradient: its rows in its own recipe and in the others, and the others' names, by preference. Nothing
+    where a layer cannot be watched so. `loss` runs the model.
+    """
+    own = {
+        module.recipe.name
+        for name, module in model.named_modules()
+        if isinstance(module, Float8Linear) and plain_name(f"{name}.") == f"{layer}."
+    }
+    possible = names.GATHERABLE_RECIPES if settings.enable_fsdp_float8_all_gather else names.RECIPES
+    others = [name for name in REMEDIES if name in possible and name not in own]
+    try:
+        table = audit(
+            model,
+            (),
+            forward=loss,
+            recipes=others,
+            filter_fn=lambda _, name: name == layer,
+            group=_everyone(),
+        )
+    except ValueError as error:
+        logger.debug("No other recipe could be tried on %s: %s", layer, error)
+        return [], []
+    return table.rows, others
+
+
+def converted(model: nn.Module) -> bool:
+    """Whether any layer of `model` is a float8 one."""
+    return any(isinstance(module, Float8Linear) for module in model.modules())
+
+
+def precisions(model: nn.Module, device: torch.device, high: str) -> dict[str, tuple[str, str, str]]:
+    """The precision in which each linear layer of `model` multiplies on `device`, by name: of its products
+    output, grad_input and grad_weight. Emulated float8 multiplies in float32; `high` is what others do.
+    """
+    found: dict[str, tuple[str, str, str]] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if not isinstance(module, Float8Linear):
+            found[name] = (high, high, high)
+            continue
+        by_product = {
+            product: high
+            if not gemm.float8
+            else ("float8" if choose_path(gemm, device, module.emulate) else "float32")
+            for product, gemm in module.recipe.gemms.items()
+        }
+        found[name] = (by_product["output"], by_product["grad_input"], by_product["grad_weight"])
+    return found
+
+
+def weights_cast_once(model: nn.Module, job: JobConfig, world_size: int) -> AbstractContextManager[None]:
+    """The scope of one step's microbatches, in which float8 weights are cast once if that saves a cast.
+
+    It changes no bit.
+    """
+    return cast_weights_once(
+        model, enabled=job.float8.cast_weights_once and casts_weights_again(job, world_size)
+    )
+
+
+def casts_once(head: nn.Module) -> AbstractContextManager[None]:
+    """The scope in which `head`, a linear layer, is called several times with one weight."""
+    return cast_weights_once(head, enabled=getattr(head, "weight_casts", None) is None)
+
+
+def tensor_parallel(mesh: DeviceMesh, *, loss_parallel: bool, asynchronous: bool = False) -> TensorParallel:
+    """The styles for a model whose products are shared over `mesh`: float8 layers send float8."""
+    return TensorParallel(mesh, loss_parallel, _columns, _rows, _gather, asynchronous)
+
+
+def _columns(linear: nn.Module, **layouts: Any) -> ParallelStyle:
+    style = Float8ColwiseParallel if isinstance(linear, Float8Linear) else ColwiseParallel
+    return style(**layouts)
+
+
+def _rows(linear: nn.Module, **layouts: Any) -> ParallelStyle:
+    style = Float8RowwiseParallel if isinstance(linear, Float8Linear) else RowwiseParallel
+    return style(**layouts)
+
+
+def _gather(
+    linears: Sequence[nn.Module], *, given: Placement, wanted: Placement, inputs: int
+) -> ParallelStyle:
+    rest = (None,) * (inputs - 1)
+    before, after = (given, *rest), (wanted, *rest)
+    recipes = {linear.recipe if isinstance(linear, Float8Linear) else None for linear in linears}
+    recipe = recipes.pop()
+    if recipes or recipe is None or recipe.output.a is None:  # somebody needs the tensor itself
+        return PrepareModuleInput(input_layouts=before, desired_input_layouts=after)
+    return PrepareFloat8ModuleInput(
+        input_layouts=before, desired_input_layouts=after, float8_dtype=recipe.output.a.dtype
+    )
+
+
+def fusion(job: JobConfig, recipe: str | None, device: torch.device) -> Fusion | None:
+    """What computes fused layers; None where modules are called one by one."""
+    kernels = recipe is not None and device.type == "cuda"
+    if not fuses(job):
+        if kernels and job.model.fuse == "auto":
+            logger.info(
+                "Layers are not fused: tensor parallel weights, and scales from the step before, need them "
+                "called one by one"
+            )
+        return None
+    if job.model.fuse == "auto" and not kernels:
+        return None
+    share = job.float8.share_scales and recipe == "tensorwise"
+    logger.info(
+        "Layers are fused: norms, gates and casts %s, products of one input as one%s",
+        "by kernels" if device.type == "cuda" else "in plain PyTorch",
+        ", their weights cast with one scale" if share else "",
+    )
+    told: set[str] = set()
+
+    def normed_input(norm: nn.Module, linears: Sequence[Any]) -> NormedInput:
+        ours = all(isinstance(linear, Float8Linear) and linear.recipe.name == recipe for linear in linears)
+        made = NormedInput(norm, linears, shared_scales=share and ours)
+        why = made.shared.why_separate()
+        if why is not None and why not in told:
+            told.add(why)
+            logger.info("Some layers of one input stay products of their own: %s", why)
+        return made
+
+    return Fusion(normed_input=normed_input, gated_linear=GatedLinear, shared_input=SharedInput)
+
+
+def _options(recipe: str) -> Float8LinearConfig:
+    if recipe in CONTROLS:
+        return Float8LinearConfig.from_recipe(CONTROLS[recipe])
+    return Float8LinearConfig.from_recipe_name(recipe)
+
+
+def after_optimizer_step(model: nn.Module, settings: Float8) -> None:
+    """Compute the scales of weights that FSDP gathers in float8 in one reduction, if that is asked for."""
+    if settings.enable_fsdp_float8_all_gather and settings.precompute_float8_dynamic_scale_for_fsdp:
+        precompute_float8_dynamic_scale_for_fsdp(model)
+
+
+class PreviousScales:
+    """What the trainer does about scales that are the previous step's: ends steps, tells, saves. Does nothing
+    in other recipes.
+    """
+
+    def __init__(self, scales: DelayedScaling | None) -> None:
+        self._scales = scales
+        self._largest, self._fallbacks = 0.0, 0
+
+    def end_step(self, step: int) -> None:
+        """Make the maxima of `step` the next one's scales. All processes call it, after the gradients."""
+        if self._scales is None:
+            return
+        told = self._scales.end_step()
+        self._largest = max(self._largest, told.largest)
+        self._fallbacks += told.falls_back
+        if told.falls_back:
+            logger.warning(
+                "Step %d: %.2g of the elements of %s lay beyond the previous step's maximum, more than "
+                "float8.max_saturated = %g; the next step measures its own",
+                *(step, told.largest, told.worst, self._scales.bound),
+            )
+
+    def take_counts(self) -> dict[str, Any]:
+        """For the report of a step: the worst since the last report, and the fallbacks so far."""
+        largest, self._largest = self._largest, 0.0
+        return {"float8_saturated": largest, "float8_fallbacks": self._fallbacks}
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What a resumed run needs to cast as this one would; JSON-able, the same on every process."""
+        if self._scales is None:
+            return None
+        return {**self._scales.state_dict(), "fallbacks": self._fallbacks}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> dict[str, str]:
+        """Go on from `state`; why not exactly, if so."""
+        if self._scales is None:
+            return {}
+        if state is None:
+            return {"float8 scales": "nothing was saved of the previous step's"}
+        self._fallbacks = state["fallbacks"]
+        self._scales.load_state_dict(state)
+        return {}
+
+
+def previous_scales(
+    model: nn.Module, recipe: str | None, settings: Float8, device: torch.device
+) -> PreviousScales:
+    """The scales of the step before, if `recipe`, or that of single layers, casts with them."""
+    if recipe is None or not set(recipes_named(settings)) & set(names.PREVIOUS_STEP_RECIPES):
+        return PreviousScales(None)
+    return PreviousScales(DelayedScaling(model, bound=settings.max_saturated, device=device))
+
+
+def convert(
+    model: nn.Module, recipe: str, settings: Float8, device: torch.device, *, filters_given_on_cli: bool
+) -> None:
+    """Swap the linear layers of `model`, in place, for float8 ones in `recipe`, but for those that
+    `filter_fqns` names, and those for which `layer_recipes` has another.
+
+    A filter names every layer whose full name contains it. `ConfigError` if no layer is left to convert, if a
+    pattern of `layer_recipes` decides about no layer, or if a filter from the command line matches none; one
+    from a TOML file, which may serve several models, is only logged.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for part in settings.filter_fqns:
+        if not any(part in name for name in linears):
+            message = f"float8.filter_fqns: {part!r} matches no linear layer of this model"
+            if filters_given_on_cli:
+                raise ConfigError(f"{message}; it has, for example, {', '.join(linears[:3])}")
+            logger.warning(message)
+
+    chosen = _recipe_of_each(linears, recipe, settings)
+    kept = [name for name in linears if chosen[name] is None]
+    if len(kept) == len(linears):
+        key = "layer_recipes" if settings.layer_recipes else "filter_fqns"
+        raise ConfigError(
+            f"float8.{key} = {list(getattr(settings, key))} leaves none of the {len(linears)} linear "
+            "layers to convert; take a filter out, or take float8 out of model.converters"
+        )
+    for name in dict.fromkeys(filter(None, chosen.values())):
+        _convert_to(model, name, [linear for linear in linears if chosen[linear] == name], settings, device)
+    swapped = sum(isinstance(module, Float8Linear) for module in model.modules())
+    logger.info(
+        "Swapped to Float8Linear layers: %d of %d linear layers%s",
+        swapped,
+        len(linears),
+        f"; in high precision: {_listed(kept)}" if kept else "",
+    )
+
+
+def _recipe_of_each(linears: Sequence[str], rest: str, settings: Float8) -> dict[str, str | None]:
+    """Linear layer -> the recipe it takes, None for high precision. `ConfigError` for a pattern that decides
+    about none.
+    """
+    patterns = layer_recipes(settings)
+    chosen: dict[str, str | None] = {}
+    decided: set[LayerRecipe] = set()
+    for name in linears:
+        if any(part in name for part in settings.filter_fqns):
+            chosen[name] = None
+            continue
+        found = matching(patterns, name)
+        chosen[name] = rest if found is None else found.recipe
+        decided |= {found} if found is not None else set()
+    for pattern in patterns:
+        if pattern in decided:
+            continue
+        if not any(matching([pattern], name) for name in linears):
+            why = f"matches none of the model's linear layers, like {', '.join(linears[:3])}"
+        else:
+            why = "decides about no layer: float8.filter_fqns, or a later pattern, does about all it matches"
+        raise ConfigError(f"float8.layer_recipes: {pattern.text!r} {why}")
+    return chosen
+
+
+def _convert_to(
+    model: nn.Module, recipe: str, layers: Sequence[str], settings: Float8, device: torch.device
+) -> None:
+    """Convert `layers` to `recipe`, and log it. Their weights are gathered in float8 if that is asked for and
+    the recipe can.
+    """
+    config = _options(recipe)
+    gathers = settings.enable_fsdp_float8_all_gather and config.to_recipe().gatherable
+    config = replace(
+        config, emulate=True if settings.emulate else None, enable_fsdp_float8_all_gather=gathers
+    )
+    wanted = set(layers)
+    warnings.filterwarnings("ignore", category=EmulationWarning)  # the line below tells it
+    convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name in wanted)
+    logger.info(
+        "Float8 training active with recipe %s%s, %s",
+        recipe,
+        f" in {count(len(layers), 'layer')}" if settings.layer_recipes else "",
+        describe_path(config.to_recipe(), device, config.emulate),
+    )
+    if settings.enable_fsdp_float8_all_gather:
+        how = "float8" if gathers else f"high precision: {recipe} has no one float8 weight"
+        whose = f" of the {count(len(layers), f'{recipe} layer')}" if settings.layer_recipes else ""
+        logger.info("FSDP gathers the weights%s in %s", whose, how)
+
+
+def _listed(layers: Sequence[str], most: int = 8) -> str:
+    rest = f", and {len(layers) - most} more" if len(layers) > most else ""
+    return ", ".join(layers[:most]) + rest

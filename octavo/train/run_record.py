@@ -1,0 +1,82 @@
+"""`run.json`, what a run was started with; and its last words."""
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import octavo
+from octavo.config import ConfigError, JobConfig
+from octavo.core.logging import logger
+
+
+def write_run_record(
+    folder: Path,
+    job: JobConfig,
+    *,
+    device: torch.device,
+    processes: int,
+    recipe: str | None,
+    dtype: torch.dtype,
+) -> None:
+    """Write `run.json` into `folder`. recipe: of float8, or None. dtype: of what is not in float8."""
+    high = str(dtype).removeprefix("torch.")
+    record: dict[str, Any] = {
+        "octavo": octavo.__version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": processor(),
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "precision": recipe or high,
+        "high_precision_dtype": high,
+        "config": job.to_dict(),
+    }
+    try:
+        (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"job.dump_folder: {folder / 'run.json'} cannot be written: {error.strerror}; name another "
+            "folder, or free some space"
+        ) from None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that octavo runs from, with "-dirty" where files differ; None if it is
+    installed.
+    """
+    root = Path(octavo.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.stdout.strip()
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def farewell(folder: Path, job: JobConfig) -> None:
+    """Say where everything is."""
+    logger.info(
+        "Everything was written to %s. To look at the losses: tail %s", folder, folder / "metrics.jsonl"
+    )
+    if job.metrics.enable_tensorboard:
+        logger.info("To see the curves: tensorboard --logdir %s", folder / job.metrics.save_tb_folder)

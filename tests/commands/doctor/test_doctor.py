@@ -1,0 +1,461 @@
+"""octavo doctor: the verdict, the exit code and the next command, on sound and on broken set-ups."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from octavo.commands.doctor import float8_checks, job_checks, machine_checks, main, memory_checks
+from octavo.commands.doctor.findings import Level, fail
+from octavo.float8.checks.selfcheck import Check
+from tests.helpers import warm
+from tests.helpers.waiting import LIMIT, wait_for, wait_for_text
+from tests.models.own import own_model
+
+BEGIN = memory_checks.begin
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch, tmp_path):
+    """Nothing of the caller's, and no estimate, which takes ten seconds: `estimated` brings it back."""
+    monkeypatch.setattr(memory_checks, "begin", lambda options, gpus: None)
+    for name in ("CONFIG_FILE", "NGPU", "NNODES", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(machine_checks, "nvidia_smi", list)
+    monkeypatch.setattr(main.launch, "count_gpus", lambda environ: 0)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def estimated(monkeypatch):
+    monkeypatch.setattr(memory_checks, "begin", BEGIN)
+    monkeypatch.setattr(sys, "executable", warm.python())
+
+
+def doctor(capsys, *argv):
+    """The exit code, and what is told as JSON."""
+    code = main.main([*argv, "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["exit_code"] == code
+    return code, told
+
+
+def failures(told):
+    return [f for part in ("machine", "float8", "job") for f in told[part] if f["level"] == "FAIL"]
+
+
+def test_a_machine_without_a_gpu_is_ready_and_told_that_it_emulates(capsys):
+    code, told = doctor(capsys)
+
+    assert code == 0
+    assert told["verdict"].startswith("Ready: the machine can train")
+    assert told["next"].endswith("run_train.sh")
+    assert failures(told) == []
+    assert any("emulated" in f["told"] and "blockwise" in f["told"] for f in told["float8"])
+    assert any("products tried" in f["told"] for f in told["float8"])
+
+
+def test_the_text_ends_in_the_verdict_and_the_next_command(capsys):
+    assert main.main([]) == 0
+
+    *_, verdict, following = capsys.readouterr().out.splitlines()
+    assert verdict.startswith("Ready:")
+    assert following.startswith("Next: ")
+
+
+def test_a_sound_config_is_ready(capsys, monkeypatch, estimated):
+    monkeypatch.setenv("NGPU", "2")
+
+    code, told = doctor(capsys, "--config-file", "debug_model.toml", "--training.steps=5")
+
+    assert code == 0
+    assert told["verdict"].startswith("Ready: this job can train")
+    assert "--training.steps=5" in told["next"]
+    assert told["next"].startswith("NGPU=2 ")
+    texts = [f["told"] for f in told["job"]]
+    assert "debug_model.toml: nothing wrong, for 2 processes" in texts
+    assert any("6,163,712 parameters" in text for text in texts)
+
+
+def test_a_config_named_by_the_variable_is_looked_at(capsys, monkeypatch):
+    monkeypatch.setenv("CONFIG_FILE", "debug_model.toml")
+
+    _, told = doctor(capsys)
+
+    assert told["next"].startswith("CONFIG_FILE=debug_model.toml ")
+    assert told["job"]
+
+
+def test_of_two_configs_the_one_that_counts_is_named(capsys, monkeypatch):
+    monkeypatch.setenv("CONFIG_FILE", "llama3_8b.toml")
+
+    _, told = doctor(capsys, "--config-file", "debug_model.toml")
+
+    assert "debug_model.toml" in told["next"]
+    assert "CONFIG_FILE=" not in told["next"]
+
+
+def test_a_module_of_the_users_own_is_not_run_which_is_told(capsys, tmp_path, monkeypatch):
+    own_model(tmp_path, monkeypatch)
+    (tmp_path / "small_llamas.py").write_text("raise RuntimeError('it ran')")
+
+    code, told = doctor(
+        capsys, "--config-file", "debug_model.toml", "--experimental.custom_import=small_llamas",
+        "--model.name=small_llama",
+    )  # fmt: skip
+
+    assert code == 0
+    (found,) = [f for f in told["job"] if f["what"] == "model"]
+    assert found["level"] == "note"
+    assert "experimental.custom_import = small_llamas is not run here" in found["told"]
+
+
+def test_each_thing_wrong_in_a_config_is_a_finding(capsys):
+    code, told = doctor(
+        capsys, "--config-file", "debug_model.toml", "--training.stepz=5", "--optimizer.name=SGD"
+    )
+
+    assert code == 2
+    assert told["verdict"] == "Not ready: 2 things to mend in this job."
+    assert any("--training.steps" in f["told"] for f in failures(told))
+    assert told["next"].endswith("doctor --job.config_file=debug_model.toml")
+
+
+def test_what_is_wrong_is_told_in_one_round(capsys):
+    code, told = doctor(
+        capsys,
+        "--config-file=debug_model.toml",
+        "--training.stepz=5",
+        "--model.hf_assets_path=/nowhere",
+        "--job.dump_folder=/proc/x",
+        "--training.dataset=",
+    )
+
+    assert code == 2
+    texts = [f["told"] for f in failures(told)]
+    assert len(texts) == 4
+    assert texts[0].startswith("--training.stepz: unknown flag")
+    assert "must not be empty" in texts[1]
+    assert texts[2].startswith("model.hf_assets_path = /nowhere")
+    assert texts[3].startswith("job.dump_folder = /proc/x")
+
+
+def test_a_value_out_of_range_is_told_with_what_is_not_there(capsys):
+    _, told = doctor(
+        capsys, "--config-file=debug_model.toml", "--training.steps=-5", "--model.hf_assets_path=/nowhere"
+    )
+
+    assert [
+        f["told"][:19] if number == 0 else f["told"].split(" ")[0] for number, f in enumerate(failures(told))
+    ] == ["training.steps = -5", "model.hf_assets_path"]
+
+
+def test_a_key_that_a_hint_names_is_told_for_itself(capsys):
+    _, told = doctor(capsys, "--config-file=debug_model.toml", "--training.stepz=5", "--training.steps=-5")
+
+    first, second = failures(told)
+    assert first["told"].endswith("did you mean '--training.steps'?")
+    assert second["told"].startswith("training.steps = -5")
+
+
+@pytest.mark.parametrize("other", ["--training.stepz=5", "--training.steps=-5"])
+def test_a_broken_tokenizer_and_a_wrong_flavor_are_told_in_the_same_round(capsys, tmp_path, other):
+    (tmp_path / "tokenizer.json").write_text("{}")
+
+    _, told = doctor(
+        capsys,
+        "--config-file=debug_model.toml",
+        other,
+        f"--model.hf_assets_path={tmp_path}",
+        "--model.flavor=9B",
+    )
+
+    assert [f["what"] for f in failures(told)] == ["config", "config", "tokenizer"]
+    assert failures(told)[1]["told"].startswith("model.flavor = 9B")
+    assert str(tmp_path / "tokenizer.json") in failures(told)[2]["told"]
+
+
+def test_a_flavor_is_not_judged_without_its_model(capsys):
+    _, told = doctor(capsys, "--config-file=nowhere.toml", "--model.flavor=mine")
+
+    assert len(failures(told)) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kept"),
+    [
+        (["debug_model.toml"], "--config-file=debug_model.toml"),
+        (["--training.steps", "5", "debug_model.toml"], "--config-file=debug_model.toml --training.steps=5"),
+        (["--training.steps=5", "nowhere.toml"], "--training.steps=5"),
+        (["--config-file=debug_model.toml", "foo", "bar"], "--job.config_file=debug_model.toml"),
+        (["--config-file=debug_model.toml", "--training.steps=x"], "--job.config_file=debug_model.toml"),
+        (
+            ["--config-file=debug_model.toml", "--checkpoint.enable=maybe"],
+            "--job.config_file=debug_model.toml",
+        ),
+        (["--config-file=debug_model.toml", "--training.steps=-5"], "--job.config_file=debug_model.toml"),
+        (
+            ["--config-file=debug_model.toml", "--job.dump_folder=/proc/x"],
+            "--job.config_file=debug_model.toml",
+        ),
+        (
+            ["--config-file=debug_model.toml", "--model.tokenizer_path=/x"],
+            "--job.config_file=debug_model.toml",
+        ),
+        (["--config-file=nowhere.toml", "--training.steps=5"], "--training.steps=5"),
+    ],
+)
+def test_what_comes_next_works_as_it_stands(capsys, monkeypatch, wrong, kept):
+    code, told = doctor(capsys, *wrong)
+
+    assert code == 2
+    again = told["next"].partition(" doctor ")[2]
+    assert again == kept
+    assert doctor(capsys, *again.split())[0] == 0
+
+
+def test_a_package_that_the_job_needs_is_installed_and_the_job_stays(capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+
+    _, told = doctor(capsys, "--config-file=debug_model.toml", "--metrics.enable_wandb")
+
+    (problem,) = failures(told)
+    assert problem["remedy"] == "pip install wandb"
+    assert told["next"].startswith("pip install wandb; then ")
+    assert told["next"].endswith("doctor --job.config_file=debug_model.toml --metrics.enable_wandb")
+
+
+@pytest.mark.parametrize("folder", ["/proc/x", "file/below"])
+def test_a_folder_that_cannot_be_written(capsys, tmp_path, folder):
+    (tmp_path / "file").write_text("")
+
+    code, told = doctor(capsys, "--config-file=debug_model.toml", f"--job.dump_folder={folder}")
+
+    assert code == 2
+    (problem,) = failures(told)
+    assert problem["told"].startswith(f"job.dump_folder = {folder}")
+    assert told["next"].startswith("name another folder; then ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_tokenizer_nobody_publishes_gets_no_made_up_command(capsys):
+    _, told = doctor(capsys, "--config-file=debug_model.toml", "--model.hf_assets_path=/nowhere/tok")
+
+    (problem,) = failures(told)
+    assert problem["remedy"] == "name a folder with tokenizer.json, or a shipped one: octavo_bpe_2048"
+
+
+@pytest.mark.parametrize(
+    ("batch", "level", "words", "verdict"),
+    [(1, "ok", "and the machine has", "Ready:"), (10**6, "warn", "not fit", "Doubtful:")],
+)
+def test_the_memory_that_a_job_would_take(capsys, monkeypatch, estimated, batch, level, words, verdict):
+    monkeypatch.setattr(job_checks.memory, "_SECONDS", LIMIT)
+
+    code, told = doctor(capsys, "--config-file=debug_model.toml", f"--training.local_batch_size={batch}")
+
+    assert code == 0
+    (found,) = [f for f in told["job"] if f["what"] == "memory"]
+    assert found["level"] == level
+    assert words in found["told"]
+    assert told["verdict"].startswith(verdict)
+    assert ("run_train.sh" in told["next"]) == (level == "ok")
+
+
+def test_what_an_estimate_forked_ends_with_it(monkeypatch, tmp_path):
+    """The processes that trace are forks of the one that is waited for."""
+    monkeypatch.setattr(job_checks.memory.sys, "executable", endless(tmp_path))
+    monkeypatch.setattr(job_checks.memory, "_SECONDS", 0.0)
+
+    estimate = job_checks.memory.MemoryEstimate([], 1, 0)
+    forked = int(wait_for_text(tmp_path / "forked", "\n"))
+    assert job_checks.memory.look(estimate, here=1, gpus=0).level is Level.NOTE
+
+    try:
+        wait_for("the end of the estimate's fork", lambda: _has_ended(forked))
+    except AssertionError:
+        os.kill(forked, signal.SIGKILL)
+        raise
+
+
+def endless(folder):
+    """A program in place of Python's, for an estimate that forks and never comes to an end."""
+    program = folder / "estimate"
+    program.write_text("#!/bin/sh\nsleep 1000 &\necho $! > forked\nwait\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+def _has_ended(process):
+    try:
+        os.kill(process, 0)
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (ProcessLookupError, FileNotFoundError):
+        return True
+    return state == "Z"
+
+
+def test_an_estimate_that_takes_too_long_is_left(capsys, monkeypatch, estimated, tmp_path):
+    monkeypatch.setattr(job_checks.memory.sys, "executable", endless(tmp_path))
+    monkeypatch.setattr(job_checks.memory, "_SECONDS", 0.0)
+
+    code, told = doctor(capsys, "--config-file=debug_model.toml")
+
+    assert code == 0
+    (found,) = [f for f in told["job"] if f["what"] == "memory"]
+    assert "is not known" in found["told"]
+    assert "estimate --job.config_file=debug_model.toml --ngpu=1 --device=cpu" in found["remedy"]
+
+
+def test_a_missing_config_file(capsys):
+    code, told = doctor(capsys, "--config-file", "nowhere.toml")
+
+    assert code == 2
+    assert "no such file" in failures(told)[0]["told"]
+
+
+def test_a_missing_tokenizer_gets_the_command_that_fetches_it(capsys):
+    code, told = doctor(capsys, "--config-file", "llama3_8b.toml")
+
+    assert code == 2
+    (problem,) = failures(told)
+    assert "no such tokenizer" in problem["told"]
+    assert "download --repo_id meta-llama/Llama-3.1-8B" in problem["remedy"]
+    assert told["next"].startswith(problem["remedy"])
+
+
+def test_a_tokenizer_that_cannot_be_read(capsys, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+
+    code, told = doctor(capsys, "--config-file", "debug_model.toml", f"--model.hf_assets_path={tmp_path}")
+
+    assert code == 2
+    (problem,) = failures(told)
+    assert problem["what"] == "tokenizer"
+    assert str(tmp_path) in problem["told"]
+    assert "octavo_bpe_2048" in problem["remedy"]
+
+
+def test_a_tokenizer_of_a_known_repository_that_cannot_be_read_is_fetched_again(capsys, tmp_path):
+    folder = tmp_path / "Llama-3.1-8B"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("not JSON")
+
+    _, told = doctor(capsys, "--config-file", "debug_model.toml", f"--model.hf_assets_path={folder}")
+
+    (problem,) = failures(told)
+    assert problem["what"] == "tokenizer"
+    assert "download --repo_id meta-llama/Llama-3.1-8B --assets tokenizer" in problem["remedy"]
+    assert told["next"].startswith(problem["remedy"])
+
+
+def test_a_disk_too_small_for_two_checkpoints(capsys, monkeypatch):
+    usage = type("usage", (), {"free": 100_000_000})
+    monkeypatch.setattr(job_checks.shutil, "disk_usage", lambda path: usage)
+    sound, _ = doctor(capsys, "--config-file", "debug_model.toml")
+
+    code, told = doctor(capsys, "--config-file", "debug_model.toml", "--checkpoint.enable")
+
+    assert sound == 0
+    assert code == 2
+    assert "0.1 GB free" in failures(told)[0]["told"]
+
+
+def test_without_torch_it_says_so_and_how_to_get_it():
+    program = (
+        "import sys; sys.modules['torch'] = None  # what makes `import torch` raise\n"
+        "from octavo.commands.doctor.main import main\n"
+        "sys.exit(main(['--config-file', 'debug_model.toml', '--json']))"
+    )
+
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT)
+
+    told = json.loads(ended.stdout)
+    assert ended.returncode == told["exit_code"] == 1
+    assert told["machine"][1] == {
+        "level": "FAIL",
+        "what": "torch",
+        "told": "is not installed",
+        "remedy": "pip install 'torch>=2.11'",
+    }
+    assert told["next"].startswith("pip install 'torch>=2.11'")
+
+
+def test_a_machine_that_is_not_ready_beside_a_value_that_is_none(capsys, monkeypatch):
+    """Where torch is missing nothing has been said about the job."""
+    monkeypatch.setattr(
+        machine_checks, "look", lambda: iter([fail("torch", "is not installed", "pip install torch")])
+    )
+    monkeypatch.setattr(main, "_job", lambda *given: [])
+
+    code, told = doctor(capsys, "--config-file=debug_model.toml", "--checkpoint.enable=maybe")
+
+    assert code == 1
+    assert told["next"].endswith("doctor --job.config_file=debug_model.toml")
+
+
+def test_a_gpu_that_torch_does_not_see(capsys, monkeypatch):
+    monkeypatch.setattr(machine_checks, "nvidia_smi", lambda: ["NVIDIA H100 80GB HBM3, 570.86, 81559, 9.0"])
+
+    code, told = doctor(capsys)
+
+    assert code == 1
+    texts = [f["told"] for f in told["machine"]]
+    assert "NVIDIA H100 80GB HBM3, 80 GiB, compute capability 9.0, driver 570.86" in texts
+    assert "torch sees none" in failures(told)[0]["told"]
+
+
+def test_a_product_that_is_wrong_here(capsys, monkeypatch):
+    bad = Check("rowwise", "output", "torch._scaled_mm", 0.5, 1e-5, True)
+    monkeypatch.setattr(float8_checks.quantization, "check_products", lambda device: iter([bad]))
+
+    code, told = doctor(capsys)
+
+    assert code == 1
+    assert "rowwise output through torch._scaled_mm: the result is 5.0e-01 off" in failures(told)[0]["told"]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("2.13.0+cpu", (2, 13)), ("3.6.0", (3, 6)), ("2.11rc1", (2, 11))]
+)
+def test_numbers_of_a_version(text, wanted):
+    assert machine_checks.numbers(text) == wanted
+
+
+@pytest.mark.parametrize("name", machine_checks._NEEDED)
+def test_a_package_that_training_needs(monkeypatch, name):
+    there = machine_checks.importlib.util.find_spec
+    monkeypatch.setattr(
+        machine_checks.importlib.util, "find_spec", lambda wanted: None if wanted == name else there(wanted)
+    )
+
+    (finding,) = [f for f in machine_checks.look() if f.what == "packages" and f.level is Level.FAIL]
+    assert name in finding.told
+
+
+def test_a_full_disk(capsys, monkeypatch):
+    monkeypatch.setattr(job_checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    monkeypatch.setattr(job_checks.memory, "_SECONDS", 0.01)
+
+    code, told = doctor(capsys, "--config-file=debug_model.toml")
+
+    assert code == 2
+    (problem,) = failures(told)
+    assert problem["what"] == "disk"
+    assert told["next"].startswith("name another job.dump_folder, or free some space")
+
+
+def test_what_to_run_next_has_the_variables_that_make_the_job(capsys, monkeypatch):
+    monkeypatch.setenv("CONFIG_FILE", "llama3_8b.toml")
+    monkeypatch.setenv("NGPU", "2")
+
+    _, told = doctor(capsys)
+
+    assert "; then NGPU=2 CONFIG_FILE=llama3_8b.toml " in told["next"]

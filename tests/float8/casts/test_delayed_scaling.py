@@ -1,0 +1,307 @@
+"""Scales from the step before: what they cast with, what they note and count, and when they give up."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from octavo.float8 import (
+    FULL,
+    RECIPES,
+    Cast,
+    DelayedScaling,
+    Float8Linear,
+    ScaleFormat,
+    When,
+    cast_weights_once,
+    convert_to_float8_training,
+)
+from octavo.float8.casts.delayed_operand import DelayedOperand, quantize_operand
+from octavo.float8.linear import Float8Matmul, cast_weight
+from octavo.float8.quantize import dequantize, quantize_given, transposed
+from tests.float8.graphs import compiles
+
+RECIPE = RECIPES["tensorwise_previous_step"]
+CAST = Cast(torch.float8_e4m3fn, (FULL, FULL), when=When.PREVIOUS_STEP)
+
+
+class Two(nn.Module):
+    """Two layers that read one tensor, and one that reads theirs."""
+
+    same_input = (("a", "b"),)
+
+    def __init__(self, *, checkpointed: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.checkpointed = checkpointed
+
+    def run(self, x: Tensor) -> Tensor:
+        x = x * 1.0  # the result of an operation, which eager code shares the casts of
+        return self.c(self.a(x).sigmoid() * self.b(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.checkpointed:
+            return checkpoint(self.run, x, use_reentrant=False)
+        return self.run(x)
+
+
+def build(recipe: str = "tensorwise_previous_step", *, checkpointed: bool = False) -> Two:
+    model = Two(checkpointed=checkpointed)
+    convert_to_float8_training(model, config=recipe)
+    return model
+
+
+def batch(seed: int, size: float = 1.0, rows: int = 24) -> Tensor:
+    return size * torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model: nn.Module, *xs: Tensor, run: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+    """Outputs and gradients of a step over the microbatches xs."""
+    model.zero_grad()
+    outputs = []
+    for x in xs:
+        x = x.clone().requires_grad_()
+        y = (model if run is None else run)(x)
+        y.square().sum().backward()
+        assert x.grad is not None
+        outputs += [y.detach(), x.grad]
+    return [*outputs, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_only_one_float32_scale_a_tensor_can_be_the_previous_steps() -> None:
+    with pytest.raises(ValueError, match=r"blocks of 1 x FULL .* use When.JUST_IN_TIME"):
+        Cast(torch.float8_e4m3fn, (1, FULL), when=When.PREVIOUS_STEP)
+    with pytest.raises(ValueError, match="one float32 scale a tensor only"):
+        Cast(torch.float8_e4m3fn, (FULL, FULL), ScaleFormat.E8M0, when=When.PREVIOUS_STEP)
+    with pytest.raises(ValueError, match=r"bound = 2: a share"):
+        DelayedScaling(build(), bound=2)
+
+
+def test_the_first_step_is_tensorwise_and_so_is_all_without_a_keeper() -> None:
+    want = gradients(build("tensorwise"), batch(0), batch(1))
+    model = build()
+    assert same(gradients(model, batch(0), batch(1)), want)
+    scales = DelayedScaling(model)
+    assert same(gradients(model, batch(0), batch(1)), want)
+    told = scales.end_step()
+    assert (told.just_in_time, told.falls_back, told.largest) == (True, False, 0.0)
+
+
+def test_the_next_step_casts_with_the_maxima_of_the_last() -> None:
+    model = build()
+    scales = DelayedScaling(model)
+    first = [batch(0), batch(1, 1.5)]
+    gradients(model, *first)
+    scales.end_step()
+    x = batch(2)
+    amax = torch.stack(first).abs().max()
+    assert scales.operands["a.input"].amax.item() == amax
+    q = quantize_given(x, amax.view(1, 1), CAST)
+    w, _ = cast_weight(model.a.weight, model.a.recipe, for_grad_input=False)
+    assert w is not None
+    want = dequantize(q, CAST.block) @ dequantize(w, CAST.block).t() + model.a.bias
+    torch.testing.assert_close(model.a(x), want)
+    # Not its own maximum: the codes differ from those just in time.
+    assert not torch.equal(model.a(x), build("tensorwise").a(x))
+
+
+def test_gradients_are_cast_with_theirs() -> None:
+    model = build()
+    scales = DelayedScaling(model)
+    gradients(model, batch(0))
+    scales.end_step()
+    amax = scales.operands["c.grad_output"].amax
+    x, dy = torch.randn(8, 32, requires_grad=True), torch.randn(8, 16)
+    model.c(x).backward(dy)
+    w = cast_weight(model.c.weight, model.c.recipe, for_grad_input=True)[1]
+    q = quantize_given(dy, amax, Cast(torch.float8_e5m2, (FULL, FULL)))
+    assert w is not None
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, dequantize(q, (FULL, FULL)) @ dequantize(w, (FULL, FULL)).t())
+    seen = scales.operands["c.grad_output"].seen.item()
+    assert seen == dy.abs().max()
+
+
+def test_layers_with_one_input_share_its_cast() -> None:
+    model = build()
+    scales = DelayedScaling(model)
+    assert model.a.operands is not None
+    assert model.b.operands is not None
+    assert model.a.operands.input is model.b.operands.input
+    assert model.a.operands.grad_output is not model.b.operands.grad_output
+    assert sorted(scales.operands) == [
+        *("a.grad_output", "a.input", "b.grad_output"),
+        *("c.grad_output", "c.input"),
+    ]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_saturation_is_counted_once_and_leads_to_a_step_just_in_time(checkpointed: bool) -> None:
+    model = build(checkpointed=checkpointed)
+    scales = DelayedScaling(model, bound=0.05)
+    gradients(model, batch(0))
+    scales.end_step()
+    gradients(model, batch(1, 8.0), batch(2, 8.0))
+    amax = batch(0).abs().max()
+    beyond = sum(int((batch(seed, 8.0).abs() > amax).sum()) for seed in (1, 2))
+    # Read by two layers: eager code casts it once, and counts it once, for both.
+    assert scales.operands["a.input"].counts.tolist() == [beyond, 2 * 24 * 16]
+    told = scales.end_step()
+    assert told.falls_back
+    assert told.largest > 0.05
+    assert told.worst in scales.operands
+    # Just in time: as if there were no scales.
+    x = batch(3, 8.0)
+    with torch.no_grad():
+        assert torch.equal(model(x), build("tensorwise")(x))
+    gradients(model, batch(3, 8.0))
+    told = scales.end_step()
+    assert told.just_in_time
+    assert not told.falls_back
+    gradients(model, batch(3, 8.0))
+    told = scales.end_step()
+    assert not told.just_in_time
+    assert told.largest == 0.0
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_stays_so_and_is_no_maximum(value: float) -> None:
+    model = build()
+    scales = DelayedScaling(model)
+    gradients(model, batch(0))
+    scales.end_step()
+    x = batch(1)
+    x[3, 5] = value
+    y = gradients(model, x)[0]
+    assert y[3].isnan().all()
+    assert y[4].isfinite().all()
+    before = scales.operands["a.input"].amax.item()
+    scales.end_step()
+    assert scales.operands["a.input"].amax.item() == before
+
+
+def test_a_cast_saturates_at_the_maximum() -> None:
+    operand = DelayedOperand(
+        torch.ones(1, 1), torch.zeros(1, 1), torch.zeros(2, dtype=torch.int64), known=True
+    )
+    x = torch.tensor([[0.5, 1.0, 3e38, -7.0], [torch.nan, torch.inf, -torch.inf, 0.0]])
+    first, second = quantize_operand(x, CAST, CAST, operand=operand)
+    values = dequantize(first, CAST.block)
+    torch.testing.assert_close(values[0], torch.tensor([0.5, 1.0, 1.0, -1.0]))
+    assert values[1, :3].isnan().all()
+    assert values[1, 3] == 0
+    assert torch.equal(second.data.view(torch.uint8), transposed(first).data.view(torch.uint8))
+    assert operand.counts.tolist() == [2, 8]
+
+
+def test_inference_notes_nothing() -> None:
+    model = build()
+    scales = DelayedScaling(model)
+    gradients(model, batch(0))
+    scales.end_step()
+    with torch.no_grad():
+        model(batch(1, 100.0))
+    assert all(o.seen.item() == 0 and o.counts.tolist() == [0, 0] for o in scales.operands.values())
+
+
+def test_two_passes_over_one_graph_count_once() -> None:
+    """As zero-bubble schedules run backward."""
+    model = build()
+    scales = DelayedScaling(model)
+    gradients(model, batch(0))
+    scales.end_step()
+    x = torch.randn(24, 32, requires_grad=True)
+    loss = model.c(x).square().sum()
+    torch.autograd.grad(loss, x, retain_graph=True)
+    torch.autograd.grad(loss, model.c.weight)
+    assert scales.operands["c.grad_output"].counts.tolist()[1] == 24 * 16
+
+
+def test_an_operand_that_is_always_zero_stays_just_in_time() -> None:
+    model = build()
+    scales = DelayedScaling(model)
+    for _ in range(2):
+        gradients(model, 0 * batch(0))
+        scales.end_step()
+    assert not scales.operands["a.input"].known
+    assert scales.operands["c.input"].known
+    want = gradients(build("tensorwise"), batch(0))[0]
+    assert torch.equal(model.a(batch(0)), build("tensorwise").a(batch(0)))
+    assert want.isfinite().all()
+
+
+def test_state_goes_through_json_and_the_models_stays_plain() -> None:
+    model = build()
+    scales = DelayedScaling(model)
+    for seed in range(2):
+        gradients(model, batch(seed))
+        scales.end_step()
+    state = json.loads(json.dumps(scales.state_dict()))
+    want = [gradients(model, batch(5)), (scales.end_step(), gradients(model, batch(6)))[1]]
+
+    other = build()
+    assert list(model.state_dict()) == list(Two().state_dict())
+    other.load_state_dict(model.state_dict())
+    again = DelayedScaling(other)
+    again.load_state_dict(state)
+    got = [gradients(other, batch(5)), (again.end_step(), gradients(other, batch(6)))[1]]
+    assert all(same(a, b) for a, b in zip(got, want, strict=True))
+    assert again.state_dict() == scales.state_dict()
+    copied = copy.deepcopy(model)
+    assert isinstance(copied.a, Float8Linear)
+    assert copied.a.operands is None
+
+
+def test_weights_cast_once_change_no_bit() -> None:
+    runs = []
+    for once in (False, True):
+        model = build()
+        scales = DelayedScaling(model)
+        for seed in range(3):
+            with cast_weights_once(model, enabled=once):
+                got = gradients(model, batch(seed), batch(seed + 10))
+            scales.end_step()
+        runs.append(got)
+    assert same(*runs)
+
+
+@compiles
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_compiled_code_equals_eager_in_two_graphs(checkpointed: bool) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    eager, model = build(checkpointed=checkpointed), build(checkpointed=checkpointed)
+    run = torch.compile(model, fullgraph=True, backend=counter)
+    one, other = DelayedScaling(eager, bound=0.5), DelayedScaling(model, bound=0.5)
+    for seed in range(4):
+        xs = batch(seed), batch(seed + 10, 1.3)
+        assert same(gradients(eager, *xs), gradients(model, *xs, run=run))
+        for name, operand in one.operands.items():
+            assert torch.equal(operand.seen, other.operands[name].seen), name
+            saturated, elements = operand.counts.tolist()
+            mine, all_of_mine = other.operands[name].counts.tolist()
+            # Compiled code counts a shared input for each layer that reads it; the share is the same.
+            assert saturated * all_of_mine == mine * elements, name
+        assert one.end_step() == other.end_step()
+    assert counter.frame_count == 2
+
+
+def test_the_function_takes_calls_without_operands() -> None:
+    x, w = torch.randn(4, 16), torch.randn(8, 16)
+    q = [None] * 8
+    hp = RECIPES["rowwise_with_gw_hp"]
+    hp = type(hp)("high precision", hp.grad_weight, hp.grad_weight, hp.grad_weight)
+    assert torch.equal(Float8Matmul.apply(x, w, *q, hp, None, None), x @ w.t())
+    assert RECIPE.gatherable

@@ -1,0 +1,85 @@
+"""Signals are noted, not acted on; only a second Ctrl-C ends a process."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from octavo.core import exit_codes
+from octavo.train import signals
+from octavo.train.signals import Signals, Stopped
+from tests.helpers import ranks
+
+
+@pytest.mark.parametrize("number", exit_codes.STOPPING)
+def test_a_signal_is_noted_and_handlers_go_back(number):
+    former = signal.signal(number, signal.SIG_DFL)  # under nohup it would be to ignore SIGHUP
+    try:
+        with Signals() as received:
+            assert received.asked == 0
+            os.kill(os.getpid(), number)
+            assert received.received == number
+            assert received.asked == 1
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, former)
+
+
+def test_the_first_signal_counts_and_more_change_nothing():
+    with Signals() as received:
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert received.received == signal.SIGUSR1
+
+
+def _interrupted_twice(insists_after, pause):
+    signals._INSISTS_AFTER = insists_after
+    with Signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(pause)
+        os.kill(os.getpid(), signal.SIGINT)
+    return "alive"
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once():
+    assert ranks.fork([(_interrupted_twice, (1000.0, 0.0))]) == ["alive"]
+    with pytest.raises(AssertionError, match=r"ended with exit code \[-2\]"):
+        ranks.fork([(_interrupted_twice, (0.2, 0.3))])
+
+
+def test_who_ignores_the_terminals_end_goes_on_ignoring_it():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert received.received is None
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+@pytest.mark.parametrize(
+    ("step", "saves", "saved", "code", "told"),
+    [
+        (7, True, 7, 75, "after step 7, which is saved. The same command goes on with step 8"),
+        (0, True, 0, 75, "before the first step. The same command goes on with step 1"),
+        (
+            7,
+            True,
+            5,
+            75,
+            "after step 7, which could not be saved. The same command goes on from the checkpoint",
+        ),
+        (
+            7,
+            False,
+            None,
+            143,
+            "after step 7. Nothing was saved: the job saves no checkpoints (exit code 143)",
+        ),
+    ],
+)
+def test_what_is_told_is_what_was_done(step, saves, saved, code, told):
+    stopped = Stopped.after(step, {3: int(signal.SIGTERM)}, saves=saves, saved=saved)
+    assert str(stopped).startswith(f"Stopped by SIGTERM on rank 3 {told}")
+    assert stopped.exit_code == code

@@ -1,0 +1,178 @@
+"""Validation measures what it says, on any number of ranks, and leaves no trace in the training."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from octavo.config.parallel_dims import ParallelDims
+from octavo.data.corpus import PackedCorpus, encode
+from octavo.tokenizer import build_tokenizer
+from octavo.train.validate import Validator
+from tests.helpers import launching, ranks
+
+TEXT = "It was the best of times, it was the worst of times. 漢字 naïve.\n" * 12
+SEQ_LEN = 16
+
+
+class Bigram(torch.nn.Module):
+    """Logits of a token from the one before."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.table = torch.nn.Embedding(vocab_size, vocab_size)
+        torch.nn.init.normal_(self.table.weight, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, tokens_BS):
+        return self.table(tokens_BS)
+
+
+def loss_sum(logits, labels):
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+def all_reduce(values):
+    torch.distributed.all_reduce(values)
+    return values
+
+
+def measure(world, batch):
+    """The report of this rank, out of `world`, over the whole of TEXT."""
+    tokenizer = build_tokenizer("octavo_bpe_2048")
+    source = PackedCorpus(
+        encode([TEXT], tokenizer), name="text", vocab_size=tokenizer.vocab_size, seq_len=SEQ_LEN, seed=0
+    )
+    rank = torch.distributed.get_rank() if world > 1 else 0
+    place = SimpleNamespace(
+        data_rank=rank,
+        layout=ParallelDims(shard=world),
+        sum=all_reduce if world > 1 else lambda values: values,
+        local_labels=lambda labels: labels,
+    )
+    validator = Validator(
+        source,
+        samples=source.samples,
+        local_batch_size=batch,
+        world=place,
+        byte_lengths=tokenizer.byte_lengths(),
+        device=torch.device("cpu"),
+    )
+    model = Bigram(tokenizer.vocab_size).train()
+    before = torch.get_rng_state()
+    report = validator.run(model, loss_sum)
+    assert model.training
+    assert model.table.weight.grad is None
+    assert torch.equal(torch.get_rng_state(), before)
+    return report
+
+
+def test_loss_and_bits_per_byte_by_their_definition():
+    """A last batch that is not full counts no sample twice."""
+    tokenizer = build_tokenizer("octavo_bpe_2048")
+    ids = tokenizer.encode(TEXT, bos=True, eos=True)
+    samples = (len(ids) - 1) // SEQ_LEN
+    counted = torch.tensor(ids[: samples * SEQ_LEN + 1])
+    model = Bigram(tokenizer.vocab_size)
+    nats = loss_sum(model(counted[None, :-1]), counted[None, 1:]).item()
+    text_bytes = len(tokenizer.decode(counted[1:].tolist()).replace("<|end_of_text|>", "").encode())
+    report = measure(1, batch=4)
+    assert samples % 4
+    assert report.tokens == samples * SEQ_LEN
+    assert report.loss == pytest.approx(nats / report.tokens, rel=1e-5)
+    assert report.bits_per_byte == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
+
+
+def test_any_number_of_ranks_measures_the_same():
+    one = measure(1, batch=4)
+    for report in ranks.run(2, measure, 2, 3):
+        assert report.tokens == one.tokens
+        assert report.loss == pytest.approx(one.loss, rel=1e-6)
+        assert report.bits_per_byte == pytest.approx(one.bits_per_byte, rel=1e-6)
+
+
+def test_byte_lengths_add_up_to_the_text():
+    tokenizer = build_tokenizer("octavo_bpe_2048")
+    lengths = tokenizer.byte_lengths()
+    assert sum(lengths[id] for id in tokenizer.encode(TEXT, bos=True, eos=True)) == len(TEXT.encode())
+    assert len(lengths) == tokenizer.vocab_size
+
+
+HELD_OUT = {**launching.shallow(2), "validation.fraction": 0.05}
+VALIDATE = {**HELD_OUT, "validation.enable": "true", "validation.freq": 2, "validation.steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("flags", "world"),
+    [
+        ({}, 1),
+        (
+            {
+                **launching.recipe("tensorwise"),
+                "float8.enable_fsdp_float8_all_gather": "true",
+                "float8.precompute_float8_dynamic_scale_for_fsdp": "true",
+                "training.steps": 3,
+            },
+            2,
+        ),
+    ],
+    ids=["float32", "float8, gathered, two ranks"],
+)
+def test_the_training_is_bitwise_the_same(tmp_path, flags, world):
+    """Parameters too, for the loss after an update tells of them; and the checkpoint that follows."""
+    without = launching.train(tmp_path / "off", {**HELD_OUT, **flags}, world=world)
+    run = launching.train(tmp_path / "on", {**VALIDATE, **flags}, world=world)
+    assert run.losses == without.losses
+    assert [line["grad_norm"] for line in run.metrics] == [line["grad_norm"] for line in without.metrics]
+    steps = len(run.losses)
+    assert [line["step"] for line in run.validations] == sorted({2, steps - steps % 2, steps})
+    assert "validate step:  2  loss: " in run.log
+    assert without.validations == []
+
+
+def test_validates_on_a_dataset_of_its_own(tmp_path):
+    text = tmp_path / "held_out.txt"
+    text.write_text(launching.small_corpus().read_text()[:9000])
+    flags = {
+        **launching.shallow(2),
+        "optimizer.lr": 4e-3,
+        "validation.enable": "true",
+        "validation.dataset": text,
+        "validation.freq": 1,
+        "validation.seq_len": 32,
+        "validation.local_batch_size": 8,
+        "training.steps": 3,
+        "metrics.enable_tensorboard": "true",
+    }
+    run = launching.train(tmp_path / "run", flags)
+    assert [line["step"] for line in run.validations] == [1, 2, 3]
+    first, _, last = run.validation_losses
+    assert last < first - 0.05  # it is measured on the trained weights
+    assert 1 < run.validations[0]["validation_bits_per_byte"] < 8
+    assert "samples each time" in run.log
+    assert "validation_loss" not in json.dumps(run.metrics)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            {"validation.enable": "true"},
+            "has no validation split; name a validation.dataset, or hold",
+        ),
+        ({"validation.freq": 5}, "would have no effect: nothing is validated"),
+        ({**VALIDATE, "validation.dataset": "shakespeare"}, "nothing need be held out"),
+        ({**VALIDATE, "validation.seq_len": 32}, "are samples of training.seq_len = 64"),
+        (
+            {"validation.enable": "true", "validation.dataset": "shakespeare", "validation.seq_len": 128},
+            "exceeds training.seq_len",
+        ),
+        ({"validation.fraction": 0.7}, "must be between 0 and 0.5"),
+    ],
+)
+def test_what_cannot_be_validated(tmp_path, flags, message):
+    run = launching.train(tmp_path, flags)
+    assert run.exit_codes == [2]
+    assert message in run.log
