@@ -1,8 +1,8 @@
 """Run the training processes until they end, and tell how they ended.
 
 On one machine they are ours (`local_processes.py`). On several, torchrun starts them, whose agents find
-each other; torch is imported here for it alone. torchrun runs in this process rather than in a new one: that lets the
-exit code of the first process that failed be ours (torchrun alone always says 1), and lets us show the last
+each other; torch is imported here for it alone. torchrun runs in this process rather than in a new one: that lets
+the exit code of the first process that failed be ours (torchrun alone always says 1), and lets us show the last
 lines of a failed process whose output LOG_RANK had hidden. Signals and deaths are the `Supervisor`'s, who
 knows what a save needs.
 """

@@ -42,7 +42,7 @@ def test_skips_in_a_row_are_counted_in_a_row():
     judging = guard(non_finite="skip", max_skips=2)
     bad, good = math.nan, 2.0
     assert feed(judging, [bad, bad, good, bad, bad, bad]) == [
-        getattr(GuardAction, name) for name in "SKIP SKIP UPDATE SKIP SKIP STOP".split()
+        getattr(GuardAction, name) for name in ["SKIP", "SKIP", "UPDATE", "SKIP", "SKIP", "STOP"]
     ]
     assert judging.skipped == [1, 2, 4, 5]
     assert judging.counts()["skipped_steps"] == 4

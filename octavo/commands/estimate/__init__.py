@@ -1,1 +1,1 @@
-"""`octavo estimate`: predicts the memory, messages and time of a job without running it. Read main.py first."""
+"""`octavo estimate`: predicts memory, messages and time of a job without running it. Read main.py first."""

@@ -5,8 +5,8 @@
     gradient   casts of dy for grad_input and grad_weight                                     every microbatch
     weight     casts of w for output and grad_input          once a step, or every microbatch
 
-Measured parts are medians of rounds in which all recipes take turns (`roofline/timing.py`), on normal random numbers
-in bfloat16. Without a GPU the roofline model gives them (`octavo/roofline`), for the recipes that the
+Measured parts are medians of rounds in which all recipes take turns (`roofline/timing.py`), on normal random
+numbers in bfloat16. Without a GPU the roofline model gives them (`octavo/roofline`), for the recipes that the
 GPU in question has units for.
 """
 

@@ -5,9 +5,9 @@ own part as a lone linear would (with the scales of the whole, see `split.py`) a
 weight is sharded says all: by output features, the input is needed whole and the output is sharded alike; by
 input features, the input is sharded alike and the output is a sum over the ranks.
 
-A sum that is to be sharded by tokens is scattered inside the product (`WeightSharding.pieces`), so that on the
-way back its gradient is gathered in float8. Where blocks of tokens would straddle ranks, or a product stays in
-high precision, DTensor moves it.
+A sum that is to be sharded by tokens is scattered inside the product (`WeightSharding.pieces`), so that on
+the way back its gradient is gathered in float8. Where blocks of tokens would straddle ranks, or a product
+stays in high precision, DTensor moves it.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def find(table: Table, layer: str, operand: str, gemm: str, recipe: str | None =
 
 
 def by_hand(operand: Tensor, cast: Cast) -> dict[str, float]:
-    """The numbers of a Measurement, from their definitions, in float64. The operand is `[rows, contraction]`."""
+    """A `Measurement`'s numbers by definition, in float64. The operand is `[rows, contraction]`."""
     back = dequantize(quantize(operand, cast), cast.block).double()
     exact = operand.double()
     rows, cols = (n if b == FULL else b for b, n in zip(cast.block, operand.shape, strict=True))
