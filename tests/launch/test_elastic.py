@@ -17,9 +17,9 @@ from tests.helpers.waiting import LIMIT, wait_for_text
 
 DRIVER = """
 import dataclasses, os, sys
-from octavo import launch, supervisor, torchrun
-planned = launch.plan([], os.environ, gpus=0, cores=2)
-sys.exit(launch.run(dataclasses.replace(planned, command=tuple(sys.argv[1:]))))
+from octavo.launch import launcher, supervisor
+planned = launcher.plan([], os.environ, gpus=0, cores=2)
+sys.exit(launcher.run(dataclasses.replace(planned, command=tuple(sys.argv[1:]))))
 """
 
 TRAINING = """

@@ -11,9 +11,9 @@ import pytest
 DRIVER = """
 import sys
 from pathlib import Path
-from octavo import processes
+from octavo.launch import local_processes
 shown = {int(rank) for rank in sys.argv[2].split(",")}
-print(processes.run(("-c", sys.argv[3]), 2, shown, Path(sys.argv[1])))
+print(local_processes.run(("-c", sys.argv[3]), 2, shown, Path(sys.argv[1])))
 """
 PID = """
 import os, time

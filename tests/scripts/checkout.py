@@ -157,8 +157,8 @@ def make(folder: Path) -> Checkout:
     (root / "scripts").mkdir(parents=True)
     for name in ("run_train.sh", "run_tests.sh", "scripts/python_env.sh", "pyproject.toml"):
         shutil.copy(ROOT / name, root / name)
-    for module in ("octavo/launch/launcher.py", "pytest/__main__.py"):
-        (root / module).parent.mkdir()
+    for module in ("octavo/launch/__main__.py", "pytest/__main__.py"):
+        (root / module).parent.mkdir(parents=True)
         (root / module).parent.joinpath("__init__.py").write_text("")
         (root / module).write_text(REPORT)
     tools.mkdir()

@@ -86,10 +86,10 @@ def test_the_console_command(wheel):
 def test_assets_and_configs_are_found_where_the_package_is_installed(wheel, tmp_path):
     wheel.extractall(tmp_path)
     program = (
-        "from octavo import assets, launch\n"
-        "from octavo.config import files\n"
+        "from octavo import assets\nfrom octavo.launch import launcher\n"
+        "from octavo.config import config_file\n"
         "print(*(path.exists() for path in [*assets.CORPORA.values(), *assets.TOKENIZERS.values()]))\n"
-        "print((files.TRAIN_CONFIGS / launch.DEFAULT_CONFIG).is_file(), launch.__file__)"
+        "print((config_file.TRAIN_CONFIGS / launcher.DEFAULT_CONFIG).is_file(), launcher.__file__)"
     )
     ended = subprocess.run(
         [sys.executable, "-c", program],
@@ -98,4 +98,4 @@ def test_assets_and_configs_are_found_where_the_package_is_installed(wheel, tmp_
         capture_output=True,
         text=True,
     )
-    assert ended.stdout == f"True True\nTrue {tmp_path}/octavo/launch.py\n", ended.stderr
+    assert ended.stdout == f"True True\nTrue {tmp_path}/octavo/launch/launcher.py\n", ended.stderr

@@ -48,7 +48,7 @@ def test_first_start_installs_the_cpu_build_of_torch_and_then_octavo_with_torch_
     assert f"--constraint {constraints} " in octavo
     assert constraints.read_text() == "torch==2.13.0+cpu\n"
     assert start.report["python"] == venv_python(checkout)
-    assert start.report["module"] == "octavo.launch.launcher"
+    assert start.report["module"] == "octavo.launch.__main__"
 
 
 def test_second_start_installs_nothing_and_says_nothing(checkout):

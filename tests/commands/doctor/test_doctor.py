@@ -28,7 +28,7 @@ def plain_environment(monkeypatch, tmp_path):
     for name in ("CONFIG_FILE", "NGPU", "NNODES", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(machine_checks, "nvidia_smi", list)
-    monkeypatch.setattr(main.launch, "count_gpus", lambda environ: 0)
+    monkeypatch.setattr(main.launcher, "count_gpus", lambda environ: 0)
     monkeypatch.chdir(tmp_path)
 
 

@@ -1,0 +1,1 @@
+"""What compiled code needs, so that it saves and rounds as eager code does."""
