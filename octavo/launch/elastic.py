@@ -1,10 +1,10 @@
 """Run the training processes until they end, and tell how they ended.
 
-On one machine they are ours (`local_processes.py`). On several, torchrun starts them, whose agents find
-each other; torch is imported here for it alone. torchrun runs in this process rather than in a new one: that lets
-the exit code of the first process that failed be ours (torchrun alone always says 1), and lets us show the last
-lines of a failed process whose output LOG_RANK had hidden. Signals and deaths are the `Supervisor`'s, who
-knows what a save needs.
+On one machine the launcher starts them itself (`local_processes.py`). On several, torchrun starts them, since
+its agents find each other; torch is imported here for that alone. torchrun runs in this process, not in a new
+one, so that the exit code of the first failed process becomes ours (torchrun itself always returns 1) and the
+last lines of a failed process can be shown although LOG_RANK had hidden them. The `Supervisor` handles
+signals and deaths, because it knows what a save needs.
 """
 
 import importlib

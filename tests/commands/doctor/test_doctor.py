@@ -257,7 +257,7 @@ def test_a_tokenizer_nobody_publishes_gets_no_made_up_command(capsys):
     [(1, "ok", "and the machine has", "Ready:"), (10**6, "warn", "not fit", "Doubtful:")],
 )
 def test_the_memory_that_a_job_would_take(capsys, monkeypatch, estimated, batch, level, words, verdict):
-    monkeypatch.setattr(job_checks.memory, "_SECONDS", LIMIT)
+    monkeypatch.setattr(job_checks.memory_checks, "_SECONDS", LIMIT)
 
     code, told = doctor(capsys, "--config-file=debug_model.toml", f"--training.local_batch_size={batch}")
 
@@ -271,12 +271,12 @@ def test_the_memory_that_a_job_would_take(capsys, monkeypatch, estimated, batch,
 
 def test_what_an_estimate_forked_ends_with_it(monkeypatch, tmp_path):
     """The processes that trace are forks of the one that is waited for."""
-    monkeypatch.setattr(job_checks.memory.sys, "executable", endless(tmp_path))
-    monkeypatch.setattr(job_checks.memory, "_SECONDS", 0.0)
+    monkeypatch.setattr(job_checks.memory_checks.sys, "executable", endless(tmp_path))
+    monkeypatch.setattr(job_checks.memory_checks, "_SECONDS", 0.0)
 
-    estimate = job_checks.memory.MemoryEstimate([], 1, 0)
+    estimate = job_checks.memory_checks.MemoryEstimate([], 1, 0)
     forked = int(wait_for_text(tmp_path / "forked", "\n"))
-    assert job_checks.memory.look(estimate, here=1, gpus=0).level is Level.NOTE
+    assert job_checks.memory_checks.look(estimate, here=1, gpus=0).level is Level.NOTE
 
     try:
         wait_for("the end of the estimate's fork", lambda: _has_ended(forked))
@@ -303,8 +303,8 @@ def _has_ended(process):
 
 
 def test_an_estimate_that_takes_too_long_is_left(capsys, monkeypatch, estimated, tmp_path):
-    monkeypatch.setattr(job_checks.memory.sys, "executable", endless(tmp_path))
-    monkeypatch.setattr(job_checks.memory, "_SECONDS", 0.0)
+    monkeypatch.setattr(job_checks.memory_checks.sys, "executable", endless(tmp_path))
+    monkeypatch.setattr(job_checks.memory_checks, "_SECONDS", 0.0)
 
     code, told = doctor(capsys, "--config-file=debug_model.toml")
 
@@ -442,7 +442,7 @@ def test_a_package_that_training_needs(monkeypatch, name):
 
 def test_a_full_disk(capsys, monkeypatch):
     monkeypatch.setattr(job_checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
-    monkeypatch.setattr(job_checks.memory, "_SECONDS", 0.01)
+    monkeypatch.setattr(job_checks.memory_checks, "_SECONDS", 0.01)
 
     code, told = doctor(capsys, "--config-file=debug_model.toml")
 
