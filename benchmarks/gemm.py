@@ -31,7 +31,7 @@ from benchmarks.harness.comparison import Side, compare, predicted_only
 from benchmarks.harness.machine import Conditions
 from benchmarks.harness.options import Options, parse
 from benchmarks.harness.report import Report
-from octavo.commands.argparser import whole
+from octavo.commands.argparser import bounded_int
 from octavo.float8 import RECIPES, Gemm
 from octavo.float8.matmul import choose_path, matmul
 from octavo.float8.quantize import quantize
@@ -152,7 +152,7 @@ def _cast_and_multiply(a: Tensor, b: Tensor, gemm: Gemm, emulate: bool) -> Tenso
 def main() -> dict[str, Any]:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", default=["8B", "70B"], choices=["8B", "70B", "405B"])
-    parser.add_argument("--tokens", type=whole(1), default=TOKENS, help="M")
+    parser.add_argument("--tokens", type=bounded_int(1), default=TOKENS, help="M")
     options = parse(__doc__, rounds=20, parser=parser)
     tokens = 32 if options.smoke else options.own.tokens
     report = Report("gemm", options, {"tokens": tokens, "rounds": options.rounds}, {"tflops": "{:.0f}"})

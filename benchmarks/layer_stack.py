@@ -39,7 +39,7 @@ from benchmarks.harness.gradients import sqnr, watched
 from benchmarks.harness.machine import Conditions
 from benchmarks.harness.options import Options, parse
 from benchmarks.harness.report import Report
-from octavo.commands.argparser import whole
+from octavo.commands.argparser import bounded_int
 from octavo.float8 import RECIPES, Float8LinearConfig, convert_to_float8_training
 from octavo.metrics.device import fastest_attention
 from octavo.models.llama3.model import LlamaArgs, TransformerBlock, rope_table
@@ -242,8 +242,8 @@ def conclude(report: Report, result: dict[str, Any]) -> None:
 
 def main() -> dict[str, Any]:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--layers", type=whole(1), default=LAYERS)
-    parser.add_argument("--tokens", type=whole(1), default=TOKENS)
+    parser.add_argument("--layers", type=bounded_int(1), default=LAYERS)
+    parser.add_argument("--tokens", type=bounded_int(1), default=TOKENS)
     options = parse(__doc__, rounds=15, parser=parser)
     args, layers, tokens = sizes.model("8B"), options.own.layers, options.own.tokens
     if options.smoke:

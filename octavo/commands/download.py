@@ -1,11 +1,11 @@
-"""`octavo download`: a tokenizer, a config or weights from the Hugging Face hub.
+"""`octavo download`: fetches a tokenizer, a config or weights from the Hugging Face hub.
 
-What the hub is and how a file comes from it is `octavo/hf/hub.py`; here is the command. The token comes from
-HF_TOKEN or the hub's own token file, never from a flag (command lines are seen by all users of a machine
-and kept in histories), and is cut out of every message.
+`octavo/hf/hub.py` implements the transfer; this module is the command. The token comes from HF_TOKEN or the
+hub's own token file, never from a flag, because command lines are visible to all users of a machine and are
+kept in shell histories. It is removed from every message.
 
-Exit codes: 0; 2 where the command, the rights or the name are wrong; 1 where the network or the disk is; 130
-for Ctrl-C.
+Exit codes: 0; 2 for a wrong command line, access right or name; 1 for a network or disk failure; 130 for
+Ctrl-C.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import NoReturn
 
+from octavo.commands.argparser import Parser, given_flags
+from octavo.config import ConfigError
 from octavo.hf.hub import DownloadError, Hub, RemoteFile, amount, fetch, shown
 
 PUBLIC_HUB = "https://huggingface.co"
@@ -41,11 +42,11 @@ ASSETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "safetensors": ("*.safetensors", "*.safetensors.index.json"),
     }
 )
-"""Kind of asset -> the paths it consists of. `*` stands for a name, never for a folder."""
+"""Kind of asset -> the paths that it consists of. `*` matches within one folder only."""
 
 
 def read_token(environment: Mapping[str, str]) -> str | None:
-    """The hub's token: HF_TOKEN, else the file in which the hub's own tools keep it, else None."""
+    """Return the token in HF_TOKEN, else in the token file of Hugging Face's own tools, else None."""
     token, source = environment.get("HF_TOKEN", ""), "HF_TOKEN"
     if not token:
         cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -57,33 +58,25 @@ def read_token(environment: Mapping[str, str]) -> str | None:
         except (OSError, UnicodeDecodeError):
             return None
     token = token.strip()
-    if not re.fullmatch(r"[\x21-\x7e]*", token):  # http.client would quote the value in its complaint
+    if not re.fullmatch(r"[\x21-\x7e]*", token):  # http.client's own error message would quote the value
         raise DownloadError(
             f"{source} holds a blank or a character that no token has; copy the token again", code=2
         )
     return token or None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise DownloadError(f"{message} (octavo download --help)", code=2)
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line; `-` and `_` in flags are the same."""
-    words = []
-    for word in argv:
-        name, equals, value = word.partition("=")
-        words.append(
-            name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
-        )
-    if any(word.partition("=")[0] in ("--hf_token", "--token") for word in words):
+    if given_flags(argv) & {"hf_token", "token"}:
         raise DownloadError(
-            "there is no flag for a token: a command line is seen by every user of the machine and kept in "
-            "the shell's history. Set the variable HF_TOKEN",
+            "there is no flag for a token: a command line is visible to every user of the machine and kept "
+            "in the shell's history. Set the variable HF_TOKEN",
             code=2,
         )
-    parser = _Parser(prog="octavo download", description="Fetch files of a model from the Hugging Face hub.")
+    parser = Parser(
+        "octavo download",
+        "Fetch files of a model from the Hugging Face hub.",
+        "Environment: HF_TOKEN for gated repositories, HF_ENDPOINT for another hub.",
+    )
     parser.add_argument(
         "--repo_id", required=True, metavar="OWNER/NAME", help="for example meta-llama/Llama-3.1-8B"
     )
@@ -96,11 +89,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--all", action="store_true", help="every file of the repository")
     parser.add_argument(
-        "--local_dir", type=Path, default=Path("assets/hf"), help="default: assets/hf; NAME is added"
+        "--local_dir",
+        type=Path,
+        default=Path("assets/hf"),
+        help="the parent of the new folder NAME (default: assets/hf)",
     )
     parser.add_argument("--revision", default="main", help="branch, tag or commit (default: main)")
-    parser.epilog = "Environment: HF_TOKEN for closed repositories, HF_ENDPOINT for another hub."
-    options = parser.parse_args(words)
+    options = parser.read(argv)
     options.assets = [kind for word in options.assets for kind in word.split(",") if kind]
     if unknown := [kind for kind in options.assets if kind not in ASSETS]:
         raise DownloadError(f"--assets {unknown[0]}: not one of {', '.join(ASSETS)}", code=2)
@@ -122,42 +117,42 @@ def _endpoint(environment: Mapping[str, str]) -> str:
     return endpoint
 
 
-def _choose(files: Sequence[RemoteFile], options: argparse.Namespace) -> list[RemoteFile]:
+def _select(files: Sequence[RemoteFile], options: argparse.Namespace) -> list[RemoteFile]:
     patterns = [pattern for kind in options.assets for pattern in ASSETS[kind]]
 
-    def wanted(path: str) -> bool:
+    def matches(path: str) -> bool:
         return any(
             fnmatch.fnmatchcase(path, pattern) and path.count("/") == pattern.count("/")
             for pattern in patterns
         )
 
-    chosen = [file for file in files if options.all or wanted(file.path)]
-    if not chosen:
-        there = ", ".join(file.path for file in files[:12]) + (" …" if len(files) > 12 else "") or "no files"
+    selected = [file for file in files if options.all or matches(file.path)]
+    if not selected:
+        listing = ", ".join(file.path for file in files[:12]) + (" …" if len(files) > 12 else "")
         raise DownloadError(
-            f"{options.repo_id} has nothing for --assets {' '.join(options.assets)} at {options.revision}; "
-            f"it has {there}",
+            f"{options.repo_id} has no files for --assets {' '.join(options.assets)} at {options.revision}; "
+            f"it has {listing or 'no files'}",
             code=2,
         )
-    return chosen
+    return selected
 
 
 def _check_space(files: Sequence[RemoteFile], folder: Path) -> None:
-    need = sum(file.size for file in files if not (folder / PurePosixPath(file.path)).exists())
-    have = shutil.disk_usage(folder).free
-    if need > have:
+    needed = sum(file.size for file in files if not (folder / PurePosixPath(file.path)).exists())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
         raise DownloadError(
-            f"{folder}: {amount(need)} are needed and {amount(have)} are free; name another --local_dir"
+            f"{folder}: {amount(needed)} are needed and {amount(free)} are free; name another --local_dir"
         )
 
 
-def _run(options: argparse.Namespace, endpoint: str, token: str | None) -> None:
-    local = urllib.parse.urlsplit(endpoint).hostname in ("localhost", "127.0.0.1", "::1")
-    if token is not None and endpoint.startswith("http:") and not local:
+def _download(options: argparse.Namespace, endpoint: str, token: str | None) -> None:
+    is_local = urllib.parse.urlsplit(endpoint).hostname in ("localhost", "127.0.0.1", "::1")
+    if token is not None and endpoint.startswith("http:") and not is_local:
         print(f"octavo download: no token is sent to {shown(endpoint)}, which is not https", file=sys.stderr)
         token = None
     hub = Hub(endpoint, options.repo_id, options.revision, token)
-    files = _choose(hub.files(), options)
+    files = _select(hub.files(), options)
     folder = options.local_dir / options.repo_id.rpartition("/")[2]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +160,7 @@ def _run(options: argparse.Namespace, endpoint: str, token: str | None) -> None:
         fetched = sum(fetch(hub, file, folder, sys.stdout) for file in files)
     except OSError as error:
         raise DownloadError(
-            f"{error.filename or folder}: {error.strerror or error}; nothing that was there is lost"
+            f"{error.filename or folder}: {error.strerror or error}; existing files are unchanged"
         ) from error
     print(f"{fetched} fetched, {len(files) - fetched} already there: {folder}")
     if "tokenizer" in options.assets:
@@ -173,18 +168,18 @@ def _run(options: argparse.Namespace, endpoint: str, token: str | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`octavo download`: the exit code. Errors are one message on stderr."""
+    """Run `octavo download`; returns the exit code. An error is one message on stderr."""
     token = None
     try:
         options = _parse(sys.argv[1:] if argv is None else argv)
         endpoint = _endpoint(os.environ)
         token = read_token(os.environ)
-        _run(options, endpoint, token)
-    except DownloadError as error:
+        _download(options, endpoint, token)
+    except (DownloadError, ConfigError) as error:
         message = str(error) if token is None else str(error).replace(token, "***")
         print(f"octavo download: {message}", file=sys.stderr)
-        return error.code
+        return getattr(error, "code", 2)
     except KeyboardInterrupt:
-        print("\noctavo download: stopped; the same command goes on where it stopped", file=sys.stderr)
+        print("\noctavo download: stopped; rerun the same command to continue", file=sys.stderr)
         return 130
     return 0

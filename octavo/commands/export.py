@@ -1,11 +1,10 @@
-"""`octavo export`: a checkpoint becomes a folder that transformers, and what reads its format, loads.
+"""`octavo export`: writes a checkpoint as a Hugging Face folder, for transformers and compatible tools.
 
     octavo export outputs --out exported
     octavo export outputs/checkpoint/step-100 --out exported --dtype bfloat16 --shard_size 2GB
 
-After writing, the command reads back what it wrote and compares logits: its own model's before and after, and
-transformers' where that is installed. Exit codes: 0; 2 for a mistake in what was asked; 1 where the logits
-differ.
+After writing, the command reads the folder back and compares its logits with the checkpoint's; transformers'
+logits too, if it is installed. Exit codes: 0; 1 if the logits differ; 2 for a usage error.
 """
 
 import sys
@@ -24,36 +23,28 @@ def _parser() -> Parser:
     parser = Parser(
         "octavo export",
         "Write a trained model as a Hugging Face folder: safetensors, config.json, tokenizer.\n"
-        "The command reads it back and compares logits, with transformers' too where that is installed.",
+        "The command reads it back and compares logits, with transformers' too if it is installed.",
     )
     parser.add_argument(
         "checkpoint",
         type=Path,
         metavar="CHECKPOINT",
-        help="a checkpoint (step-N), or a run's folder: its newest",
+        help="a checkpoint (step-N), or a run's folder, of which the newest checkpoint is taken",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new or empty folder")
-    parser.add_argument(
-        "--dtype", choices=sorted(DTYPES), default="float32", help="of the weights (default: float32)"
-    )
     parser.add_argument(
         "--shard_size",
         type=safetensors_folder.bytes_of,
         default=DEFAULT_SHARD,
         metavar="SIZE",
-        help=f"the most that one file holds, and that the export holds in memory (default: {DEFAULT_SHARD})",
+        help=f"largest size of one file, and of the export's memory (default: {DEFAULT_SHARD})",
     )
-    parser.add_argument(
-        "--tokenizer", metavar="PATH", help="the model's tokenizer, if it is not where the run had it"
-    )
-    parser.add_argument(
-        "--custom_import", default="", metavar="MODULE", help="a module that registers the model; it is run"
-    )
+    parser.add_model_source_options(list(DTYPES), "of the weights (default: float32)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`octavo export`: the exit code. Raises `ConfigError` for a mistake in what was asked."""
+    """Run `octavo export`; returns the exit code. Raises `ConfigError` for a usage error."""
     options = _parser().read(sys.argv[1:] if argv is None else argv)
     check_free(options.out)
     source = open_source(options.checkpoint, tokenizer=options.tokenizer, custom_import=options.custom_import)
@@ -66,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verify(source: ModelSource, out: Path, dtype: torch.dtype) -> bool:
-    """Whether what was written computes what the checkpoint computes; prints each comparison."""
+    """Print each comparison of logits; returns whether all are within the tolerance."""
     tokens_BS = check_export.sample_tokens(source)
     expected = check_export.own_logits(source, source.weights, tokens_BS, dtype)
     assert source.spec.hugging_face is not None
@@ -78,7 +69,7 @@ def _verify(source: ModelSource, out: Path, dtype: torch.dtype) -> bool:
     }
     theirs = check_export.transformers_logits(out, tokens_BS)
     if isinstance(theirs, str):
-        print(f"Logits were not compared with transformers': {theirs}")
+        print(f"Logits were not compared with transformers: {theirs}")
     else:
         results["loaded by transformers"] = check_export.compare(theirs, expected)
     for how, result in results.items():
@@ -89,11 +80,8 @@ def _verify(source: ModelSource, out: Path, dtype: torch.dtype) -> bool:
         )
     if dtype is not torch.float32:
         unrounded = check_export.own_logits(source, source.weights, tokens_BS, torch.float32)
-        print(f"Rounding the weights alone moves logits by up to {(unrounded - expected).abs().max():.2e}")
-    if not all(result.within for result in results.values()):
-        print(
-            f"octavo export: {out} does not compute what {source.path} computes; do not use it",
-            file=sys.stderr,
-        )
-        return False
-    return True
+        print(f"Rounding the weights alone changes logits by up to {(unrounded - expected).abs().max():.2e}")
+    within = all(result.within for result in results.values())
+    if not within:
+        print(f"octavo export: {out} does not reproduce {source.path}; do not use it", file=sys.stderr)
+    return within

@@ -1,15 +1,13 @@
-"""`octavo generate`: a trained model continues a text.
+"""`octavo generate`: continues a text with a trained model.
 
     octavo generate --checkpoint outputs --prompt "ROMEO. What light"
     octavo generate --checkpoint exported --prompt "To be" --temperature 0 --max_new_tokens 64
 
-The text goes to standard output as it comes, what there is to say about it to standard error, so a pipe
-gets the text alone. The model computes in high precision whatever it was trained in: the weights in a
-checkpoint are plain.
+The text is streamed to standard output; statistics go to standard error, so a pipe receives the text only.
+The model computes in high precision also if it was trained in float8: a checkpoint holds unquantized weights.
 """
 
 import argparse
-import math
 import secrets
 import sys
 import time
@@ -17,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from octavo.commands.argparser import Parser, whole
+from octavo.commands.argparser import Parser, bounded_float, bounded_int, given_flags
 from octavo.commands.sampling import Recompute, Sampling, TextStream, generate
 from octavo.config import ConfigError
 from octavo.hf.folder_writer import DTYPES
@@ -26,24 +24,7 @@ from octavo.hf.stored_weights import load
 from octavo.metrics.device import pick_device
 
 _SHOWN = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-"""Control characters, which a terminal would obey, and what is shown in their place."""
-
-
-def _number(low: float, high: float, *, above: bool = False) -> Callable[[str], float]:
-    """A converter for argparse: numbers from `low` (or `above` it) to `high`."""
-
-    def convert(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value if above else low <= value) or value > high or math.isinf(value):
-            start = f"above {low:g}" if above else f"from {low:g} up"
-            end = "" if math.isinf(high) else f", at most {high:g}"
-            raise argparse.ArgumentTypeError(f"expected a number {start}{end}, got {text!r}")
-        return value
-
-    return convert
+"""Control character -> the replacement shown on a terminal, which would execute it."""
 
 
 def _parser() -> Parser:
@@ -57,71 +38,68 @@ def _parser() -> Parser:
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
     parser.add_argument(
-        "--max_new_tokens", type=whole(1), default=200, metavar="N", help="stop after so many (default: 200)"
+        "--max_new_tokens",
+        type=bounded_int(1),
+        default=200,
+        metavar="N",
+        help="stop after N tokens (default: 200)",
     )
     parser.add_argument(
         "--temperature",
-        type=_number(0, 100),
+        type=bounded_float(0, 100),
         default=0.7,
         metavar="T",
-        help="how bold: 0 takes the likeliest token each time, 1 the model's own distribution (default: 0.7)",
+        help="divides the logits: 0 always takes the most likely token, 1 samples from the model's own "
+        "distribution (default: 0.7)",
     )
     parser.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
     parser.add_argument(
         "--top_k",
-        type=whole(0),
+        type=bounded_int(0),
         default=0,
         metavar="K",
-        help="choose among the K likeliest tokens (default: all)",
+        help="sample from the K most likely tokens (default: all)",
     )
     parser.add_argument(
         "--top_p",
-        type=_number(0, 1, above=True),
+        type=bounded_float(0, 1, above=True),
         default=1.0,
         metavar="P",
-        help="choose among the fewest tokens that have this probability together (default: 1, all)",
+        help="sample from the smallest set of tokens whose total probability is P (default: 1, all)",
     )
     parser.add_argument(
         "--seed",
-        type=whole(0),
+        type=bounded_int(0),
         metavar="N",
-        help="the same seed gives the same text (default: a new one, told)",
+        help="the same seed gives the same text (default: a random one, which is printed)",
     )
-    parser.add_argument("--ignore_eos", action="store_true", help="go on where the model ends the document")
-    parser.add_argument(
-        "--dtype", choices=sorted(DTYPES), default="float32", help="to compute in (default: float32)"
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="PATH", help="the model's tokenizer, if it is not where the run had it"
-    )
-    parser.add_argument(
-        "--custom_import", default="", metavar="MODULE", help="a module that registers the model; it is run"
-    )
+    parser.add_argument("--ignore_eos", action="store_true", help="continue past the end of the document")
+    parser.add_model_source_options(list(DTYPES), "of the computation (default: float32)")
     return parser
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     options = _parser().read(argv)
-    given = {word.partition("=")[0].replace("-", "_") for word in argv}
+    given = given_flags(argv)
     if options.greedy:
-        if "__temperature" in given and options.temperature != 0:
+        if "temperature" in given and options.temperature != 0:
             raise ConfigError(f"--greedy and --temperature {options.temperature:g} contradict each other")
         options.temperature = 0.0
-    idle = [flag for flag in ("top_k", "top_p", "seed") if f"__{flag}" in given]
-    if options.temperature == 0 and idle:
+    unused = [flag for flag in ("top_k", "top_p", "seed") if flag in given]
+    if options.temperature == 0 and unused:
         raise ConfigError(
-            f"--{idle[0]} would have no effect: with temperature 0 the likeliest token is always taken"
+            f"--{unused[0]} would have no effect: with temperature 0 the most likely token is always taken"
         )
     if not options.prompt:
-        raise ConfigError("--prompt is empty; give the model a word to go on from")
+        raise ConfigError("--prompt is empty; give the model a word to start from")
     return options
 
 
 def encode_prompt(source: ModelSource, prompt: str) -> list[int]:
-    """The ids that the model is given: as in training, a document begins with the id that opens one.
+    """Return the prompt's token ids, with a BOS first if the tokenizer has one, as in training.
 
     Raises:
-        ConfigError: the prompt fills the model's context, or is no Unicode text.
+        ConfigError: the prompt fills the model's context, or is not Unicode text.
     """
     try:
         prompt.encode()
@@ -133,59 +111,59 @@ def encode_prompt(source: ModelSource, prompt: str) -> list[int]:
     if len(ids) >= source.context:
         raise ConfigError(
             f"--prompt has {len(ids):,} tokens, and the model was trained on sequences of "
-            f"{source.context:,}: nothing can follow; shorten it"
+            f"{source.context:,}: no token can follow; shorten it"
         )
     return ids
 
 
 def run(source: ModelSource, options: argparse.Namespace, out: TextIO, log: TextIO) -> None:
-    """Continue the prompt on `out`."""
+    """Write the prompt and its continuation to `out`, and the statistics to `log`."""
     prompt = encode_prompt(source, options.prompt)
-    most = min(options.max_new_tokens, source.context - len(prompt))
+    limit = min(options.max_new_tokens, source.context - len(prompt))
     device = pick_device()
-    model = load(source.build(len(prompt) + most), source.weights, DTYPES[options.dtype], device)
-    make = source.spec.decoder
-    decode = Recompute(model) if make is None else make(model, len(prompt) + most)
+    model = load(source.build(len(prompt) + limit), source.weights, DTYPES[options.dtype], device)
+    make_decoder = source.spec.decoder
+    decode = Recompute(model) if make_decoder is None else make_decoder(model, len(prompt) + limit)
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
-    how = Sampling(options.temperature, options.top_k, options.top_p)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
 
     stream = TextStream(source.tokenizer)
-    show = _printer(out)
-    show(options.prompt)
-    began, count, ended = time.perf_counter(), 0, False
+    write = _writer(out)
+    write(options.prompt)
+    start, count, reached_eos = time.perf_counter(), 0, False
     try:
-        for id_ in generate(decode, prompt, how, most=most, seed=seed, device=device):
-            if id_ == source.tokenizer.eos_id and not options.ignore_eos:
-                ended = True
+        for token in generate(decode, prompt, sampling, max_tokens=limit, seed=seed, device=device):
+            if token == source.tokenizer.eos_id and not options.ignore_eos:
+                reached_eos = True
                 break
             count += 1
-            show(stream.add(id_))
+            write(stream.add(token))
     except ValueError as error:
         raise ConfigError(f"{source.path}: {error}") from None
     finally:
-        show(stream.end() + "\n")
-    seconds = time.perf_counter() - began
-    stopped = "the model ended the document" if ended else "--max_new_tokens"
-    if not ended and count < options.max_new_tokens:
-        stopped = f"the model was trained on sequences of {source.context:,} tokens"
-    seeded = "" if how.temperature == 0 else f"; seed {seed}"
-    print(f"[{count} tokens, {count / seconds:.0f}/s; stopped by: {stopped}{seeded}]", file=log)
+        write(stream.end() + "\n")
+    seconds = time.perf_counter() - start
+    reason = "the model ended the document" if reached_eos else "--max_new_tokens"
+    if not reached_eos and count < options.max_new_tokens:
+        reason = f"the model was trained on sequences of {source.context:,} tokens"
+    seed_text = "" if sampling.temperature == 0 else f"; seed {seed}"
+    print(f"[{count} tokens, {count / seconds:.0f}/s; stopped by: {reason}{seed_text}]", file=log)
 
 
-def _printer(out: TextIO) -> Callable[[str], None]:
-    """Writes text at once; to a terminal without what it would take for commands."""
-    live = out.isatty()
+def _writer(out: TextIO) -> Callable[[str], None]:
+    """Return a function that writes text and flushes; on a terminal it replaces control characters."""
+    is_terminal = out.isatty()
 
-    def show(text: str) -> None:
+    def write(text: str) -> None:
         if text:
-            out.write(text.translate(_SHOWN) if live else text)
+            out.write(text.translate(_SHOWN) if is_terminal else text)
             out.flush()
 
-    return show
+    return write
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`octavo generate`: the exit code. Raises `ConfigError` for a mistake in what was asked."""
+    """Run `octavo generate`; returns the exit code. Raises `ConfigError` for a usage error."""
     options = _options(sys.argv[1:] if argv is None else argv)
     source = open_source(options.checkpoint, tokenizer=options.tokenizer, custom_import=options.custom_import)
     if isinstance(out := sys.stdout, TextIO) or hasattr(out, "reconfigure"):

@@ -1,13 +1,13 @@
-"""`octavo import`: a published model becomes a checkpoint that training starts from.
+"""`octavo import`: converts a published model into a checkpoint that training starts from.
 
     octavo import Llama-3.2-1B --out imported
-    ./run_train.sh --model.flavor 1B --model.hf_assets_path Llama-3.2-1B --checkpoint.initial_load_path
-    imported
+    ./run_train.sh --model.flavor 1B --model.hf_assets_path Llama-3.2-1B \\
+        --checkpoint.initial_load_path imported
 
-The source is a Hugging Face folder (`config.json`, `*.safetensors`) or Meta's own (`params.json`,
-`consolidated.NN.pth`). What is read is tensors and JSON: nothing of the source is run. The checkpoint holds
-the model alone, in float32, the dtype that it is trained in, and is written under the same protocol as a
-training run's; the model is held in memory once.
+The source is a Hugging Face folder (`config.json`, `*.safetensors`) or Meta's original one (`params.json`,
+`consolidated.NN.pth`). Only tensors and JSON are read; no code from the source is executed. The checkpoint
+holds the model only, in float32, and is written the same way as a training run's. Memory holds one copy of
+the model.
 """
 
 import os
@@ -49,7 +49,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--flavor",
         metavar="NAME",
-        help="the model's size, as model.flavor names it (default: found by its config)",
+        help="the model's size, as in model.flavor (default: detected from its config)",
     )
     parser.add_argument(
         "--tokenizer", metavar="PATH", help="the model's tokenizer (default: the one in SOURCE)"
@@ -58,7 +58,7 @@ def _parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`octavo import`: the exit code. Raises `ConfigError` for a mistake in what was asked."""
+    """Run `octavo import`; returns the exit code. Raises `ConfigError` for a usage error."""
     options = _parser().read(sys.argv[1:] if argv is None else argv)
     source, out = options.source.expanduser(), options.out.expanduser()
     check_free(out)
@@ -67,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer_path = options.tokenizer or str(source)
     tokenizer = open_tokenizer(tokenizer_path, f"{source} should hold the model's tokenizer")
     if safetensors_folder.is_folder(source):
-        spec, flavor, args, weights = _hugging_face(source, options.flavor, tokenizer)
+        spec, flavor, args, weights = _read_hugging_face(source, options.flavor, tokenizer)
     elif (source / meta.PARAMS).is_file():
-        spec, flavor, args, weights = _original(source, options.flavor, tokenizer)
+        spec, flavor, args, weights = _read_meta(source, options.flavor, tokenizer)
     else:
         raise ConfigError(
             f"{source}: neither *.safetensors with a config.json nor consolidated.NN.pth with a params.json"
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_checkpoint(folder: Path, model: nn.Module, job: JobConfig) -> None:
-    """Write `model` alone as the checkpoint of step 0 into `folder`; `job` tells which model it is."""
+    """Write `model` into `folder` as a model-only checkpoint of step 0, with `job` as its config."""
     init_logger()
     settings = Checkpoint(enable=True, last_save_model_only=True)
     state = {
@@ -99,7 +99,7 @@ def write_checkpoint(folder: Path, model: nn.Module, job: JobConfig) -> None:
         "tokens_seen": 0,
         "config": job.to_dict(),
     }
-    with _alone():
+    with _single_process_group():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         checkpointer = Checkpointer(settings, folder, model, optimizer)
         checkpointer.save(0, 0, state)
@@ -107,8 +107,7 @@ def write_checkpoint(folder: Path, model: nn.Module, job: JobConfig) -> None:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """A process group of this process alone, without a network."""
+def _single_process_group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
@@ -116,45 +115,38 @@ def _alone() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _hugging_face(
-    source: Path, flavor: str | None, tokenizer: Tokenizer
+def _read_hugging_face(
+    source: Path, requested: str | None, tokenizer: Tokenizer
 ) -> tuple[models.ModelSpec, str, Any, Weights]:
-    spec, found = hf_model(source)
-    flavor, args = _find_flavor(source, spec, flavor, found, tokenizer)
-    return spec, flavor, args, hf_weights(source, spec, args, model=f"{spec.name} {flavor}")
-
-
-def _find_flavor(
-    source: Path, spec: models.ModelSpec, wanted: str | None, found: Any, tokenizer: Tokenizer
-) -> tuple[str, Any]:
-    """The flavor with the sizes that were found (or the one that is wanted, if it has them), and its args."""
-    misfits: dict[str, list[str]] = {}
-    for name in [wanted] if wanted else spec.flavors:
-        flavor_args = spec.args(name)
+    """The model, its flavor (`requested`, or else the one whose sizes match), its arguments and weights."""
+    spec, source_args = hf_model(source)
+    mismatches: dict[str, list[str]] = {}
+    for flavor in [requested] if requested else spec.flavors:
+        flavor_args = spec.args(flavor)
         try:
-            args = spec.configure(flavor_args, tokenizer.vocab_size, found.max_seq_len)
+            args = spec.configure(flavor_args, tokenizer.vocab_size, source_args.max_seq_len)
         except ConfigError as error:
-            misfits[name] = [str(error)]
+            mismatches[flavor] = [str(error)]
             continue
-        misfits[name] = differences(found, args)
-        if not misfits[name]:
-            return name, args
-    nearest = min(misfits, key=lambda name: len(misfits[name]))
-    remedy = "leave --flavor out" if wanted else "register a model of these sizes (docs/your_own_model.md)"
+        mismatches[flavor] = differences(source_args, args)
+        if not mismatches[flavor]:
+            return spec, flavor, args, hf_weights(source, spec, args, model=f"{spec.name} {flavor}")
+    nearest = min(mismatches, key=lambda flavor: len(mismatches[flavor]))
+    remedy = "leave --flavor out" if requested else "register a model of these sizes (docs/your_own_model.md)"
     raise ConfigError(
-        f"{source} is not {spec.name} {nearest}{'' if wanted else ', the nearest flavor'}: "
-        f"{'; '.join(misfits[nearest])}; {remedy}"
+        f"{source} is not {spec.name} {nearest}{'' if requested else ', the nearest flavor'}: "
+        f"{'; '.join(mismatches[nearest])}; {remedy}"
     )
 
 
-def _original(
-    source: Path, wanted: str | None, tokenizer: Tokenizer
+def _read_meta(
+    source: Path, requested: str | None, tokenizer: Tokenizer
 ) -> tuple[models.ModelSpec, str, Any, Weights]:
     spec = models.get("llama3")
     flavor = meta.flavor_of(meta.read_params(source), spec.flavors)
-    if wanted not in (None, flavor):
+    if requested not in (None, flavor):
         raise ConfigError(
-            f"{source} is llama3 {flavor} by its {meta.PARAMS}, not {wanted}; leave --flavor out"
+            f"{source} is llama3 {flavor} by its {meta.PARAMS}, not {requested}; leave --flavor out"
         )
     flavor_args = spec.args(flavor)
     args = spec.configure(flavor_args, tokenizer.vocab_size, flavor_args.max_seq_len)

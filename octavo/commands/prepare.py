@@ -1,24 +1,22 @@
-"""`octavo prepare`: text becomes a folder of token ids that training reads without tokenising.
+"""`octavo prepare`: tokenises text into a folder of token ids, which training reads directly.
 
     octavo prepare /data/books /data/web.parquet --tokenizer assets/hf/Llama-3.1-8B --out /data/mix
     octavo prepare --verify /data/mix
 
-Memory stays bounded by the longest documents. An interrupted run is gone on with by the same command. The
-result is the same bytes whatever the number of workers. Exit codes: 0; 2 for what is wrong with the command,
-the text or the folder; 130 for Ctrl-C.
+Memory is bounded by the longest documents. Rerun the same command to continue an interrupted run. The result
+has the same bytes for any number of workers. Exit codes: 0; 2 for an error in the command, the text or the
+folder; 130 for Ctrl-C.
 """
 
-import os
 import platform
 import sys
-from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import octavo
 from octavo.assets import CORPORA
-from octavo.commands.argparser import Parser, whole
+from octavo.commands.argparser import Parser, bounded_float, bounded_int
 from octavo.core.errors import ConfigError
 from octavo.data import shard_format
 from octavo.data.corpus_files import find_files
@@ -27,72 +25,68 @@ from octavo.data.records import TEXT_KEY, BadRecords, Record, read_records
 from octavo.data.shard_format import Index, Vocabulary
 from octavo.data.shard_writer import ShardWriter
 from octavo.data.tokenizing import Batch, TokenizeJob, encode_all
+from octavo.launch.launcher import usable_cores
 from octavo.tokenizer import Tokenizer, build_tokenizer
 
 _BATCH_BYTES = 1 << 18
 _BATCH_RECORDS = 1024
-_SMALL = 4 << 20  # bytes of text that are not worth another process
+_BYTES_PER_WORKER = 4 << 20  # less text is not worth another process
 _SHARD_TOKENS = 1 << 27
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 0.5:
-        raise ArgumentTypeError(f"expected a number from 0 to 0.5, got {text!r}")
-    return value
 
 
 def _parser() -> Parser:
     parser = Parser(
         "octavo prepare",
-        "Tokenise text into a folder that training.dataset can name: .txt (a document a file), .jsonl and\n"
-        ".json (one a line), .parquet (one a row), each perhaps .gz; files, or folders of them.",
-        "An interrupted run is gone on with by the same command.",
+        "Tokenise text into a folder that training.dataset can name. Sources are files, or folders of them:\n"
+        ".txt (one document per file), .jsonl and .json (one per line), .parquet (one per row); also .gz.",
+        "Rerun the same command to continue an interrupted run.",
     )
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="a file, a folder, or a shipped corpus")
     parser.add_argument("--tokenizer", metavar="PATH", help="as in model.hf_assets_path")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder")
-    parser.add_argument("--workers", type=whole(1), metavar="N", help="processes (default: one a core)")
+    parser.add_argument(
+        "--workers", type=bounded_int(1), metavar="N", help="processes (default: one per core)"
+    )
     parser.add_argument(
         "--val_fraction",
-        type=_fraction,
+        type=bounded_float(0, 0.5),
         default=0.0,
         metavar="SHARE",
-        help="of the documents go to a validation split, which training.dataset does not read (default: 0)",
+        help="share of the documents that go to the validation split, not to training (default: 0)",
     )
     parser.add_argument(
         "--max_bad_records",
-        type=whole(0),
+        type=bounded_int(0),
         default=0,
         metavar="N",
-        help="pass over and count up to N records that hold no text (default: 0, the first is an error)",
+        help="skip and count up to N records without text (default: 0, the first is an error)",
     )
     parser.add_argument(
-        "--text_key", default=TEXT_KEY, metavar="KEY", help=f"of JSON and parquet (default: {TEXT_KEY})"
+        "--text_key",
+        default=TEXT_KEY,
+        metavar="KEY",
+        help=f"the text's key in JSON, its column in parquet (default: {TEXT_KEY})",
     )
     parser.add_argument(
         "--shard_tokens",
-        type=whole(1),
+        type=bounded_int(1),
         default=_SHARD_TOKENS,
         metavar="N",
-        help=f"close a shard when it has this many (default: {_SHARD_TOKENS:,})",
+        help=f"close a shard when it has N tokens (default: {_SHARD_TOKENS:,})",
     )
     parser.add_argument(
-        "--verify", type=Path, metavar="FOLDER", help="compare all checksums of a prepared folder, and stop"
+        "--verify", type=Path, metavar="FOLDER", help="check all checksums of a prepared folder and exit"
     )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`octavo prepare`: the exit code. Raises `ConfigError` for a mistake in what was asked."""
+    """Run `octavo prepare`; returns the exit code. Raises `ConfigError` for a usage error."""
     parser = _parser()
     options = parser.read(sys.argv[1:] if argv is None else argv)
     if options.verify is not None:
         if options.sources or options.out:
-            parser.error("--verify FOLDER stands alone")
+            parser.error("--verify FOLDER cannot be combined with SOURCE or --out")
         print(verify(options.verify))
         return 0
     if not options.sources or options.tokenizer is None or options.out is None:
@@ -109,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             shard_tokens=options.shard_tokens,
         )
     except KeyboardInterrupt:
-        print("octavo prepare: interrupted; the same command goes on where it was", file=sys.stderr)
+        print("octavo prepare: interrupted; rerun the same command to continue", file=sys.stderr)
         return 130
     if summary:
         print(summary)
@@ -129,13 +123,13 @@ def prepare(
     key: str = TEXT_KEY,
     shard_tokens: int = _SHARD_TOKENS,
 ) -> tuple[Index, str]:
-    """Tokenise `sources` into the new folder `out`; see the command's help.
+    """Tokenise `sources` into the new folder `out`; see the command's help for the arguments.
 
     Returns:
-        The index, and a line on the bad records that were passed over, empty where there were none.
+        The index, and a line about the bad records that were skipped (empty if there were none).
 
     Raises:
-        ConfigError: what is wrong, with which file, record and offset.
+        ConfigError: naming the file, the record and the offset.
     """
     engine, bad = build_tokenizer(tokenizer), bad or BadRecords(0, "--max_bad_records")
     files = _files(sources)
@@ -157,7 +151,7 @@ def prepare(
         position = writer.position[0], Record(*writer.position[1])
         counts = writer.state["documents"]
         bad.found = {(path, number): message for path, number, message in writer.state["bad"]}
-    workers = workers or max(1, min(_cores(), sum(sizes) // _SMALL))
+    workers = workers or max(1, min(usable_cores(), sum(sizes) // _BYTES_PER_WORKER))
     try:
         with FileProgress(sizes, workers) as progress:
             for result in encode_all(_batches(files, key, position), job, workers=workers, tokenizer=engine):
@@ -197,17 +191,17 @@ def _files(sources: Sequence[str]) -> list[Path]:
     for source in sources:
         root = CORPORA.get(source) or Path(source).expanduser()
         if shard_format.is_prepared(root):
-            raise ConfigError(f"{root}: is prepared already")
+            raise ConfigError(f"{root}: is already a prepared folder")
         files += find_files(root)
     resolved = [file.resolve() for file in files]
     for number, file in enumerate(resolved):
         if file in resolved[:number]:
-            raise ConfigError(f"{files[number]}: named twice among the sources")
+            raise ConfigError(f"{files[number]}: is named twice among the sources")
     return files
 
 
 def _batches(files: Sequence[Path], key: str, position: tuple[int, Record] | None) -> Iterator[Batch]:
-    """The records of all files behind `position`, in batches of about a quarter of a megabyte."""
+    """Yield the records of all files after `position`, in batches of about `_BATCH_BYTES`."""
     first, after = position or (0, None)
     records: list[tuple[int, Record]] = []
     size = 0
@@ -223,13 +217,12 @@ def _batches(files: Sequence[Path], key: str, position: tuple[int, Record] | Non
 
 
 def _check_splits(writer: ShardWriter, out: Path, documents: int, validation_share: float) -> None:
-    wanted = [shard_format.TRAIN, *([shard_format.VALIDATION] if validation_share else [])]
-    for split in wanted:
+    for split in [shard_format.TRAIN, *([shard_format.VALIDATION] if validation_share else [])]:
         if not writer.tokens(split):
             writer.discard()
             raise ConfigError(
-                f"{out}: none of the {documents:,} documents fell into the {split} split, with "
-                f"--val_fraction={validation_share:g}; give more documents, or another share. To hold out "
+                f"{out}: none of the {documents:,} documents is in the {split} split with "
+                f"--val_fraction={validation_share:g}; give more documents or another share. To hold out "
                 "parts of documents instead, leave it 0 and train with validation.fraction"
             )
 
@@ -254,12 +247,6 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _describe(index: Index) -> str:
     return "; ".join(
         f"{split}: {index.documents(split):,} documents, {index.tokens(split):,} tokens in "
@@ -269,11 +256,10 @@ def _describe(index: Index) -> str:
 
 
 def verify(folder: Path) -> str:
-    """Compare sizes, checksums and ids of a prepared folder with its index; returns a line that says what is
-    in it.
+    """Check sizes, checksums and ids of a prepared folder against its index; returns a one-line summary.
 
     Raises:
-        ConfigError: the first thing that is wrong.
+        ConfigError: for the first error.
     """
     import numpy as np
 
@@ -288,7 +274,7 @@ def verify(folder: Path) -> str:
             if len(outside):
                 token = start + int(outside[0])
                 raise ConfigError(
-                    f"{path}, token {token:,}: the id {int(ids_N[token])} lies outside the vocabulary of "
+                    f"{path}, token {token:,}: the id {int(ids_N[token])} is outside the vocabulary of "
                     f"{index.vocabulary.size:,}; prepare the data again"
                 )
-    return f"{folder}: in order; {_describe(index)}; tokenizer {index.vocabulary.source}"
+    return f"{folder}: valid; {_describe(index)}; tokenizer {index.vocabulary.source}"

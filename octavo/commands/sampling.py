@@ -1,8 +1,10 @@
-"""From logits to the next token, and from tokens to text as they come.
+"""Sampling of the next token from logits, and streaming of tokens as text.
 
-Sampling narrows the distribution in this order: temperature, then the `top_k` most likely tokens, then the
-fewest of those whose probabilities reach `top_p` (nucleus sampling, arXiv:1904.09751). It is computed in
-float32 on the CPU with a generator of its own, so that a seed gives the same text on every run.
+Sampling applies temperature, then keeps the `top_k` most likely tokens, then the smallest set of those whose
+probabilities reach `top_p` (nucleus sampling, arXiv:1904.09751). It runs in float32 on the CPU with its own
+generator, so a seed gives the same text on every run.
+
+Shapes: B sequences, S tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,57 +20,57 @@ UNDECODED = "\ufffd"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: `temperature` 0 takes the likeliest; `top_k` 0 and `top_p` 1 keep all."""
+    """Sampling parameters: `temperature` 0 takes the most likely token; `top_k` 0 and `top_p` 1 keep all."""
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
 
 
-def probabilities(logits_V: Tensor, how: Sampling) -> Tensor:
-    """The distribution [V] that is drawn from, float32; `how.temperature` is above 0."""
-    logits_V = logits_V.float().cpu() / how.temperature
-    if 0 < how.top_k < len(logits_V):
-        kept = logits_V.topk(how.top_k).indices
+def probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
+    """The float32 distribution [V], not normalised, that is sampled from; `temperature` must be above 0."""
+    logits_V = logits_V.float().cpu() / sampling.temperature
+    if 0 < sampling.top_k < len(logits_V):
+        kept = logits_V.topk(sampling.top_k).indices
         logits_V = torch.full_like(logits_V, -torch.inf).index_copy(0, kept, logits_V[kept])
-    chances_V = logits_V.softmax(0)
-    if how.top_p < 1:
-        sorted_V, order_V = chances_V.sort(descending=True, stable=True)
-        # A token stays while those before it have not reached top_p; the first always stays.
-        enough_V = sorted_V.cumsum(0) - sorted_V >= how.top_p
-        chances_V[order_V[enough_V]] = 0
-    return chances_V
+    probabilities_V = logits_V.softmax(0)
+    if sampling.top_p < 1:
+        sorted_V, order_V = probabilities_V.sort(descending=True, stable=True)
+        # A token is kept while the ones before it sum to less than top_p; the first is always kept.
+        dropped_V = sorted_V.cumsum(0) - sorted_V >= sampling.top_p
+        probabilities_V[order_V[dropped_V]] = 0
+    return probabilities_V
 
 
-def choose(logits_V: Tensor, how: Sampling, generator: torch.Generator) -> int:
-    """The next token's id. Raises `ValueError` if a logit is NaN or all are infinite."""
+def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Return the next token's id. Raises `ValueError` if a logit is NaN or all are infinite."""
     if logits_V.isnan().any() or not logits_V.isfinite().any():
         raise ValueError("the model's logits are not finite: its weights are damaged, or training diverged")
-    if how.temperature == 0:
+    if sampling.temperature == 0:
         return int(logits_V.float().argmax())
-    return int(torch.multinomial(probabilities(logits_V, how), 1, generator=generator))
+    return int(torch.multinomial(probabilities(logits_V, sampling), 1, generator=generator))
 
 
 def generate(
     decode: Callable[[Tensor], Tensor],
     prompt: Sequence[int],
-    how: Sampling,
+    sampling: Sampling,
     *,
-    most: int,
+    max_tokens: int,
     seed: int,
     device: torch.device | str = "cpu",
 ) -> Iterator[int]:
-    """Up to `most` ids that follow `prompt`; `decode` maps new tokens [1, S] to logits [1, V] after them."""
+    """Yield the `max_tokens` ids after `prompt`. `decode` maps new tokens [1, S] to logits [1, V]."""
     generator = torch.Generator().manual_seed(seed)
     new: Sequence[int] = prompt
-    for _ in range(most):
-        token = choose(decode(torch.tensor([new], device=device))[0], how, generator)
+    for _ in range(max_tokens):
+        token = sample(decode(torch.tensor([new], device=device))[0], sampling, generator)
         yield token
         new = [token]
 
 
 class Recompute:
-    """Logits [1, V] after the last token, by the whole model each time: for models without a decoder."""
+    """A `decode` for models without a KV-cache decoder: each call runs the model on all tokens so far."""
 
     def __init__(self, model: torch.nn.Module):
         self._model = model
@@ -82,32 +84,32 @@ class Recompute:
 
 
 class TextStream:
-    """Turns ids into text piece by piece; the pieces together are what decoding all ids at once gives.
+    """Decodes ids incrementally; the pieces concatenate to the decoding of all ids at once.
 
-    A character may be spread over several tokens, and how a token reads may depend on the one before, so text
-    is handed out when it ends in a whole character, decoded together with what was handed out last.
+    A character may span several tokens, and the text of a token may depend on the previous one. So text is
+    returned once it ends in a complete character, and is decoded together with the piece before it.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._before = self._done = 0  # text of ids[:_done] is out; decoding starts at _before
+        self._start = self._returned = 0  # text of ids[:_returned] was returned; decoding starts at _start
 
-    def add(self, id_: int) -> str:
-        """The text that is certain now that `id_` has come; often that of `id_`, sometimes none."""
-        self._ids.append(id_)
-        text = self._rest()
+    def add(self, token: int) -> str:
+        """Append `token`; returns the text that is complete now, which may be empty."""
+        self._ids.append(token)
+        text = self._pending()
         if text.endswith(UNDECODED):
             return ""
-        self._before, self._done = self._done, len(self._ids)
+        self._start, self._returned = self._returned, len(self._ids)
         return text
 
     def end(self) -> str:
-        """What was held back; bytes that never became a character are U+FFFD."""
-        text = self._rest()
-        self._done = len(self._ids)
+        """Return the remaining text; an incomplete character decodes to U+FFFD."""
+        text = self._pending()
+        self._returned = len(self._ids)
         return text
 
-    def _rest(self) -> str:
-        out = self._tokenizer.decode(self._ids[self._before : self._done])
-        return self._tokenizer.decode(self._ids[self._before :])[len(out) :]
+    def _pending(self) -> str:
+        returned = self._tokenizer.decode(self._ids[self._start : self._returned])
+        return self._tokenizer.decode(self._ids[self._start :])[len(returned) :]

@@ -39,7 +39,7 @@ def test_without_transformers_it_says_which_check_ran(model, alone, tmp_path, ca
     assert main(["export", str(model), "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "read back by octavo: max abs difference 0.00e+00 over 48 positions, within the tolerance" in out
-    assert "not compared with transformers': it is not installed" in out
+    assert "not compared with transformers: it is not installed" in out
 
 
 def test_bfloat16_tells_what_rounding_does(model, alone, tmp_path, capsys):

@@ -114,7 +114,7 @@ def test_a_terminal_gets_no_commands_from_a_text(model, stream, shown):
         (["--prompt", "word " * 100], "tokens, and the model was trained on sequences of 48"),
         (["--prompt", "\udcff"], "--prompt is not UTF-8 text"),
         ([], "the following arguments are required: --prompt"),
-        (["--prompt", "a", "--temperature", "-1"], "expected a number from 0 up, at most 100, got '-1'"),
+        (["--prompt", "a", "--temperature", "-1"], "expected a number from 0 to 100, got '-1'"),
         (["--prompt", "a", "--temperature", "nan"], "got 'nan'"),
         (["--prompt", "a", "--temperature", "inf"], "got 'inf'"),
         (["--prompt", "a", "--top_p", "0"], "expected a number above 0, at most 1, got '0'"),

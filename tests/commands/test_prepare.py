@@ -362,7 +362,7 @@ def test_is_refused_before_a_model_is_built(copy: Path, tmp_path: Path) -> None:
         (["{}/a.txt", "--tokenizer", TOKENIZER, "--out", "{}/x", "--workers", "0"], "from 1 to"),
         (["{}/a.txt", "--tokenizer", TOKENIZER, "--out", "{}/x", "--val-fraction", "2"], "from 0 to 0.5"),
         (["--verify", "{}"], "index.json: cannot be read"),
-        (["{}/a.txt", "--verify", "{}"], "stands alone"),
+        (["{}/a.txt", "--verify", "{}"], "cannot be combined"),
     ],
 )
 def test_what_the_command_refuses(

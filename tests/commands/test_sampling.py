@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octavo.commands.sampling import Recompute, Sampling, TextStream, choose, generate, probabilities
+from octavo.commands.sampling import Recompute, Sampling, TextStream, generate, probabilities, sample
 from octavo.tokenizer import build_tokenizer
 from tests.models.small_llama import SHAPES, noisy
 
@@ -14,7 +14,7 @@ LOGITS = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).log()
 
 
 @pytest.mark.parametrize(
-    ("how", "expected"),
+    ("sampling", "expected"),
     [
         (Sampling(), [0.5, 0.2, 0.15, 0.1, 0.05]),
         (Sampling(temperature=0.5), [0.25, 0.04, 0.0225, 0.01, 0.0025]),
@@ -27,29 +27,31 @@ LOGITS = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).log()
         (Sampling(top_k=2, top_p=0.7), [0.5, 0, 0, 0, 0]),
     ],
 )
-def test_distribution_by_hand(how, expected):
+def test_distribution_by_hand(sampling, expected):
     kept = torch.tensor(expected)
-    got = probabilities(LOGITS, how)
+    got = probabilities(LOGITS, sampling)
     torch.testing.assert_close(got / got.sum(), kept / kept.sum())
 
 
 def test_draws_follow_the_distribution():
     generator = torch.Generator().manual_seed(1)
-    drawn = torch.tensor([choose(LOGITS, Sampling(top_k=3), generator) for _ in range(4000)])
+    drawn = torch.tensor([sample(LOGITS, Sampling(top_k=3), generator) for _ in range(4000)])
     shares = drawn.bincount(minlength=5) / 4000
     torch.testing.assert_close(shares, probabilities(LOGITS, Sampling(top_k=3)), rtol=0, atol=0.03)
 
 
-def test_temperature_0_is_the_likeliest_and_damaged_logits_are_told():
+def test_temperature_0_is_greedy_and_damaged_logits_are_an_error():
     generator = torch.Generator()
-    assert choose(LOGITS.flip(0), Sampling(0.0), generator) == 4
+    assert sample(LOGITS.flip(0), Sampling(0.0), generator) == 4
     with pytest.raises(ValueError, match="not finite"):
-        choose(torch.tensor([0.0, torch.nan]), Sampling(), generator)
+        sample(torch.tensor([0.0, torch.nan]), Sampling(), generator)
 
 
 def test_a_seed_gives_the_same_tokens_and_another_seed_others():
     model = noisy(SHAPES["gqa"])
-    texts = [list(generate(Recompute(model), [1, 2], Sampling(), most=30, seed=seed)) for seed in (5, 5, 6)]
+    texts = [
+        list(generate(Recompute(model), [1, 2], Sampling(), max_tokens=30, seed=seed)) for seed in (5, 5, 6)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 

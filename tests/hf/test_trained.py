@@ -71,8 +71,8 @@ def test_greedy_text_is_that_of_transformers(trained, theirs, words):
     source, model = own_model(trained)
     prompt = text_ids(source, words)
     decode = source.spec.decoder(model, CONTEXT)
-    ours = list(generate(decode, prompt, Sampling(0.0), most=64, seed=0))
-    again = list(generate(Recompute(model), prompt, Sampling(0.0), most=64, seed=0))
+    ours = list(generate(decode, prompt, Sampling(0.0), max_tokens=64, seed=0))
+    again = list(generate(Recompute(model), prompt, Sampling(0.0), max_tokens=64, seed=0))
     expected = theirs.generate(
         torch.tensor([prompt]), do_sample=False, max_new_tokens=64, min_new_tokens=64, eos_token_id=None
     )

@@ -97,7 +97,7 @@ def test_ctrl_c(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(download, "fetch", interrupted)
     code, _, err = call()
-    assert (code, "the same command goes on where it stopped" in err) == (130, True)
+    assert (code, "rerun the same command to continue" in err) == (130, True)
 
 
 def test_as_a_command_of_octavo(world: World) -> None:

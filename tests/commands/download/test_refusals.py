@@ -37,7 +37,7 @@ def test_no_such_revision(call: Any) -> None:
 def test_a_repository_without_the_assets(call: Any, world: World) -> None:
     world.files = {"README.md": b"x"}
     code, _, err = call("--assets", "config")
-    assert (code, "has nothing for --assets config at main; it has README.md" in err) == (2, True)
+    assert (code, "has no files for --assets config at main; it has README.md" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
