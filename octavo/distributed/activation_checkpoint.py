@@ -27,7 +27,7 @@ _ATTENTION = frozenset(
 )
 # By name, since the operator of emulated float8 products exists only where octavo.float8 is loaded.
 _MATMULS = frozenset(
-    {"aten::mm", "aten::addmm", "aten::_scaled_mm", "aten::_scaled_mm_v2", "octavo::mm_codes"}
+    {"aten::mm", "aten::addmm", "aten::_scaled_mm", "octavo::scaled_mm_blocks", "octavo::mm_codes"}
 )
 
 

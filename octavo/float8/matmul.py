@@ -107,6 +107,49 @@ def _pad_rows_of(scale: Tensor, rows: int) -> Tensor:
     return scale if scale.shape[0] == 1 else _pad_scale(scale, rows, 1)
 
 
+_OPERATORS = torch.library.Library("octavo", "FRAGMENT")
+_OPERATORS.define(
+    "scaled_mm_blocks(Tensor a, Tensor b, Tensor scale_a, int kind_a, Tensor scale_b, int kind_b, int swizzle, "
+    "ScalarType out_dtype, bool fast_accum) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl(_OPERATORS, "scaled_mm_blocks", "CompositeExplicitAutograd")
+def _scaled_mm_blocks(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    kind_a: int,
+    scale_b: Tensor,
+    kind_b: int,
+    swizzle: int,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+) -> Tensor:
+    """`F.scaled_mm` as one operator that the compiler does not look into.
+
+    Compiled, `F.scaled_mm` itself cannot be traced by PyTorch 2.11; 2.13 lowers it to `_scaled_mm`, which
+    refuses scales padded as cuBLAS wants them, and the swizzled ones of 32-blocks.
+    """
+    return F.scaled_mm(
+        a,
+        b,
+        scale_a,
+        F.ScalingType(kind_a),
+        scale_b,
+        F.ScalingType(kind_b),
+        swizzle_a=F.SwizzleType(swizzle),
+        swizzle_b=F.SwizzleType(swizzle),
+        output_dtype=out_dtype,
+        use_fast_accum=fast_accum,
+    )
+
+
+# The fake is the call itself, which checks sizes, strides and scales.
+torch.library.register_fake("octavo::scaled_mm_blocks", _scaled_mm_blocks, lib=_OPERATORS)
+
+
 def _block_mm_cuda(a: Quantized, b: Quantized, gemm: Gemm, out_dtype: torch.dtype) -> Tensor:
     rows_a, rows_b = a.data.shape[0], b.data.shape[0]
     assert gemm.b is not None
@@ -118,15 +161,17 @@ def _block_mm_cuda(a: Quantized, b: Quantized, gemm: Gemm, out_dtype: torch.dtyp
         scale_b = _pad_scale(b.scale, data_b.shape[0] // 128, -(-blocks // 4) * 4).contiguous().t()
     else:
         scale_b = _pad_scale(b.scale, data_b.shape[0], blocks).t().contiguous().t()
-    y = F.scaled_mm(
+    kind_b = F.ScalingType.BlockWise128x128 if square else F.ScalingType.BlockWise1x128
+    y = torch.ops.octavo.scaled_mm_blocks(
         data_a,
         data_b.t(),
         scale_a,
-        F.ScalingType.BlockWise1x128,
+        F.ScalingType.BlockWise1x128.value,
         scale_b,
-        F.ScalingType.BlockWise128x128 if square else F.ScalingType.BlockWise1x128,
-        output_dtype=torch.bfloat16 if out_dtype == torch.float16 else out_dtype,
-        use_fast_accum=gemm.fast_accum,
+        kind_b.value,
+        F.SwizzleType.NO_SWIZZLE.value,
+        torch.bfloat16 if out_dtype == torch.float16 else out_dtype,
+        gemm.fast_accum,
     )
     return _crop(y, rows_a, rows_b).to(out_dtype)
 
@@ -146,16 +191,16 @@ def swizzle_e8m0(scale: Tensor) -> Tensor:
 
 def _mx_mm_cuda(a: Quantized, b: Quantized, gemm: Gemm, out_dtype: torch.dtype) -> Tensor:
     rows_a, rows_b = a.data.shape[0], b.data.shape[0]
-    y = F.scaled_mm(
+    y = torch.ops.octavo.scaled_mm_blocks(
         _pad(a.data, 16, 32),
         _pad(b.data, 16, 32).t(),
         swizzle_e8m0(a.scale),
-        F.ScalingType.BlockWise1x32,
+        F.ScalingType.BlockWise1x32.value,
         swizzle_e8m0(b.scale),
-        F.ScalingType.BlockWise1x32,
-        swizzle_a=F.SwizzleType.SWIZZLE_32_4_4,
-        swizzle_b=F.SwizzleType.SWIZZLE_32_4_4,
-        output_dtype=torch.bfloat16 if out_dtype == torch.float16 else out_dtype,
+        F.ScalingType.BlockWise1x32.value,
+        F.SwizzleType.SWIZZLE_32_4_4.value,
+        torch.bfloat16 if out_dtype == torch.float16 else out_dtype,
+        False,
     )
     return _crop(y, rows_a, rows_b).to(out_dtype)
 
@@ -358,13 +403,12 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b)
 
 
-_CODES = torch.library.Library("octavo", "FRAGMENT")
-_CODES.define(
+_OPERATORS.define(
     "mm_codes(Tensor a, Tensor b, ScalarType out_dtype) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
 
 
-@torch.library.impl(_CODES, "mm_codes", "CompositeExplicitAutograd")
+@torch.library.impl(_OPERATORS, "mm_codes", "CompositeExplicitAutograd")
 def _mm_codes(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     """`a[M, C] . b[C, N]`, as `torch.mm`, of float32 tensors whose values are exact in bfloat16; added in
     float32, rounded once to `out_dtype`.
@@ -388,7 +432,7 @@ def _mm_codes(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
             units.fp32_precision = before
 
 
-@torch.library.register_fake("octavo::mm_codes", lib=_CODES)
+@torch.library.register_fake("octavo::mm_codes", lib=_OPERATORS)
 def _(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype)
 
@@ -398,7 +442,7 @@ PRODUCTS = frozenset(
     {
         _aten.mm.default,
         _aten._scaled_mm.default,
-        _aten._scaled_mm_v2.default,
+        torch.ops.octavo.scaled_mm_blocks.default,
         torch.ops.octavo.mm_codes.default,
     }
 )

@@ -15,7 +15,7 @@ from octavo.config.parallel_dims import ParallelDims
 from octavo.roofline import Shape
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_SCALED = ("_scaled_mm", "_scaled_mm_v2")
+_SCALED = ("_scaled_mm", "scaled_mm_blocks")
 
 # Operation's name -> the kind of message: functional collectives, FSDP2's, and those of torch.distributed.
 _MESSAGES: Mapping[str, str] = {

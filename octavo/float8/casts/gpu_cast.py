@@ -100,7 +100,8 @@ def cast_given(
     data, data_t, scale, maxima, saturated = ops.cast_by_given_scale(
         x.contiguous(), amax, cast.dtype, cast.scale.value, rows, columns
     )
-    return (data, scale), (data_t, scale), maxima.amax().view(torch.float32).view(1, 1), saturated.sum()
+    # Two tensors for the scales: the compiler refuses one that is given to an autograd function twice.
+    return (data, scale), (data_t, scale.t()), maxima.amax().view(torch.float32).view(1, 1), saturated.sum()
 
 
 def _launch(x: Tensor, cast: Cast, rows: bool, columns: bool) -> tuple[Pair, Pair]:

@@ -46,6 +46,7 @@ CONFIGS: tuple[Config, ...] = (
     {"num_warps": 8, "num_stages": 1},
     {"num_warps": 4, "num_stages": 1},
 )
+UPDATES = ("w_ptr", "m_ptr", "v_ptr")
 SOURCES = {None: 0, torch.bfloat16: 1, torch.float16: 2}
 """What is cast: the weight as stored, or that rounded."""
 
@@ -96,7 +97,7 @@ def _source(w, SOURCE: tl.constexpr):
     return w
 
 
-@tuned(CONFIGS, key=["M", "K"])
+@tuned(CONFIGS, key=["M", "K"], updates=UPDATES)
 @triton.jit
 def _adamw_maxima(
     w_ptr, g_ptr, m_ptr, v_ptr, rows_ptr, columns_ptr, M, K, decay, beta1, beta2, rate, root, eps,
@@ -113,7 +114,7 @@ def _adamw_maxima(
     tl.store(columns_ptr + pid_m.to(tl.int64) * K + k, tl.max(bits, axis=0), mask=k < K)
 
 
-@tuned(CONFIGS, key=["M", "K"])
+@tuned(CONFIGS, key=["M", "K"], updates=UPDATES)
 @triton.jit
 def _adamw_given_scale(
     w_ptr, g_ptr, m_ptr, v_ptr, amax_ptr, data_ptr, data_t_ptr, scale_ptr, maxima_ptr, saturated_ptr, M, K,
@@ -140,7 +141,7 @@ def _adamw_given_scale(
     tl.store(data_t_ptr + k[:, None] * M + m[None, :], tl.trans(code), mask=tl.trans(mask))
 
 
-@tuned(CONFIGS, key=["M", "K"])
+@tuned(CONFIGS, key=["M", "K"], updates=UPDATES)
 @triton.jit
 def _adamw_squares(
     w_ptr, g_ptr, m_ptr, v_ptr, data_ptr, data_t_ptr, scale_ptr, M, K,

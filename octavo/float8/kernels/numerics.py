@@ -141,9 +141,10 @@ def wrap_triton(kernel: Any) -> Any:
     return kernel if isinstance(kernel, Untuned) else torch.library.wrap_triton(kernel)
 
 
-def tuned(configs: tuple[Config, ...], key: list[str]) -> Any:
+def tuned(configs: tuple[Config, ...], key: list[str], updates: tuple[str, ...] = ()) -> Any:
     """Decorates a kernel that chooses among `configs` by timing them, once for each value of `key`.
 
+    `updates` names the pointers that the kernel both reads and writes; timing it restores what they point to.
     The first is the default: the interpreter, which has nothing to time, takes it. `kernel.fn` is the plain
     kernel.
     """
@@ -157,7 +158,7 @@ def tuned(configs: tuple[Config, ...], key: list[str]) -> Any:
         )
         for config in configs
     ]
-    return triton.autotune(configs=apart, key=key)
+    return triton.autotune(configs=apart, key=key, restore_value=list(updates) or None)
 
 
 class Untuned:
