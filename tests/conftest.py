@@ -5,6 +5,7 @@ variables that steer a launch are removed. All of it is set before any test impo
 it only once.
 """
 
+import importlib.util
 import logging
 import os
 import tempfile
@@ -12,7 +13,6 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,18 +43,29 @@ if as_on := os.environ.get("ATEN_CPU_CAPABILITY"):  # see tests/train/test_proce
     cache = Path(tempfile.gettempdir()) / f"octavo-inductor-{os.getuid()}-{as_on}"
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)  # torch itself sets it in a process that has compiled
 
-# The same examples on every run: a failure seen once can be seen again.
-settings.register_profile("octavo", derandomize=True, deadline=None, database=None)
-settings.load_profile("octavo")
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    # The same examples on every run: a failure seen once can be seen again.
+    settings.register_profile("octavo", derandomize=True, deadline=None, database=None)
+    settings.load_profile("octavo")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m gpu`, skip files without GPU tests: they may need packages that a rented GPU machine lacks."""
+    if config.option.markexpr != "gpu" or collection_path.suffix != ".py":
+        return None
+    return "mark.gpu" not in collection_path.read_text() or None
 
 
 # The files that take longest. ./run_tests.sh hands out whole files in this order: in the end no core is left
 # with a long one while the others are idle.
 LONG = (
-    *("float8/kernels/test_interpreted.py", "float8/test_compile.py", "test_train.py", "test_layouts.py"),
-    *("docs/test_commands.py", "test_compare.py", "test_faults.py"),
-    *("test_small_training.py", "test_torchrun.py", "float8/test_tensor_parallel.py", "distributed"),
-    *("test_processors.py", "test_two_machines.py", "test_pipeline.py", "estimating", "doctor"),
+    *("float8/kernels/test_interpreted.py", "float8/test_compile.py", "train/test_trainer.py"),
+    *("train/test_layouts.py", "docs/test_commands.py", "commands/compare/test_compare.py"),
+    *("train/test_faults.py", "train/test_small_training.py", "launch/test_elastic.py"),
+    *("float8/distributed/test_parallel_styles.py", "distributed", "train/test_processors.py"),
+    *("launch/test_two_machines.py", "train/test_pipeline.py", "commands/estimate", "commands/doctor"),
     *("float8", "checkpoint"),
 )
 

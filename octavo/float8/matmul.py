@@ -109,8 +109,8 @@ def _pad_rows_of(scale: Tensor, rows: int) -> Tensor:
 
 _OPERATORS = torch.library.Library("octavo", "FRAGMENT")
 _OPERATORS.define(
-    "scaled_mm_blocks(Tensor a, Tensor b, Tensor scale_a, int kind_a, Tensor scale_b, int kind_b, int swizzle, "
-    "ScalarType out_dtype, bool fast_accum) -> Tensor",
+    "scaled_mm_blocks(Tensor a, Tensor b, Tensor scale_a, int kind_a, Tensor scale_b, int kind_b, "
+    "int swizzle, ScalarType out_dtype, bool fast_accum) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.float8 import (
@@ -137,6 +139,25 @@ def test_the_gpu_calls_meet_the_gpus_limits(
             y = path.run(a, b, gemm, dtype)
             assert y.shape == (M, N)
             assert y.dtype == dtype
+
+
+@pytest.mark.parametrize("recipe", ["blockwise", "mxfp8"])
+def test_the_compiler_sees_one_operator_for_a_product_of_blocks(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor lowers `_scaled_mm_v2` to `_scaled_mm`, which refuses such scales: two blocks along C."""
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda t: t.clone(memory_format=torch.contiguous_format))
+    gemm = RECIPES[recipe].output
+    path = find_path(gemm, BLACKWELL if recipe == "mxfp8" else HOPPER)
+    with FakeTensorMode():
+        a, b = (quantize(torch.empty(256, 256, device="cuda"), cast) for cast in (gemm.a, gemm.b))
+
+        def product(data_a: Tensor, scale_a: Tensor, data_b: Tensor, scale_b: Tensor) -> Tensor:
+            return path.run(Quantized(data_a, scale_a), Quantized(data_b, scale_b), gemm, torch.bfloat16)
+
+        nodes = make_fx(dispatch_functionalize(product))(*a, *b).graph.nodes
+    products = [str(node.target) for node in nodes if "mm" in str(node.target)]
+    assert products == ["octavo.scaled_mm_blocks.default"]
 
 
 class Calls(TorchDispatchMode):

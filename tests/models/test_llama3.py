@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo import models
@@ -9,7 +10,7 @@ from octavo.config import ConfigError
 from octavo.models.init import init_weights
 from octavo.models.llama3 import FLAVORS, configure
 from octavo.models.llama3.hf_state_dict import from_hf, to_hf
-from octavo.models.llama3.model import Llama, LlamaArgs, apply_rope, rope_table
+from octavo.models.llama3.model import CoreAttention, Llama, LlamaArgs, apply_rope, rope_table
 from tests.models.small_llama import SCALING, SHAPES, small
 
 PUBLISHED_SIZES = {
@@ -175,3 +176,19 @@ def test_rope_for_the_compiler_is_that_of_eager_code(dtype, monkeypatch):
     for mine, compilers in zip(eager, rotated(), strict=True):
         assert mine.dtype == dtype
         torch.testing.assert_close(mine, compilers)
+
+
+@pytest.mark.parametrize(("dtype", "heads"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_float32_attention_on_a_gpu_has_no_groups(dtype, heads, monkeypatch):
+    """No fused kernel takes groups in float32: scores of the whole sequence would be kept for backward."""
+    seen = []
+
+    def attend(q, k, v, **_):
+        seen.append((k.shape[1], v.shape[1]))
+        return q
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, n, 8, 16, dtype=dtype, device="cuda") for n in (4, 2, 2))
+        CoreAttention()(q, k, v)
+    assert seen == [(heads, heads)]

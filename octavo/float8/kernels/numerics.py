@@ -138,7 +138,28 @@ Config = dict[str, Any]
 
 def wrap_triton(kernel: Any) -> Any:
     """`kernel` as the compiler can see it; under the interpreter, or with a fixed configuration, itself."""
-    return kernel if isinstance(kernel, Untuned) else torch.library.wrap_triton(kernel)
+    return kernel if isinstance(kernel, Untuned) else OnItsDevice(torch.library.wrap_triton(kernel))
+
+
+_REAL = (Tensor, torch.nn.Parameter)  # not what stands for a tensor while a graph is traced
+
+
+class OnItsDevice:
+    """A kernel that is launched on the GPU of its first argument, whichever GPU is the current one."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        launch = self.kernel[grid]
+
+        def on_its_device(x: Tensor, *args: Any, **constants: Any) -> Any:
+            if type(x) not in _REAL or not x.is_cuda:
+                return launch(x, *args, **constants)
+            with torch.cuda.device(x.device):
+                return launch(x, *args, **constants)
+
+        return on_its_device
 
 
 def tuned(configs: tuple[Config, ...], key: list[str], updates: tuple[str, ...] = ()) -> Any:

@@ -122,7 +122,8 @@ class CoreAttention(nn.Module):
     def forward(
         self, q_BHSE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask_B1SS: Tensor | None = None
     ) -> Tensor:
-        if mask_B1SS is not None:  # fused kernels that take a mask know no groups
+        plain_heads = mask_B1SS is not None or (q_BHSE.is_cuda and q_BHSE.dtype == torch.float32)
+        if plain_heads:  # no fused kernel takes groups with a mask, nor on a GPU in float32
             groups = q_BHSE.shape[1] // k_BGSE.shape[1]
             k_BGSE, v_BGSE = (x.repeat_interleave(groups, dim=1) for x in (k_BGSE, v_BGSE))
         if q_BHSE.device.type == "cpu" and not torch.compiler.is_compiling():

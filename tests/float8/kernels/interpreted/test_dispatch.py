@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from octavo.float8 import RECIPES, Cast, Float8AdamW, Float8Linear, ScaleFormat
 from octavo.float8.casts import gpu_cast
 from octavo.float8.casts.delayed_operand import DelayedOperand, quantize_operand
+from octavo.float8.casts.delayed_scaling import DelayedScaling
 from octavo.float8.casts.gpu_cast import serves, use_kernels
 from octavo.float8.distributed.tp_scales import Split
 from octavo.float8.linear import cast_weight
@@ -138,3 +139,29 @@ def test_an_operand_of_the_previous_step_is_cast_and_measured_by_kernels(known: 
         results.append((first.data, first.scale, second.data, operand.seen, operand.counts.float()))
     for got, wanted in zip(*results, strict=True):
         assert_same(got, wanted, "part")
+
+
+def test_known_scales_compile_where_the_input_is_not_pinned() -> None:
+    """As w2 from the second step on: both forms of the cast go straight into the product."""
+    torch.manual_seed(0)
+    model = Float8Linear(64, 48, config="tensorwise_previous_step", emulate=True, dtype=torch.bfloat16)
+    model.keep_input = False
+    scales = DelayedScaling(model)
+    x = torch.randn(2, 20, 64).to(torch.bfloat16)
+    gradients(model, model, x)
+    scales.end_step()
+    assert model.operands.input.known
+
+    want = gradients(model, model, x)
+    compiled = torch.compile(model, fullgraph=True, backend=WITHOUT_CODE)
+    for got, wanted in zip(gradients(compiled, model, x), want, strict=True):
+        assert_same(got, wanted, "compiled")
+
+
+def test_a_square_casts_two_forms_have_a_scale_tensor_each() -> None:
+    x = make_x((32, 64), torch.bfloat16, "spread")
+    for dtype in (E4M3,):
+        cast = Cast(dtype, (FULL, FULL))
+        given = gpu_cast.cast_given(x, x.abs().amax().float().view(1, 1), cast, True, True)[:2]
+        for (_, one), (_, other) in (given, gpu_cast.cast_both(x, cast, cast)):
+            assert one is not other
