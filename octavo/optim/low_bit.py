@@ -26,6 +26,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
+from octavo.optim import one_kernel
+
 PIECE = 1 << 24
 """Elements that are updated at a time."""
 
@@ -37,6 +39,11 @@ def _steps(state: dict[str, Any]) -> int:
     """How many steps a parameter has had; of tensors without memory, which have no numbers, the first."""
     done = state["step"]
     return 1 if isinstance(done, FakeTensor) else int(done.item())
+
+
+def _in_one_kernel(w: Tensor) -> bool:
+    """Whether `w` is updated by `one_kernel`: on GPUs. A CPU keeps the bits of the generator's rounding."""
+    return w.is_cuda and not isinstance(w, FakeTensor)
 
 
 def _local(x: Tensor) -> Tensor:
@@ -72,6 +79,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.state_dtype = state_dtype
         self._generators: dict[torch.device, torch.Generator] = {}
+        self._numbers: tuple[Any, Tensor] | None = None
 
     def _parameters(self) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
         place = 0
@@ -110,6 +118,12 @@ class AdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         step = _steps(state)
         whole = [_local(t) for t in (p, grad, state["exp_avg"], state["exp_avg_sq"])]
+        if _in_one_kernel(whole[0]):
+            numbers = self._step_numbers(group, step, whole[0].device)
+            update = one_kernel.compiled_update()
+            for piece, tensors in enumerate(zip(*(_pieces(t) for t in whole), strict=True)):
+                update(*tensors, numbers, one_kernel.seed_of(step, place, piece))
+            return
         generator = self._generator(whole[0].device, step, place)
         for w, g, m, v in zip(*(_pieces(t) for t in whole), strict=True):
             g = g.float()
@@ -122,6 +136,18 @@ class AdamW(torch.optim.Optimizer):
             root = (second / (1 - beta2**step)).sqrt_().add_(group["eps"])
             new = w.float() * (1 - group["lr"] * group["weight_decay"])
             store(w, new.addcdiv_(first, root, value=-group["lr"] / (1 - beta1**step)), generator)
+
+    def _step_numbers(self, group: dict[str, Any], step: int, device: torch.device) -> Tensor:
+        """`numbers` of `one_kernel.update`, copied to the device once per step without waiting for it."""
+        beta1, beta2 = group["betas"]
+        lr, decay, eps = group["lr"], group["weight_decay"], group["eps"]
+        key = (step, device, lr, decay, beta1, beta2, eps)
+        if self._numbers is None or self._numbers[0] != key:
+            rate, correction = lr / (1 - beta1**step), 1 - beta2**step
+            values = (1 - lr * decay, 1 - beta1, beta2, 1 - beta2, rate, correction, eps)
+            host = torch.tensor(values, dtype=torch.float32, pin_memory=device.type == "cuda")
+            self._numbers = key, host.to(device, non_blocking=True)
+        return self._numbers[1]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what `state_dict()` gave, bit for bit: PyTorch would cast it to the parameters' dtype."""

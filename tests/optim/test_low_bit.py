@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from octavo.optim import low_bit
+from octavo.optim import low_bit, one_kernel
 from octavo.optim.low_bit import AdamW, AdamW8bit, store
 
 NUMBERS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -30,7 +30,15 @@ def train(optimizer, params, steps, first=0):
         optimizer.step()
 
 
-def test_in_float32_it_is_pytorchs():
+@pytest.fixture(params=["operations", "one kernel"])
+def way(request, monkeypatch):
+    """As a CPU steps, and as a GPU does, uncompiled."""
+    if request.param == "one kernel":
+        monkeypatch.setattr(low_bit, "_in_one_kernel", lambda w: True)
+        monkeypatch.setattr(one_kernel, "compiled_update", lambda: one_kernel.update)
+
+
+def test_in_float32_it_is_pytorchs(way):
     mine, theirs = parameters(), parameters()
     train(AdamW(mine, state_dtype=torch.float32, **NUMBERS), mine, 5)
     train(torch.optim.AdamW(theirs, **NUMBERS), theirs, 5)
@@ -38,7 +46,7 @@ def test_in_float32_it_is_pytorchs():
         torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-6)
 
 
-def test_pieces_change_nothing(monkeypatch):
+def test_pieces_change_nothing(way, monkeypatch):
     whole, cut = parameters(), parameters()
     train(AdamW(whole, state_dtype=torch.float32, **NUMBERS), whole, 3)
     monkeypatch.setattr(low_bit, "PIECE", 1000)
@@ -47,7 +55,7 @@ def test_pieces_change_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_moments_in_bfloat16_step_nearly_alike(dtype):
+def test_moments_in_bfloat16_step_nearly_alike(dtype, way):
     mine, theirs = parameters(dtype), [nn.Parameter(p.float()) for p in parameters(dtype)]
     optimizer = AdamW(mine, state_dtype=torch.bfloat16, **NUMBERS)
     before = [p.detach().float().clone() for p in mine]
@@ -73,7 +81,7 @@ def test_rounding_is_right_on_average():
     assert torch.equal(kept.float().nan_to_num(7), special.nan_to_num(7))
 
 
-def test_small_updates_of_bfloat16_weights_are_not_lost():
+def test_small_updates_of_bfloat16_weights_are_not_lost(way):
     p = nn.Parameter(torch.ones(4000, dtype=torch.bfloat16))
     optimizer = AdamW([p], **{**NUMBERS, "lr": 1e-4, "weight_decay": 0.0}, state_dtype=torch.float32)
     for _ in range(20):
@@ -90,7 +98,7 @@ KINDS = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", KINDS)
-def test_resumed_equals_uninterrupted_bit_for_bit(make, dtype):
+def test_resumed_equals_uninterrupted_bit_for_bit(make, dtype, way):
     whole, first = parameters(dtype), parameters(dtype)
     train(make(whole), whole, 6)
     optimizer = make(first)

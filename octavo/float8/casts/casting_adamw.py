@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, StateDict
 
 from octavo.float8.casts import gpu_cast
 from octavo.float8.casts.input_cache import Casts
@@ -52,6 +52,7 @@ class Float8AdamW(torch.optim.AdamW):
                 "convert_to_float8_training first, or use torch.optim.AdamW"
             )
         self._linears = linears
+        self._steps: dict[Tensor, int] = {}  # as in `state`, where a GPU may hold them: reading them waits
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -69,6 +70,8 @@ class Float8AdamW(torch.optim.AdamW):
                 if linear is not None and p.grad is not None and self._served(p, linear, group):
                     linear.take_weight_casts(self._step_and_cast(p, linear, group))
                     aside[p], p.grad = p.grad, None
+                else:
+                    self._steps.pop(p, None)  # torch steps it
         super().step()
         for p, grad in aside.items():
             p.grad = grad
@@ -78,6 +81,11 @@ class Float8AdamW(torch.optim.AdamW):
                     cast_weight(linear.weight.detach(), linear.recipe, for_grad_input=True)
                 )
         return loss
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """As torch's."""
+        super().load_state_dict(state_dict)
+        self._steps.clear()
 
     def _served(self, p: Tensor, linear: Float8Linear, group: dict[str, Any]) -> bool:
         row, col = linear.recipe.output.b, linear.recipe.grad_input.b
@@ -102,9 +110,12 @@ class Float8AdamW(torch.optim.AdamW):
             on = p.device if group["fused"] else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=on)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        if p not in self._steps:
+            self._steps[p] = int(state["step"])
         state["step"] += 1
+        self._steps[p] += 1
         step = Step.of(
-            int(state["step"]),
+            self._steps[p],
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -165,3 +167,27 @@ def test_a_square_casts_two_forms_have_a_scale_tensor_each() -> None:
         given = gpu_cast.cast_given(x, x.abs().amax().float().view(1, 1), cast, True, True)[:2]
         for (_, one), (_, other) in (given, gpu_cast.cast_both(x, cast, cast)):
             assert one is not other
+
+
+def test_the_step_count_is_read_once_and_again_after_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `fused=True` it is on the GPU, and reading it waits for the step before."""
+    reads = []
+    count = torch.Tensor.__int__
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda t: reads.append(1) or count(t))
+
+    def train(optimizer: Float8AdamW, steps: int) -> None:
+        for step in range(steps):
+            model.weight.grad = torch.full_like(model.weight, 0.1 * (step + 1))
+            optimizer.step()
+
+    model = Float8Linear(16, 16, bias=False, config="rowwise", emulate=True)
+    optimizer = Float8AdamW(model.parameters(), model=model, lr=1e-2)
+    train(optimizer, 3)
+    assert len(reads) == 1
+    kept = copy.deepcopy(optimizer.state_dict())
+    train(optimizer, 2)
+    optimizer.load_state_dict(kept)
+    train(optimizer, 1)
+    assert len(reads) == 2
+    assert optimizer.state[model.weight]["step"] == 4
+    assert optimizer._steps[model.weight] == 4
