@@ -1,23 +1,40 @@
-"""The documentation builds as a site without a warning, and its pages ask no foreign server for anything."""
+"""The documentation builds as a site without a warning, and its pages request nothing from another server."""
 
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.helpers.waiting import LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
 
 
-def build(root: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=LIMIT)
+def build(folder: Path, addition: str = "") -> subprocess.CompletedProcess[str]:
+    """Build the site in `folder`, with `addition` at the end of the last page."""
+    shutil.copytree(DOCS, folder / "docs")
+    shutil.copy(ROOT / "zensical.toml", folder)
+    (folder / "octavo").symlink_to(ROOT / "octavo")
+    with (folder / "docs" / "faq.md").open("a") as page:
+        page.write(f"\n{addition}\n")
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LIMIT)
+
+
+def pages_of(nav: Any) -> list[str]:
+    if isinstance(nav, str):
+        return [nav]
+    return [page for entry in (nav.values() if isinstance(nav, dict) else nav) for page in pages_of(entry)]
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
-    built = build(ROOT, tmp_path / "site")
+    built = build(tmp_path)
 
     assert built.returncode == 0, built.stderr
     pages = {page.parent.name: page.read_text() for page in (tmp_path / "site").rglob("index.html")}
@@ -25,17 +42,36 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "convert_to_float8_training" in pages["api"]
     for page in pages.values():  # what a browser fetches by itself
         fetched = re.findall(r'<(?:script|img|iframe)[^>]* src="([^"]+)"|<link[^>]* href="([^"]+)"', page)
+        assert fetched
         assert not [url for pair in fetched for url in pair if url.startswith(("http", "//"))]
 
 
-def test_a_dead_link_is_an_error(tmp_path):
-    shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
-    (tmp_path / "octavo").symlink_to(ROOT / "octavo")
-    with (tmp_path / "docs" / "faq.md").open("a") as page:
-        page.write("\n[nothing](nowhere.md)\n")
-
-    built = build(tmp_path, tmp_path / "site")
+@pytest.mark.parametrize(
+    "addition",
+    ["[a page](nowhere.md)", "[a heading](quickstart.md#nowhere)", "::: octavo.float8.nowhere"],
+    ids=["page", "heading", "name"],
+)
+def test_a_reference_to_nothing_is_an_error(addition, tmp_path):
+    built = build(tmp_path, addition)
 
     assert built.returncode != 0
-    assert "nowhere.md" in built.stderr
+    assert "nowhere" in re.sub(r"\x1b\[[0-9;]*m", "", built.stdout + built.stderr)  # without colours
+
+
+def test_every_page_is_in_the_navigation():
+    nav = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]
+
+    assert sorted(pages_of(nav)) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+def test_every_picture_exists():
+    pictures = [
+        page.parent / source
+        for page in (ROOT / "README.md", *DOCS.rglob("*.md"))
+        for pair in re.findall(r'!\[[^]]*\]\(([^)]+)\)|<img[^>]* src="([^"]+)"', page.read_text())
+        for source in pair
+        if source
+    ]
+
+    assert pictures
+    assert [picture for picture in pictures if not picture.is_file()] == []
