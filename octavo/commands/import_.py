@@ -143,7 +143,7 @@ def _read_meta(
     source: Path, requested: str | None, tokenizer: Tokenizer
 ) -> tuple[models.ModelSpec, str, Any, Weights]:
     spec = models.get("llama3")
-    flavor = meta.flavor_of(meta.read_params(source), spec.flavors)
+    flavor = meta.find_flavor(meta.read_params(source), spec.flavors)
     if requested not in (None, flavor):
         raise ConfigError(
             f"{source} is llama3 {flavor} by its {meta.PARAMS}, not {requested}; leave --flavor out"

@@ -1,8 +1,15 @@
-"""The model registry: what the trainer needs to know of a model, and which models there are.
+"""The model registry: one `ModelSpec` per model family. The trainer uses a model only through its spec.
 
-A model that lives outside this package joins by calling `register` in a module named by
-`experimental.custom_import` (`docs/your_own_model.md`). The trainer never looks inside a model; it uses the
-five functions of a `ModelSpec`.
+To add a model:
+
+1. Write it as a plain `nn.Module`: tokens [B, S] (int64) -> logits [B, S, vocab]. It needs
+   `init_rule(parameter name) -> InitRule` (`init.py`), and `init_buffers()` if it has buffers, because it is
+   built on the meta device.
+2. Describe it by a `ModelSpec`. The first six fields are required; each optional one enables a feature.
+3. Call `register(spec)` in the module that defines it.
+4. Name that module in `experimental.custom_import` and the spec in `model.name`.
+
+`docs/your_own_model.md` walks through an example; `llama3/__init__.py` is the spec that ships with octavo.
 """
 
 import importlib
@@ -20,13 +27,15 @@ from octavo.models.loss import ChunkedLoss
 
 @dataclass(frozen=True)
 class HuggingFace:
-    """A family's form in Hugging Face's transformers: what its models are called there, and how they are laid
-    out.
+    """How a family is stored in Hugging Face's transformers: its `config.json` and its state dict.
 
-    model_type: what `config.json` says. to_names, from_names: `(tensors by name, args) -> tensors by name`,
-    from ours to theirs and back; called with any subset of the parameters, on any device. A name that is left
-    out carries nothing; one that is not known is a `ValueError`. to_config, from_config: args to the content
-    of `config.json` and back; `ConfigError` for what the family does not compute.
+    Attributes:
+        model_type: the value of `model_type` in `config.json`.
+        to_names, from_names: `(state dict, args) -> state dict`, our names and layout to theirs and back.
+            They accept any subset of the parameters, on any device. Tensors without a counterpart (buffers,
+            copies of tied weights) are dropped; an unknown name is a `ValueError`.
+        to_config, from_config: args to the content of `config.json` and back; `from_config` raises
+            `ConfigError` for options that the family does not implement.
     """
 
     model_type: str
@@ -38,11 +47,12 @@ class HuggingFace:
 
 @dataclass(frozen=True)
 class Pipelined:
-    """How models of a family are cut into pipeline stages.
+    """How a family is split into pipeline stages.
 
-    units: `args -> what is never cut`, in the order of computation, each the names of its modules: first the
-    embedding, then each layer, last the head. `ConfigError` for a model that cannot be cut. width: `args ->`
-    the features of what a stage hands on to the next, `[B, S, width]`.
+    Attributes:
+        units: `args -> units` in the order of computation, each the names of modules that must stay in one
+            stage: the embedding, each layer, the head. `ConfigError` for a model that cannot be split.
+        width: `args -> D` of the activations `[B, S, D]` that stages send to each other.
     """
 
     units: Callable[[Any], Sequence[Sequence[str]]]
@@ -51,10 +61,11 @@ class Pipelined:
 
 @dataclass(frozen=True)
 class Linears:
-    """What the linear layers of a family are to each other, by the last parts of their names.
+    """How a family's linear layers relate, by the last parts of their names.
 
-    same_input: groups of siblings that read one tensor, and so can share its casts. rows: those whose inputs
-    tensor parallelism shards; of the others it shards the outputs.
+    Attributes:
+        same_input: groups of sibling layers that read the same tensor and can share its float8 cast.
+        rows: layers that tensor parallelism shards by input features; the others by output features.
     """
 
     same_input: tuple[tuple[str, ...], ...] = ()
@@ -63,38 +74,36 @@ class Linears:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One family of models.
+    """One model family. Required: the fields up to `flops_per_token`.
 
-    name: what `model.name` says.
-    flavors: what `model.flavor` may say -> the family's own arguments (any type).
-    configure: `(args, vocab_size, seq_len) -> args`, the arguments made to fit the tokenizer (its number of
-    tokens) and
-        the sequence length in tokens. Raises `ConfigError` where they cannot fit.
-    build: `args -> nn.Module`, called under `torch.device("meta")`. The module maps tokens [B, S] (int64)
-    to logits
-        [B, S, vocab], and has `init_rule(parameter name) -> InitRule`; `init_buffers()` is called if it has
-        one.
-    parallelize: `(model, Parallelize) -> None`, applies checkpointing, compile and sharding in place.
-    flops_per_token: `(args, model, seq_len) -> float`, forward and backward, without recomputation.
-    layer_products: `(args, seq_len) -> (prefix, [(name, FLOPs)])`, what a layer multiplies in forward, in
-    order: its linears by their names within the layer, and one more, attention, with FLOPs per token. Layer n
-    is the module `prefix + n`. From it follows what activation checkpointing computes again; None: unknown.
-    mask_documents: `(args, id) -> args`, made to attend within documents, which end with the token `id`; None
-    where the
-        model cannot.
-    hugging_face: what `octavo export` and `octavo import` need, or None.
-    decoder: `(model, capacity in tokens) -> (tokens [B, S] -> logits [B, vocab] after the last)`, which keeps
-    what it has seen from call to call; None: `octavo generate` computes every position anew.
-    fuses: whether `parallelize` follows its plan's `fusion`.
-    casts_inputs: whether modules whose parameters are bfloat16 need no help to get inputs that fit. False:
-    FSDP2 casts inputs, too, and so is used even by a single process.
-    chunk_loss: `(model, ChunkedLoss) -> None`, makes the model, called with `labels_BS` as well, return their
-    summed loss without ever having all logits (`components/chunked_loss.py`); None where it cannot.
-    pipeline: for pipeline parallelism, or None. The module's parts may then be absent (None, or missing from
-        a ModuleDict); it is called as `module(h, tokens_BS=tokens)`, h being the tokens in the first stage
-        and what the stage before returned in others.
-    linears: what `octavo tune` needs to know of its linear layers.
-    shared_sizes: `args -> name -> size`, what tensor parallelism shares, so that its degree must divide each.
+    Attributes:
+        name: the value of `model.name`.
+        flavors: the values of `model.flavor` -> the family's own arguments (any type, called args below).
+        configure: `(args, vocab_size, seq_len in tokens) -> args` adapted to the tokenizer and the sequence
+            length. Raises `ConfigError` where they do not fit.
+        build: `args -> nn.Module`, called under `torch.device("meta")`.
+        parallelize: `(model, Parallelize) -> None`: applies activation checkpointing, compile and sharding in
+            place.
+        flops_per_token: `(args, model, seq_len) -> float`: forward and backward, without recomputation.
+
+        layer_products: `(args, seq_len) -> (prefix, [(name, FLOPs per token)])`: the matrix products of one
+            layer's forward, in order: its linears by their names within the layer, and attention. Layer n is
+            the module `prefix + n`. Gives the cost of activation checkpointing; None: unknown.
+        mask_documents: `(args, id) -> args` that attend within documents only; a document ends with the token
+            `id`. None: `training.document_mask` is refused.
+        hugging_face: for `octavo export` and `octavo import`.
+        decoder: `(model, capacity in tokens) -> (tokens [B, S] -> logits [B, vocab] after the last token)`,
+            with a key/value cache between calls. None: `octavo generate` recomputes every position.
+        fuses: whether `parallelize` applies its plan's `fusion`.
+        casts_inputs: whether modules with bfloat16 parameters get bfloat16 inputs from the model itself.
+            False: FSDP2 casts inputs, so it wraps the model even on a single process.
+        chunk_loss: `(model, ChunkedLoss) -> None`: makes the model, when called with `labels_BS`, return the
+            summed loss without materialising all logits (`loss.py`). None: not supported.
+        pipeline: for pipeline parallelism. Parts of the module may then be absent (None, or missing from a
+            ModuleDict), and it is called as `module(h, tokens_BS=tokens)`: h is the tokens in the first stage
+            and the previous stage's output in the others.
+        linears: for `octavo tune`.
+        shared_sizes: `args -> {name: size}` that tensor parallelism splits; its degree must divide each.
     """
 
     name: str
@@ -116,13 +125,12 @@ class ModelSpec:
 
     def args(self, flavor: str) -> Any:
         """The arguments of `flavor`; `ConfigError` if there is no such flavor."""
-        try:
-            return self.flavors[flavor]
-        except KeyError:
-            known = ", ".join(self.flavors)
+        if flavor not in self.flavors:
             raise ConfigError(
-                f"model.flavor = {flavor!r}: {self.name} has no such flavor; it has: {known}"
-            ) from None
+                f"model.flavor = {flavor!r}: {self.name} has no such flavor; it has: "
+                f"{', '.join(self.flavors)}"
+            )
+        return self.flavors[flavor]
 
 
 _SPECS: dict[str, ModelSpec] = {}
@@ -131,49 +139,47 @@ _SPECS: dict[str, ModelSpec] = {}
 def register(spec: ModelSpec) -> None:
     """Add a model to the registry; a second spec of the same name is a `ValueError`."""
     if spec.name in _SPECS:
-        raise ValueError(f"a model named {spec.name!r} is registered already; give yours another name")
+        raise ValueError(f"a model named {spec.name!r} is already registered; choose another name")
     _SPECS[spec.name] = spec
 
 
 def import_custom(module: str, name: str | None = None) -> None:
-    """Import the user's `module`, which registers a model, from Python's path or the working directory; "" is
-    none. What it raises says which option asked for it.
+    """Import the user's `module` from Python's path or the working directory; do nothing for "".
 
     Raises:
-        ConfigError: it ends Python, or registers no model called `name`.
+        ConfigError: the module calls sys.exit, or registers no model called `name`.
+        Exception: what the module itself raises, with a note that names the option.
     """
     if not module:
         return
-    told = f"experimental.custom_import = {module}"
+    option = f"experimental.custom_import = {module}"
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         importlib.import_module(module)
     except SystemExit as error:
         raise ConfigError(
-            f"{told}: this module calls sys.exit when it is imported; leave that to "
-            'what runs under if __name__ == "__main__"'
+            f"{option}: this module calls sys.exit when it is imported; move that call below "
+            'if __name__ == "__main__"'
         ) from error
     except Exception as error:
-        error.add_note(f"octavo: raised by {told}")
+        error.add_note(f"octavo: raised by {option}")
         raise
     if name is not None and name not in _SPECS:
         raise ConfigError(
-            f"model.name = {name!r}: {told} registers no such model (octavo.models.register); "
+            f"model.name = {name!r}: {option} registers no such model (octavo.models.register); "
             f"known: {', '.join(_SPECS)}"
         )
 
 
 def get(name: str) -> ModelSpec:
-    """The spec called `name`; `ConfigError` if nothing registered it."""
-    try:
-        return _SPECS[name]
-    except KeyError:
-        known = ", ".join(_SPECS)
+    """The spec called `name`; `ConfigError` if none is registered."""
+    if name not in _SPECS:
         raise ConfigError(
-            f"model.name = {name!r}: no such model; known: {known}. "
-            "A model of your own is registered by the module that experimental.custom_import names"
-        ) from None
+            f"model.name = {name!r}: no such model; known: {', '.join(_SPECS)}. To use your own model, name "
+            "the module that registers it in experimental.custom_import"
+        )
+    return _SPECS[name]
 
 
 def registered() -> Mapping[str, ModelSpec]:

@@ -1,10 +1,10 @@
 """Initial weights as a function of (seed, parameter name).
 
-Each parameter has a random stream of its own, seeded by a hash of the run's seed and its name. Every
-process draws the whole parameter and keeps its shard: so the start of a run depends neither on the number
-of processes nor on the order of initialisation, nor on which layers a process holds. It costs each process
-the drawing of all values, and the memory of the largest single parameter for a moment. A CPU and a GPU draw
-different values from one seed; two machines of a kind don't.
+Each parameter has its own random stream, seeded by a hash of the run's seed and the parameter's name. Every
+process draws the whole parameter and keeps its shard, so initial weights depend neither on the number of
+processes, nor on the order of initialisation, nor on which layers a process holds. The cost: each process
+draws all values, and briefly holds the largest parameter whole. A CPU and a GPU draw different values from
+the same seed.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 @dataclass(frozen=True)
 class Normal:
-    """Normal with mean 0, truncated at `cutoff` standard deviations."""
+    """A normal distribution of mean 0, truncated at `cutoff` standard deviations."""
 
     std: float
     cutoff: float = 100.0
@@ -32,19 +32,19 @@ class Normal:
 
 @dataclass(frozen=True)
 class Ones:
-    """All ones: the gain of a norm."""
+    """All ones, for the gain of a norm."""
 
 
 InitRule = Normal | Ones
 
 
 def set_determinism(seed: int, *, deterministic: bool) -> None:
-    """Seed torch's generators, Python's and numpy's, which a model or data of yours may use, and allow
-    deterministic algorithms only if asked to.
+    """Seed torch, Python's `random` and NumPy; `deterministic` also turns on torch's deterministic
+    algorithms.
     """
     torch.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  the global one, which others draw from
+    np.random.seed(seed % 2**32)  # noqa: NPY002  the global generator, which user code may draw from
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
@@ -52,7 +52,7 @@ def set_determinism(seed: int, *, deterministic: bool) -> None:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without the parts that activation checkpointing and compile wrappers add."""
+    """A parameter's name without the prefixes of activation checkpointing and compile wrappers."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
@@ -65,7 +65,7 @@ def stream_seed(seed: int, name: str) -> int:
 
 
 def draw(rule: InitRule, shape: torch.Size, device: torch.device, seed: int) -> Tensor:
-    """One whole parameter, float32, on `device`."""
+    """The initial value of one unsharded parameter, float32, on `device`."""
     full = torch.empty(shape, device=device, dtype=torch.float32)
     if isinstance(rule, Ones):
         return full.fill_(1.0)
@@ -74,15 +74,15 @@ def draw(rule: InitRule, shape: torch.Size, device: torch.device, seed: int) -> 
     return nn.init.trunc_normal_(full, std=rule.std, a=-bound, b=bound, generator=generator)
 
 
-def local_part(full: Tensor, sharded: DTensor) -> Tensor:
-    """This process's part of `full`, laid out as `sharded` is.
+def local_shard(full: Tensor, sharded: DTensor) -> Tensor:
+    """This process's shard of `full`, with the placements of `sharded`.
 
-    Where FSDP2 cuts what tensor parallelism has cut already, along the same axis, the mesh lists FSDP2 first
-    although it cuts last; such a placement is called strided.
+    Where FSDP2 shards a dimension that tensor parallelism has already sharded, the mesh lists FSDP2 first
+    although it shards last; DTensor calls that placement strided.
     """
     mesh = sharded.device_mesh
-    cuts = [(p, i) for i, p in enumerate(sharded.placements) if isinstance(p, Shard | _StridedShard)]
-    for placement, axis in sorted(cuts, key=lambda cut: isinstance(cut[0], _StridedShard)):
+    shards = [(p, i) for i, p in enumerate(sharded.placements) if isinstance(p, Shard | _StridedShard)]
+    for placement, axis in sorted(shards, key=lambda shard: isinstance(shard[0], _StridedShard)):
         chunks = full.chunk(mesh.size(axis), placement.dim)
         rank = mesh.get_local_rank(axis)
         full = chunks[rank] if rank < len(chunks) else full.narrow(placement.dim, 0, 0)
@@ -93,13 +93,13 @@ def local_part(full: Tensor, sharded: DTensor) -> Tensor:
 def init_weights(model: Any, seed: int) -> None:
     """Fill every parameter of `model` by its `init_rule`, and its buffers by `init_buffers` if it has one.
 
-    A sharded parameter gets its part of the values that an unsharded one would get.
+    A sharded parameter gets its shard of the values that the unsharded one would get.
     """
     for name, parameter in model.named_parameters():
         name = plain_name(name)
         full = draw(model.init_rule(name), parameter.shape, parameter.device, stream_seed(seed, name))
         if isinstance(parameter, DTensor):
-            parameter.to_local().copy_(local_part(full, parameter))
+            parameter.to_local().copy_(local_shard(full, parameter))
         else:
             parameter.copy_(full)
     if hasattr(model, "init_buffers"):

@@ -9,7 +9,7 @@ from octavo.config import ConfigError
 from octavo.distributed.tensor_parallel import loss_context
 from octavo.models.init import init_weights
 from octavo.models.llama3.model import Llama
-from octavo.models.llama3.parallelize import share_products
+from octavo.models.llama3.parallelize import apply_tensor_parallel
 from octavo.tokenizer import build_tokenizer
 from octavo.train import quantization
 from octavo.train.build_model import model_args
@@ -22,7 +22,7 @@ def gradients(*, compiled: bool) -> dict[str, object]:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     with torch.device("meta"):
         model = Llama(small(vocab_size=128))
-    share_products(model, quantization.tensor_parallel(mesh, loss_parallel=True))
+    apply_tensor_parallel(model, quantization.tensor_parallel(mesh, loss_parallel=True))
     for layer in model.layers.values() if compiled else ():
         layer.compile(fullgraph=True, backend="aot_eager")
     model.to_empty(device="cpu")

@@ -1,6 +1,4 @@
-"""A model that octavo does not know: a byte-level bigram network, registered as a user would register
-theirs.
-"""
+"""A custom model, registered as a user would do it: a byte-level bigram network."""
 
 from dataclasses import dataclass, replace
 

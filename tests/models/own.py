@@ -1,4 +1,4 @@
-"""A model of a user's own, in a module that is not imported yet."""
+"""A user's model in a module that is not imported yet."""
 
 import sys
 from pathlib import Path
@@ -18,8 +18,8 @@ models.register(replace(SPEC, name="small_llama"))
 
 
 def own_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Write it into `folder`, the working directory from now on; returns the flags that choose it. What the
-    test registers is forgotten after it.
+    """Write the module into `folder`, make that the working directory, and return the flags that select the
+    model. The registry is restored after the test.
     """
     (folder / "small_llamas.py").write_text(MODULE)
     monkeypatch.chdir(folder)

@@ -1,5 +1,6 @@
-"""The debug model with fewer layers, half as wide: its layers are alike, so what holds of two of them in CI
-is measured for six by hand. `runs.shallow` has the flags; the process that imports this has one more model.
+"""Registers `shallow`: the debug model half as wide, with two or four layers, for fast tests.
+
+`launching.shallow` has the flags that select it.
 """
 
 from dataclasses import replace

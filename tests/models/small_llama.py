@@ -1,11 +1,10 @@
-"""Llamas small enough to compute in milliseconds, of every shape that the family has."""
+"""Tiny Llamas that run in milliseconds, one for each variant of the family."""
 
 import torch
 
 from octavo.models.llama3.model import Llama, LlamaArgs, RopeScaling
 
-# Few positions of original context, so that the low, the blended and the high frequencies all occur within
-# 48 positions.
+# A short original context, so that low, blended and high frequencies all occur within 48 positions.
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=32)
 
 
@@ -24,7 +23,7 @@ SHAPES = {
 
 
 def noisy(args: LlamaArgs, seed: int = 0) -> Llama:
-    """A model whose attention matters: all weights far from their usual small start."""
+    """A model with large random weights, so that attention matters."""
     torch.manual_seed(seed)
     model = Llama(args)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""With the mask, what a document's logits are does not depend on its neighbours in the sequence."""
+"""With the document mask, a document's logits do not depend on its neighbours in the sequence."""
 
 import math
 
@@ -13,7 +13,7 @@ from tests.float8.graphs import compiles
 from tests.helpers import launching
 
 END = 0
-LENGTHS = (5, 9, 3, 15)  # of the documents of a sequence of 32, each with the token that ends it
+LENGTHS = (5, 9, 3, 15)  # of the documents in a sequence of 32, with their end tokens
 ARGS = LlamaArgs(
     dim=64,
     n_layers=2,
@@ -41,7 +41,7 @@ def document(length: int, seed: int) -> Tensor:
 
 
 def sequence(seeds: tuple[int, ...]) -> Tensor:
-    """[1, 32]: a document of each of LENGTHS, its text by its seed."""
+    """[1, 32]: a random document of each of LENGTHS, by its seed."""
     return torch.cat([document(length, seed) for length, seed in zip(LENGTHS, seeds, strict=True)])[None]
 
 
@@ -51,10 +51,13 @@ def logits_of_third(made: torch.nn.Module, tokens: Tensor) -> Tensor:
         return made(tokens)[0, start : start + LENGTHS[2]]
 
 
-def test_the_mask_by_its_definition() -> None:
+def test_the_mask_follows_its_definition() -> None:
     tokens = torch.tensor([[7, 0, 8, 8, 0, 0, 9], [5, 5, 5, 5, 5, 5, 5]])
     mask = document_mask(tokens, END)
-    number = [[0, 0, 1, 1, 1, 2, 3], [0] * 7]  # an end belongs to its document; an end alone is one
+    number = [
+        [0, 0, 1, 1, 1, 2, 3],
+        [0] * 7,
+    ]  # an end token belongs to its document, and alone it is a document
     for row in range(2):
         for query in range(7):
             for key in range(7):
@@ -74,7 +77,7 @@ def test_the_mask_by_its_definition() -> None:
     ],
 )
 def test_neighbours_do_not_matter(recipe: str | None, compiled: bool) -> None:
-    """Bitwise, also in float8 where each token's row has its own scale."""
+    """Bitwise, also in float8 with one scale per token."""
     made = model(recipe=recipe)
     if compiled:
         for layer in made.layers.values():
@@ -85,7 +88,7 @@ def test_neighbours_do_not_matter(recipe: str | None, compiled: bool) -> None:
 
 
 def test_a_document_alone_has_the_same_logits_up_to_rounding() -> None:
-    """Alone, it stands at other positions, which rotary attention does not see."""
+    """Alone, its positions differ, which rotary attention does not see."""
     alone = document(LENGTHS[2], 3)[None]
     made = model()
     with torch.no_grad():
@@ -117,7 +120,7 @@ def test_gradients_stay_within_documents() -> None:
 
 
 def test_trains(tmp_path) -> None:
-    """Through the trainer, two ranks in float8: the mask changes the loss, and training goes on."""
+    """In the trainer, on two ranks in float8: the mask changes the loss, and the loss falls."""
     flags = {
         **launching.recipe("rowwise"),
         **launching.shallow(2),

@@ -1,4 +1,4 @@
-"""Initial weights depend on the seed and the name, and on nothing else."""
+"""Initial weights depend on the seed and the parameter's name only."""
 
 import pytest
 import torch
@@ -50,9 +50,7 @@ def test_distribution_and_cutoff():
 
 
 def test_stream_seed_is_stable():
-    """A checkpoint of another day must have started from the same weights: the hash is part of the
-    promise.
-    """
+    """A recorded value: another one would change the initial weights of every run."""
     assert stream_seed(42, "layers.0.attention.wq.weight") == 2429724869875813722
 
 
@@ -67,6 +65,6 @@ def _sharded_equals_whole():
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_each_rank_keeps_its_part_of_the_same_values(world):
+def test_each_rank_keeps_its_shard_of_the_same_values(world):
     for equal in ranks.run(world, _sharded_equals_whole):
         assert equal == [True] * 3

@@ -1,4 +1,4 @@
-"""Llama 3 against Hugging Face's, against the published sizes, and against itself."""
+"""Llama 3 compared with Hugging Face's, with the published sizes, and with itself."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from octavo import models
 from octavo.config import ConfigError
 from octavo.models.init import init_weights
 from octavo.models.llama3 import FLAVORS, configure
+from octavo.models.llama3.hf_config import to_config
 from octavo.models.llama3.hf_state_dict import from_hf, to_hf
 from octavo.models.llama3.model import CoreAttention, Llama, LlamaArgs, apply_rope, rope_table
 from tests.models.small_llama import SCALING, SHAPES, small
@@ -38,37 +39,12 @@ def test_rope_scaling_of_each_release(flavor, factor):
     assert (scaling and scaling.factor) == factor
 
 
-def hf_config(args: LlamaArgs) -> LlamaConfig:
-    scaling = None
-    if args.rope_scaling:
-        scaling = {
-            "rope_type": "llama3",
-            "factor": args.rope_scaling.factor,
-            "low_freq_factor": args.rope_scaling.low_freq_factor,
-            "high_freq_factor": args.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": args.rope_scaling.original_context,
-        }
-    return LlamaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.dim,
-        intermediate_size=args.hidden_dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_kv_heads,
-        rms_norm_eps=args.norm_eps,
-        rope_theta=args.rope_theta,
-        rope_scaling=scaling,
-        max_position_embeddings=args.max_seq_len,
-        tie_word_embeddings=args.tie_embeddings,
-    )
-
-
 @pytest.mark.parametrize("args", SHAPES.values(), ids=SHAPES)
 def test_logits_equal_hugging_face(args):
     torch.manual_seed(0)
-    theirs = LlamaForCausalLM(hf_config(args)).eval()
+    theirs = LlamaForCausalLM(LlamaConfig(**to_config(args))).eval()
     with torch.no_grad():
-        for p in theirs.parameters():  # their start is so small that attention would hardly matter
+        for p in theirs.parameters():  # with their small initial weights attention would hardly matter
             p.copy_(torch.randn_like(p) * 0.2)
     ours = Llama(args)
     ours.load_state_dict(from_hf(theirs.state_dict(), args), strict=True)
@@ -79,7 +55,7 @@ def test_logits_equal_hugging_face(args):
     assert (got - expected).abs().max() < 1e-4
 
 
-def test_names_go_to_hugging_face_and_back():
+def test_state_dicts_convert_to_hugging_face_and_back():
     args = small()
     model = Llama(args)
     init_weights(model, seed=3)
@@ -147,13 +123,11 @@ def test_flops_per_token_by_hand():
         args = small(tie_embeddings=tied)
         attention = 64 * 64 + 2 * 64 * 16 + 64 * 64
         layer = attention + 3 * 64 * 96 + 2 * 64
-        parameters = (
-            2 * layer + 64 + 131 * 64
-        )  # one matrix of the vocabulary's size does arithmetic, tied or not
+        parameters = 2 * layer + 64 + 131 * 64  # tied or not, one vocabulary matrix is multiplied
         assert spec.flops_per_token(args, Llama(args), 32) == 6 * parameters + 12 * 2 * 64 * 32
 
 
-def test_unknown_model_and_flavor_name_what_there_is():
+def test_an_unknown_model_or_flavor_lists_the_known_ones():
     with pytest.raises(ConfigError, match="llama9.*known: llama3"):
         models.get("llama9")
     with pytest.raises(ConfigError, match="9B.*8B"):
@@ -163,7 +137,7 @@ def test_unknown_model_and_flavor_name_what_there_is():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rope_for_the_compiler_is_that_of_eager_code(dtype, monkeypatch):
+def test_compiled_and_eager_rope_agree(dtype, monkeypatch):
     args = LlamaArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=4, hidden_dim=64, vocab_size=8, max_seq_len=9)
     x, table = torch.randn(2, 9, 4, args.head_dim, dtype=dtype, requires_grad=True), rope_table(args)
 
@@ -173,9 +147,9 @@ def test_rope_for_the_compiler_is_that_of_eager_code(dtype, monkeypatch):
 
     eager = rotated()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    for mine, compilers in zip(eager, rotated(), strict=True):
-        assert mine.dtype == dtype
-        torch.testing.assert_close(mine, compilers)
+    for expected, got in zip(eager, rotated(), strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize(("dtype", "heads"), [(torch.float32, 4), (torch.bfloat16, 2)])

@@ -1,4 +1,4 @@
-"""Decoding with remembered keys and values computes what the whole model computes."""
+"""Decoding with a key/value cache gives the logits of the full forward."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.models.small_llama import SHAPES, noisy
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("calls", [[1] * 48, [20, 1, 1, 26], [48]], ids=["singly", "mixed", "at once"])
+@pytest.mark.parametrize("calls", [[1] * 48, [20, 1, 1, 26], [48]], ids=["one by one", "mixed", "at once"])
 def test_cached_logits_equal_the_full_forward(shape, calls):
     model = noisy(SHAPES[shape])
     tokens = torch.randint(131, (2, 48))

@@ -1,4 +1,4 @@
-"""config.json says what transformers understands by it, and what our model can't compute is refused."""
+"""config.json means the same to transformers, and options that our model lacks are refused."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ ALL = {**SHAPES, **{name: replace(args, vocab_size=args.vocab_size or 9) for nam
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_there_and_back(name):
+def test_round_trip(name):
     assert from_config(to_config(ALL[name])) == ALL[name]
 
 
@@ -24,7 +24,7 @@ def test_what_transformers_writes_means_the_same(name):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"model_type": "mistral"}, "model_type is 'mistral'"),
         ({"model_type": None}, "model_type is None"),
@@ -39,12 +39,12 @@ def test_what_transformers_writes_means_the_same(name):
         ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"num_hidden_layers": None}, "num_hidden_layers is None"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
-        ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads 3"),
+        ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads 3"),
         ({"rms_norm_eps": -1}, "rms_norm_eps is -1"),
         ({"rope_theta": float("inf")}, "rope_theta is inf"),
     ],
 )
-def test_what_cannot_be_computed_is_refused_by_name(change, told):
+def test_an_unsupported_option_is_refused_by_name(change, message):
     with pytest.raises(ConfigError, match="config.json") as error:
         from_config({**to_config(small()), **change})
-    assert told in str(error.value)
+    assert message in str(error.value)

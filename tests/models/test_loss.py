@@ -1,4 +1,4 @@
-"""The loss by chunks is the plain loss, its gradients too, and no tensor is as large as the logits."""
+"""The chunked loss and its gradients equal the plain ones, and no tensor is as large as the logits."""
 
 import math
 from dataclasses import replace
@@ -11,14 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.float8 import Float8LinearConfig, cast_weights_once, convert_to_float8_training
 from octavo.models.llama3.model import Llama
-from octavo.models.loss import IGNORED, ChunkedLoss, give_loss
+from octavo.models.loss import IGNORED, ChunkedLoss, attach_loss
 from tests.models.small_llama import small
 
 T, D, V = 40, 32, 203
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that an operation's result had."""
+    """Records the most elements of any operation's result."""
 
     elements = 0
 
@@ -51,11 +51,11 @@ def distance(got, want):
 
 @pytest.mark.parametrize("tokens", [1, 7, 16, T, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_is_the_plain_loss(tokens, dtype):
+def test_equals_the_plain_loss(tokens, dtype):
     h, w, labels = inputs(dtype)
     want = plain(F.linear(h, w), labels)
     gradients = torch.autograd.grad(want / 64, (h, w))
-    got = ChunkedLoss(tokens).of_weight(h, w, labels)
+    got = ChunkedLoss(tokens).from_weight(h, w, labels)
     assert got.dtype == torch.float32
     assert abs(got.item() / want.item() - 1) < 1e-6
     for one, other in zip(torch.autograd.grad(got / 64, (h, w)), gradients, strict=True):
@@ -63,10 +63,10 @@ def test_is_the_plain_loss(tokens, dtype):
         assert distance(one, other) < (1e-6 if dtype == torch.float32 else 3e-3)
 
 
-def test_logits_never_exist_whole():
+def test_full_logits_never_exist():
     h, w, labels = inputs()
     with Largest() as largest:
-        ChunkedLoss(8).of_weight(h, w, labels).backward()
+        ChunkedLoss(8).from_weight(h, w, labels).backward()
     assert largest.elements == max(V * D, 8 * V)
     with Largest() as largest:
         plain(F.linear(h, w), labels).backward()
@@ -76,22 +76,22 @@ def test_logits_never_exist_whole():
 def test_without_gradients_none_is_computed():
     h, w, labels = inputs()
     with torch.no_grad(), Largest() as largest:
-        got = ChunkedLoss(8).of_weight(h, w, labels)
+        got = ChunkedLoss(8).from_weight(h, w, labels)
     assert largest.elements == 8 * V
     assert got.item() == pytest.approx(plain(F.linear(h, w), labels).item(), rel=1e-6)
 
 
-def test_what_is_frozen_gets_no_gradient():
+def test_frozen_inputs_get_no_gradient():
     h, w, labels = inputs()
-    ChunkedLoss(8).of_weight(h, w.detach(), labels).backward()
+    ChunkedLoss(8).from_weight(h, w.detach(), labels).backward()
     assert h.grad is not None
-    ChunkedLoss(8).of_weight(h.detach(), w, labels).backward()
+    ChunkedLoss(8).from_weight(h.detach(), w, labels).backward()
     assert w.grad is not None
 
 
 def test_a_second_backward_is_refused():
     h, w, labels = inputs()
-    loss = ChunkedLoss(8).of_weight(h, w, labels)
+    loss = ChunkedLoss(8).from_weight(h, w, labels)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         loss.backward()
@@ -99,8 +99,8 @@ def test_a_second_backward_is_refused():
 
 @pytest.mark.parametrize("recipe", ["rowwise", "blockwise", "tensorwise"])
 def test_a_float8_head(recipe):
-    """With a scale a token and a channel, output and grad_input are the whole's; grad_weight's scales are
-    those of a chunk, and so are all of tensorwise's.
+    """With one scale per token and channel, output and grad_input equal the unchunked ones. grad_weight's
+    scales are per chunk, and so are all of tensorwise's.
     """
     h, w, labels = inputs()
     head = nn.Linear(D, V, bias=False)
@@ -110,13 +110,13 @@ def test_a_float8_head(recipe):
     head = convert_to_float8_training(head, config=config)
     want = plain(head(h), labels)
     dh, dw = torch.autograd.grad(want, (h, head.weight))
-    give_loss(head, ChunkedLoss(8, casts_once=cast_weights_once))
+    attach_loss(head, ChunkedLoss(8, casts_once=cast_weights_once))
     assert list(head.state_dict()) == ["weight"]
     got = head(h, labels)
     got.backward()
-    near = recipe != "tensorwise"
-    assert abs(got.item() / want.item() - 1) < (1e-6 if near else 1e-2)
-    assert distance(h.grad, dh) < (1e-6 if near else 0.1)
+    per_token = recipe != "tensorwise"
+    assert abs(got.item() / want.item() - 1) < (1e-6 if per_token else 1e-2)
+    assert distance(h.grad, dh) < (1e-6 if per_token else 0.1)
     assert distance(head.weight.grad, dw) < 0.1
     assert head.weight_casts is None
 
@@ -141,21 +141,21 @@ def test_a_model(tied):
 
 def test_a_head_with_a_bias_is_refused():
     with pytest.raises(ValueError, match="without a bias"):
-        give_loss(nn.Linear(4, 4), ChunkedLoss(8))
+        attach_loss(nn.Linear(4, 4), ChunkedLoss(8))
 
 
-def test_autocast_is_heeded():
+def test_autocast_applies():
     h, w, labels = inputs()
     with torch.autocast("cpu", torch.bfloat16):
         want = plain(F.linear(h, w), labels)
-        got = ChunkedLoss(7).of_weight(h, w, labels)
+        got = ChunkedLoss(7).from_weight(h, w, labels)
     assert got.item() == pytest.approx(want.item(), rel=1e-6)
     for one, other in zip(torch.autograd.grad(got, (h, w)), torch.autograd.grad(want, (h, w)), strict=True):
         assert one.dtype == torch.float32
         assert distance(one, other) < 1e-2
 
 
-def test_a_chunk_has_a_token():
+def test_a_chunk_needs_a_token():
     for tokens in (0, -3):
         with pytest.raises(ValueError, match=f"tokens is {tokens}"):
             ChunkedLoss(tokens)

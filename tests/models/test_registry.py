@@ -1,4 +1,4 @@
-"""A user's module that registers a model, and those that do not."""
+"""A user's module registers a model, or is refused with the option that named it."""
 
 import sys
 
@@ -12,7 +12,7 @@ from tests.models.own import own_model
 def test_a_module_of_the_working_directory_registers_its_model(tmp_path, monkeypatch):
     own_model(tmp_path, monkeypatch)
     models.import_custom("small_llamas", "small_llama")
-    models.import_custom("small_llamas", "small_llama")  # as often as wanted
+    models.import_custom("small_llamas", "small_llama")  # importing twice is fine
     assert models.get("small_llama").name == "small_llama"
 
 
@@ -22,9 +22,9 @@ def test_a_module_of_the_working_directory_registers_its_model(tmp_path, monkeyp
         ("x = 1", ["model.name = 'other'", "experimental.custom_import = small_llamas", "known: llama3"]),
         ("import sys; sys.exit(0)", ["experimental.custom_import = small_llamas", "sys.exit"]),
     ],
-    ids=["registers nothing", "ends Python"],
+    ids=["registers nothing", "calls sys.exit"],
 )
-def test_what_registers_no_model_is_one_error(content, parts, tmp_path, monkeypatch):
+def test_a_module_without_the_model_is_refused(content, parts, tmp_path, monkeypatch):
     own_model(tmp_path, monkeypatch)
     (tmp_path / "small_llamas.py").write_text(content)
     with pytest.raises(ConfigError) as error:
@@ -32,7 +32,7 @@ def test_what_registers_no_model_is_one_error(content, parts, tmp_path, monkeypa
     assert all(part in str(error.value) for part in parts)
 
 
-def test_an_error_of_the_module_says_which_option_asked_for_it(tmp_path, monkeypatch):
+def test_an_error_in_the_module_names_the_option(tmp_path, monkeypatch):
     own_model(tmp_path, monkeypatch)
     (tmp_path / "small_llamas.py").write_text("import not_there_at_all")
     with pytest.raises(ModuleNotFoundError) as error:

@@ -1,7 +1,7 @@
-"""The Llama 3 family: its sizes as data, and its row in the model registry.
+"""The Llama 3 family: its flavors, and its entry in the model registry.
 
-A plain size name is the current release (8B, 70B and 405B are 3.1; 1B and 3B are 3.2); the suffix `-3.0` is
-the same size without the rotary scaling. Sizes from the models' published configurations.
+A plain size is the current release (8B, 70B and 405B are 3.1; 1B and 3B are 3.2); the suffix `-3.0` is the
+same size without rotary scaling. The sizes are those of the published configurations.
 """
 
 from dataclasses import replace
@@ -39,7 +39,7 @@ FLAVORS: dict[str, LlamaArgs] = {
 
 
 def configure(args: LlamaArgs, vocab_size: int, seq_len: int) -> LlamaArgs:
-    """Fit `args` to a tokenizer of `vocab_size` tokens and sequences of `seq_len` tokens.
+    """`args` for a tokenizer of `vocab_size` tokens and sequences of `seq_len` tokens.
 
     Raises `ConfigError` if the tokenizer has more tokens than the model has embeddings.
     """
@@ -54,9 +54,9 @@ def configure(args: LlamaArgs, vocab_size: int, seq_len: int) -> LlamaArgs:
 def flops_per_token(args: LlamaArgs, model: nn.Module, seq_len: int) -> float:
     """Model FLOPs per token of forward and backward: 6 per matrix parameter, and 12 L H E S for attention.
 
-    The count is the one in PaLM's appendix B (arXiv:2204.02311), which published MFU figures use: attention
-    is counted without its causal half, recomputation is not counted, and of the embedding only a tied
-    output projection is.
+    The convention of PaLM's appendix B (arXiv:2204.02311), which published MFU figures use: attention counts
+    in full although half of it is masked, recomputation does not count, and neither does an embedding unless
+    it is tied to the output projection.
     """
     parameters = sum(p.numel() for p in model.parameters())
     if not args.tie_embeddings:
@@ -65,13 +65,14 @@ def flops_per_token(args: LlamaArgs, model: nn.Module, seq_len: int) -> float:
 
 
 def units(args: LlamaArgs) -> list[tuple[str, ...]]:
-    """What a pipeline may not cut; `ConfigError` where the first stage's weight is the last one's, too."""
+    """The units of pipeline stages; `ConfigError` for tied embeddings, which first and last stage share."""
     return sizes.units(args.n_layers, tied=args.tie_embeddings)
 
 
 def layer_products(args: LlamaArgs, seq_len: int) -> tuple[str, list[tuple[str, float]]]:
-    """Where the layers are, and what one multiplies in forward, in order, with FLOPs per token; attention is
-    counted as in `flops_per_token`.
+    """The layers' prefix, and one layer's matrix products in order of forward, with FLOPs per token.
+
+    Attention counts as in `flops_per_token`.
     """
     queries, groups = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
     return "layers.", [

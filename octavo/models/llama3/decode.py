@@ -1,11 +1,10 @@
-"""Llama 3 one token at a time: attention that remembers keys and values.
+"""Llama 3 decoding with a key/value cache.
 
-Training needs no memory of earlier calls, so `model.py` has none. Here the same modules, with the same
-weights, are walked through in the same order, and each layer keeps the keys (rotated) and values of the
-positions seen so far. The price is a second description of the layer's data flow; a test holds the two
-equal.
+Training needs no cache, so `model.py` has none. `Decoder` runs the same modules in the same order, and each
+layer caches the rotated keys and the values of all positions so far. The layer's data flow is therefore
+written twice; a test checks that both give the same logits.
 
-Shapes as in `model.py`; T is the number of positions seen, this call's included.
+Shapes as in `model.py`; T is the number of positions so far, including this call's.
 """
 
 import torch
@@ -16,14 +15,14 @@ from octavo.models.llama3.model import Attention, Llama, TransformerBlock, apply
 
 
 class Decoder:
-    """Logits of the next token, position by position, for a batch of sequences of equal length.
+    """Next-token logits for a batch of sequences of equal length.
 
-    `capacity` is the number of positions that the cache has room for, at most the model's `max_seq_len`.
+    `capacity`: positions that the cache can hold, at most the model's `max_seq_len`.
     """
 
     def __init__(self, model: nn.Module, capacity: int, batch: int = 1):
         assert isinstance(model, Llama)
-        assert model.args.document_end is None  # a mask would need the documents seen; text goes on in one
+        assert model.args.document_end is None  # generated text is one document
         assert capacity <= model.args.max_seq_len
         self._model = model
         self._seen = 0
@@ -33,7 +32,7 @@ class Decoder:
 
     @torch.no_grad()
     def __call__(self, tokens_BS: Tensor) -> Tensor:
-        """Take S more tokens; logits [B, V] after the last of them, in the model's dtype."""
+        """Append S tokens; the logits [B, V] after the last one, in the model's dtype."""
         model, start = self._model, self._seen
         self._seen += tokens_BS.shape[1]
         table = model.rope[:, start : self._seen]

@@ -1,9 +1,9 @@
-"""A Llama layer in five passes: norm and projections, attention, output, add and norm and gates, SwiGLU and
-the way down.
+"""A Llama layer in five fused passes: norm + q/k/v projections, attention, output projection, residual add +
+norm + gate and up projections, SwiGLU + down projection.
 
-The layer's modules stay, with their names and parameters; the layer changes its class, and with it the order
-in which it reads them. What computes a pass is given from outside (`Fusion` in
-`octavo/distributed/parallelize_plan.py`), so this file, like the model, knows no number format.
+The layer keeps its modules, names and parameters; only its class, and so its forward, changes. The passes
+come from a `Fusion` (`octavo/distributed/parallelize_plan.py`), so this file is independent of the number
+format.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from octavo.models.llama3.model import Llama, TransformerBlock
 
 
 class FusedBlock(TransformerBlock):
-    """A `TransformerBlock` whose `fuse` has been called."""
+    """A `TransformerBlock` after `fuse_layer`."""
 
     _into_attention: Any
     _out_of_attention: Any
@@ -24,7 +24,7 @@ class FusedBlock(TransformerBlock):
 
     def forward(self, h_BSD: Tensor, table_2SE: Tensor, mask_B1SS: Tensor | None = None) -> Tensor:
         h_BSD, (q, k, v) = self._into_attention(h_BSD)
-        # The three are parts of one tensor. Attention keeps v as it is, and with a part would keep all.
+        # q, k and v are views of one tensor. Attention saves v for backward; a view would keep all three.
         heads_BSN = self.attention.attend(q.value, k.value, v.value.contiguous(), table_2SE, mask_B1SS)
         (out,) = self._out_of_attention(heads_BSN, note_maxima=True)
         h_BSD, (gate, up) = self._into_gates(out, h_BSD, note_maxima=True)
@@ -32,7 +32,7 @@ class FusedBlock(TransformerBlock):
 
 
 def fuse_layer(layer: nn.Module, fusion: Fusion) -> None:
-    """Make `layer`, a `TransformerBlock`, compute by `fusion`, in place."""
+    """Turn `layer`, a `TransformerBlock`, into a `FusedBlock` in place."""
     assert isinstance(layer, TransformerBlock)
     attention, feed = layer.attention, layer.feed_forward
     linears = attention.wq, attention.wk, attention.wv

@@ -1,8 +1,8 @@
-"""Llama weights under Hugging Face's names, and back.
+"""Conversion of Llama state dicts to Hugging Face's `LlamaForCausalLM` and back.
 
-Two things differ. The names; and the order of the rows of wq and wk: Hugging Face rotates the halves of a
-head, (x[i], x[i + E/2]), where Meta and we rotate neighbours, (x[2i], x[2i+1]). So within each head, row 2i
-of ours is row i of theirs, and row 2i+1 is row i + E/2.
+The names differ, and the order of the rows of wq and wk: Hugging Face rotates the halves of a head,
+(x[i], x[i + E/2]), while Meta and octavo rotate neighbours, (x[2i], x[2i+1]). So within each head, our row 2i
+is their row i, and our row 2i+1 is their row i + E/2.
 """
 
 import re
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from octavo.models.llama3.model import LlamaArgs
 
-# ours -> Hugging Face's, for the parts that stand once and those that stand in every layer
-_ONCE = {
+# our name -> Hugging Face's, outside and inside the layers
+_GLOBAL = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
@@ -29,34 +29,32 @@ _PER_LAYER = {
     "attention_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
-_ONCE_BACK = {theirs: ours for ours, theirs in _ONCE.items()}
+_GLOBAL_BACK = {theirs: ours for ours, theirs in _GLOBAL.items()}
 _PER_LAYER_BACK = {theirs: ours for ours, theirs in _PER_LAYER.items()}
 _ROTATED = ("attention.wq.weight", "attention.wk.weight")
-_NOT_PARAMETERS = "rotary_emb.inv_freq"  # a buffer that old exports carry
+_BUFFER = "rotary_emb.inv_freq"  # saved by old versions of transformers
 
 
-def _halves(w_NK: Tensor, head_dim: int) -> Tensor:
-    """Rows in pairs -> rows in halves, head by head."""
+def _pairs_to_halves(w_NK: Tensor, head_dim: int) -> Tensor:
+    """Our row order within each head -> Hugging Face's."""
     return w_NK.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _pairs(w_NK: Tensor, head_dim: int) -> Tensor:
-    """Rows in halves -> rows in pairs, head by head."""
+def _halves_to_pairs(w_NK: Tensor, head_dim: int) -> Tensor:
+    """Hugging Face's row order within each head -> ours."""
     return w_NK.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def to_hf(state: Mapping[str, Tensor], args: LlamaArgs) -> dict[str, Tensor]:
-    """Our state dict under Hugging Face's names and row order. `ValueError` for a name that is not a
-    Llama's.
-    """
+    """Our state dict in Hugging Face's names and row order; `ValueError` for an unknown name."""
     renamed = {}
     for name, tensor in state.items():
         layer = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
-        if name in _ONCE:
-            renamed[_ONCE[name]] = tensor
+        if name in _GLOBAL:
+            renamed[_GLOBAL[name]] = tensor
         elif layer and layer[2] in _PER_LAYER:
             if layer[2] in _ROTATED:
-                tensor = _halves(tensor, args.head_dim)
+                tensor = _pairs_to_halves(tensor, args.head_dim)
             renamed[f"model.layers.{layer[1]}.{_PER_LAYER[layer[2]]}"] = tensor
         else:
             raise ValueError(f"{name!r} is not the name of a parameter of Llama 3")
@@ -64,22 +62,21 @@ def to_hf(state: Mapping[str, Tensor], args: LlamaArgs) -> dict[str, Tensor]:
 
 
 def from_hf(state: Mapping[str, Tensor], args: LlamaArgs) -> dict[str, Tensor]:
-    """A Hugging Face Llama's state dict under our names and row order; with tied embeddings lm_head is left
-    out.
+    """Hugging Face's state dict in our names and row order; `ValueError` for an unknown name.
 
-    `ValueError` for a name that is not a Llama's.
+    Drops rotary buffers, and lm_head where embeddings are tied.
     """
     renamed = {}
     for name, tensor in state.items():
         layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
-        if name in _ONCE_BACK:
+        if name in _GLOBAL_BACK:
             if not (args.tie_embeddings and name == "lm_head.weight"):
-                renamed[_ONCE_BACK[name]] = tensor
+                renamed[_GLOBAL_BACK[name]] = tensor
         elif layer and layer[2] in _PER_LAYER_BACK:
             ours = _PER_LAYER_BACK[layer[2]]
             if ours in _ROTATED:
-                tensor = _pairs(tensor, args.head_dim)
+                tensor = _halves_to_pairs(tensor, args.head_dim)
             renamed[f"layers.{layer[1]}.{ours}"] = tensor
-        elif not name.endswith(_NOT_PARAMETERS):
+        elif not name.endswith(_BUFFER):
             raise ValueError(f"{name!r} is not the name of a parameter of Hugging Face's LlamaForCausalLM")
     return renamed

@@ -1,12 +1,11 @@
-"""Llama 3 as Meta publishes it: `params.json` and `consolidated.NN.pth`, one file for each model-parallel
-rank.
+"""Meta's Llama 3 checkpoints: `params.json` and `consolidated.NN.pth`, one file per model-parallel rank.
 
-Names and row order are ours. What differs is that a matrix may be cut into as many pieces as there are files:
-those that write heads, feed-forward units or vocabulary by rows, those that read them by columns; norms are
-repeated. With more files than key/value heads, neighbouring files repeat the pieces of wk and wv.
+Names and row order are ours. Matrices are sharded over the files: by rows where the outputs are heads,
+feed-forward units or vocabulary, by columns where the inputs are; norms are replicated. With more files than
+key/value heads, neighbouring files repeat the shards of wk and wv.
 
-`params.json` does not tell everything: neither the factor of the rotary scaling nor whether the embeddings
-are tied. Both are properties of the release, so they are taken from the flavor whose sizes it tells.
+`params.json` contains neither the factor of the rotary scaling nor whether embeddings are tied. Both are
+properties of the release, so they are taken from the flavor that matches the sizes in it.
 """
 
 import json
@@ -23,79 +22,80 @@ from octavo.config import ConfigError
 from octavo.models.llama3.model import LlamaArgs
 
 PARAMS = "params.json"
-_NOT_PARAMETERS = ("rope.freqs",)
+_BUFFERS = ("rope.freqs",)
 _ROWS = re.compile(r"tok_embeddings|output|.*\.(wq|wk|wv|w1|w3)")
 _COLUMNS = re.compile(r".*\.(wo|w2)")
 
 
-def cut_dim(name: str) -> int | None:
-    """The dimension along which the parameter called `name` is cut; None: each file has the whole."""
+def shard_dim(name: str) -> int | None:
+    """The dimension along which the parameter called `name` is sharded; None: it is replicated."""
     module = name.removesuffix(".weight")
     if _ROWS.fullmatch(module):
         return 0
     return 1 if _COLUMNS.fullmatch(module) else None
 
 
-def merge(name: str, pieces: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """One whole parameter of `shape` out of its piece in each file, in the files' order.
+def merge_shards(name: str, shards: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """The parameter `name` of `shape`, from its shard in each file, in the files' order.
 
     Raises:
-        ConfigError: the pieces do not give that shape, or copies differ.
+        ConfigError: the shards do not give that shape, or replicas differ.
     """
-    repeats = _repeats(name, pieces, shape)  # how many neighbouring files have the same piece
+    replicas = _count_replicas(name, shards, shape)
     try:
-        whole, *copies = (
-            torch.cat(list(pieces[first::repeats]), cut_dim(name) or 0)
-            if len(pieces) > repeats
-            else pieces[first]
-            for first in range(repeats)
+        merged, *copies = (
+            torch.cat(list(shards[first::replicas]), shard_dim(name) or 0)
+            if len(shards) > replicas
+            else shards[first]
+            for first in range(replicas)
         )
-        fits = tuple(whole.shape) == shape
-    except RuntimeError:  # pieces that do not stand side by side
+        fits = tuple(merged.shape) == shape
+    except RuntimeError:  # the shards' other dimensions differ
         fits = False
     if not fits:
-        there = ", ".join(str(tuple(piece.shape)) for piece in pieces)
+        shapes = ", ".join(str(tuple(shard.shape)) for shard in shards)
         raise ConfigError(
-            f"{name} is {there} in {len(pieces)} file(s), and {shape} by params.json; are all "
+            f"{name} is {shapes} in {len(shards)} file(s), but {shape} by params.json; are all "
             "consolidated.NN.pth of the model in the folder?"
         )
-    if any(not torch.equal(whole, copy) for copy in copies):
-        raise ConfigError(f"{name} should be the same in several files, and differs: they are of two models")
-    return whole
+    if any(not torch.equal(merged, copy) for copy in copies):
+        raise ConfigError(f"{name} should be equal in several files, but differs: they are of two models")
+    return merged
 
 
-def _repeats(name: str, pieces: Sequence[Tensor], shape: tuple[int, ...]) -> int:
-    dim = cut_dim(name)
+def _count_replicas(name: str, shards: Sequence[Tensor], shape: tuple[int, ...]) -> int:
+    """How many neighbouring files have the same shard."""
+    dim = shard_dim(name)
     if dim is None:
-        return len(pieces)
-    rows = sum(piece.shape[dim] if piece.ndim > dim else 0 for piece in pieces)
-    repeats = max(1, rows // shape[dim])
-    return repeats if len(pieces) % repeats == 0 else 1
+        return len(shards)
+    rows = sum(shard.shape[dim] if shard.ndim > dim else 0 for shard in shards)
+    replicas = max(1, rows // shape[dim])
+    return replicas if len(shards) % replicas == 0 else 1
 
 
-def flavor_of(params: Mapping[str, Any], flavors: Mapping[str, LlamaArgs]) -> str:
+def find_flavor(params: Mapping[str, Any], flavors: Mapping[str, LlamaArgs]) -> str:
     """The flavor that `params.json` describes; `ConfigError` if there is none."""
-    told = _told(params)
+    sizes = _parse_params(params)
     scaled = params.get("use_scaled_rope", False) is True
     for name, args in flavors.items():
         same = all(
             getattr(args, key) == value or (key == "vocab_size" and not args.vocab_size)
-            for key, value in told.items()
+            for key, value in sizes.items()
         )
         if same and (args.rope_scaling is not None) == scaled:
             return name
-    sizes = ", ".join(f"{key} {value}" for key, value in told.items())
+    listed = ", ".join(f"{key} {value}" for key, value in sizes.items())
     raise ConfigError(
-        f"params.json: no flavor of llama3 has {sizes}, {'with' if scaled else 'without'} rotary scaling"
+        f"params.json: no flavor of llama3 has {listed}, {'with' if scaled else 'without'} rotary scaling"
     )
 
 
-def _told(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `LlamaArgs` that `params.json` tells."""
+def _parse_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `LlamaArgs` that `params.json` contains."""
     try:
         dim, multiple = int(params["dim"]), int(params.get("multiple_of", 256))
         hidden = int(params.get("ffn_dim_multiplier", 1.0) * int(2 * 4 * dim / 3))
-        told = {
+        sizes = {
             "dim": dim,
             "n_layers": int(params["n_layers"]),
             "n_heads": int(params["n_heads"]),
@@ -105,56 +105,57 @@ def _told(params: Mapping[str, Any]) -> dict[str, Any]:
             "norm_eps": float(params.get("norm_eps", 1e-5)),
         }
         if int(params.get("vocab_size", -1)) > 0:
-            told["vocab_size"] = int(params["vocab_size"])
+            sizes["vocab_size"] = int(params["vocab_size"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"params.json: not Llama 3's ({type(error).__name__}: {error})") from None
-    return told
+    return sizes
 
 
 def read_params(folder: Path) -> Mapping[str, Any]:
-    """The content of the folder's `params.json`; `ConfigError` if it is no JSON object."""
+    """The content of the folder's `params.json`; `ConfigError` if it is not a JSON object."""
     path = folder / PARAMS
     try:
         params = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON ({error}); fetch it again") from None
+        raise ConfigError(f"{path}: cannot be read as JSON ({error}); download it again") from None
     if not isinstance(params, dict):
-        raise ConfigError(f"{path}: no JSON object; fetch it again")
+        raise ConfigError(f"{path}: not a JSON object; download it again")
     return params
 
 
 def open_files(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, tied: bool) -> Callable[[str], Tensor]:
-    """A function that reads one whole parameter by name. `shapes` are all that the model has.
+    """A function that reads one parameter by name. `shapes`: those of all the model's parameters.
 
-    The files are mapped into memory, so that only the parameter that is read takes room.
+    The files are mapped into memory, so only the parameter that is read takes memory.
 
     Raises:
-        ConfigError: a file is missing or damaged, asks for more than tensors, or has other parameters.
+        ConfigError: a file is missing or damaged, needs more than tensors, or has other parameters.
     """
     paths = sorted(folder.glob("consolidated.*.pth"))
-    wanted = [folder / f"consolidated.{number:02}.pth" for number in range(len(paths))]
-    if not paths or paths != wanted:
-        there = ", ".join(path.name for path in paths) or "none"
-        raise ConfigError(f"{folder}: expected consolidated.00.pth, consolidated.01.pth, …; there: {there}")
+    expected = [folder / f"consolidated.{number:02}.pth" for number in range(len(paths))]
+    if not paths or paths != expected:
+        found = ", ".join(path.name for path in paths) or "none"
+        raise ConfigError(f"{folder}: expected consolidated.00.pth, consolidated.01.pth, …; found: {found}")
     loaded = [_load(path) for path in paths]
+    known = {*shapes, *_BUFFERS, *(["output.weight"] if tied else [])}
     for path, tensors in zip(paths, loaded, strict=True):
-        extra = [name for name in tensors if name not in shapes and name not in _NOT_PARAMETERS]
-        if tied:
-            extra = [name for name in extra if name != "output.weight"]
         missing = [name for name in shapes if name not in tensors]
+        extra = [name for name in tensors if name not in known]
         if missing or extra:
-            what = f"has no {missing[0]}" if missing else f"has {extra[0]}, which the model has not"
-            raise ConfigError(f"{path} {what}; it is of another model than params.json")
+            problem = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the model lacks"
+            raise ConfigError(f"{path} {problem}; it does not match params.json")
+
+    def read_merged(name: str, shape: tuple[int, ...]) -> Tensor:
+        return merge_shards(name, [tensors[name] for tensors in loaded], shape)
 
     def read(name: str) -> Tensor:
-        whole = merge(name, [tensors[name] for tensors in loaded], shapes[name])
-        if name == "tok_embeddings.weight" and tied and "output.weight" in loaded[0]:
-            output = merge("output.weight", [tensors["output.weight"] for tensors in loaded], shapes[name])
-            if not torch.equal(whole, output):
-                raise ConfigError(
-                    f"{folder}: output.weight differs from tok_embeddings.weight, to which it is tied"
-                )
-        return whole
+        parameter = read_merged(name, shapes[name])
+        has_copy = tied and name == "tok_embeddings.weight" and "output.weight" in loaded[0]
+        if has_copy and not torch.equal(parameter, read_merged("output.weight", shapes[name])):
+            raise ConfigError(
+                f"{folder}: output.weight differs from tok_embeddings.weight, but they are tied"
+            )
+        return parameter
 
     return read
 
@@ -162,5 +163,5 @@ def open_files(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, tied: boo
 def _load(path: Path) -> dict[str, Tensor]:
     tensors = load_tensors(path, mmap=True)
     if not isinstance(tensors, dict) or not all(isinstance(one, Tensor) for one in tensors.values()):
-        raise ConfigError(f"{path}: no dictionary of tensors, so no model of Meta's")
+        raise ConfigError(f"{path}: not a dictionary of tensors; download Meta's file again")
     return tensors

@@ -1,4 +1,4 @@
-"""Llama 3 in plain PyTorch: what the paper says, and nothing about devices, sharding or float8.
+"""Llama 3 in plain PyTorch, without devices, sharding or float8.
 
     h = embed(tokens)
     for each layer:  h = h + attention(rms_norm(h));  h = h + w2(silu(w1 n) * w3 n)  with n = rms_norm(h)
@@ -7,12 +7,12 @@
 Sources: Llama 3 (arXiv:2407.21783), RMSNorm (arXiv:1910.07467), RoPE (arXiv:2104.09864), grouped-query
 attention (arXiv:2305.13245), SwiGLU (arXiv:2002.05202).
 
-Four choices. Rotary pairs are interleaved, (x0, x1), (x2, x3), ..., as in Meta's own checkpoints; Hugging
-Face's halves are a permutation of wq and wk, done in `hf.py`. Rotation is real arithmetic in float32,
-because inductor has no code for complex numbers. Tied embeddings mean that there is no `output` module at
-all, so that a parameter has one name. Where attention stays within documents, positions still count from the
-start of the sequence: rotary attention depends on distances alone, so a document's logits are those it has
-anywhere else, up to rounding.
+Four choices. Rotary pairs are interleaved, (x0, x1), (x2, x3), ..., as in Meta's checkpoints; Hugging Face's
+layout is a permutation of wq and wk (`hf_state_dict.py`). Compiled rotation is real arithmetic in float32,
+because inductor generates no code for complex numbers. With tied embeddings there is no `output` module, so
+that each parameter has one name. Where attention stays within documents, positions still count from the start
+of the sequence: rotary attention depends on distances only, so a document's logits do not depend on where in
+the sequence it stands, up to rounding.
 
 Shapes: B batch, S sequence, D model width, H query heads, G key/value heads, E head width, F feed-forward
 width, V vocabulary.
@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.models.init import InitRule, Normal, Ones
-from octavo.models.loss import ChunkedLoss, give_loss
+from octavo.models.loss import ChunkedLoss, attach_loss
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of the low rotary frequencies for contexts longer than those of the first
-    training.
+    """Llama 3.1's rotary scaling: low frequencies are divided by `factor`, for contexts longer than
+    `original_context`; see `rope_frequencies`.
     """
 
     factor: float = 8.0
@@ -43,9 +43,13 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaArgs:
-    """Sizes of one Llama. `vocab_size = 0` takes the tokenizer's; `max_seq_len` sizes the rotary table.
+    """Sizes of one Llama.
 
-    `document_end`: the id that ends a document; attention then stays within documents. None: it sees across.
+    Attributes:
+        vocab_size: 0 means the tokenizer's.
+        max_seq_len: positions in the rotary table.
+        document_end: the token id that ends a document; attention then stays within documents. None:
+            attention spans the whole sequence.
     """
 
     dim: int
@@ -67,10 +71,10 @@ class LlamaArgs:
 
 
 def rope_frequencies(args: LlamaArgs) -> Tensor:
-    """The rotary frequencies [E/2], radians per position, with Llama 3.1's scaling where `args` asks for it.
+    """The rotary frequencies [E/2] in radians per position, scaled by `args.rope_scaling` if it is set.
 
-    Wavelengths shorter than original_context / high_freq_factor stay, longer than original_context /
-    low_freq_factor are stretched by `factor`, and those between are blended.
+    Wavelengths shorter than original_context / high_freq_factor are kept, those longer than original_context
+    / low_freq_factor are stretched by `factor`, and those in between are blended.
     """
     exponent = torch.arange(0, args.head_dim, 2, dtype=torch.int64, device="cpu").float() / args.head_dim
     freqs = 1.0 / (args.rope_theta**exponent)
@@ -84,31 +88,28 @@ def rope_frequencies(args: LlamaArgs) -> Tensor:
 
 
 def rope_table(args: LlamaArgs) -> Tensor:
-    """cos and sin of every position's angles, float32 [2, max_seq_len, E/2]."""
+    """cos and sin of the angles of every position, float32 [2, max_seq_len, E/2]."""
     positions = torch.arange(args.max_seq_len, dtype=torch.float32, device="cpu")
     angles = torch.outer(positions, rope_frequencies(args))
     return torch.stack((angles.cos(), angles.sin()))
 
 
 def apply_rope(x_BSHE: Tensor, table_2SE: Tensor) -> Tensor:
-    """Rotate each pair (x[2i], x[2i+1]) by its position's angle; computed in float32, returned in x's
-    dtype.
-    """
+    """Rotate each pair (x[2i], x[2i+1]) by its position's angle: in float32, returned in x's dtype."""
     cos, sin = table_2SE[:, : x_BSHE.shape[1], None, :].float()
     pairs = x_BSHE.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # it fuses these; of complex numbers it knows nothing
+    if torch.compiler.is_compiling():  # inductor fuses real operations and has no complex ones
         even, odd = pairs.unbind(-1)
         rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    else:  # the same numbers in one pass over memory, where those are seven
+    else:  # the same values in one pass over memory instead of seven
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
     return rotated.flatten(-2).type_as(x_BSHE)
 
 
 def document_mask(tokens_BS: Tensor, document_end: int) -> Tensor:
-    """Which keys each query sees, bool [B, 1, S, S]: those of its own document, up to itself.
+    """Causal mask within documents, bool [B, 1, S, S], True where a query attends to a key.
 
-    A document ends with the token `document_end`, which belongs to it; what a sequence begins with may be the
-    rest of a document.
+    A document includes the token `document_end` that ends it. A sequence may start in the middle of one.
     """
     ends_BS = (tokens_BS == document_end).long()
     document_BS = ends_BS.cumsum(1) - ends_BS
@@ -117,7 +118,7 @@ def document_mask(tokens_BS: Tensor, document_end: int) -> Tensor:
 
 
 class CoreAttention(nn.Module):
-    """softmax(q k^T / sqrt(E)) v, causal, or over what a mask leaves. It has no parameters."""
+    """softmax(q k^T / sqrt(E)) v, causal or with a mask. It has no parameters."""
 
     def forward(
         self, q_BHSE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask_B1SS: Tensor | None = None
@@ -127,7 +128,7 @@ class CoreAttention(nn.Module):
             groups = q_BHSE.shape[1] // k_BGSE.shape[1]
             k_BGSE, v_BGSE = (x.repeat_interleave(groups, dim=1) for x in (k_BGSE, v_BGSE))
         if q_BHSE.device.type == "cpu" and not torch.compiler.is_compiling():
-            # Its kernel takes a fifth longer where a head's rows lie apart.
+            # The CPU kernel takes a fifth longer on strided heads.
             q_BHSE, k_BGSE, v_BGSE = q_BHSE.contiguous(), k_BGSE.contiguous(), v_BGSE.contiguous()
         return F.scaled_dot_product_attention(
             q_BHSE, k_BGSE, v_BGSE, attn_mask=mask_B1SS, is_causal=mask_B1SS is None, enable_gqa=True
@@ -135,9 +136,9 @@ class CoreAttention(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query self-attention, over the whole sequence or over what a mask leaves."""
+    """Causal grouped-query self-attention, over the whole sequence or with a mask."""
 
-    same_input = (("wq", "wk", "wv"),)  # linears that read one tensor
+    same_input = (("wq", "wk", "wv"),)  # linears that read the same tensor
 
     def __init__(self, args: LlamaArgs):
         super().__init__()
@@ -154,7 +155,7 @@ class Attention(nn.Module):
     def attend(
         self, q_BSN: Tensor, k_BSN: Tensor, v_BSN: Tensor, table_2SE: Tensor, mask_B1SS: Tensor | None
     ) -> Tensor:
-        """What the heads gather [B, S, H E], of the three projections, each [B, S, heads x E]."""
+        """The heads' outputs [B, S, H E] from the q, k and v projections, each [B, S, heads x E]."""
         q_BSHE = apply_rope(q_BSN.unflatten(-1, (-1, self.head_dim)), table_2SE)
         k_BSGE = apply_rope(k_BSN.unflatten(-1, (-1, self.head_dim)), table_2SE)
         v_BSGE = v_BSN.unflatten(-1, (-1, self.head_dim))
@@ -178,7 +179,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """One layer: attention, then feed-forward, each behind its norm and added to the stream."""
+    """One pre-norm layer: attention, then feed-forward, each added to the residual stream."""
 
     def __init__(self, args: LlamaArgs):
         super().__init__()
@@ -195,14 +196,13 @@ class TransformerBlock(nn.Module):
 class Llama(nn.Module):
     """tokens [B, S] int64 -> logits [B, S, V].
 
-    With `positions_P`, ascending, only those of the sequence are computed: logits [B, P, V]. Attention's
-    `core` must then find the keys of the others by itself.
+    With `positions_P`, ascending, only those positions are computed: logits [B, P, V]. Attention's `core`
+    must then provide the keys and values of the others (context parallelism).
 
-    `layers` is a dictionary by number, so that a pipeline stage which drops layers keeps the names of the
-    others; for the same reason the embedding and the head (norm and output) may be absent (None). A stage
-    without an embedding takes the activations `h[B, P, D]` of the stage before it, and `tokens_BS`; one
-    without a head returns its own. With `labels_BS`, after `chunk_loss`, the summed loss is returned
-    instead of logits.
+    Pipeline stages drop layers, so `layers` is a dictionary by number and the remaining names do not change;
+    likewise the embedding and the head (norm and output) may be None. A stage without an embedding takes the
+    previous stage's activations `h[B, P, D]`, and `tokens_BS`; one without a head returns activations. With
+    `labels_BS`, after `chunk_loss`, the summed loss is returned instead of logits.
     """
 
     rope: Tensor
@@ -250,33 +250,33 @@ class Llama(nn.Module):
             if self.output is not None:
                 return self.output(h_BSD, labels_BS)
             assert self.chunked_loss is not None
-            return self.chunked_loss.of_weight(h_BSD, self.tok_embeddings.weight, labels_BS)
+            return self.chunked_loss.from_weight(h_BSD, self.tok_embeddings.weight, labels_BS)
         if self.output is None:
             return F.linear(h_BSD, self.tok_embeddings.weight)
         return self.output(h_BSD)
 
     def chunk_loss(self, loss: ChunkedLoss) -> None:
-        """Make the model, when called with `labels_BS`, return their summed loss by chunks."""
+        """Make the model return the summed loss when it is called with `labels_BS`."""
         if self.output is not None:
-            give_loss(self.output, loss)
+            attach_loss(self.output, loss)
         self.chunked_loss = loss
 
     def set_core_attention(self, core: nn.Module) -> None:
-        """Let every layer attend through `core`."""
+        """Replace the `CoreAttention` of every layer."""
         for layer in self.layers.values():
             assert isinstance(layer, TransformerBlock)
             layer.attention.core = core
 
     def init_buffers(self) -> None:
-        """Fill the rotary table, which meta-device construction left empty."""
+        """Fill the rotary table, which is empty after construction on the meta device."""
         self.rope.copy_(rope_table(self.args))
 
     def init_rule(self, name: str) -> InitRule:
-        """How the parameter called `name` starts.
+        """The distribution of the initial values of the parameter called `name`.
 
         Matrices are normal with standard deviation 0.02; those that write into the residual stream (wo, w2)
-        are damped by their depth, 0.02 / sqrt(2 (layer + 1)). The output projection has 1 / sqrt(D), so
-        that the first logits have unit variance and the first loss is about ln V + 1/2.
+        are scaled down with depth, 0.02 / sqrt(2 (layer + 1)). The output projection has 1 / sqrt(D), so that
+        initial logits have unit variance and the initial loss is about ln V + 1/2.
         """
         leaf = name.split(".")[-2]
         if leaf in ("attention_norm", "ffn_norm", "norm"):

@@ -1,9 +1,10 @@
-"""How a Llama is shared among processes, checkpointed, compiled and sharded, in that order.
+"""Applies context and tensor parallelism, fusion, activation checkpointing, compile and FSDP2 to a Llama, in
+that order.
 
-The order matters. Tensor parallel styles hook the layers' own modules, so they come while those can be found
-by name. Compile must see the checkpointed layer, so that the partitioner knows what may be recomputed; FSDP
-comes last, so that its gathers stay outside the compiled graphs. Compile works layer by layer: one graph
-serves all.
+The order matters. Tensor-parallel styles hook the layers' modules by name, so they come before wrappers
+change the names. Compile must see the checkpointed layer, so that the partitioner knows what it may
+recompute. FSDP2 comes last, so that its gathers stay outside the compiled graphs. Layers are compiled one by
+one and share one graph.
 """
 
 from torch import nn
@@ -20,17 +21,17 @@ from octavo.distributed.tensor_parallel import lay_logits, overlap_products, set
 from octavo.models.llama3.fused_block import fuse
 from octavo.models.llama3.model import Llama, LlamaArgs, TransformerBlock
 
-_TOKENS, _WHOLE, _LAST = Shard(1), Replicate(), Shard(-1)
+_BY_TOKEN, _REPLICATED, _BY_FEATURE = Shard(1), Replicate(), Shard(-1)
 
 
 def parallelize(model: nn.Module, plan: Parallelize) -> None:
-    """Apply `plan` to a Llama in place, whose `shared_sizes` divide over the processes."""
+    """Apply `plan` to a Llama in place; the tensor-parallel degree divides each of its `shared_sizes`."""
     assert isinstance(model, Llama)
     if plan.context is not None:
         share_sequences(model, model.set_core_attention, plan.context, ring=plan.ring)
 
     if plan.tensor is not None:
-        share_products(model, plan.tensor)
+        apply_tensor_parallel(model, plan.tensor)
         if plan.tensor.asynchronous and plan.compile_model:
             overlap_products(plan.tensor)
 
@@ -45,44 +46,44 @@ def parallelize(model: nn.Module, plan: Parallelize) -> None:
             layer.compile(fullgraph=True)
 
     if plan.sharding is not None:
-        # The last layer and the head are needed again at once in backward, so gathering them twice would
-        # gain nothing.
+        # The last group stays gathered, because backward needs it first.
         groups: list[list[nn.Module | None]] = [[layer] for layer in model.layers.values()]
         if not model.args.tie_embeddings:
             groups = [[model.tok_embeddings], *groups, [model.norm, model.output]]
-        there = [[part for part in group if part is not None] for group in groups]
-        # The embeddings give the layers their dtype. The rotary table stays float32: rounded to bfloat16 it
-        # would turn pairs by up to 0.16 degrees too far or too little, and stretch them by up to 0.3%.
-        shard(model, [group for group in there if group], plan.sharding, cast_inputs=False)
+        present = [[part for part in group if part is not None] for group in groups]
+        # Inputs are not cast: the embeddings set the layers' dtype, and the rotary table stays float32.
+        # Rounded to bfloat16 it would rotate pairs by up to 0.16 degrees too far or too little, and scale
+        # them by up to 0.3%.
+        shard(model, [group for group in present if group], plan.sharding, cast_inputs=False)
     elif plan.replicas is not None:
         replicate_model(model, plan.replicas)
 
 
 def shared_sizes(args: LlamaArgs) -> dict[str, int]:
-    """What tensor parallelism shares, by name."""
+    """The sizes that tensor parallelism splits, by name."""
     return sizes.shared_sizes(args.dim, args.n_heads, args.n_kv_heads, args.hidden_dim)
 
 
-def share_products(model: Llama, plan: TensorParallel) -> None:
-    """Share the matrix products of `model`, and between them the tokens (arXiv:2205.05198).
+def apply_tensor_parallel(model: Llama, plan: TensorParallel) -> None:
+    """Apply tensor and sequence parallelism (arXiv:2205.05198) to `model` in place.
 
-    Between a column-wise and a row-wise product features are sharded; everywhere else tokens are.
+    Activations are sharded by features between a column-wise and a row-wise linear, by tokens elsewhere.
     """
     styles: dict[str, ParallelStyle] = {}
     if model.tok_embeddings is not None:
         styles["tok_embeddings"] = plan.rows(
-            model.tok_embeddings, input_layouts=_WHOLE, output_layouts=_TOKENS
+            model.tok_embeddings, input_layouts=_REPLICATED, output_layouts=_BY_TOKEN
         )
     if model.norm is not None:
         styles["norm"] = SequenceParallel()
     if model.output is not None:
         styles["output"] = plan.columns(
-            model.output, input_layouts=_TOKENS, output_layouts=_LAST, use_local_output=False
+            model.output, input_layouts=_BY_TOKEN, output_layouts=_BY_FEATURE, use_local_output=False
         )
     parallelize_module(model, plan.mesh, styles)
     if model.tok_embeddings is not None:
         settle(model.tok_embeddings)
-    lay_logits(model, plan, _LAST)
+    lay_logits(model, plan, _BY_FEATURE)
     for layer in model.layers.values():
         parallelize_module(layer, plan.mesh, _layer_styles(layer, plan))
 
@@ -92,14 +93,14 @@ def _layer_styles(layer: nn.Module, plan: TensorParallel) -> dict[str, ParallelS
     a, f = layer.attention, layer.feed_forward
     return {
         "attention_norm": SequenceParallel(),
-        "attention": plan.gather([a.wq, a.wk, a.wv], given=_TOKENS, wanted=_WHOLE, inputs=3),
+        "attention": plan.gather([a.wq, a.wk, a.wv], given=_BY_TOKEN, wanted=_REPLICATED, inputs=3),
         "attention.wq": plan.columns(a.wq),
         "attention.wk": plan.columns(a.wk),
         "attention.wv": plan.columns(a.wv),
-        "attention.wo": plan.rows(a.wo, output_layouts=_TOKENS),
+        "attention.wo": plan.rows(a.wo, output_layouts=_BY_TOKEN),
         "ffn_norm": SequenceParallel(),
-        "feed_forward": plan.gather([f.w1, f.w3], given=_TOKENS, wanted=_WHOLE, inputs=1),
+        "feed_forward": plan.gather([f.w1, f.w3], given=_BY_TOKEN, wanted=_REPLICATED, inputs=1),
         "feed_forward.w1": plan.columns(f.w1),
         "feed_forward.w3": plan.columns(f.w3),
-        "feed_forward.w2": plan.rows(f.w2, output_layouts=_TOKENS),
+        "feed_forward.w2": plan.rows(f.w2, output_layouts=_BY_TOKEN),
     }

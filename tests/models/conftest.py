@@ -1,0 +1,5 @@
+"""Fixtures of the tests of models."""
+
+from tests.helpers.hostile import sentinel
+
+__all__ = ["sentinel"]
