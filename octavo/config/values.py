@@ -91,13 +91,14 @@ def _convert_list(kind: Any, value: Any) -> list[str]:
     (item,) = get_args(kind)
     if isinstance(value, str):
         if value.strip()[:1] in ("[", "(", "{"):
-            raise BadValue(f"got {value!r}; inside quotes a list is written without brackets: a,b")
+            raise BadValue(f"got {_shown(value)}; inside quotes a list is written without brackets: a,b")
         value = [part.strip() for part in value.split(",") if part.strip()]
     if not isinstance(value, list):
         raise _wrong_type(kind, value, text=False)
     converted = [convert(item, part, text=False) for part in value]
     if len(set(converted)) < len(converted):
-        raise BadValue(f"names something twice: {', '.join(converted)}")
+        twice = next(item for item in converted if converted.count(item) > 1)
+        raise BadValue(f"names {_shown(twice)} twice")
     return converted
 
 
@@ -106,7 +107,7 @@ def _convert_choice(kind: Any, value: Any) -> str:
     if not isinstance(value, str):
         raise _wrong_type(kind, value, text=False)
     if value not in choices:
-        raise BadValue(f"{value!r} is not {describe(kind)}{did_you_mean(value, choices)}")
+        raise BadValue(f"{_shown(value)} is not {describe(kind)}{did_you_mean(value, choices)}")
     return value
 
 

@@ -1,5 +1,6 @@
 """From TOML and flags to values: precedence, spellings, types."""
 
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -208,9 +209,44 @@ def test_lines_of_keys() -> None:
     assert not any("x" in path for path in lines)
 
 
-def test_lines_of_a_large_file_take_linear_time() -> None:
-    text = "[a]\n" + "".join(f"k{number} = {number}\n" for number in range(20_000))
-    assert key_lines(text)["a", "k19999"] == 20_001
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[a]\n" + "".join(f"k{number} = {number}\n" for number in range(20_000)),
+        "[a]\nlong = [\n" + "1,\n" * 4000 + "]\nlast = 1\n",
+        '[a]\nlong = """\n' + '[x] = {"\n' * 4000 + '"""\nlast = 1\n',
+        "".join(f"[a.b{number}]\nx = 1\n" for number in range(5000)),
+        "[a." + ".".join("b" * 100) + "]\n" + "".join(f"k{number}.x = 1\n" for number in range(3000)),
+    ],
+    ids=["keys", "array", "string", "sections", "dots"],
+)
+def test_every_part_of_a_large_file_is_parsed_once(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[int] = []
+    loads = tomllib.loads
+    monkeypatch.setattr(tomllib, "loads", lambda part: parsed.append(len(part)) or loads(part))
+    key_lines(text)
+    assert 0 < sum(parsed) <= len(text)
+
+
+STRINGS = r"""
+[a]
+one = 'a [ b'  # {
+two = "\"[ '"
+three = ["]", '''
+]''', '''x'''', 1]
+four = '''
+] '' "
+five = 5''''
+six = [{x = ']'}, {y = "}"}]
+seven = 7
+"""
+
+
+def test_strings_hide_brackets_quotes_and_line_ends() -> None:
+    names = ("one", "two", "three", "four", "six", "seven")
+    assert tuple(tomllib.loads(STRINGS)["a"]) == names
+    lines = key_lines(STRINGS)
+    assert [lines["a", name] for name in names] == [3, 4, 5, 7, 10, 11]
 
 
 @pytest.mark.parametrize("path", sorted(TRAIN_CONFIGS.glob("*.toml")), ids=lambda path: path.name)

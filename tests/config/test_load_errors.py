@@ -63,7 +63,7 @@ TOML = [
     ("[job]\ndescription = ['x']", "expected a string, got a list (['x'])"),
     ("[job]\ndescription = 2020-01-01", "expected a string, got a date or time"),
     ("[training]\nsteps = {a = 1}", "job.toml:2: training.steps: expected an integer, got a table"),
-    ("[float8]\nfilter_fqns = ['a', 'a']", "job.toml:2: float8.filter_fqns: names something twice: a, a"),
+    ("[float8]\nfilter_fqns = ['a', 'a']", "job.toml:2: float8.filter_fqns: names 'a' twice"),
     ("[float8]\nrecipe_name = 3", "job.toml:2: float8.recipe_name: expected one of tensorwise, "),
     (
         "[optimizer]\nlr = 1" + "0" * 400,
@@ -151,7 +151,7 @@ FLAGS = [
     (["--no-training.steps", "1"], "has no 'no' form; write --training.steps VALUE"),
     (["--float8.recipe-name=rowise"], "--float8.recipe-name: 'rowise' is not one of"),
     (["--float8.recipe-name=rowise"], "did you mean 'rowwise'?"),
-    (["--model.converters=float8,float8"], "names something twice"),
+    (["--model.converters=float8,float8"], "names 'float8' twice"),
     (["--float8.filter_fqns=['output']"], "inside quotes a list is written without brackets: a,b"),
     (["--mx.recipe_name=mxfp8"], f"--mx.recipe_name: {TITAN}"),
     (
@@ -213,3 +213,14 @@ def test_every_key_of_torchtitans_is_refused_with_its_reason(
     told = told_about(f"[{section}]\n{key} = false\n")
     assert told == f"job.toml:2: {section}.{key}: {TITAN}{torchtitan.KEYS[section][key]}"
     assert 10 < len(torchtitan.KEYS[section][key]) < 100
+
+
+@pytest.mark.parametrize(
+    "value", ['["float8", "float8"' + ', "x"' * 9000 + "]", repr("y" * 9000), repr("[" * 9000)]
+)
+def test_a_long_value_is_cut_short_in_its_message(value: str, tmp_path: Path) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text(f"[model]\nconverters = {value}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(["--job.config_file", str(file)])
+    assert len(str(caught.value)) < 1000
