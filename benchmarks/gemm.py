@@ -33,7 +33,7 @@ from benchmarks.harness.options import Options, parse
 from benchmarks.harness.report import Report
 from octavo.commands.argparser import bounded_int
 from octavo.float8 import RECIPES, Gemm
-from octavo.float8.matmul import choose_path, matmul
+from octavo.float8.matmul import choose_backend, matmul
 from octavo.float8.quantize import quantize
 from octavo.roofline import Gpu, Shape, Tensors, cast_seconds, gemm_seconds
 
@@ -128,7 +128,7 @@ def sides(case: Case, options: Options, report: Report) -> dict[str, Side]:
     found = {"bf16": Side(partial(torch.mm, a, b.t()), told["bf16"])}
     for name, gemm in ways(case).items():
         try:
-            choose_path(gemm, options.device, emulate)
+            choose_backend(gemm, options.device, emulate)
         except ValueError as error:
             report.summary[f"{name}, not run"] = str(error)
             continue

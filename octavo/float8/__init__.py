@@ -26,7 +26,8 @@ from octavo.float8.distributed.parallel_styles import (
     PrepareFloat8ModuleInput,
 )
 from octavo.float8.linear import Float8Linear
-from octavo.float8.matmul import EmulationWarning, describe_path
+from octavo.float8.matmul import EmulationWarning, describe_backend
+from octavo.float8.matmul import describe_backend as describe_path
 from octavo.float8.recipe import FULL, RECIPES, Cast, Gemm, Recipe, ScaleFormat, When
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "auto_filter_for_recipe",
     "cast_weights_once",
     "convert_to_float8_training",
+    "describe_backend",
     "describe_path",
     "precompute_float8_dynamic_scale_for_fsdp",
 ]

@@ -69,9 +69,8 @@ def convert_to_float8_training(
     """Swap the `nn.Linear`s in `module` for `Float8Linear`s, in place; a root that is one is returned
     swapped.
 
-    module_filter_fn(module, fqn): whether to convert that linear; None converts all.
-    config: a `Float8LinearConfig`, a `Recipe`, or a recipe's name; None is `Float8LinearConfig()`, which is
-    tensorwise.
+    module_filter_fn(module, fqn): whether to convert that linear; None converts all. config: a
+    `Float8LinearConfig`, a `Recipe`, or a recipe's name; None is `Float8LinearConfig()`, which is tensorwise.
 
     Parameters stay the same objects, so an optimizer made before keeps working; a linear that appears in two
     places stays one; hooks and buffers go along. Warns if nothing was converted, and names linears that
@@ -198,7 +197,8 @@ def auto_filter_for_recipe(
     recipe: str | Float8LinearRecipeName, filter_fqns: Sequence[str] = ()
 ) -> AutoFilter:
     """A `module_filter_fn` for the recipe: converts linears that gain from float8 on an H100, and whose fully
-    qualified name contains none of `filter_fqns`. Raises ValueError for an unknown recipe."""
+    qualified name contains none of `filter_fqns`. Raises ValueError for an unknown recipe.
+    """
     name = recipe.value if isinstance(recipe, Float8LinearRecipeName) else recipe
     if isinstance(filter_fqns, str):
         raise TypeError(f"filter_fqns is the string {filter_fqns!r}: give a list, [{filter_fqns!r}]")

@@ -26,20 +26,25 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement
 
-from octavo.float8.casts.delayed_operand import (
-    DelayedOperand,
-    DelayedOperands,
+from octavo.float8.casts.delayed_statistics import (
+    LayerStatistics,
+    OperandStatistics,
     is_recomputing,
     quantize_operand,
 )
-from octavo.float8.casts.input_cache import Casts, shared
+from octavo.float8.casts.input_cache import Casts, compute_once
 from octavo.float8.compiled.bias import add_bias
-from octavo.float8.compiled.pin_saved import keep
+from octavo.float8.compiled.pin_saved import pin_saved
 from octavo.float8.config import Options, resolve
-from octavo.float8.distributed.dtensor_io import local_input, scatters, sharding_of, whole_output
+from octavo.float8.distributed.dtensor_io import (
+    local_input,
+    output_dtensor,
+    scatter_output,
+    tensor_parallel_spec,
+)
 from octavo.float8.distributed.fsdp_gather import plain_parameter, shard_in_float8
-from octavo.float8.distributed.tp_gather import Gathered, cast_and_gather, scatter_rows
-from octavo.float8.distributed.tp_scales import Split, WeightSharding
+from octavo.float8.distributed.tp_gather import GatheredInput, cast_and_gather, scatter_rows
+from octavo.float8.distributed.tp_scales import ShardedAxis, TensorParallelSpec
 from octavo.float8.distributed.unsharded_weight import UnshardedWeight
 from octavo.float8.matmul import matmul, warn_if_emulated
 from octavo.float8.quantize import Quantized, quantize, quantize_both
@@ -48,7 +53,7 @@ from octavo.float8.recipe import Recipe
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _wanted(ctx: Any) -> tuple[bool, bool]:
+def _needed_gradients(ctx: Any) -> tuple[bool, bool]:
     """Which of (grad_input, grad_weight) this run of backward must compute.
 
     Zero-bubble pipeline schedules ask for the two in separate passes over the same graph. `needs_input_grad`
@@ -94,8 +99,8 @@ class Float8Matmul(torch.autograd.Function):
         w_KN_scale: Tensor | None,
         recipe: Recipe,
         emulate: bool | None,
-        sharding: WeightSharding | None,
-        grad_output: DelayedOperand | None = None,
+        sharding: TensorParallelSpec | None,
+        grad_output: OperandStatistics | None = None,
     ) -> Tensor:
         need_x, need_w = ctx.needs_input_grad[:2]
         keep_x = (x if x_KM is None else x_KM, x_KM_scale) if need_w else (None, None)
@@ -126,21 +131,27 @@ class Float8Matmul(torch.autograd.Function):
                 "useful second derivative. Leave the layers that need one in high precision with "
                 "module_filter_fn, or differentiate once"
             )
-        want_x, want_w = _wanted(ctx)
+        want_x, want_w = _needed_gradients(ctx)
         dx = dw = None
         with torch.no_grad():
             # Of two passes over the same graph, one counts.
-            counts = want_x or not ctx.needs_input_grad[0]
+            count_saturated = want_x or not ctx.needs_input_grad[0]
             dy_MN, dy_NM = _cast_grad_output(
-                dy, recipe, sharding, ctx.grad_output, want_x=want_x, want_w=want_w, counts=counts
+                dy,
+                recipe,
+                sharding,
+                ctx.grad_output,
+                want_x=want_x,
+                want_w=want_w,
+                count_saturated=count_saturated,
             )
             if want_x:
                 if w_scale is not None:
                     w_KN: Quantized | Tensor = Quantized(w, w_scale)
                 else:
-                    split = sharding.weight.transposed if sharding else None
+                    sharded = sharding.weight.transposed if sharding else None
                     w_KN = (
-                        w.t().to(dy.dtype) if grad_input.b is None else quantize(w.t(), grad_input.b, split)
+                        w.t().to(dy.dtype) if grad_input.b is None else quantize(w.t(), grad_input.b, sharded)
                     )
                 dx = matmul(dy_MN, w_KN, grad_input, dy.dtype, emulate=emulate)
             if want_w:
@@ -152,12 +163,12 @@ class Float8Matmul(torch.autograd.Function):
 def _cast_grad_output(
     dy: Tensor,
     recipe: Recipe,
-    sharding: WeightSharding | None,
-    operand: DelayedOperand | None,
+    sharding: TensorParallelSpec | None,
+    statistics: OperandStatistics | None,
     *,
     want_x: bool,
     want_w: bool,
-    counts: bool,
+    count_saturated: bool,
 ) -> tuple[Quantized | Tensor, Quantized | Tensor]:
     """`dy[M, N]` as `[M, N]` for grad_input and as `[N, M]` for grad_weight, gathered if tokens are spread
     over ranks.
@@ -172,13 +183,15 @@ def _cast_grad_output(
             pieces=sharding.pieces,
             size=sharding.size,
             group=sharding.group,
-            operand=operand,
-            counts=counts,
+            statistics=statistics,
+            count_saturated=count_saturated,
         )
         assert first is not None
         return first, dy if second is None else second
-    split = sharding.grad_output if sharding else None
-    return quantize_operand(dy, row if want_x else None, col, split, operand, counts=counts)
+    sharded = sharding.grad_output if sharding else None
+    return quantize_operand(
+        dy, row if want_x else None, col, sharded, statistics, count_saturated=count_saturated
+    )
 
 
 def cast_input(
@@ -186,28 +199,28 @@ def cast_input(
     recipe: Recipe,
     *,
     for_grad_weight: bool,
-    split: Split | None = None,
-    operand: DelayedOperand | None = None,
-    notes: bool = False,
+    sharded: ShardedAxis | None = None,
+    statistics: OperandStatistics | None = None,
+    record: bool = False,
 ) -> Casts:
     """`x[M, K]` as the output's operand `[M, K]` and, if asked for, as grad_weight's `[K, M]`.
 
-    None where the operand stays in high precision or is not asked for. `split` says how x is split over
-    ranks; `operand` and `notes` as in `quantize_operand`.
+    None where the operand stays in high precision or is not asked for. `sharded` says how x is sharded over
+    ranks; `statistics` and `record` as in `quantize_operand`.
     """
     row, col = recipe.output.a, recipe.grad_weight.b if for_grad_weight else None
     first, second = quantize_operand(
-        x, row, col, split, operand, notes=notes, counts=notes and not is_recomputing()
+        x, row, col, sharded, statistics, record=record, count_saturated=record and not is_recomputing()
     )
     return first if isinstance(first, Quantized) else None, second if isinstance(second, Quantized) else None
 
 
-def cast_weight(w: Tensor, recipe: Recipe, *, for_grad_input: bool, split: Split | None = None) -> Casts:
-    """`w[N, K]` as the output's operand `[N, K]` and, if asked for, as grad_input's `[K, N]`; None as
-    above.
-    """
+def cast_weight(
+    w: Tensor, recipe: Recipe, *, for_grad_input: bool, sharded: ShardedAxis | None = None
+) -> Casts:
+    """`w[N, K]` as the output's operand `[N, K]` and, if `for_grad_input`, as grad_input's `[K, N]`."""
     row, col = recipe.output.b, recipe.grad_input.b if for_grad_input else None
-    first, second = quantize_both(w, row, col, split)
+    first, second = quantize_both(w, row, col, sharded)
     return first if isinstance(first, Quantized) else None, second if isinstance(second, Quantized) else None
 
 
@@ -223,37 +236,37 @@ def multiply(
     emulate: bool | None = None,
     x_casts: Casts | None = None,
     w_casts: Casts | None = None,
-    sharding: WeightSharding | None = None,
-    operands: DelayedOperands | None = None,
+    sharding: TensorParallelSpec | None = None,
+    statistics: LayerStatistics | None = None,
 ) -> Tensor:
     """`x[M, K] . w[N, K]^T` as `y[M, N]` in x's dtype, differentiable in both.
 
     `x_casts` and `w_casts` are what `cast_input` and `cast_weight` give, if already made. Without `w_casts`,
     the weight is cast for the output now and for grad_input in backward, so that nothing of its size is held
-    between. `sharding` says that x and w are one rank's parts of a tensor parallel product; `operands` have
-    the previous step's maxima.
+    between. `sharding` says that x and w are one rank's parts of a tensor parallel product; `statistics`
+    holds the previous step's maxima (delayed scaling).
     """
-    known = operands or DelayedOperands()
-    notes = torch.is_grad_enabled()
+    layer_statistics = statistics or LayerStatistics()
+    record = torch.is_grad_enabled()
     with torch.no_grad():
         if x_casts is None:
             x_casts = cast_input(
                 x,
                 recipe,
                 for_grad_weight=w.requires_grad,
-                split=sharding.input if sharding else None,
-                operand=known.input,
-                notes=notes,
+                sharded=sharding.input if sharding else None,
+                statistics=layer_statistics.input,
+                record=record,
             )
         if w_casts is None:
             w_casts = (
                 w.casts()
                 if isinstance(w, UnshardedWeight)
                 else cast_weight(
-                    w, recipe, for_grad_input=False, split=None if sharding is None else sharding.weight
+                    w, recipe, for_grad_input=False, sharded=None if sharding is None else sharding.weight
                 )
             )
-    # Views, so that neither edge of the graph is a leaf: the engine answers `_wanted` for inner nodes only.
+    # Views, because `_needed_gradients` can ask the engine about inner nodes of the graph only, not leaves.
     return Float8Matmul.apply(
         x.view_as(x),
         w.view_as(w),
@@ -262,7 +275,7 @@ def multiply(
         recipe,
         emulate,
         sharding,
-        known.grad_output,
+        layer_statistics.grad_output,
     )
 
 
@@ -292,17 +305,17 @@ class Float8Linear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.recipe, self.config = resolve(config)
         self.emulate = emulate if self.config is None or emulate is not None else self.config.emulate
-        self.operands: DelayedOperands | None = None  # set by `DelayedScaling`
+        self.statistics: LayerStatistics | None = None  # set by `DelayedScaling`
         self.weight_casts: Casts | None = None
-        self._held_weight: tuple[weakref.ref[Tensor], int] | None = None  # what those are the casts of
-        self._made_casts: tuple[Casts, weakref.ref[Tensor], int] | None = None
+        self._cast_weight: tuple[weakref.ref[Tensor], int] | None = None  # what those are the casts of
+        self._optimizer_casts: tuple[Casts, weakref.ref[Tensor], int] | None = None
         self.watch: Callable[[Tensor, Tensor], Tensor] | None = None  # set on steps that `health` measures
         # Set by tensor parallel styles: whether one was applied, and what becomes of an output that is a sum
         # over ranks.
         self.tensor_parallel = False
         self.output_placement: Placement | None = None
         self.keep_input = True
-        self.shares_input: Any = None  # the `fused.SharedInput` that it is a member of
+        self.shared_input: Any = None  # the `fused.SharedInput` that it is a member of
 
     @classmethod
     def from_float(
@@ -361,47 +374,49 @@ class Float8Linear(nn.Linear):
         owner: Tensor,
         *,
         x_casts: Casts | None = None,
-        sharding: WeightSharding | None = None,
+        sharding: TensorParallelSpec | None = None,
     ) -> Tensor:
         """`y_MN`. `owner` is the tensor whose casts those of x_MK are."""
         trains = torch.is_grad_enabled()
         for_grad_weight = weight.requires_grad and trains
-        operand = None if self.operands is None else self.operands.input
-        split = sharding.input if sharding else None
+        statistics = None if self.statistics is None else self.statistics.input
+        sharded = sharding.input if sharding else None
         if x_casts is None:
             row, col = self.recipe.output.a, self.recipe.grad_weight.b if for_grad_weight else None
             with torch.no_grad():
-                x_casts = shared(
+                x_casts = compute_once(
                     owner,
-                    (x_MK.dtype, row, col, split, operand),
+                    (x_MK.dtype, row, col, sharded, statistics),
                     lambda: cast_input(
                         x_MK.detach(),
                         self.recipe,
                         for_grad_weight=for_grad_weight,
-                        split=split,
-                        operand=operand,
-                        notes=trains,
+                        sharded=sharded,
+                        statistics=statistics,
+                        record=trains,
                     ),
                 )
                 if torch.compiler.is_compiling() and (self.keep_input or x_MK.dtype == torch.float32):
-                    x_casts = keep(x_casts, one_cast=row == col and row is not None and row.square)
+                    x_casts = pin_saved(x_casts, one_cast=row == col and row is not None and row.square)
         return multiply(
             x_MK,
             weight,
             self.recipe,
             emulate=self.emulate,
             x_casts=x_casts,
-            w_casts=self._held_casts(),
+            w_casts=self.current_weight_casts(),
             sharding=sharding,
-            operands=self.operands,
+            statistics=self.statistics,
         )
 
-    def _forward_sharded(self, x: Tensor | Gathered, weight: DTensor) -> Tensor:
+    def _forward_sharded(self, x: Tensor | GatheredInput, weight: DTensor) -> Tensor:
         tokens = x.shape[:-1]
-        sharding = scatters(sharding_of(weight, self.recipe), self.recipe, tokens, self.output_placement)
+        sharding = scatter_output(
+            tensor_parallel_spec(weight, self.recipe), self.recipe, tokens, self.output_placement
+        )
         x_MK, owner, x_casts = local_input(x, sharding)
         y_MN = self._multiply(x_MK, weight.to_local(), owner, x_casts=x_casts, sharding=sharding)
-        return whole_output(y_MN, self.bias, tokens, weight.device_mesh, sharding, self.output_placement)
+        return output_dtensor(y_MN, self.bias, tokens, weight.device_mesh, sharding, self.output_placement)
 
     @property
     def gathers_float8(self) -> bool:
@@ -420,42 +435,44 @@ class Float8Linear(nn.Linear):
         if not keep_vars and self.gathers_float8:
             destination[f"{prefix}weight"] = plain_parameter(destination[f"{prefix}weight"])
 
-    def hold_weight_casts(self) -> None:
+    def cast_weight_for_step(self) -> None:
         """Cast the weight into `weight_casts`, which `forward` uses until it is None again."""
         weight = self.weight
-        split = None
+        sharded = None
         if isinstance(weight, DTensor):
             if not self.tensor_parallel or weight.device_mesh.ndim != 1:  # FSDP's
                 return
-            split = sharding_of(weight, self.recipe).weight
+            sharded = tensor_parallel_spec(weight, self.recipe).weight
             weight = weight.to_local()
         if isinstance(weight, UnshardedWeight):  # gathered in float8: its casts are at hand
             return
         if not isinstance(self.weight, nn.Parameter):  # computed anew at each use, as by weight_norm
             return
-        made = self._made_casts if split is None else None
-        self._made_casts = None
+        made = self._optimizer_casts if sharded is None else None
+        self._optimizer_casts = None
         if made is None or made[1]() is not self.weight or made[2] != self.weight._version:
-            self.weight_casts = cast_weight(weight.detach(), self.recipe, for_grad_input=True, split=split)
+            self.weight_casts = cast_weight(
+                weight.detach(), self.recipe, for_grad_input=True, sharded=sharded
+            )
         else:  # by the optimizer, with the step
             self.weight_casts = made[0]
-        self._held_weight = weakref.ref(self.weight), self.weight._version
+        self._cast_weight = weakref.ref(self.weight), self.weight._version
 
-    def take_weight_casts(self, casts: Casts) -> None:
-        """Take the casts of the weight as it is now, which an optimizer made; `hold_weight_casts` uses them
-        unless the weight is written to before.
+    def set_optimizer_casts(self, casts: Casts) -> None:
+        """Store an optimizer's casts of the current weight. `cast_weight_for_step` uses them unless the
+        weight is written to first.
         """
-        self._made_casts = casts, weakref.ref(self.weight), self.weight._version
+        self._optimizer_casts = casts, weakref.ref(self.weight), self.weight._version
 
-    def _held_casts(self) -> Casts | None:
+    def current_weight_casts(self) -> Casts | None:
         """`weight_casts`, unless another weight has taken the place of the one that they are of, or someone
         edited it.
 
         An edit that leaves no trace, as through `.data`, is not noticed, nor is any in compiled code.
         """
-        if self.weight_casts is None or self._held_weight is None or torch.compiler.is_compiling():
+        if self.weight_casts is None or self._cast_weight is None or torch.compiler.is_compiling():
             return self.weight_casts
-        held, version = self._held_weight
+        held, version = self._cast_weight
         same = held() is self.weight and self.weight._version == version
         return self.weight_casts if same else None
 
@@ -463,10 +480,10 @@ class Float8Linear(nn.Linear):
         # Copies and pickles hold parameters only.
         return self.__dict__ | {
             "weight_casts": None,
-            "_held_weight": None,
+            "_cast_weight": None,
             "watch": None,
-            "operands": None,
-            "_made_casts": None,
+            "statistics": None,
+            "_optimizer_casts": None,
         }
 
     def extra_repr(self) -> str:

@@ -14,10 +14,10 @@ A float8 code has at most 4 significant bits and so, times a power of two, is ex
 bfloat16 instructions multiply such operands by them, adding in float32: as precise as float32, and several
 times faster where they are matrix units (AMX): see `mm_codes`.
 
-Hardware paths are rows of `PATHS`: which blocks a path multiplies, on which devices, and the call. Adding a
-backend is adding a row. On a CPU there is one too, `torch._scaled_mm`. It converts operands one element at a
-time, so emulation, which looks codes up (eager) or fuses the conversion (compiled), is what `emulate=None`
-takes.
+Each row of `GEMM_BACKENDS` is a hardware backend: the blocks it multiplies, the devices it needs, and the
+call. To add a backend, add a row. A CPU has one too, `torch._scaled_mm`, but it converts operands one element
+at a time. Emulation converts many at once (eager) or fuses the conversion (compiled), so `emulate=None`
+emulates on a CPU.
 
 Hopper wants both operands contiguous along the contraction, and multiples of 16 (128 for block scales);
 operands are padded with zeros here, where they are one byte an element, and nowhere else. Zeros add nothing
@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.float8.quantize import Quantized, dequantize, to_float32, written_out
+from octavo.float8.quantize import Quantized, dequantize, materialize, to_float32
 from octavo.float8.recipe import FULL, Cast, Gemm, Recipe
 
 
@@ -69,7 +69,7 @@ def _crop(y: Tensor, rows: int, cols: int) -> Tensor:
 def _scaled_mm_cpu(a: Quantized, b: Quantized, gemm: Gemm, out_dtype: torch.dtype) -> Tensor:
     scale_a, scale_b = _matching_scales(a, b)
     # Inductor wants to know that both operands lie along the contraction.
-    data_a, data_b = (written_out(q.data.contiguous()) for q in (a, b))
+    data_a, data_b = (materialize(q.data.contiguous()) for q in (a, b))
     return torch._scaled_mm(data_a, data_b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype)
 
 
@@ -205,13 +205,13 @@ def _mx_mm_cuda(a: Quantized, b: Quantized, gemm: Gemm, out_dtype: torch.dtype) 
     return _crop(y, rows_a, rows_b).to(out_dtype)
 
 
-# ----------------------------------------------------------------------------------------- the table of paths
+# -------------------------------------------------------------------------------------------- the backends
 
 _TENSOR, _ROW, _LINE, _TILE, _MX = (FULL, FULL), (1, FULL), (1, 128), (128, 128), (1, 32)
 
 
 class Device(NamedTuple):
-    """What decides whether a path serves a device. `capability` and `cuda` are (0, 0) without an NVIDIA
+    """What decides whether a backend serves a device. `capability` and `cuda` are (0, 0) without an NVIDIA
     GPU.
     """
 
@@ -221,7 +221,7 @@ class Device(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Path:
+class GemmBackend:
     """A way to multiply on a device: `blocks` lists the (a, b) blocks, `capability` the least GPU, `cuda` and
     `version` the least versions of CUDA and PyTorch. `run` computes `a . b^T`, given operands of any size and
     layout.
@@ -241,7 +241,7 @@ class Path:
             return False
         return all(cast.scale.one_byte == self.one_byte_scales for cast in (gemm.a, gemm.b))
 
-    def serves(self, device: Device) -> bool:
+    def supports(self, device: Device) -> bool:
         # Block scales exist on one generation of GPUs only where the next has another unit for them.
         return (
             device.type == self.device
@@ -254,12 +254,16 @@ class Path:
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 _PER_TENSOR = ((_TENSOR, _TENSOR),)
 _PER_ROW = ((_ROW, _ROW), (_ROW, _TENSOR), (_TENSOR, _ROW))
-PATHS: tuple[Path, ...] = (
-    Path("torch._scaled_mm", "cpu", _PER_TENSOR, _scaled_mm_cpu),
-    Path("torch._scaled_mm", "cpu", _PER_ROW, _scaled_mm_cpu, version=(2, 13)),  # 2.11 has no such kernel
-    Path("torch._scaled_mm, one scale a tensor", "cuda", _PER_TENSOR, _scaled_mm_cuda, capability=(8, 9)),
-    Path("torch._scaled_mm, one scale a row", "cuda", _PER_ROW, _scaled_mm_cuda, capability=(9, 0)),
-    Path(
+GEMM_BACKENDS: tuple[GemmBackend, ...] = (
+    GemmBackend("torch._scaled_mm", "cpu", _PER_TENSOR, _scaled_mm_cpu),
+    GemmBackend(
+        "torch._scaled_mm", "cpu", _PER_ROW, _scaled_mm_cpu, version=(2, 13)
+    ),  # 2.11 has no such kernel
+    GemmBackend(
+        "torch._scaled_mm, one scale a tensor", "cuda", _PER_TENSOR, _scaled_mm_cuda, capability=(8, 9)
+    ),
+    GemmBackend("torch._scaled_mm, one scale a row", "cuda", _PER_ROW, _scaled_mm_cuda, capability=(9, 0)),
+    GemmBackend(
         "scaled_mm, 128-blocks",
         "cuda",
         ((_LINE, _TILE), (_LINE, _LINE)),
@@ -267,7 +271,7 @@ PATHS: tuple[Path, ...] = (
         capability=(9, 0),
         cuda=(12, 9),
     ),
-    Path(
+    GemmBackend(
         "scaled_mm, 32-blocks",
         "cuda",
         ((_MX, _MX),),
@@ -279,7 +283,7 @@ PATHS: tuple[Path, ...] = (
 )
 
 
-# (0, 0) on ROCm, whose float8 has other formats: it gets no path.
+# (0, 0) on ROCm, whose float8 has other formats: it gets no backend.
 _CUDA = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
 
 
@@ -290,25 +294,29 @@ def describe_device(device: torch.device) -> Device:
     return Device("cuda", (properties.major, properties.minor), (_CUDA[0], _CUDA[1]))
 
 
-def find_path(gemm: Gemm, device: Device) -> Path | None:
-    """The hardware path for `gemm` on `device`, or None."""
-    return next((path for path in PATHS if path.multiplies(gemm) and path.serves(device)), None)
+def find_backend(gemm: Gemm, device: Device) -> GemmBackend | None:
+    """The hardware backend for `gemm` on `device`, or None."""
+    return next(
+        (backend for backend in GEMM_BACKENDS if backend.multiplies(gemm) and backend.supports(device)), None
+    )
 
 
 def _missing(gemm: Gemm, device: Device) -> str:
-    """Why `device` has no path for `gemm`."""
-    on_device = [path for path in PATHS if path.multiplies(gemm) and path.device == device.type]
+    """Why `device` has no backend for `gemm`."""
+    on_device = [
+        backend for backend in GEMM_BACKENDS if backend.multiplies(gemm) and backend.device == device.type
+    ]
     if not on_device:
         assert gemm.a is not None
         assert gemm.b is not None
-        return f"no {device.type} path multiplies {gemm.a.blocks} by {gemm.b.blocks}"
-    path = on_device[0]
-    if path.version > _TORCH:
-        least = _dotted(path.version)
-        return f"{path.name} needs PyTorch {least} on a {path.device}; here is {torch.__version__}"
-    needs = f"{path.name} needs compute capability {_dotted(path.capability)}"
-    if any(path.cuda):
-        needs += f" and CUDA {_dotted(path.cuda)}"
+        return f"no {device.type} backend multiplies {gemm.a.blocks} by {gemm.b.blocks}"
+    backend = on_device[0]
+    if backend.version > _TORCH:
+        least = _dotted(backend.version)
+        return f"{backend.name} needs PyTorch {least} on a {backend.device}; here is {torch.__version__}"
+    needs = f"{backend.name} needs compute capability {_dotted(backend.capability)}"
+    if any(backend.cuda):
+        needs += f" and CUDA {_dotted(backend.cuda)}"
     return f"{needs}; here are {_dotted(device.capability)} and CUDA {_dotted(device.cuda)}"
 
 
@@ -316,25 +324,25 @@ def _dotted(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
 
 
-def choose_path(gemm: Gemm, device: torch.device, emulate: bool | None) -> Path | None:
-    """The path that computes `gemm` on `device`; None is emulation.
+def choose_backend(gemm: Gemm, device: torch.device, emulate: bool | None) -> GemmBackend | None:
+    """The backend that computes `gemm` on `device`; None is emulation.
 
-    `emulate`: True always emulates, False never does (ValueError where the device has no path), None takes
+    `emulate`: True always emulates, False never does (ValueError where the device has no backend), None takes
     the faster: hardware wherever there is some, except on a CPU (see the module's docstring).
     """
     if emulate or (emulate is None and device.type != "cuda"):
         return None
     what = describe_device(device)
-    path = find_path(gemm, what)
-    if path is None and emulate is False:
+    backend = find_backend(gemm, what)
+    if backend is None and emulate is False:
         raise ValueError(
             f"emulate=False, but {_missing(gemm, what)}. Leave emulate=None to emulate where there is no "
             "hardware, or choose a recipe that this device runs"
         )
-    return path
+    return backend
 
 
-def describe_path(recipe: Recipe, device: torch.device, emulate: bool | None) -> str:
+def describe_backend(recipe: Recipe, device: torch.device, emulate: bool | None) -> str:
     """One line on what `recipe` does on `device` and why: "hardware: ..." or "emulated: ...".
 
     Raises the ValueError that training would, where `emulate=False` asks for what `device` lacks.
@@ -342,11 +350,11 @@ def describe_path(recipe: Recipe, device: torch.device, emulate: bool | None) ->
     gemms = {name: gemm for name, gemm in recipe.gemms.items() if gemm.float8}
     if emulate:
         return "emulated: as asked for (emulate=True)"
-    chosen = {name: choose_path(gemm, device, emulate) for name, gemm in gemms.items()}
-    hardware = ", ".join(dict.fromkeys(path.name for path in chosen.values() if path is not None))
+    chosen = {name: choose_backend(gemm, device, emulate) for name, gemm in gemms.items()}
+    hardware = ", ".join(dict.fromkeys(backend.name for backend in chosen.values() if backend is not None))
     what = describe_device(device)
     missing = "; ".join(
-        dict.fromkeys(_missing(g, what) for g in gemms.values() if find_path(g, what) is None)
+        dict.fromkeys(_missing(g, what) for g in gemms.values() if find_backend(g, what) is None)
     )
     if not any(chosen.values()):
         if missing:
@@ -369,11 +377,11 @@ def warn_if_emulated(recipe: Recipe, device: torch.device, emulate: bool | None)
     if emulate or device.type == "meta":
         return
     what = describe_device(device)
-    lacking = [gemm for gemm in recipe.gemms.values() if gemm.float8 and find_path(gemm, what) is None]
+    lacking = [gemm for gemm in recipe.gemms.values() if gemm.float8 and find_backend(gemm, what) is None]
     if not lacking:
         return
     if emulate is False:
-        choose_path(lacking[0], device, emulate)
+        choose_backend(lacking[0], device, emulate)
     if (recipe.name, device.type) not in _warned:
         _warned.add((recipe.name, device.type))
         warnings.warn(
@@ -481,7 +489,7 @@ def matmul(
 ) -> Tensor:
     """`a[M, C] . b[N, C]^T` as `y[M, N]` in `out_dtype`; operands as `gemm` casts them.
 
-    `emulate` as in `choose_path`. Any size works, zero included. Raises ValueError where `emulate=False`
+    `emulate` as in `choose_backend`. Any size works, zero included. Raises ValueError where `emulate=False`
     cannot be had, or where the operands' contractions differ.
     """
     data_a, data_b = (x.data if isinstance(x, Quantized) else x for x in (a, b))
@@ -493,9 +501,9 @@ def matmul(
         return _mm(data_a, data_b.t()).to(out_dtype)
     assert isinstance(a, Quantized)
     assert isinstance(b, Quantized)
-    path = choose_path(gemm, data_a.device, emulate)
+    backend = choose_backend(gemm, data_a.device, emulate)
     if 0 in data_a.shape or 0 in data_b.shape:
         return torch.zeros(data_a.shape[0], data_b.shape[0], dtype=out_dtype, device=data_a.device)
-    if path is None:
+    if backend is None:
         return _emulate(a, b, gemm.a, gemm.b, out_dtype)
-    return path.run(a, b, gemm, out_dtype)
+    return backend.run(a, b, gemm, out_dtype)

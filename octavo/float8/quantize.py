@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.float8.casts import gpu_cast
-from octavo.float8.distributed.tp_scales import Split
+from octavo.float8.distributed.tp_scales import ShardedAxis
 from octavo.float8.recipe import FULL, Cast, ScaleFormat
 
 EPS = 1e-12
@@ -61,9 +61,7 @@ def block_size(block: tuple[int, int], shape: torch.Size | tuple[int, ...]) -> t
 
 
 def _tiles(x: Tensor, block: tuple[int, int]) -> Tensor:
-    """`x[R, C]` as `[R / r, r, C / c, c]`, a view where the block divides the shape, else padded with
-    zeros.
-    """
+    """`x[R, C]` as `[R / r, r, C / c, c]`: a view if the block divides the shape, else zero-padded."""
     rows, cols = block_size(block, x.shape)
     pad_rows, pad_cols = -x.shape[0] % rows, -x.shape[1] % cols
     if pad_rows or pad_cols:
@@ -77,9 +75,7 @@ def _untile(tiles: Tensor, shape: torch.Size) -> Tensor:
 
 
 def block_amax(x: Tensor, block: tuple[int, int]) -> Tensor:
-    """The largest magnitude in each block of `x[R, C]`, in x's dtype: `[R / r, C / c]`, rounded up. NaN
-    wins.
-    """
+    """Largest magnitude per block of `x[R, C]`: `[ceil(R / r), ceil(C / c)]` in x's dtype. NaN wins."""
     if x.numel() == 0:
         rows, cols = block_size(block, x.shape)
         return x.new_zeros(-(-x.shape[0] // rows), -(-x.shape[1] // cols))
@@ -118,10 +114,10 @@ def scales_from_amax(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
         # A float64 quotient rounded to float32 is the correctly rounded float32 quotient; GPU code would give
         # less.
         scale = (1.0 / s.double()).float()
-    return written_out(s), written_out(scale)
+    return materialize(s), materialize(scale)
 
 
-def written_out(x: Tensor) -> Tensor:
+def materialize(x: Tensor) -> Tensor:
     """`x`, which code compiled for a CPU is to write to memory once, not to compute again at each use.
 
     Left alone the compiler puts the arithmetic of a column's scale into the loop over its elements, and
@@ -167,7 +163,7 @@ def cast_data(x: Tensor, s: Tensor, cast: Cast) -> Tensor:
     return _untile(scaled.clamp_(-limit, limit).to(cast.dtype), x.shape)
 
 
-def quantize_given(x: Tensor, amax: Tensor, cast: Cast) -> Quantized:
+def quantize_with_amax(x: Tensor, amax: Tensor, cast: Cast) -> Quantized:
     """Cast `x[R, C]` with the scales of the maxima `amax`, `[R / r, C / c]`, which need not be x's own.
 
     What is larger saturates. What is not finite becomes NaN: clamped, an infinity would pass for a number.
@@ -179,33 +175,33 @@ def quantize_given(x: Tensor, amax: Tensor, cast: Cast) -> Quantized:
     return Quantized(_untile(codes, x.shape), scale)
 
 
-def _lies_transposed(x: Tensor) -> bool:
+def _is_transposed(x: Tensor) -> bool:
     return not x.is_contiguous() and x.t().is_contiguous()
 
 
-def quantize(x: Tensor, cast: Cast, split: Split | None = None) -> Quantized:
+def quantize(x: Tensor, cast: Cast, sharded: ShardedAxis | None = None) -> Quantized:
     """Cast `x[rows, contraction]` (bfloat16, float16 or float32) as `cast` says.
 
     Keeps x's memory layout; a kernel writes along the contraction, which is what hardware reads.
 
-    `split`: x is one rank's part of the operand; the scales are then those of the whole.
+    `sharded`: x is one rank's part of the operand; the scales are then those of the whole.
     """
-    if gpu_cast.serves(x, cast, split):
-        if _lies_transposed(x):
+    if gpu_cast.supports(x, cast, sharded):
+        if _is_transposed(x):
             _, made = gpu_cast.cast_both(x.t(), None, cast)
         else:
             made, _ = gpu_cast.cast_both(x, cast, None)
         assert made is not None
         return Quantized(*made)
-    if _lies_transposed(x):
+    if _is_transposed(x):
         # Work along memory. The compiler would write transposed else: slowly, and garbage from bfloat16 on a
         # CPU.
         along = replace(cast, block=(cast.block[1], cast.block[0]))
         amax = block_amax(x.t(), along.block).t()
-        s, scale = scales_from_amax(amax if split is None else split.whole_amax(amax, cast), cast)
+        s, scale = scales_from_amax(amax if sharded is None else sharded.reduce_amax(amax, cast), cast)
         return Quantized(cast_data(x.t(), s.t(), along).t(), scale)
     amax = block_amax(x, cast.block)
-    s, scale = scales_from_amax(amax if split is None else split.whole_amax(amax, cast), cast)
+    s, scale = scales_from_amax(amax if sharded is None else sharded.reduce_amax(amax, cast), cast)
     return Quantized(cast_data(x, s, cast), scale)
 
 
@@ -215,20 +211,20 @@ def transposed(q: Quantized) -> Quantized:
 
 
 def quantize_both(
-    x: Tensor, row: Cast | None, col: Cast | None, split: Split | None = None
+    x: Tensor, row: Cast | None, col: Cast | None, sharded: ShardedAxis | None = None
 ) -> tuple[Quantized | Tensor, Quantized | Tensor]:
     """`x[R, C]` as an operand that contracts C, and its transpose as one that contracts R.
 
     Both casts are made while x is at hand, so that nothing needs to keep x. A `None` cast gives x (or its
-    transpose) in high precision. One square cast serves both. `split` says which axis of x is split, if one
-    is.
+    transpose) in high precision. One square cast serves both. `sharded`: which axis of x is sharded over
+    ranks, if any.
     """
-    across = split and split.transposed
-    if (row or col) and gpu_cast.serves(x, row, split) and gpu_cast.serves(x, col, across):
+    across = sharded and sharded.transposed
+    if (row or col) and gpu_cast.supports(x, row, sharded) and gpu_cast.supports(x, col, across):
         one, two = gpu_cast.cast_both(x, row, col)
         return x if one is None else Quantized(*one), x.t() if two is None else Quantized(*two)
-    x = written_out(x)
-    first = x if row is None else quantize(x, row, split)
+    x = materialize(x)
+    first = x if row is None else quantize(x, row, sharded)
     if col is None:
         return first, x.t()
     if col == row and col.square and isinstance(first, Quantized):
@@ -255,7 +251,7 @@ def dequantize(q: Quantized, block: tuple[int, int]) -> Tensor:
     """`data * scale` in float32, `[rows, contraction]`; `block` is the cast's."""
     # Along memory, as in `quantize`. Not square casts: their dequantised values would be those that forward
     # reads, and the compiler would keep them, in float32, for backward.
-    if _lies_transposed(q.data) and block[0] != block[1]:
+    if _is_transposed(q.data) and block[0] != block[1]:
         return dequantize(transposed(q), (block[1], block[0])).t()
     values = _tiles(to_float32(q.data), block).mul_(scale_values(q.scale).unsqueeze(1).unsqueeze(3))
     return _untile(values, q.data.shape)

@@ -84,8 +84,7 @@ class Cast:
     `dtype`: torch.float8_e4m3fn or torch.float8_e5m2. `block`: (rows, contraction) elements that share a
     scale, each a positive number or FULL. `scale`: the numbers a scale may be. `scaled`: False makes every
     scale 1, so that what lies outside the type's range is lost: it shows what scales are for, and no kernel
-    casts so. `when`: when its maximum was measured; PREVIOUS_STEP is for one
-    scale a tensor.
+    casts so. `when`: when its maximum was measured; PREVIOUS_STEP is for one scale a tensor.
     """
 
     dtype: torch.dtype
@@ -172,9 +171,8 @@ class Gemm:
 class Recipe:
     """How the three products of a linear layer are computed. See the module's docstring for the letters.
 
-    output:      a casts x[M, K],  b casts w[N, K]
-    grad_input:  a casts dy[M, N], b casts w[K, N] (the transpose)
-    grad_weight: a casts dy[N, M], b casts x[K, M] (both transposes)
+    output:      a casts x[M, K],  b casts w[N, K] grad_input:  a casts dy[M, N], b casts w[K, N] (the
+    transpose) grad_weight: a casts dy[N, M], b casts x[K, M] (both transposes)
     """
 
     name: str
@@ -189,9 +187,7 @@ class Recipe:
 
     @property
     def gatherable(self) -> bool:
-        """Whether one float8 weight serves both products that read it, so that FSDP can gather it in
-        float8.
-        """
+        """Whether FSDP can gather the weight in float8: one float8 weight serves both its products."""
         weight = self.output.b
         return weight is not None and weight.square and weight == self.grad_input.b
 
@@ -213,9 +209,7 @@ class Recipe:
         )
 
     def with_scales(self, scale: ScaleFormat) -> Recipe:
-        """A copy whose every cast uses the scale format `scale`:
-        `RECIPES["mxfp8"].with_scales(E8M0_FLOOR)`.
-        """
+        """A copy with scale format `scale` in every cast: `RECIPES["mxfp8"].with_scales(E8M0_FLOOR)`."""
         return self.map_casts(lambda cast: replace(cast, scale=scale))
 
 

@@ -34,9 +34,9 @@ from octavo.float8 import (
     convert_to_float8_training,
     precompute_float8_dynamic_scale_for_fsdp,
 )
-from octavo.float8.checks.fake_gpu import as_on_a_gpu as as_on_a_gpu
-from octavo.float8.checks.fake_gpu import expect_hardware as expect_hardware
+from octavo.float8.checks.fake_gpu import force_hardware_path as force_hardware_path
 from octavo.float8.checks.fake_gpu import gather_in_float8 as gather_in_float8
+from octavo.float8.checks.fake_gpu import simulate_gpu as simulate_gpu
 from octavo.float8.checks.selfcheck import Check, check_device
 from octavo.float8.distributed.parallel_styles import (
     Float8ColwiseParallel,
@@ -45,7 +45,7 @@ from octavo.float8.distributed.parallel_styles import (
 )
 from octavo.float8.fused import GatedLinear, NormedInput, SharedInput
 from octavo.float8.health import Measurement, Monitor, audit
-from octavo.float8.matmul import EmulationWarning, choose_path, describe_path
+from octavo.float8.matmul import EmulationWarning, choose_backend, describe_backend
 from octavo.models.init import plain_name
 
 DEFAULT_RECIPE = "tensorwise"
@@ -66,7 +66,7 @@ of a mean over a batch's tokens lie below what an unscaled e5m2 holds, and becom
 
 def describe_recipes(device: torch.device) -> dict[str, str]:
     """Recipe -> one line on whether `device` computes it in hardware, and by what."""
-    return {name: describe_path(recipe, device, None) for name, recipe in RECIPES.items()}
+    return {name: describe_backend(recipe, device, None) for name, recipe in RECIPES.items()}
 
 
 def check_products(device: torch.device) -> Iterator[Check]:
@@ -85,8 +85,8 @@ def keep_casts_under_compile() -> None:
     """Make compiled layers round to bfloat16 where eager ones do.
 
     Without that, the value that is cast to float8 in forward and the one recomputed in backward can differ,
-    and rowwise training went to NaN (pytorch issue 150859). Later torch does by itself what is needed of
-    it, for the tensors that are saved; before, the general switch is the remedy.
+    and rowwise training went to NaN (pytorch issue 150859). Later torch does by itself what is needed of it,
+    for the tensors that are saved; before, the general switch is the remedy.
     """
     import torch._inductor.config as inductor
 
@@ -105,14 +105,14 @@ def keep_traces_of_compiled_layers() -> None:
     functorch.autograd_cache_allow_custom_autograd_functions = True
 
 
-def monitor_of(model: nn.Module, settings: Float8) -> Monitor | None:
+def build_monitor(model: nn.Module, settings: Float8) -> Monitor | None:
     """What measures the float8 layers of `model`, over all processes' tokens; None if nothing is to be."""
     if settings.health_every == 0 or not converted(model):
         return None
-    return Monitor(model, every=1, sample=settings.health_tokens or None, group=_everyone())
+    return Monitor(model, every=1, sample=settings.health_tokens or None, group=_world_group())
 
 
-def _everyone() -> dist.ProcessGroup | None:
+def _world_group() -> dist.ProcessGroup | None:
     return dist.group.WORLD if dist.get_world_size() > 1 else None
 
 
@@ -142,7 +142,7 @@ def try_recipes(
             forward=loss,
             recipes=others,
             filter_fn=lambda _, name: name == layer,
-            group=_everyone(),
+            group=_world_group(),
         )
     except ValueError as error:
         logger.debug("No other recipe could be tried on %s: %s", layer, error)
@@ -169,7 +169,7 @@ def precisions(model: nn.Module, device: torch.device, high: str) -> dict[str, t
         by_product = {
             product: high
             if not gemm.float8
-            else ("float8" if choose_path(gemm, device, module.emulate) else "float32")
+            else ("float8" if choose_backend(gemm, device, module.emulate) else "float32")
             for product, gemm in module.recipe.gemms.items()
         }
         found[name] = (by_product["output"], by_product["grad_input"], by_product["grad_weight"])
@@ -193,20 +193,20 @@ def casts_once(head: nn.Module) -> AbstractContextManager[None]:
 
 def tensor_parallel(mesh: DeviceMesh, *, loss_parallel: bool, asynchronous: bool = False) -> TensorParallel:
     """The styles for a model whose products are shared over `mesh`: float8 layers send float8."""
-    return TensorParallel(mesh, loss_parallel, _columns, _rows, _gather, asynchronous)
+    return TensorParallel(mesh, loss_parallel, _colwise_style, _rowwise_style, _gather_style, asynchronous)
 
 
-def _columns(linear: nn.Module, **layouts: Any) -> ParallelStyle:
+def _colwise_style(linear: nn.Module, **layouts: Any) -> ParallelStyle:
     style = Float8ColwiseParallel if isinstance(linear, Float8Linear) else ColwiseParallel
     return style(**layouts)
 
 
-def _rows(linear: nn.Module, **layouts: Any) -> ParallelStyle:
+def _rowwise_style(linear: nn.Module, **layouts: Any) -> ParallelStyle:
     style = Float8RowwiseParallel if isinstance(linear, Float8Linear) else RowwiseParallel
     return style(**layouts)
 
 
-def _gather(
+def _gather_style(
     linears: Sequence[nn.Module], *, given: Placement, wanted: Placement, inputs: int
 ) -> ParallelStyle:
     rest = (None,) * (inputs - 1)
@@ -238,14 +238,14 @@ def fusion(job: JobConfig, recipe: str | None, device: torch.device) -> Fusion |
         "by kernels" if device.type == "cuda" else "in plain PyTorch",
         ", their weights cast with one scale" if share else "",
     )
-    told: set[str] = set()
+    logged: set[str] = set()
 
     def normed_input(norm: nn.Module, linears: Sequence[Any]) -> NormedInput:
         ours = all(isinstance(linear, Float8Linear) and linear.recipe.name == recipe for linear in linears)
         made = NormedInput(norm, linears, shared_scales=share and ours)
         why = made.shared.why_separate()
-        if why is not None and why not in told:
-            told.add(why)
+        if why is not None and why not in logged:
+            logged.add(why)
             logger.info("Some layers of one input stay products of their own: %s", why)
         return made
 
@@ -264,33 +264,33 @@ def after_optimizer_step(model: nn.Module, settings: Float8) -> None:
         precompute_float8_dynamic_scale_for_fsdp(model)
 
 
-class PreviousScales:
+class DelayedScalingSteps:
     """What the trainer does about scales that are the previous step's: ends steps, tells, saves. Does nothing
     in other recipes.
     """
 
     def __init__(self, scales: DelayedScaling | None) -> None:
         self._scales = scales
-        self._largest, self._fallbacks = 0.0, 0
+        self._saturated, self._fallbacks = 0.0, 0
 
     def end_step(self, step: int) -> None:
         """Make the maxima of `step` the next one's scales. All processes call it, after the gradients."""
         if self._scales is None:
             return
-        told = self._scales.end_step()
-        self._largest = max(self._largest, told.largest)
-        self._fallbacks += told.falls_back
-        if told.falls_back:
+        report = self._scales.end_step()
+        self._saturated = max(self._saturated, report.saturated)
+        self._fallbacks += report.falls_back
+        if report.falls_back:
             logger.warning(
                 "Step %d: %.2g of the elements of %s lay beyond the previous step's maximum, more than "
                 "float8.max_saturated = %g; the next step measures its own",
-                *(step, told.largest, told.worst, self._scales.bound),
+                *(step, report.saturated, report.operand, self._scales.bound),
             )
 
     def take_counts(self) -> dict[str, Any]:
         """For the report of a step: the worst since the last report, and the fallbacks so far."""
-        largest, self._largest = self._largest, 0.0
-        return {"float8_saturated": largest, "float8_fallbacks": self._fallbacks}
+        saturated, self._saturated = self._saturated, 0.0
+        return {"float8_saturated": saturated, "float8_fallbacks": self._fallbacks}
 
     def state_dict(self) -> dict[str, Any] | None:
         """What a resumed run needs to cast as this one would; JSON-able, the same on every process."""
@@ -309,13 +309,13 @@ class PreviousScales:
         return {}
 
 
-def previous_scales(
+def build_delayed_scaling(
     model: nn.Module, recipe: str | None, settings: Float8, device: torch.device
-) -> PreviousScales:
+) -> DelayedScalingSteps:
     """The scales of the step before, if `recipe`, or that of single layers, casts with them."""
     if recipe is None or not set(recipes_named(settings)) & set(names.PREVIOUS_STEP_RECIPES):
-        return PreviousScales(None)
-    return PreviousScales(DelayedScaling(model, bound=settings.max_saturated, device=device))
+        return DelayedScalingSteps(None)
+    return DelayedScalingSteps(DelayedScaling(model, bound=settings.max_saturated, device=device))
 
 
 def convert(
@@ -391,14 +391,16 @@ def _convert_to(
     config = replace(
         config, emulate=True if settings.emulate else None, enable_fsdp_float8_all_gather=gathers
     )
-    wanted = set(layers)
+    names_to_convert = set(layers)
     warnings.filterwarnings("ignore", category=EmulationWarning)  # the line below tells it
-    convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name in wanted)
+    convert_to_float8_training(
+        model, config=config, module_filter_fn=lambda _, name: name in names_to_convert
+    )
     logger.info(
         "Float8 training active with recipe %s%s, %s",
         recipe,
         f" in {count(len(layers), 'layer')}" if settings.layer_recipes else "",
-        describe_path(config.to_recipe(), device, config.emulate),
+        describe_backend(config.to_recipe(), device, config.emulate),
     )
     if settings.enable_fsdp_float8_all_gather:
         how = "float8" if gathers else f"high precision: {recipe} has no one float8 weight"

@@ -144,7 +144,7 @@ class Trainer:
             self.loss_sum = lambda tokens, labels: self.model(tokens, labels_BS=labels)
         elif compile_loss:
             self.loss_sum = torch.compile(loss_sum)
-        self.scales = quantization.previous_scales(self.model, self.recipe, job.float8, self.device)
+        self.scales = quantization.build_delayed_scaling(self.model, self.recipe, job.float8, self.device)
         self.optimizer = build_optimizer(self.model, job.optimizer)
         self.schedule = schedule_of(job.optimizer, job.lr_scheduler, job.training.steps)
 
@@ -173,7 +173,7 @@ class Trainer:
             description=job.job.description,
         )
         self.health = HealthReport(job.float8, self.folder.path if self.world.rank == 0 else None)
-        self.monitor = quantization.monitor_of(self.model, job.float8)
+        self.monitor = quantization.build_monitor(self.model, job.float8)
         self.guard = Guard(job.fault_tolerance)
         self.tokens_seen = 0
         logger.info(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from octavo.float8 import RECIPES, Float8Linear
-from octavo.float8.matmul import choose_path, matmul
+from octavo.float8.matmul import choose_backend, matmul
 from octavo.float8.quantize import quantize
 from tests.float8.graphs import compiles
 
@@ -65,7 +65,7 @@ def test_products(gemm, shape):
     """Hardware against emulation of the same operands. Accumulation of 14 bits costs most with fast_accum."""
     device = torch.device("cuda")
     try:
-        choose_path(gemm, device, False)
+        choose_backend(gemm, device, False)
     except ValueError as error:
         pytest.skip(str(error))
     torch.manual_seed(0)

@@ -1,6 +1,4 @@
-"""Float8Linear: what odd input gets, what is kept for backward, and that it is a linear in every other
-way.
-"""
+"""Float8Linear: unusual inputs, tensors saved for backward, and otherwise the behaviour of nn.Linear."""
 
 from __future__ import annotations
 

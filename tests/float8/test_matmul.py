@@ -25,16 +25,16 @@ from octavo.float8 import (
     Gemm,
     ScaleFormat,
     convert_to_float8_training,
-    describe_path,
+    describe_backend,
 )
 from octavo.float8 import matmul as module
 from octavo.float8.matmul import (
-    PATHS,
+    GEMM_BACKENDS,
     Device,
     _emulate,
     _scaled_mm_cuda,
-    choose_path,
-    find_path,
+    choose_backend,
+    find_backend,
     matmul,
     swizzle_e8m0,
 )
@@ -70,34 +70,34 @@ def test_which_recipes_have_hardware(device: Device, recipes: set[str]) -> None:
     served = {
         name
         for name, recipe in RECIPES.items()
-        if all(find_path(gemm, device) for gemm in recipe.gemms.values() if gemm.float8)
+        if all(find_backend(gemm, device) for gemm in recipe.gemms.values() if gemm.float8)
     }
     assert served == recipes
 
 
 def test_mxfp8_has_hardware_on_blackwell() -> None:
-    assert all(find_path(gemm, BLACKWELL) for gemm in RECIPES["mxfp8"].gemms.values())
+    assert all(find_backend(gemm, BLACKWELL) for gemm in RECIPES["mxfp8"].gemms.values())
     # The same blocks with float32 scales are another format.
-    assert find_path(RECIPES["mxfp8"].with_scales(ScaleFormat.FP32).output, BLACKWELL) is None
+    assert find_backend(RECIPES["mxfp8"].with_scales(ScaleFormat.FP32).output, BLACKWELL) is None
 
 
 def test_the_choice_is_explained() -> None:
-    assert describe_path(RECIPES["rowwise"], CPU, None).startswith("emulated: this CPU")
-    assert describe_path(RECIPES["rowwise"], CPU, True).startswith("emulated: as asked")
-    assert describe_path(RECIPES["rowwise"], CPU, False) == "hardware: torch._scaled_mm"
-    assert "1 x 128" in describe_path(RECIPES["blockwise"], CPU, None)
+    assert describe_backend(RECIPES["rowwise"], CPU, None).startswith("emulated: this CPU")
+    assert describe_backend(RECIPES["rowwise"], CPU, True).startswith("emulated: as asked")
+    assert describe_backend(RECIPES["rowwise"], CPU, False) == "hardware: torch._scaled_mm"
+    assert "1 x 128" in describe_backend(RECIPES["blockwise"], CPU, None)
     with pytest.raises(ValueError, match=r"emulate=False.*1 x 32"):
-        describe_path(RECIPES["mxfp8"], CPU, False)
-    assert choose_path(RECIPES["rowwise"].output, CPU, None) is None
-    assert choose_path(RECIPES["rowwise"].output, CPU, False) is PATHS[1]
+        describe_backend(RECIPES["mxfp8"], CPU, False)
+    assert choose_backend(RECIPES["rowwise"].output, CPU, None) is None
+    assert choose_backend(RECIPES["rowwise"].output, CPU, False) is GEMM_BACKENDS[1]
 
 
 def test_an_older_pytorch_has_fewer_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TORCH", (2, 11))
-    assert choose_path(RECIPES["tensorwise"].output, CPU, False) is PATHS[0]
+    assert choose_backend(RECIPES["tensorwise"].output, CPU, False) is GEMM_BACKENDS[0]
     with pytest.raises(ValueError, match=r"torch._scaled_mm needs PyTorch 2\.13 on a cpu"):
-        choose_path(RECIPES["rowwise"].output, CPU, False)
-    assert "needs PyTorch 2.13" in describe_path(RECIPES["rowwise"], CPU, None)
+        choose_backend(RECIPES["rowwise"].output, CPU, False)
+    assert "needs PyTorch 2.13" in describe_backend(RECIPES["rowwise"], CPU, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -128,7 +128,7 @@ def test_the_gpu_calls_meet_the_gpus_limits(
     device = BLACKWELL if recipe == "mxfp8" else HOPPER
     with FakeTensorMode():
         for gemm in RECIPES[recipe].gemms.values():
-            path = find_path(gemm, device)
+            path = find_backend(gemm, device)
             if path is None:
                 assert not gemm.float8
                 continue
@@ -148,7 +148,7 @@ def test_the_compiler_sees_one_operator_for_a_product_of_blocks(
     """Inductor lowers `_scaled_mm_v2` to `_scaled_mm`, which refuses such scales: two blocks along C."""
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda t: t.clone(memory_format=torch.contiguous_format))
     gemm = RECIPES[recipe].output
-    path = find_path(gemm, BLACKWELL if recipe == "mxfp8" else HOPPER)
+    path = find_backend(gemm, BLACKWELL if recipe == "mxfp8" else HOPPER)
     with FakeTensorMode():
         a, b = (quantize(torch.empty(256, 256, device="cuda"), cast) for cast in (gemm.a, gemm.b))
 
@@ -182,7 +182,7 @@ def test_rowwise_products_hand_rows_scales_to_the_gpu_and_scale_nothing_themselv
         for name, gemm in RECIPES[recipe].gemms.items():
             if gemm.a is None or gemm.b is None:
                 continue
-            path = find_path(gemm, HOPPER)
+            path = find_backend(gemm, HOPPER)
             assert path is not None
             a = quantize(torch.empty(M, C, device="cuda"), gemm.a)
             b = quantize(torch.empty(N, C, device="cuda"), gemm.b)

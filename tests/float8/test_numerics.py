@@ -1,6 +1,4 @@
-"""End to end: a SwiGLU MLP in float8 stays close to itself in high precision, and no farther than
-torchao's.
-"""
+"""End to end: a float8 SwiGLU MLP is as close to high precision as torchao's, or closer."""
 
 from __future__ import annotations
 

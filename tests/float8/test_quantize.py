@@ -100,9 +100,7 @@ def test_conversion_rounds_to_nearest_even_and_saturates(dtype: torch.dtype) -> 
 
 
 def oracle_scale(amax: float, cast: Cast) -> float:
-    """What a block's elements are multiplied by, from the contract, in exact arithmetic where that
-    matters.
-    """
+    """A block's multiplier by definition, in exact arithmetic where that matters."""
     largest = 448 if cast.dtype == E4M3 else 57344
     if cast.scale in (ScaleFormat.E8M0, ScaleFormat.E8M0_FLOOR):
         if amax == 0:

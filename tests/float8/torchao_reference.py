@@ -72,9 +72,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, large: bool) -> Case:
-    """Cases whose every dimension is at least 128 (`large`), or any from 1 to 127; half are multiples of
-    16.
-    """
+    """Cases with dimensions of at least 128 (`large`) or from 1 to 127; half are multiples of 16."""
     if draw(st.booleans()):
         size = st.integers(8, 16).map(lambda n: 16 * n) if large else st.integers(1, 7).map(lambda n: 16 * n)
     else:

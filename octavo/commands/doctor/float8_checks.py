@@ -27,11 +27,11 @@ def look(device: torch.device) -> Iterator[Finding]:
         )
         yield fail(
             "float8",
-            f"{check.recipe} {check.gemm} through {check.path}: {what}",
+            f"{check.recipe} {check.gemm} through {check.backend}: {what}",
             "--float8.emulate avoids the hardware's products, OCTAVO_KERNELS=0 the casting kernels",
         )
     right = [check for check in checks if check.passed]
     if right:
-        paths = ", ".join(dict.fromkeys(check.path for check in right))
+        paths = ", ".join(dict.fromkeys(check.backend for check in right))
         worst = max(check.error for check in right)
         yield ok("float8", f"{len(right)} products tried ({paths}): right, at most {worst:.0e} off float64")

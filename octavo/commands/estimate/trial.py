@@ -171,7 +171,7 @@ def trace(
     microbatches, traced = _microbatches(job, size)
     with fake_processes(rank, size), ExitStack() as scopes:
         if gpu:
-            scopes.enter_context(quantization.as_on_a_gpu(gpu.capability))
+            scopes.enter_context(quantization.simulate_gpu(gpu.capability))
         device = torch.device("cpu")
         world = mesh.build_world(device, layout, loss_parallel=not job.parallelism.disable_loss_parallel)
         place = 0 if world.pipeline is None else world.pipeline.get_local_rank()
@@ -229,7 +229,7 @@ def _trace(
 
     def materialise(part: nn.Module) -> None:
         if gpu:
-            quantization.expect_hardware(part)
+            quantization.force_hardware_path(part)
         with fake:
             part.to_empty(device=device)
 

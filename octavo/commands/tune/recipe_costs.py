@@ -22,7 +22,7 @@ from torch import Tensor
 from octavo.commands.tune.linear_sizes import Size
 from octavo.config import names
 from octavo.float8 import RECIPES, Recipe
-from octavo.float8.matmul import Device, choose_path, find_path, matmul
+from octavo.float8.matmul import Device, choose_backend, find_backend, matmul
 from octavo.float8.quantize import Quantized, quantize_both
 from octavo.roofline import Gpu, Tensors, cast_seconds, gemm_seconds, linear_shapes
 from octavo.roofline.casts import FLOAT8_GEMMS
@@ -33,7 +33,7 @@ HIGH_PRECISION = "high_precision"
 CANDIDATES = (HIGH_PRECISION, *(name for name in names.RECIPES if not name.endswith("_previous_step")))
 
 _ROUNDS = 15
-# What the roofline's GPUs are to `matmul.PATHS`; CUDA as of 13.0.
+# What the roofline's GPUs are to `matmul.GEMM_BACKENDS`; CUDA as of 13.0.
 _CAPABILITIES = {
     "h100-nvl": (9, 0),
     "h100-pcie": (9, 0),
@@ -77,7 +77,7 @@ def runnable(candidates: Sequence[str], device: torch.device) -> tuple[list[str]
         try:
             for gemm in gemms:
                 if gemm.float8:
-                    choose_path(gemm, device, False)
+                    choose_backend(gemm, device, False)
         except ValueError as error:
             unable[name] = str(error).split(". ")[0].removeprefix("emulate=False, but ")
         else:
@@ -91,7 +91,7 @@ def runnable_on_paper(candidates: Sequence[str], gpu: Gpu) -> tuple[list[str], d
     able, unable = [], {}
     for name in candidates:
         gemms = [] if name == HIGH_PRECISION else RECIPES[name].gemms.values()
-        if any(gemm.float8 and find_path(gemm, device) is None for gemm in gemms):
+        if any(gemm.float8 and find_backend(gemm, device) is None for gemm in gemms):
             unable[name] = f"{gpu.name} has no units for it"
         elif name not in FLOAT8_GEMMS and name != HIGH_PRECISION:
             unable[name] = "the roofline model does not know it"

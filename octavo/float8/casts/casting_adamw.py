@@ -67,8 +67,8 @@ class Float8AdamW(torch.optim.AdamW):
         for group in self.param_groups:
             for p in group["params"]:
                 linear = mine.get(id(p))
-                if linear is not None and p.grad is not None and self._served(p, linear, group):
-                    linear.take_weight_casts(self._step_and_cast(p, linear, group))
+                if linear is not None and p.grad is not None and self._kernel_can_step(p, linear, group):
+                    linear.set_optimizer_casts(self._step_and_cast(p, linear, group))
                     aside[p], p.grad = p.grad, None
                 else:
                     self._steps.pop(p, None)  # torch steps it
@@ -77,7 +77,7 @@ class Float8AdamW(torch.optim.AdamW):
             p.grad = grad
         for linear in stepped:
             if linear.weight not in aside:
-                linear.take_weight_casts(
+                linear.set_optimizer_casts(
                     cast_weight(linear.weight.detach(), linear.recipe, for_grad_input=True)
                 )
         return loss
@@ -87,7 +87,7 @@ class Float8AdamW(torch.optim.AdamW):
         super().load_state_dict(state_dict)
         self._steps.clear()
 
-    def _served(self, p: Tensor, linear: Float8Linear, group: dict[str, Any]) -> bool:
+    def _kernel_can_step(self, p: Tensor, linear: Float8Linear, group: dict[str, Any]) -> bool:
         row, col = linear.recipe.output.b, linear.recipe.grad_input.b
         odd = any(group[name] for name in ("amsgrad", "maximize", "capturable", "differentiable"))
         numbers = isinstance(group["lr"], float | int)
@@ -98,7 +98,7 @@ class Float8AdamW(torch.optim.AdamW):
             and p.grad is not None
             and p.grad.is_contiguous()
             and _kernel_casts(row, col)
-            and gpu_cast.serves(p, row)
+            and gpu_cast.supports(p, row)
         )
 
     def _step_and_cast(self, p: Tensor, linear: Float8Linear, group: dict[str, Any]) -> Casts:

@@ -4,7 +4,7 @@
     for batch in batches:
         loss(model(batch)).backward()     # once or more
         optimizer.step()
-        told = scales.end_step()
+        report = scales.end_step()
 
 During a step every layer casts its input and its output's gradient with the maximum of the step before, and
 notes its own (`operand.py`). `end_step` makes that the next step's: over all microbatches, and over all
@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from octavo.float8.casts.delayed_operand import DelayedOperand, DelayedOperands
+from octavo.float8.casts.delayed_statistics import LayerStatistics, OperandStatistics
 from octavo.float8.linear import Float8Linear
 from octavo.float8.recipe import Cast, When
 
@@ -40,13 +40,13 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.
 
 
 @dataclass(frozen=True)
-class DelayedStatistics:
-    """What a step showed. largest: the share of saturated elements of the worst operand, which is called
+class SaturationReport:
+    """What a step showed. saturated: the share of saturated elements of the worst operand, which is called
     `worst`. just_in_time: whether this step was cast just in time; falls_back: whether the next is.
     """
 
-    largest: float
-    worst: str
+    saturated: float
+    operand: str
     just_in_time: bool
     falls_back: bool
 
@@ -76,10 +76,10 @@ class DelayedScaling:
         if not 0 <= bound <= 1:
             raise ValueError(f"bound = {bound}: a share of elements, from 0 to 1")
         self.bound = bound
-        self.operands: dict[str, DelayedOperand] = {}
+        self.statistics: dict[str, OperandStatistics] = {}
         self.device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
         self._names: list[str] | None = None
-        self._last = False  # whether the step under way casts with the last one's maxima
+        self._delayed = False  # whether the step under way casts with the last one's maxima
         self._amax: dict[str, float] = {}
         shared: dict[int, str] = {}
         for name, parent in model.named_modules():
@@ -91,20 +91,20 @@ class DelayedScaling:
                 self._install(linear, _plain(name), shared.get(id(linear), _plain(name)))
 
     def _install(self, linear: Float8Linear, name: str, reads_with: str) -> None:
-        def operand(wanted: bool, key: str) -> DelayedOperand | None:
+        def operand(wanted: bool, key: str) -> OperandStatistics | None:
             if not wanted:
                 return None
-            if key not in self.operands:
-                self.operands[key] = DelayedOperand.on(self.device)
-            return self.operands[key]
+            if key not in self.statistics:
+                self.statistics[key] = OperandStatistics.on(self.device)
+            return self.statistics[key]
 
-        linear.operands = DelayedOperands(
+        linear.statistics = LayerStatistics(
             operand(_before(linear.recipe.output.a), f"{reads_with}.input"),
             operand(_before(linear.recipe.grad_input.a), f"{name}.grad_output"),
         )
 
     @torch.no_grad()
-    def end_step(self) -> DelayedStatistics:
+    def end_step(self) -> SaturationReport:
         """Make this step's maxima the next step's scales. Every rank calls it, whatever layers it holds."""
         names, seen, counts = self._measured()
         shares = {name: s / n for name, (s, n) in zip(names, counts, strict=True) if n}
@@ -113,40 +113,40 @@ class DelayedScaling:
         for name, amax in zip(names, seen, strict=True):
             if math.isfinite(amax) and amax > 0:
                 self._amax[name] = amax
-        told = DelayedStatistics(
+        report = SaturationReport(
             shares.get(worst, 0.0),
             worst,
-            just_in_time=not self._last,
+            just_in_time=not self._delayed,
             falls_back=falls_back,
         )
         self._begin(just_in_time=falls_back)
-        return told
+        return report
 
     def _begin(self, *, just_in_time: bool) -> None:
-        self._last = not just_in_time and bool(self._amax)
-        for name, operand in self.operands.items():
+        self._delayed = not just_in_time and bool(self._amax)
+        for name, operand in self.statistics.items():
             amax = self._amax.get(name)
             if amax is not None:
-                operand.amax.fill_(amax)
-            operand.known = self._last and amax is not None
-            operand.seen.zero_()
+                operand.previous_amax.fill_(amax)
+            operand.valid = self._delayed and amax is not None
+            operand.current_amax.zero_()
             operand.counts.zero_()
 
     def _measured(self) -> tuple[list[str], list[float], list[list[int]]]:
         """Names, maxima and counts of the operands on all ranks."""
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         if self._names is None:
-            theirs: list[list[str]] = [list(self.operands)]
+            theirs: list[list[str]] = [list(self.statistics)]
             if not alone:
                 theirs = [[] for _ in range(dist.get_world_size())]
-                dist.all_gather_object(theirs, list(self.operands))
+                dist.all_gather_object(theirs, list(self.statistics))
             self._names = sorted({name for names in theirs for name in names})
         if not self._names:
             return [], [], []
-        nothing = DelayedOperand.on(self.device)
-        here = [self.operands.get(name, nothing) for name in self._names]
+        nothing = OperandStatistics.on(self.device)
+        here = [self.statistics.get(name, nothing) for name in self._names]
         # Not every backend lets a NaN win a maximum; as integers, its bits do.
-        seen = torch.cat([o.seen for o in here]).flatten().view(torch.int32)
+        seen = torch.cat([o.current_amax for o in here]).flatten().view(torch.int32)
         counts = torch.stack([o.counts for o in here])
         if not alone:
             dist.all_reduce(seen, dist.ReduceOp.MAX)
@@ -155,7 +155,7 @@ class DelayedScaling:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step's scales are, as JSON can hold it; the same on every rank."""
-        return {"just_in_time": not self._last, "amax": dict(self._amax)}
+        return {"just_in_time": not self._delayed, "amax": dict(self._amax)}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from octavo.float8.distributed.tp_scales import Split
+from octavo.float8.distributed.tp_scales import ShardedAxis
 from octavo.float8.recipe import FULL, Cast
 
 LEAST_CAPABILITY = (8, 9)  # the first to convert to float8
@@ -31,21 +31,21 @@ GROUPS = (32, 128)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PLAIN = (Tensor, torch.nn.Parameter)  # what kernels can take, not what only behaves like a tensor
 _HAVE_TRITON = importlib.util.find_spec("triton") is not None
-_wanted = os.environ.get("OCTAVO_KERNELS", "1") != "0"
+_enabled = os.environ.get("OCTAVO_KERNELS", "1") != "0"
 
 
 @contextmanager
-def use_kernels(wanted: bool) -> Iterator[None]:
+def use_kernels(enabled: bool) -> Iterator[None]:
     """Whether kernels may cast, within the scope: to compare them with plain PyTorch, or to do without."""
-    global _wanted
-    before, _wanted = _wanted, wanted
+    global _enabled
+    before, _enabled = _enabled, enabled
     try:
         yield
     finally:
-        _wanted = before
+        _enabled = before
 
 
-def _device_serves(device: torch.device) -> bool:
+def _device_supported(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.cuda is None or not _HAVE_TRITON:
         return False  # a CPU build of torch knows fake tensors of CUDA, too
     properties = torch.cuda.get_device_properties(device)  # a constant to the compiler
@@ -61,16 +61,16 @@ def _has_kernel(cast: Cast) -> bool:
     return cast.square and (rows == FULL or rows == 128)
 
 
-def serves(x: Tensor, cast: Cast | None, split: Split | None = None) -> bool:
-    """Whether a kernel makes `cast` (None: nothing to make) of `x[R, C]`. `split` as in `quantize`."""
-    if not _wanted or not _device_serves(x.device) or type(x) not in _PLAIN:
+def supports(x: Tensor, cast: Cast | None, sharded: ShardedAxis | None = None) -> bool:
+    """Whether a kernel makes `cast` (None: nothing to make) of `x[R, C]`. `sharded` as in `quantize`."""
+    if not _enabled or not _device_supported(x.device) or type(x) not in _PLAIN:
         return False
     if x.dtype not in _DTYPES or x.numel() == 0:
         return False
     if cast is None:
         return True
     # Scales that span the axis along which ranks share an operand take a collective call for the maxima.
-    return _has_kernel(cast) and (split is None or cast.block[split.axis] != FULL)
+    return _has_kernel(cast) and (sharded is None or cast.block[sharded.axis] != FULL)
 
 
 Pair = tuple[Tensor, Tensor]
@@ -89,7 +89,7 @@ def cast_both(x: Tensor, row: Cast | None, col: Cast | None) -> tuple[Pair | Non
     return (first if row else None), (second if col else None)
 
 
-def cast_given(
+def cast_with_amax(
     x: Tensor, amax: Tensor, cast: Cast, rows: bool, columns: bool
 ) -> tuple[Pair, Pair, Tensor, Tensor]:
     """As `cast_both`, with one scale, that of `amax[1, 1]`; then x's own maximum, float32 `[1, 1]`, and how

@@ -29,15 +29,15 @@ T = TypeVar("T")
 
 
 @dataclass
-class _Remembered:
-    """What was made of one tensor, by how it was made. `tensor` is dead once the tensor is."""
+class _LastInput:
+    """What was made of one tensor, by key it was made. `tensor` is dead once the tensor is."""
 
     tensor: weakref.ref[Tensor]
     version: int
-    made: dict[Hashable, Any] = field(default_factory=dict)
+    results: dict[Hashable, Any] = field(default_factory=dict)
 
 
-_last: _Remembered | None = None
+_last: _LastInput | None = None
 
 
 def _forget(tensor: weakref.ref[Tensor]) -> None:
@@ -46,15 +46,15 @@ def _forget(tensor: weakref.ref[Tensor]) -> None:
         _last = None
 
 
-def shared(x: Tensor, how: Hashable, make: Callable[[], T]) -> T:
-    """`make()`, or what it gave for the same tensor, unchanged since, and the same `how`."""
+def compute_once(x: Tensor, key: Hashable, compute: Callable[[], T]) -> T:
+    """`compute()`, or what it gave for the same tensor, unchanged since, and the same `key`."""
     global _last
     if torch.compiler.is_compiling() or x.grad_fn is None or x.is_inference():
-        return make()
+        return compute()
     last = _last
     if last is None or last.tensor() is not x or last.version != x._version:
-        last = _last = _Remembered(weakref.ref(x, _forget), x._version)
-    if how not in last.made:
-        last.made[how] = make()
-    found: T = last.made[how]
-    return found
+        last = _last = _LastInput(weakref.ref(x, _forget), x._version)
+    if key not in last.results:
+        last.results[key] = compute()
+    result: T = last.results[key]
+    return result

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from octavo.float8.distributed.fsdp_gather import held_shard_casts
+from octavo.float8.distributed.fsdp_gather import cast_shards_once
 from octavo.float8.linear import Float8Linear
 
 
@@ -55,14 +55,14 @@ def cast_weights_once(model: nn.Module, *, enabled: bool = True) -> Iterator[Non
     with ExitStack() as stack:
         if linears:
             stack.callback(register_optimizer_step_pre_hook(forbid).remove)
-            stack.enter_context(held_shard_casts(model))
+            stack.enter_context(cast_shards_once(model))
         for linear in linears:
             stack.callback(setattr, linear, "weight_casts", None)
             with torch.no_grad():
-                linear.hold_weight_casts()
+                linear.cast_weight_for_step()
         # Those that are multiplied as one hold one buffer.
-        for group in {id(m.shares_input): m.shares_input for m in linears if m.shares_input}.values():
-            stack.callback(group.release)
+        for group in {id(m.shared_input): m.shared_input for m in linears if m.shared_input}.values():
+            stack.callback(group.release_weight_casts)
             with torch.no_grad():
-                group.hold()
+                group.join_weight_casts()
         yield

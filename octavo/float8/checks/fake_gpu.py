@@ -1,14 +1,14 @@
 """Float8 as on a GPU, for tensors without memory that call themselves CPU tensors.
 
 An estimate of a job wants the shapes and the memory of a GPU's way: casts by kernels, which make nothing but
-their results, and products of float8 operands. Neither is computed here; within `as_on_a_gpu` both are
-shown by operations with the right operands and results. `gather_in_float8` is for float8 gathers, on a GPU or
-not.
+their results, and products of float8 operands. Neither is computed here; within `simulate_gpu` both are shown
+by operations with the right operands and results. `gather_in_float8` is for float8 gathers, on a GPU or not.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from octavo.float8 import matmul
 from octavo.float8.casts import gpu_cast
-from octavo.float8.distributed.fsdp_gather import HOOKS, GatherHooks, Known, fsdp_parameters
+from octavo.float8.distributed.fsdp_gather import HOOKS, Float8GatherHooks, ShardCache, fsdp_parameters
 from octavo.float8.linear import Float8Linear
 from octavo.float8.quantize import Quantized
 from octavo.float8.recipe import Cast, Gemm
@@ -30,13 +30,12 @@ def _blocks(shape: torch.Size, cast: Cast) -> list[int]:
 
 def _launch(x: Tensor, cast: Cast, rows: bool, columns: bool) -> Any:
     code = torch.uint8 if cast.scale.one_byte else torch.float32
-    made = []
-    for wanted, shape in ((rows, x.shape), (columns, x.shape[::-1])):
-        pair = None
-        if wanted:
-            pair = x.new_empty(shape, dtype=cast.dtype), x.new_empty(_blocks(shape, cast), dtype=code)
-        made.append(pair)
-    return tuple(made)
+    return tuple(
+        (x.new_empty(shape, dtype=cast.dtype), x.new_empty(_blocks(shape, cast), dtype=code))
+        if asked
+        else None
+        for asked, shape in ((rows, x.shape), (columns, x.shape[::-1]))
+    )
 
 
 def _multiply(a: Quantized, b: Quantized, gemm: Gemm, out_dtype: torch.dtype) -> Tensor:
@@ -45,52 +44,46 @@ def _multiply(a: Quantized, b: Quantized, gemm: Gemm, out_dtype: torch.dtype) ->
 
 
 @contextmanager
-def as_on_a_gpu(capability: tuple[int, int]) -> Iterator[None]:
-    """A scope in which float8 layers under `FakeTensorMode` do as on a GPU of compute `capability`.
+def simulate_gpu(capability: tuple[int, int]) -> Iterator[None]:
+    """Scope in which float8 layers under `FakeTensorMode` run as on a GPU of compute `capability`.
 
-    Their modules must have gone through `expect_hardware` in it.
+    Call `force_hardware_path` on the model inside it.
     """
     device = matmul.Device("cuda", capability, _CUDA)
 
-    def find_path(gemm: Gemm, _: Any) -> matmul.Path | None:
-        found = real_path(gemm, device)
-        return found and matmul.Path(found.name, "cuda", found.blocks, _multiply)
+    def find_fake_backend(gemm: Gemm, _: Any) -> matmul.GemmBackend | None:
+        backend = find_backend(gemm, device)
+        return backend and matmul.GemmBackend(backend.name, "cuda", backend.blocks, _multiply)
 
-    real_path = matmul.find_path
-    before = gpu_cast._device_serves, gpu_cast._launch
-    casts = capability >= gpu_cast.LEAST_CAPABILITY
-    replaced: Any = gpu_cast
-    replaced._device_serves, replaced._launch = lambda _: casts, _launch
-    paths: Any = matmul
-    paths.find_path = find_path
-    try:
+    find_backend = matmul.find_backend
+    has_kernels = capability >= gpu_cast.LEAST_CAPABILITY
+    with (
+        patch.object(matmul, "find_backend", find_fake_backend),
+        patch.object(gpu_cast, "_device_supported", lambda _: has_kernels),
+        patch.object(gpu_cast, "_launch", _launch),
+    ):
         yield
-    finally:
-        replaced._device_serves, replaced._launch = before
-        paths.find_path = real_path
 
 
-def expect_hardware(model: nn.Module) -> None:
-    """Let float8 layers of `model` multiply in hardware although their tensors are a CPU's, where it is
-    known.
-    """
+def force_hardware_path(model: nn.Module) -> None:
+    """Make float8 layers of `model` use hardware backends that exist, although the tensors are on a CPU."""
     for module in model.modules():
         if isinstance(module, Float8Linear) and module.emulate is None:
             gemms = [gemm for gemm in module.recipe.gemms.values() if gemm.float8]
             device = matmul.Device("cuda")
-            module.emulate = any(matmul.find_path(gemm, device) is None for gemm in gemms)
+            module.emulate = any(matmul.find_backend(gemm, device) is None for gemm in gemms)
 
 
-class _Hooks(GatherHooks):
+class _Hooks(Float8GatherHooks):
     def __init__(self, plain: Tensor, cast: Cast) -> None:
-        self.plain, self.cast, self.known = plain, cast, Known()
+        self.plain, self.cast, self.cache = plain, cast, ShardCache()
 
 
 def gather_in_float8(model: nn.Module) -> None:
-    """Let FSDP2 gather in float8 the weights without memory of those layers of `model` that ask for it.
+    """Make FSDP2 gather the fake weights of `model` in float8, for layers configured to do so.
 
-    Such a tensor cannot be of the class that has the hooks, so they hang on the tensor itself; not before
-    FSDP2 has laid out its shards for the first step, since it puts other tensors in their places then.
+    A fake tensor cannot be a `ShardedWeight`, so the hooks become attributes of the tensor. They are set
+    after FSDP2's lazy initialization, which replaces the local tensors.
     """
     if isinstance(model, FSDPModule):
         model._get_fsdp_state()._lazy_init()

@@ -1,13 +1,16 @@
-"""From DTensors to this rank's tensors and back: the two ends of a linear whose weight is sharded.
+"""Converts a sharded linear's DTensor input to local tensors, and its local output to a DTensor.
 
-A `Float8Linear` under tensor parallelism takes a DTensor, or what `gather.py` made of one, multiplies its
-own part as a lone linear would (with the scales of the whole, see `split.py`) and returns a DTensor. How the
-weight is sharded says all: by output features, the input is needed whole and the output is sharded alike; by
-input features, the input is sharded alike and the output is a sum over the ranks.
+A `Float8Linear` under tensor parallelism takes a DTensor, or a `GatheredInput` (`tp_gather.py`), multiplies
+its shard with the scales of the whole operand (`tp_scales.py`), and returns a DTensor. The weight's sharding
+decides the rest:
 
-A sum that is to be sharded by tokens is scattered inside the product (`WeightSharding.pieces`), so that on
-the way back its gradient is gathered in float8. Where blocks of tokens would straddle ranks, or a product
-stays in high precision, DTensor moves it.
+    weight sharded by      input              output
+    output features, N     whole              sharded by N
+    input features, K      sharded by K       sum over the ranks
+
+If the sum is to be sharded by tokens, it is reduce-scattered inside the autograd function
+(`TensorParallelSpec.pieces`), so that its gradient is gathered in float8. If blocks of tokens would straddle
+ranks, or a product stays in high precision, DTensor redistributes it instead.
 """
 
 from __future__ import annotations
@@ -22,12 +25,12 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from octavo.float8.casts.input_cache import Casts
 from octavo.float8.compiled.bias import add_bias
-from octavo.float8.distributed.tp_gather import Gathered, can_gather, pieces_of
-from octavo.float8.distributed.tp_scales import WeightSharding
+from octavo.float8.distributed.tp_gather import GatheredInput, can_gather, count_pieces
+from octavo.float8.distributed.tp_scales import TensorParallelSpec
 from octavo.float8.recipe import Recipe
 
 
-def sharding_of(weight: DTensor, recipe: Recipe) -> WeightSharding:
+def tensor_parallel_spec(weight: DTensor, recipe: Recipe) -> TensorParallelSpec:
     """How `weight[N, K]` is sharded. Raises ValueError for what no tensor parallel style makes, and for
     blocks that straddle ranks.
     """
@@ -40,7 +43,7 @@ def sharding_of(weight: DTensor, recipe: Recipe) -> WeightSharding:
             "fully_shard was applied to, which gathers it"
         )
     axis = 0 if placements[0].is_shard(0) else 1
-    sharding = WeightSharding(axis, group_name(mesh), mesh.size())
+    sharding = TensorParallelSpec(axis, group_name(mesh), mesh.size())
     sharding.check(recipe, weight.shape[axis])
     return sharding
 
@@ -49,9 +52,9 @@ def group_name(mesh: DeviceMesh) -> str:
     return mesh.get_group().group_name
 
 
-def scatters(
-    sharding: WeightSharding, recipe: Recipe, tokens: torch.Size, output: Placement | None
-) -> WeightSharding:
+def scatter_output(
+    sharding: TensorParallelSpec, recipe: Recipe, tokens: torch.Size, output: Placement | None
+) -> TensorParallelSpec:
     """`sharding`, scattering its output inside the product if `output` asks for a sharding of `tokens` that
     can be gathered in float8 on the way back.
     """
@@ -61,15 +64,17 @@ def scatters(
     row, col = recipe.grad_input.a, recipe.grad_weight.a
     if dim == len(tokens) or row is None or col is None or tokens[dim] % sharding.size:
         return sharding
-    pieces = pieces_of(tokens, dim)
+    pieces = count_pieces(tokens, dim)
     if not can_gather(tokens.numel() // sharding.size, pieces, row, col):
         return sharding
     return replace(sharding, pieces=pieces)
 
 
-def local_input(x: Tensor | Gathered, sharding: WeightSharding) -> tuple[Tensor, Tensor, Casts | None]:
+def local_input(
+    x: Tensor | GatheredInput, sharding: TensorParallelSpec
+) -> tuple[Tensor, Tensor, Casts | None]:
     """This rank's `x_MK`; the tensor that owns its memory; and its casts, where they came along."""
-    if isinstance(x, Gathered):
+    if isinstance(x, GatheredInput):
         if sharding.axis == 1:
             raise ValueError(
                 "an input that was gathered whole, in float8, reached a Float8Linear whose weight is sharded "
@@ -107,12 +112,12 @@ class _SumGradient(torch.autograd.Function):
         return torch.ops._c10d_functional.wait_tensor(total), None
 
 
-def whole_output(
+def output_dtensor(
     y_MN: Tensor,
     bias: Tensor | None,
     tokens: torch.Size,
     mesh: DeviceMesh,
-    sharding: WeightSharding,
+    sharding: TensorParallelSpec,
     output: Placement | None,
 ) -> DTensor:
     """This rank's part of the product, and the bias, as the DTensor `y[*tokens, N]`.

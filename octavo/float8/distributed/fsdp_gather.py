@@ -12,14 +12,14 @@ weight. That gives the same bits as the ungathered cast if three things hold:
 * One float8 weight serves the output and grad_input, that is, `Recipe.gatherable`.
 
 FSDP2 asks the local tensor of its sharded parameter for two hooks. So that tensor is a `ShardedWeight`: the
-plain tensor (same storage), the cast, and `Known`, what is known about its present values. `Float8Linear`
-wraps it when FSDP2 hands the sharded parameter over; before that, and in state dicts and optimizer states,
-everything is plain.
+plain tensor (same storage), the cast, and a `ShardCache` of maxima and casts. `Float8Linear` wraps it when
+FSDP2 hands the sharded parameter over; before that, and in state dicts and optimizer states, everything is
+plain.
 
 What is known must not outlive the values. The tensor itself sees every operation that writes to it, by an
-optimizer, a load, or a hand, and forgets; no version counter could say as much, since fused optimizers do
-not advance it. What a write through an alias would slip past, the version counter catches, and that is an
-error: to notice it on some ranks only and reduce again there would hang the others.
+optimizer, a load, or a hand, and forgets; no version counter could say as much, since fused optimizers do not
+advance it. What a write through an alias would slip past, the version counter catches, and that is an error:
+to notice it on some ranks only and reduce again there would hang the others.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass
-class Known:
+class ShardCache:
     """What is known about a shard's present values. Shared by a `ShardedWeight` and its views.
 
     amax: the whole weight's block maxima. casts: by dtype, what `cast_shard` gave; kept while `hold` is set.
@@ -57,11 +57,11 @@ class Known:
 
     amax: Tensor | None = None
     version: int | None = None
-    hold: bool = False
+    keep_casts: bool = False
     casts: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict)
     layout: ShardLayout | None = None
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         self.amax = None
         self.casts.clear()
 
@@ -91,12 +91,12 @@ HOOKS = "float8_gather_hooks"
 """Attribute of a shard whose hooks are an object of their own, as where none can be its class."""
 
 
-class GatherHooks:
+class Float8GatherHooks:
     """What FSDP2 calls to gather the shard `plain` in float8 as `cast` says; `known` is of its values."""
 
     plain: Tensor
     cast: Cast
-    known: Known
+    cache: ShardCache
 
     def fsdp_pre_all_gather(
         self,
@@ -117,22 +117,22 @@ class GatherHooks:
             rows, cols = self.plain.shape
             padded.narrow(0, 0, rows).narrow(1, 0, cols).copy_(self.plain)
             return (padded,), (layout, None)
-        known = self.known
-        if known.layout is None:
+        cache = self.cache
+        if cache.layout is None:
             _refuse_smaller_groups(module)
-        known.layout = layout
+        cache.layout = layout
         self.check_unwritten()
-        if dtype in known.casts:
-            data, scale = known.casts[dtype]
+        if dtype in cache.casts:
+            data, scale = cache.casts[dtype]
             return (data,), (layout, scale)
-        amax = known.amax
+        amax = cache.amax
         if amax is None or amax.shape != layout.grid(self.cast):
             groups = [mesh.get_group(), *_tensor_parallel_groups(module.weight, self.cast, mesh)]
             (amax,) = reduce_maxima([shard_amax(self.plain, layout, self.cast)], groups)
         data, scale = cast_shard(self.plain.to(dtype), amax.to(self.plain.device), layout, self.cast)
-        if known.hold:
-            known.amax, known.version = amax, _version(self.plain)
-            known.casts[dtype] = data, scale
+        if cache.keep_casts:
+            cache.amax, cache.version = amax, _version(self.plain)
+            cache.casts[dtype] = data, scale
         return (data,), (layout, scale)
 
     def fsdp_post_all_gather(
@@ -162,8 +162,8 @@ class GatherHooks:
 
     def check_unwritten(self) -> None:
         """Raise RuntimeError if what is known was outdated without this tensor noticing."""
-        known = self.known
-        if (known.amax is not None or known.casts) and known.version != _version(self.plain):
+        cache = self.cache
+        if (cache.amax is not None or cache.casts) and cache.version != _version(self.plain):
             raise RuntimeError(
                 "a float8 weight was written through an alias of its shard after its scales had been "
                 "computed. Write through the parameter or load_state_dict, or call "
@@ -171,7 +171,7 @@ class GatherHooks:
             )
 
 
-class ShardedWeight(GatherHooks, Tensor):
+class ShardedWeight(Float8GatherHooks, Tensor):
     """One rank's part of a weight that FSDP2 is to gather in float8 as `cast` says.
 
     It has the storage of the plain tensor `plain`. Operations give plain tensors, but for those by which
@@ -182,9 +182,9 @@ class ShardedWeight(GatherHooks, Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, plain: Tensor, cast: Cast, known: Known | None = None) -> ShardedWeight:
+    def __new__(cls, plain: Tensor, cast: Cast, cache: ShardCache | None = None) -> ShardedWeight:
         weight = torch.Tensor._make_subclass(cls, plain)  # type: ignore[attr-defined]
-        weight.plain, weight.cast, weight.known = plain, cast, known or Known()
+        weight.plain, weight.cast, weight.cache = plain, cast, cache or ShardCache()
         return weight
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -204,7 +204,7 @@ class ShardedWeight(GatherHooks, Tensor):
         kwargs = kwargs or {}
         written = [t for t in _written(func, args, kwargs) if isinstance(t, ShardedWeight)]
         for weight in written:
-            weight.known.forget()
+            weight.cache.clear()
         unwrap = lambda tree: tree_map_only(ShardedWeight, lambda t: t.plain, tree)  # noqa: E731
         out = func(*unwrap(args), **unwrap(kwargs))
         if not isinstance(out, Tensor) or not isinstance(args[0], ShardedWeight):
@@ -215,10 +215,10 @@ class ShardedWeight(GatherHooks, Tensor):
         if isinstance(out, FakeTensor):  # which has a class of its own; see `pretend.py`
             return out
         if out.dim() == 2 and func in _LAID_OUT_AGAIN:
-            return ShardedWeight(out, weight.cast, weight.known)
+            return ShardedWeight(out, weight.cast, weight.cache)
         if out.dim() == 2 and func in _MADE_LIKE:
             same_values = func is _aten._to_copy.default and out.dtype == weight.dtype
-            return ShardedWeight(out, weight.cast, weight.known if same_values else None)
+            return ShardedWeight(out, weight.cast, weight.cache if same_values else None)
         return out
 
 
@@ -320,17 +320,17 @@ def plain_parameter(tensor: Any) -> Any:
 # -------------------------------------------------------------------------------- all scales in one reduction
 
 
-def sharded_weights(module: nn.Module) -> list[tuple[DTensor, GatherHooks]]:
+def sharded_weights(module: nn.Module) -> list[tuple[DTensor, Float8GatherHooks]]:
     """The parameters in `module` that FSDP2 gathers in float8 and holds sharded now, and their hooks."""
     locals_ = [(p, p._local_tensor) for p in module.parameters() if isinstance(p, DTensor)]
-    found = [(p, t if isinstance(t, GatherHooks) else getattr(t, HOOKS, None)) for p, t in locals_]
+    found = [(p, t if isinstance(t, Float8GatherHooks) else getattr(t, HOOKS, None)) for p, t in locals_]
     return [(p, hooks) for p, hooks in found if hooks is not None]
 
 
-def _layout_of(parameter: DTensor, weight: GatherHooks) -> ShardLayout | None:
+def _layout_of(parameter: DTensor, weight: Float8GatherHooks) -> ShardLayout | None:
     """The layout that FSDP2 told, or that a parameter sharded along one mesh axis at most must have."""
-    if weight.known.layout is not None:
-        return weight.known.layout
+    if weight.cache.layout is not None:
+        return weight.cache.layout
     axes = [axis for axis, placement in enumerate(parameter.placements) if not _is_whole(placement)]
     N, K = parameter.shape
     if not axes:
@@ -347,10 +347,9 @@ def precompute_float8_dynamic_scale_for_fsdp(module: nn.Module) -> None:
     """Compute the scales of all weights in `module` that FSDP2 gathers in float8, in one all-reduce.
 
     Call it on every rank after `optimizer.step()`. Gathers then need no reduction of their own; the numbers
-    are the same with and without. The scales serve until the weights are next written to, by whatever
-    means; gathers after that compute their own again, so a call left out costs time and nothing else.
-    Writing behind the parameters' back, through an alias of their storage, raises RuntimeError at the next
-    gather.
+    are the same with and without. The scales serve until the weights are next written to, by whatever means;
+    gathers after that compute their own again, so a call left out costs time and nothing else. Writing behind
+    the parameters' back, through an alias of their storage, raises RuntimeError at the next gather.
 
     Weights sharded over different meshes, or tensor-parallel ones, take one all-reduce for each set of
     meshes. Does nothing for a module without such weights.
@@ -368,31 +367,31 @@ def precompute_float8_dynamic_scale_for_fsdp(module: nn.Module) -> None:
     for groups, entries in by_groups.values():
         grids = [shard_amax(weight.plain, layout, weight.cast) for weight, layout in entries]
         for (weight, _), amax in zip(entries, reduce_maxima(grids, groups), strict=True):
-            weight.known.forget()
-            weight.known.amax, weight.known.version = amax, _version(weight.plain)
+            weight.cache.clear()
+            weight.cache.amax, weight.cache.version = amax, _version(weight.plain)
 
 
-class held_shard_casts:
+class cast_shards_once:
     """A scope in which each shard in `module` is cast once, at its first gather, after one all-reduce for
     all.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.held: list[Known] = []
+        self.caches: list[ShardCache] = []
 
     def __enter__(self) -> None:
         weights = sharded_weights(self.module)
         for _, weight in weights:
             weight.check_unwritten()
-        if any(weight.known.amax is None for _, weight in weights):
+        if any(weight.cache.amax is None for _, weight in weights):
             precompute_float8_dynamic_scale_for_fsdp(self.module)
-        self.held = [weight.known for _, weight in weights]
-        for known in self.held:
-            known.hold = True
+        self.caches = [weight.cache for _, weight in weights]
+        for cache in self.caches:
+            cache.keep_casts = True
 
     def __exit__(self, *exception: object) -> None:
-        for known in self.held:
-            known.hold = False
-            known.casts.clear()
-        self.held = []
+        for cache in self.caches:
+            cache.keep_casts = False
+            cache.casts.clear()
+        self.caches = []

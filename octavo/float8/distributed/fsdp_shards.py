@@ -1,9 +1,9 @@
 """The arithmetic of one shard of a float8 weight: its blocks' maxima, and its bytes, as the whole weight's
 cast gives them.
 
-Shards cut tensors, and 128-blocks, anywhere. So a shard writes its maxima into the grid of the whole
-weight's blocks, a reduction over the ranks completes the grid, and the shard is cast with its own part of
-the completed one.
+Shards cut tensors, and 128-blocks, anywhere. So a shard writes its maxima into the grid of the whole weight's
+blocks, a reduction over the ranks completes the grid, and the shard is cast with its own part of the
+completed one.
 """
 
 from __future__ import annotations
@@ -73,9 +73,7 @@ def _grown(shard: Tensor, cut: _Cut) -> Tensor:
 
 
 def shard_amax(shard: Tensor, layout: ShardLayout, cast: Cast) -> Tensor:
-    """The grid of the whole weight's block maxima, as far as this shard knows them: float32, zero
-    elsewhere.
-    """
+    """This shard's maxima in the whole weight's grid of blocks: float32, zero where it has no elements."""
     grid = torch.zeros(layout.grid(cast), dtype=torch.float32, device=shard.device)
     if shard.numel():
         cut = _cut(layout, cast)

@@ -40,11 +40,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel
 
-from octavo.float8.casts.delayed_operand import is_recomputing
-from octavo.float8.casts.input_cache import shared
+from octavo.float8.casts.delayed_statistics import is_recomputing
+from octavo.float8.casts.input_cache import compute_once
 from octavo.float8.distributed.dtensor_io import group_name
-from octavo.float8.distributed.tp_gather import Gathered, can_gather, cast_and_gather, gather, pieces_of
-from octavo.float8.distributed.tp_scales import WeightSharding
+from octavo.float8.distributed.tp_gather import (
+    GatheredInput,
+    can_gather,
+    cast_and_gather,
+    count_pieces,
+    gather,
+)
+from octavo.float8.distributed.tp_scales import TensorParallelSpec
 from octavo.float8.linear import Float8Linear
 
 Layouts = tuple[Placement, ...]
@@ -67,11 +73,11 @@ def _gather(
     casts its input; or None where that cannot be.
     """
     recipe = linear.recipe
-    operand = None if linear.operands is None else linear.operands.input
+    statistics = None if linear.statistics is None else linear.statistics.input
     trains = torch.is_grad_enabled()
     if isinstance(x, DTensor):
         layout = x.placements[0]
-    if not isinstance(layout, Shard) or isinstance(x, Gathered):
+    if not isinstance(layout, Shard) or isinstance(x, GatheredInput):
         return None
     size, dim = mesh.size(), layout.dim % x.dim()
     row, col = recipe.output.a, recipe.grad_weight.b if for_grad_weight else None
@@ -83,15 +89,15 @@ def _gather(
         x = x.to_local()
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    pieces = pieces_of(x.shape, dim)
+    pieces = count_pieces(x.shape, dim)
     x_MK = x.reshape(-1, x.shape[-1])
     if not can_gather(x_MK.shape[0], pieces, row, col):
         return None
     group = group_name(mesh)
     with torch.no_grad():
-        casts = shared(
+        casts = compute_once(
             x,
-            ("gathered", group, dim, row, col, operand),
+            ("gathered", group, dim, row, col, statistics),
             lambda: cast_and_gather(
                 x_MK.detach(),
                 row,
@@ -99,9 +105,9 @@ def _gather(
                 pieces=pieces,
                 size=size,
                 group=group,
-                operand=operand,
-                notes=trains,
-                counts=trains and not is_recomputing(),
+                statistics=statistics,
+                record=trains,
+                count_saturated=trains and not is_recomputing(),
             ),
         )
     shape = torch.Size((*x.shape[:dim], x.shape[dim] * size, *x.shape[dim + 1 :]))
@@ -130,7 +136,7 @@ class Float8ColwiseParallel(ColwiseParallel):
         device_mesh: DeviceMesh,
     ) -> Any:
         (x, *_) = inputs
-        if isinstance(x, Gathered):
+        if isinstance(x, GatheredInput):
             return x
         assert isinstance(mod, Float8Linear)
         x_gathered = _gather(x, input_layouts[0], mod, for_grad_weight=_trains([mod]), mesh=device_mesh)
@@ -142,7 +148,7 @@ class Float8ColwiseParallel(ColwiseParallel):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         linear = _linear(module, type(self).__name__)
-        WeightSharding(0, "", device_mesh.size()).check(linear.recipe, linear.out_features)
+        TensorParallelSpec(0, "", device_mesh.size()).check(linear.recipe, linear.out_features)
         linear.tensor_parallel = True
         return super()._apply(module, device_mesh)
 
@@ -157,7 +163,7 @@ class Float8RowwiseParallel(RowwiseParallel):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         linear = _linear(module, type(self).__name__)
-        WeightSharding(1, "", device_mesh.size()).check(linear.recipe, linear.in_features)
+        TensorParallelSpec(1, "", device_mesh.size()).check(linear.recipe, linear.in_features)
         linear.tensor_parallel = True
         linear.output_placement = self.output_layouts[0]
         return super()._apply(module, device_mesh)

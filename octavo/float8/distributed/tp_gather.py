@@ -10,7 +10,7 @@ as differ from token to token. Bytes, because not every backend knows float8.
 
 The way back is a sum over the ranks of which each keeps its own tokens: a reduce-scatter in high precision.
 
-`Gathered` is what several linears with one input (wq, wk and wv) are handed after one gather: the float8
+`GatheredInput` is what several linears with one input (wq, wk and wv) are handed after one gather: the float8
 forms, and a stand-in through which the gradient flows. It is no tensor, so nothing can mistake it for one:
 any operation but a `Float8Linear` on it raises.
 
@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.float8.casts.delayed_operand import DelayedOperand, quantize_operand
+from octavo.float8.casts.delayed_statistics import OperandStatistics, quantize_operand
 from octavo.float8.casts.input_cache import Casts
-from octavo.float8.distributed.tp_scales import Split
+from octavo.float8.distributed.tp_scales import ShardedAxis
 from octavo.float8.quantize import Quantized, transposed
 from octavo.float8.recipe import FULL, Cast
 
 
-def pieces_of(shape: torch.Size, dim: int) -> int:
+def count_pieces(shape: torch.Size, dim: int) -> int:
     """How many runs of rows the tokens of one rank are, if `dim` of `shape[..., features]` is sharded."""
     return prod(shape[:dim])
 
@@ -90,15 +90,17 @@ def cast_and_gather(
     pieces: int,
     size: int,
     group: str,
-    operand: DelayedOperand | None = None,
-    notes: bool = True,
-    counts: bool = True,
+    statistics: OperandStatistics | None = None,
+    record: bool = True,
+    count_saturated: bool = True,
 ) -> Casts:
     """The casts of the whole `x[M, K]`, as `[M, K]` and `[K, M]`, given this rank's rows of it.
 
     `operand`, `notes`, `counts` as in `quantize_operand`.
     """
-    first, second = quantize_operand(x, row, col, Split(0, group), operand, notes=notes, counts=counts)
+    first, second = quantize_operand(
+        x, row, col, ShardedAxis(0, group), statistics, record=record, count_saturated=count_saturated
+    )
     assert isinstance(first, Quantized)
     shared = col == row and row.square
     sent: list[Tensor] = []
@@ -131,7 +133,7 @@ def cast_and_gather(
 # ------------------------------------------------------------------------------- what linears are handed
 
 
-class _Edge(torch.autograd.Function):
+class _GradientStandIn(torch.autograd.Function):
     """The way of the gradient: a stand-in for the whole `x[M, K]`, whose gradient is summed over the ranks
     and scattered. It is one element, expanded, and nothing reads it.
     """
@@ -153,7 +155,7 @@ _REMEDY = (
 )
 
 
-class Gathered:
+class GatheredInput:
     """A linear's input `[..., K]` of which only the float8 casts exist, to be handed to `Float8Linear`s.
 
     Has the shape, dtype and device of a tensor. Anything else that a tensor can do raises TypeError.
@@ -169,7 +171,7 @@ class Gathered:
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
-    def to(self, dtype: torch.dtype) -> Gathered:
+    def to(self, dtype: torch.dtype) -> GatheredInput:
         if dtype != self.dtype:
             raise TypeError(f"a conversion from {self.dtype} to {dtype}: {_REMEDY}")
         return self
@@ -184,11 +186,13 @@ class Gathered:
         raise TypeError(f"{getattr(func, '__name__', func)}: {_REMEDY}")
 
     def __repr__(self) -> str:
-        return f"Gathered(shape={tuple(self.shape)}, dtype={self.dtype})"
+        return f"GatheredInput(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
-def gather(x: Tensor, casts: Casts, shape: torch.Size, *, pieces: int, size: int, group: str) -> Gathered:
+def gather(
+    x: Tensor, casts: Casts, shape: torch.Size, *, pieces: int, size: int, group: str
+) -> GatheredInput:
     """What linears are handed of the gathered tensor of `shape[..., K]`, given this rank's rows `x[M, K]` and
     the gathered casts.
     """
-    return Gathered(_Edge.apply(x, pieces, size, group), casts, shape)
+    return GatheredInput(_GradientStandIn.apply(x, pieces, size, group), casts, shape)

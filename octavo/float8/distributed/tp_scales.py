@@ -24,19 +24,19 @@ from octavo.float8.recipe import FULL, Cast, Recipe
 
 
 @dataclass(frozen=True)
-class Split:
+class ShardedAxis:
     """Every rank of the process group called `group` holds one part of `axis` of an operand."""
 
     axis: int
     group: str
 
     @property
-    def transposed(self) -> Split:
-        return Split(1 - self.axis, self.group)
+    def transposed(self) -> ShardedAxis:
+        return ShardedAxis(1 - self.axis, self.group)
 
-    def whole_amax(self, amax: Tensor, cast: Cast) -> Tensor:
-        """The maxima of the whole operand's blocks, given this rank's. A collective call if blocks span
-        the axis.
+    def reduce_amax(self, amax: Tensor, cast: Cast) -> Tensor:
+        """The maxima of the whole operand's blocks, given this rank's. A collective call if blocks span the
+        axis.
         """
         if cast.block[self.axis] != FULL:
             return amax
@@ -48,7 +48,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class WeightSharding:
+class TensorParallelSpec:
     """A weight `w[N, K]` of which every rank of `group` holds an even part of `axis`: 0 is N, 1 is K.
 
     `pieces` is set where the output, a sum over the ranks, is to be scattered by tokens; see `gather.py`.
@@ -60,19 +60,19 @@ class WeightSharding:
     pieces: int | None = None
 
     @property
-    def weight(self) -> Split:
+    def weight(self) -> ShardedAxis:
         """How `w_NK` is split; `w_KN` is its transpose, and likewise below."""
-        return Split(self.axis, self.group)
+        return ShardedAxis(self.axis, self.group)
 
     @property
-    def input(self) -> Split | None:
+    def input(self) -> ShardedAxis | None:
         """How `x_MK` is split."""
-        return Split(1, self.group) if self.axis == 1 else None
+        return ShardedAxis(1, self.group) if self.axis == 1 else None
 
     @property
-    def grad_output(self) -> Split | None:
+    def grad_output(self) -> ShardedAxis | None:
         """How `dy_MN` is split."""
-        return Split(1, self.group) if self.axis == 0 else None
+        return ShardedAxis(1, self.group) if self.axis == 0 else None
 
     def check(self, recipe: Recipe, features: int) -> None:
         """Raise ValueError unless `features` (the extent of the sharded axis, over all ranks) divides into

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo.float8.fused.producer_maxima import as_gradients, kernels_serve
+from octavo.float8.fused.producer_maxima import kernels_support, maxima_as_gradients
 from octavo.float8.fused.product import Product
 from octavo.float8.fused.shared_input import SharedInput
 
@@ -43,8 +43,8 @@ class _SwiGLU(torch.autograd.Function):
 
         a, b = ctx.saved_tensors
         made = ops.silu_mul_backward_with_maxima(grads[0].contiguous(), a, b)
-        of_a = as_gradients((made[1], made[2])) if ctx.noted[0] else (None, None)
-        of_b = as_gradients((made[4], made[5])) if ctx.noted[1] else (None, None)
+        of_a = maxima_as_gradients((made[1], made[2])) if ctx.noted[0] else (None, None)
+        of_b = maxima_as_gradients((made[4], made[5])) if ctx.noted[1] else (None, None)
         return made[0], made[3], *of_a, *of_b
 
 
@@ -69,7 +69,7 @@ class GatedLinear:
         """The linear's output of `gate[..., K]` and `up[..., K]`."""
         a, b = (x if isinstance(x, Product) else Product(x) for x in (gate, up))
         alike = (a.value.dtype, a.value.shape) == (b.value.dtype, b.value.shape)
-        if not kernels_serve(a.value) or not alike:
+        if not kernels_support(a.value) or not alike:
             (made,) = self.shared(F.silu(a.value) * b.value, note_maxima=note_maxima)
             return made
         h, rows, columns = _SwiGLU.apply(*_rows_of(a.value, b.value), a.rows, a.columns, b.rows, b.columns)

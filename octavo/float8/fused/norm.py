@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from octavo.float8.fused.producer_maxima import as_gradients, kernels_serve
+from octavo.float8.fused.producer_maxima import kernels_support, maxima_as_gradients
 from octavo.float8.fused.product import Product
 from octavo.float8.fused.shared_input import SharedInput, has_hooks
 
@@ -48,7 +48,7 @@ class _AddNorm(torch.autograd.Function):
         h, rms, w = ctx.saved_tensors
         dh, dy = (grad.contiguous() for grad in grads[:2])
         dx, rows, columns, dw = ops.add_rms_norm_backward_with_maxima(dy, dh, h, rms, w)
-        noted = as_gradients((rows, columns)) if ctx.noted else (None, None)
+        noted = maxima_as_gradients((rows, columns)) if ctx.noted else (None, None)
         return dx, dx, dw.to(w.dtype), *noted, None
 
 
@@ -90,7 +90,7 @@ class NormedInput:
         """`h[..., K]`, and a `Product` for each linear. Without `residual`, h is x."""
         made = x if isinstance(x, Product) else Product(x)
         value = made.value
-        if not self._kernel_serves(value, residual):
+        if not self._kernel_supports(value, residual):
             h = value if residual is None else value + residual
             return h, self.shared(self.norm(h), note_maxima=note_maxima)
         norm = self.norm
@@ -108,11 +108,11 @@ class NormedInput:
         products = self.shared(y.reshape(shape), maxima=(rows, columns), note_maxima=note_maxima)
         return h, products
 
-    def _kernel_serves(self, x: Tensor, residual: Tensor | None) -> bool:
+    def _kernel_supports(self, x: Tensor, residual: Tensor | None) -> bool:
         norm = self.norm
         if type(norm) is not nn.RMSNorm or norm.weight is None or has_hooks(norm):
             return False
-        if isinstance(norm.weight, DTensor) or not kernels_serve(x):
+        if isinstance(norm.weight, DTensor) or not kernels_support(x):
             return False
         if norm.eps is None and x.dtype != torch.float32:  # what it means then is up to PyTorch's version
             return False

@@ -19,25 +19,25 @@ from octavo.float8.recipe import FULL, Cast
 Maxima = tuple[Tensor, Tensor]
 
 
-def kernels_serve(x: Tensor) -> bool:
+def kernels_support(x: Tensor) -> bool:
     """Whether kernels run on the device of `x`, and take its dtype."""
-    return gpu_cast.serves(x, None)
+    return gpu_cast.supports(x, None)
 
 
-def as_gradients(maxima: Maxima) -> Maxima:
+def maxima_as_gradients(maxima: Maxima) -> Maxima:
     """Maxima as gradients of a product's `rows` and `columns`."""
     rows, columns = (bits.amax(dim=0, keepdim=True).view(torch.float32) for bits in maxima)
     return rows, columns
 
 
-def from_gradients(rows: Tensor | None, columns: Tensor | None) -> Maxima | None:
-    """Back from `as_gradients`; None where there came none."""
+def maxima_from_gradients(rows: Tensor | None, columns: Tensor | None) -> Maxima | None:
+    """Back from `maxima_as_gradients`; None where there came none."""
     if rows is None or columns is None:
         return None
     return rows.view(torch.int32), columns.view(torch.int32)
 
 
-def cast_known(
+def quantize_with_maxima(
     x: Tensor, row: Cast | None, col: Cast | None, maxima: Maxima | None
 ) -> tuple[Quantized | Tensor, Quantized | Tensor]:
     """`quantize_both(x[M, K], row, col)`, with the maxima of x where they save a pass."""
@@ -49,7 +49,7 @@ def _given(
     x: Tensor, row: Cast | None, col: Cast | None, maxima: Maxima
 ) -> tuple[Quantized | Tensor, Quantized | Tensor] | None:
     cast = row or col
-    if cast is None or not (gpu_cast.serves(x, row) and gpu_cast.serves(x, col)):
+    if cast is None or not (gpu_cast.supports(x, row) and gpu_cast.supports(x, col)):
         return None
     from octavo.float8.kernels import ops
 

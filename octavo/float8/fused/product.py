@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from octavo.float8.fused.producer_maxima import cast_known, from_gradients
+from octavo.float8.fused.producer_maxima import maxima_from_gradients, quantize_with_maxima
 from octavo.float8.matmul import matmul
 from octavo.float8.quantize import Quantized, quantize
 from octavo.float8.recipe import Gemm, Recipe
@@ -39,8 +39,8 @@ class Product(NamedTuple):
 
 
 @dataclass(frozen=True)
-class How:
-    """What a product is told: the recipe, `matmul`'s emulate, how many weights, and whether it has outputs
+class ProductSpec:
+    """What a product is told: the recipe, `matmul`'s emulate, spec many weights, and whether it has outputs
     for maxima.
     """
 
@@ -54,8 +54,8 @@ def _pair(q: Quantized | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if q is None else (q.data, q.scale)
 
 
-def _wanted(ctx: Any, first: int, weights: int) -> tuple[bool, tuple[bool, ...]]:
-    """Which gradients this run of backward must compute: see `linear._wanted`."""
+def _needed_gradients(ctx: Any, first: int, weights: int) -> tuple[bool, tuple[bool, ...]]:
+    """Which gradients this run of backward must compute: see `linear._needed_gradients`."""
     needed = ctx.needs_input_grad[first : first + 1 + weights]
     if torch.compiler.is_compiling():
         return needed[0], tuple(needed[1:])
@@ -70,14 +70,14 @@ def _wanted(ctx: Any, first: int, weights: int) -> tuple[bool, tuple[bool, ...]]
     return runs[0], tuple(runs[1:])
 
 
-class Joined(torch.autograd.Function):
+class JoinedMatmul(torch.autograd.Function):
     """See the module's docstring. Arguments after `x`: the weights; then (data, scale) or (None, None) of
     x_MK, x_KM, the joined w_NK, and each weight's w_KN.
     """
 
     @staticmethod
-    def forward(ctx: Any, how: How, x: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
-        n, recipe = how.weights, how.recipe
+    def forward(ctx: Any, spec: ProductSpec, x: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
+        n, recipe = spec.weights, spec.recipe
         weights, casts = rest[:n], rest[n:]
         (x_MK, x_MK_scale, x_KM, x_KM_scale, w_NK, w_NK_scale), w_KN = casts[:6], casts[6:]
         need_x, need_w = ctx.needs_input_grad[1], any(ctx.needs_input_grad[2 : 2 + n])
@@ -87,14 +87,14 @@ class Joined(torch.autograd.Function):
             keep += [weight if data is None else data, scale] if need_x else [None, None]
         ctx.save_for_backward(*keep)
         ctx.set_materialize_grads(False)
-        ctx.how, ctx.shape, ctx.dtype = how, x.shape, x.dtype
+        ctx.spec, ctx.shape, ctx.dtype = spec, x.shape, x.dtype
         assert w_NK is not None
         a: Quantized | Tensor = x if x_MK is None or x_MK_scale is None else Quantized(x_MK, x_MK_scale)
         b: Quantized | Tensor = w_NK.to(x.dtype) if w_NK_scale is None else Quantized(w_NK, w_NK_scale)
-        y = matmul(a, b, recipe.output, x.dtype, emulate=how.emulate)
+        y = matmul(a, b, recipe.output, x.dtype, emulate=spec.emulate)
         ctx.sizes = sizes = [w.shape[0] for w in weights if w is not None]
         ys = [y] if n == 1 else list(y.split(sizes, dim=1))
-        if how.maxima:
+        if spec.maxima:
             M = x.shape[0]
             for size in sizes:
                 ys += [y.new_zeros((1, M), dtype=torch.float32), y.new_zeros((1, size), dtype=torch.float32)]
@@ -102,14 +102,14 @@ class Joined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        how, saved = ctx.how, ctx.saved_tensors
-        n, recipe = how.weights, how.recipe
+        spec, saved = ctx.spec, ctx.saved_tensors
+        n, recipe = spec.weights, spec.recipe
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "fused linears were to be differentiated twice (create_graph=True), which casting to float8 "
                 "does not allow: call the modules one by one where you need that"
             )
-        want_x, want_w = _wanted(ctx, 1, n)
+        want_x, want_w = _needed_gradients(ctx, 1, n)
         x, x_scale = saved[:2]
         dx: Tensor | None = None
         dws: list[Tensor | None] = [None] * n
@@ -118,8 +118,8 @@ class Joined(torch.autograd.Function):
                 dy = grads[i]
                 if dy is None or not (want_x or want_w[i]):
                     continue
-                maxima = from_gradients(*grads[n + 2 * i : n + 2 * i + 2]) if how.maxima else None
-                dy_MN, dy_NM = cast_known(
+                maxima = maxima_from_gradients(*grads[n + 2 * i : n + 2 * i + 2]) if spec.maxima else None
+                dy_MN, dy_NM = quantize_with_maxima(
                     dy,
                     recipe.grad_input.a if want_x else None,
                     recipe.grad_weight.a if want_w[i] else None,
@@ -129,12 +129,12 @@ class Joined(torch.autograd.Function):
                     w, w_scale = saved[2 + 2 * i : 4 + 2 * i]
                     part = matmul(
                         dy_MN, _w_KN(w, w_scale, recipe, dy.dtype), recipe.grad_input, dy.dtype,
-                        emulate=how.emulate,
+                        emulate=spec.emulate,
                     )  # fmt: skip
                     dx = part if dx is None else dx + part
                 if want_w[i]:
                     x_KM = x.t() if x_scale is None else Quantized(x, x_scale)
-                    dws[i] = matmul(dy_NM, x_KM, recipe.grad_weight, dy.dtype, emulate=how.emulate)
+                    dws[i] = matmul(dy_NM, x_KM, recipe.grad_weight, dy.dtype, emulate=spec.emulate)
             if want_x and dx is None:
                 dx = torch.zeros(ctx.shape, dtype=ctx.dtype, device=saved[2].device)
         return None, dx, *dws, *[None] * (6 + 2 * n)
@@ -149,7 +149,7 @@ def _w_KN(w: Tensor, scale: Tensor | None, recipe: Recipe, dtype: torch.dtype) -
 
 
 def multiply_joined(
-    how: How,
+    spec: ProductSpec,
     x: Tensor,
     weights: list[Tensor],
     x_casts: tuple[Quantized | None, Quantized | None],
@@ -164,9 +164,9 @@ def multiply_joined(
     casts = [*_pair(x_casts[0]), *_pair(x_casts[1]), *joined]
     for q in w_KN:
         casts += _pair(q)
-    # Views, so that no edge of the graph is a leaf: the engine answers `_wanted` for inner nodes only.
-    made = Joined.apply(how, x.view_as(x), *[w.view_as(w) for w in weights], *casts)
-    n = how.weights
-    if not how.maxima:
+    # Views, because `_needed_gradients` can ask the engine about inner nodes of the graph only, not leaves.
+    made = JoinedMatmul.apply(spec, x.view_as(x), *[w.view_as(w) for w in weights], *casts)
+    n = spec.weights
+    if not spec.maxima:
         return [Product(value) for value in made]
     return [Product(made[i], made[n + 2 * i], made[n + 2 * i + 1]) for i in range(n)]

@@ -11,10 +11,10 @@ from torch.distributed.tensor import DTensor
 
 from octavo.float8.casts.input_cache import Casts
 from octavo.float8.compiled.bias import add_bias
-from octavo.float8.compiled.pin_saved import keep
+from octavo.float8.compiled.pin_saved import pin_saved
 from octavo.float8.distributed.unsharded_weight import UnshardedWeight
-from octavo.float8.fused.producer_maxima import Maxima, cast_known, kernels_serve
-from octavo.float8.fused.product import HIGH_PRECISION, How, Product, multiply_joined
+from octavo.float8.fused.producer_maxima import Maxima, kernels_support, quantize_with_maxima
+from octavo.float8.fused.product import HIGH_PRECISION, Product, ProductSpec, multiply_joined
 from octavo.float8.linear import DTYPES, Float8Linear, cast_input, cast_weight
 from octavo.float8.quantize import Quantized
 from octavo.float8.recipe import FULL, Cast, Recipe
@@ -30,10 +30,8 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def why_unjoinable(cast: Cast | None, rows: Sequence[int]) -> str | None:
-    """Why the casts of weights with `rows`, joined, are not the cast of the joined weights; None if they
-    are.
-    """
+def why_not_joined(cast: Cast | None, rows: Sequence[int]) -> str | None:
+    """Why concatenated casts of weights with `rows` differ from the cast of the concatenation; or None."""
     if cast is None or cast.block[0] == 1:
         return None
     if cast.block[0] == FULL:
@@ -63,7 +61,7 @@ class SharedInput:
         if len(widths) > 1:
             raise ValueError(f"linears of one input have one in_features; these have {sorted(widths)}")
         self.shared_scales = shared_scales
-        self.held: Quantized | None = None  # the joined weights, within `cast_weights_once`
+        self.joined_casts: Quantized | None = None  # the joined weights, within `cast_weights_once`
         first = self.linears[0]
         cast = first.recipe.output.b if isinstance(first, Float8Linear) else None
         if shared_scales and (cast is None or cast.block != (FULL, FULL)):
@@ -72,7 +70,7 @@ class SharedInput:
             )
         for linear in self.linears:
             if isinstance(linear, Float8Linear):
-                linear.shares_input = self
+                linear.shared_input = self
 
     @property
     def recipe(self) -> Recipe:
@@ -92,14 +90,14 @@ class SharedInput:
                 return "their weights are sharded"
             if has_hooks(linear):
                 return "one has hooks"
-            if getattr(linear, "operands", None) is not None:  # its forward keeps the books
+            if getattr(linear, "statistics", None) is not None:  # its forward keeps the books
                 return "one takes its scales from the step before"
         if len(self.linears) == 1:
             return None
         if self.shared_scales:
             gathered = any(isinstance(linear.weight, UnshardedWeight) for linear in self.linears)
             return "weights gathered in float8 have a scale each" if gathered else None
-        return why_unjoinable(self.recipe.output.b, [linear.out_features for linear in self.linears])
+        return why_not_joined(self.recipe.output.b, [linear.out_features for linear in self.linears])
 
     def __call__(
         self, x: Tensor, *, maxima: Maxima | None = None, note_maxima: bool = False
@@ -121,12 +119,12 @@ class SharedInput:
         recipe, lead = self.recipe, x.shape[:-1]
         x_MK = x.reshape(math.prod(lead), x.shape[-1])
         weights: list[Tensor] = [linear.weight for linear in self.linears]
-        how = How(recipe, self._emulate(), len(weights), note_maxima and kernels_serve(x_MK))
+        spec = ProductSpec(recipe, self._emulate(), len(weights), note_maxima and kernels_support(x_MK))
         grads = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
         with torch.no_grad():
             x_casts = self._cast_input(x_MK, maxima, for_grad_weight=grads)
             w_NK, w_KN = self._operands(x.dtype)
-        products = multiply_joined(how, x_MK, weights, x_casts, w_NK, w_KN)
+        products = multiply_joined(spec, x_MK, weights, x_casts, w_NK, w_KN)
         return tuple(
             made._replace(value=self._finish(linear, x, made.value.view(*lead, linear.out_features)))
             for linear, made in zip(self.linears, products, strict=True)
@@ -148,12 +146,12 @@ class SharedInput:
         if maxima is None:
             casts = cast_input(x_MK.detach(), recipe, for_grad_weight=for_grad_weight)
         else:
-            pair = cast_known(x_MK, row, col, maxima)
+            pair = quantize_with_maxima(x_MK, row, col, maxima)
             one, two = (q if isinstance(q, Quantized) else None for q in pair)
             casts = one, two
         wanted = any(isinstance(linear, Float8Linear) and linear.keep_input for linear in self.linears)
         if torch.compiler.is_compiling() and (wanted or x_MK.dtype == torch.float32):
-            return keep(casts, one_cast=row == col and row is not None and row.square)
+            return pin_saved(casts, one_cast=row == col and row is not None and row.square)
         return casts
 
     def _operands(self, dtype: torch.dtype) -> tuple[Quantized | Tensor, list[Quantized | None]]:
@@ -162,9 +160,9 @@ class SharedInput:
         nothing: list[Quantized | None] = [None] * len(self.linears)
         if recipe.output.b is None:
             return _joined_plain([linear.weight.to(dtype) for linear in self.linears]), nothing
-        held = [linear._held_casts() for linear in self.linears if isinstance(linear, Float8Linear)]
-        if self.held is not None and all(casts is not None for casts in held):
-            return self.held, [casts[1] for casts in held if casts is not None]
+        held = [linear.current_weight_casts() for linear in self.linears if isinstance(linear, Float8Linear)]
+        if self.joined_casts is not None and all(casts is not None for casts in held):
+            return self.joined_casts, [casts[1] for casts in held if casts is not None]
         if self.shared_scales and len(self.linears) > 1:
             together = _joined_plain([linear.weight for linear in self.linears])
             whole, _ = cast_weight(together, recipe, for_grad_input=False)
@@ -173,29 +171,29 @@ class SharedInput:
         casts = [_casts_of(linear.weight, recipe) for linear in self.linears]
         return join([casts_[0] for casts_ in casts]), [casts_[1] for casts_ in casts]
 
-    def hold(self) -> None:
+    def join_weight_casts(self) -> None:
         """Join the casts that the linears hold, which become parts of the joined one: `cast_weights_once`."""
         members = [linear for linear in self.linears if isinstance(linear, Float8Linear)]
         casts = [linear.weight_casts for linear in members]
         if self.why_separate() is not None or not casts or any(c is None or c[0] is None for c in casts):
             return
         if self.shared_scales and len(members) > 1:
-            self.held, _ = cast_weight(
+            self.joined_casts, _ = cast_weight(
                 _joined_plain([member.weight for member in members]), self.recipe, for_grad_input=False
             )
             return
-        self.held = held = join([c[0] for c in casts if c is not None])
+        self.joined_casts = joined = join([c[0] for c in casts if c is not None])
         start, start_scale = 0, 0
         for linear, old in zip(members, casts, strict=True):
             assert old is not None
             assert old[0] is not None
             rows, blocks = linear.out_features, old[0].scale.shape[0]
-            part = Quantized(held.data.narrow(0, start, rows), held.scale.narrow(0, start_scale, blocks))
+            part = Quantized(joined.data.narrow(0, start, rows), joined.scale.narrow(0, start_scale, blocks))
             linear.weight_casts = part, _second(old[0], old[1], part)
             start, start_scale = start + rows, start_scale + blocks
 
-    def release(self) -> None:
-        self.held = None
+    def release_weight_casts(self) -> None:
+        self.joined_casts = None
 
 
 _FORWARD = {False: nn.Linear.forward, True: Float8Linear.forward}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from octavo.float8.config import Options, resolve
 from octavo.float8.health.measurements import Table
-from octavo.float8.health.watch import LayerFilter, Watch, linears_of, rows_of
+from octavo.float8.health.watch import LayerFilter, Watch, collect_rows, named_linears
 from octavo.float8.linear import Float8Linear
 
 
@@ -48,7 +48,7 @@ def audit(
     if isinstance(recipes, str):
         raise ValueError(f"recipes is the string {recipes!r}: give a list, [{recipes!r}]")
     others = [resolve(recipe)[0] for recipe in recipes or ()]
-    linears = linears_of(model, nn.Linear if others else Float8Linear)
+    linears = named_linears(model, nn.Linear if others else Float8Linear)
     if linears and filter_fn is not None:
         linears = {name: linear for name, linear in linears.items() if filter_fn(linear, name)}
         if not linears:
@@ -89,7 +89,7 @@ def audit(
         probes = [probe for watch in watches for probe in watch.probes]
         if probes and value.requires_grad:
             value.backward(inputs=probes)
-        rows = rows_of(watches, group)
+        rows = collect_rows(watches, group)
     if not rows:
         raise ValueError(
             "nothing was measured: the loss depends on no linear layer, because it was detached, or because "

@@ -23,7 +23,7 @@ class Slot:
     transposed: bool
 
 
-def slots_of(recipe: Recipe) -> tuple[Slot, ...]:
+def cast_slots(recipe: Recipe) -> tuple[Slot, ...]:
     """The distinct casts of `recipe`."""
     o, gi, gw = recipe.output, recipe.grad_input, recipe.grad_weight
     slots = []

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from octavo.float8.health.measurements import Table
-from octavo.float8.health.watch import LayerFilter, Watch, linears_of, rows_of
+from octavo.float8.health.watch import LayerFilter, Watch, collect_rows, named_linears
 from octavo.float8.linear import Float8Linear
 
 
@@ -28,8 +28,8 @@ class Monitor:
 
     Compiled code compiles once more on the first measured step. On several ranks each measures its own
     tokens, or, with `group`, all get the numbers of all its ranks' tokens; weights sharded by FSDP are
-    gathered one at a time, so all ranks must take the same steps. A layer
-    that compiled code calls several times for one batch shows the sum of those calls' amaxes.
+    gathered one at a time, so all ranks must take the same steps. A layer that compiled code calls several
+    times for one batch shows the sum of those calls' amaxes.
 
     Raises ValueError if no layer is chosen, `every` or `sample` is less than 1, or a chosen layer is sharded
     by tensor parallelism.
@@ -50,7 +50,7 @@ class Monitor:
         for name, value in (("every", every), ("sample", 1 if sample is None else sample)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-        linears = linears_of(model, Float8Linear)
+        linears = named_linears(model, Float8Linear)
         chosen = {n: m for n, m in linears.items() if filter_fn is None or filter_fn(m, n)}
         if not chosen:
             some = ", ".join(list(linears)[:3])
@@ -90,7 +90,7 @@ class Monitor:
                 setattr(watch.linear, "watch", watch)  # noqa: B010
                 stack.callback(setattr, watch.linear, "watch", None)
             yield True
-        rows = rows_of(self._watches, self._group)
+        rows = collect_rows(self._watches, self._group)
         for watch in self._watches:
             watch.seen = []
         if not rows:

@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
-from octavo.float8.casts.input_cache import shared
+from octavo.float8.casts.input_cache import compute_once
 from octavo.float8.distributed.fsdp_gather import plain_parameter
 from octavo.float8.distributed.unsharded_weight import UnshardedWeight
-from octavo.float8.health.measure import NUMBERS, Slot, measure, slots_of
+from octavo.float8.health.measure import NUMBERS, Slot, cast_slots, measure
 from octavo.float8.health.measurements import Measurement
 from octavo.float8.linear import Float8Linear
 from octavo.float8.recipe import Recipe
@@ -68,7 +68,7 @@ class Watch:
                 "only. Measure the layer before parallelize_module, or leave it out with filter_fn"
             )
         self.layer, self.linear, self.sample = layer, linear, sample
-        slots = [slot for recipe in recipes for slot in slots_of(recipe)]
+        slots = [slot for recipe in recipes for slot in cast_slots(recipe)]
         self.input, self.weight, self.grad_output = (
             tuple(slot for slot in slots if slot.operand == operand)
             for operand in ("input", "weight", "grad_output")
@@ -100,7 +100,7 @@ class Watch:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.no_grad(), _unseen():
-            of_input = shared(
+            of_input = compute_once(
                 x,
                 (self.input, self.sample),
                 lambda: measure(x.detach().reshape(-1, x.shape[-1]), self.input, self.sample),
@@ -120,7 +120,7 @@ class Watch:
         return self(args[0], y)
 
 
-def rows_of(watches: Sequence[Watch], group: dist.ProcessGroup | None = None) -> tuple[Measurement, ...]:
+def collect_rows(watches: Sequence[Watch], group: dist.ProcessGroup | None = None) -> tuple[Measurement, ...]:
     """What `watches` saw, brought from the device in one piece; over all ranks of `group`, whose inputs
     differ.
     """
@@ -141,18 +141,18 @@ def rows_of(watches: Sequence[Watch], group: dist.ProcessGroup | None = None) ->
         of_weight = list(zip(watch.weight, take(watch.weight), strict=True)) if has_weight else []
         moving = watch.input + watch.grad_output
         calls = [take(moving) for _ in watch.seen]
-        of_moving = [(slot, _together([call[i] for call in calls])) for i, slot in enumerate(moving)]
+        of_moving = [(slot, _combine_calls([call[i] for call in calls])) for i, slot in enumerate(moving)]
         k = len(watch.input)
         ordered = [*of_moving[:k], *of_weight, *of_moving[k:]]
         found += [(watch.layer, slot, seen) for slot, seen in ordered]
     if group is not None:
         moved = [seen for _, slot, seen in found if slot.operand != "weight"]  # a weight is the same on all
-        for seen, whole in zip(moved, _over_ranks(moved, device, group), strict=True):
+        for seen, whole in zip(moved, _combine_ranks(moved, device, group), strict=True):
             seen[:] = whole
     return tuple(_row(layer, slot, seen) for layer, slot, seen in found)
 
 
-def _together(seen: Sequence[Sequence[float]]) -> list[float]:
+def _combine_calls(seen: Sequence[Sequence[float]]) -> list[float]:
     """The numbers of several calls as one: the largest amax, and sums."""
     amaxes = [numbers[0] for numbers in seen]
     sums = [
@@ -162,11 +162,11 @@ def _together(seen: Sequence[Sequence[float]]) -> list[float]:
     return [math.nan if any(map(math.isnan, amaxes)) else max(amaxes), *sums]
 
 
-def _over_ranks(
+def _combine_ranks(
     seen: Sequence[Sequence[float]], device: torch.device, group: dist.ProcessGroup
 ) -> list[list[float]]:
-    """`_together` over the ranks of `group`; a NaN among their amaxes counts as infinite, because not every
-    backend's maximum keeps it.
+    """`_combine_calls` over the ranks of `group`; a NaN among their amaxes counts as infinite, because not
+    every backend's maximum keeps it.
     """
     numbers = torch.tensor(seen, dtype=torch.float64, device=device)
     amax = torch.nan_to_num(numbers[:, 0], nan=math.inf, posinf=math.inf).contiguous()
@@ -179,7 +179,7 @@ def _over_ranks(
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
-def linears_of(model: nn.Module, kind: type[nn.Linear]) -> dict[str, nn.Linear]:
+def named_linears(model: nn.Module, kind: type[nn.Linear]) -> dict[str, nn.Linear]:
     """The linears of `model` by name, without what compiling and checkpointing add to names."""
     found = {}
     for name, module in model.named_modules():

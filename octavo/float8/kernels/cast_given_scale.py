@@ -6,7 +6,7 @@ saved by taking the last step's.
 An element beyond amax becomes the format's largest number, and is counted, so that whoever chose amax can
 judge it. One that is no finite number becomes NaN: a saturating conversion would make 448 of an infinity, and
 nobody would learn of it. The maxima are for the next amax; one for each program, as are the counts. The
-reference is `quantize_given` in `octavo/float8/quantize.py`.
+reference is `quantize_with_amax` in `octavo/float8/quantize.py`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What a GPU's compiler makes of every kernel, without a GPU:
-`python -m octavo.float8.kernels.compile_report`.
+"""What a GPU's compiler makes of every kernel, without a GPU: `python -m
+octavo.float8.kernels.compile_report`.
 
 Each configuration of each kernel is compiled ahead of time for an architecture, and the machine code is asked
 for its registers a thread, shared memory and spills; the PTX for the hardware's conversion to float8. Spills
@@ -290,9 +290,7 @@ def units(arch: int, *, everything: bool = False, only_defaults: bool = False) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the report. Exit code 1 where a default configuration spills or lacks the hardware's
-    conversion.
-    """
+    """Print the report; exit code 1 if a default configuration spills or lacks the native conversion."""
     parser = argparse.ArgumentParser(
         prog="python -m octavo.float8.kernels.compile_report",
         description="What a GPU's compiler makes of each kernel.",

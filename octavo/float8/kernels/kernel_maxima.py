@@ -40,7 +40,7 @@ def grid_of(M: int, K: int) -> tuple[int, int]:
     return triton.cdiv(M, TILE_M), triton.cdiv(K, TILE_K)
 
 
-def empty_made(like: Tensor, M: int, K: int) -> Made:
+def empty_with_maxima(like: Tensor, M: int, K: int) -> Made:
     """Room for a tensor `[M, K]` of the dtype of `like`, and its maxima."""
     tiles_m, tiles_k = grid_of(M, K)
     rows = like.new_empty((tiles_k, M), dtype=torch.int32)

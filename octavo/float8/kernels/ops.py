@@ -30,7 +30,7 @@ from octavo.float8.kernels.cast_lines import cast_lines
 from octavo.float8.kernels.cast_rows_columns import cast_columns, cast_rows, column_maxima
 from octavo.float8.kernels.cast_tensor import cast_tensor, magnitudes
 from octavo.float8.kernels.cast_tiles import cast_tiles
-from octavo.float8.kernels.kernel_maxima import Made, empty_made
+from octavo.float8.kernels.kernel_maxima import Made, empty_with_maxima
 from octavo.float8.kernels.numerics import INTERPRETING, empty_scale
 from octavo.float8.kernels.rope_backward import rope_backward
 from octavo.float8.kernels.silu_mul import silu_mul, silu_mul_backward
@@ -176,7 +176,7 @@ def cast_by_tensor_with_maxima(
 
 
 def _silu_mul_shapes(a: Tensor, b: Tensor) -> Square:
-    return empty_made(a, *a.shape)
+    return empty_with_maxima(a, *a.shape)
 
 
 @_operator("silu_mul", _silu_mul_shapes)
@@ -189,7 +189,7 @@ Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _silu_mul_backward_shapes(dh: Tensor, a: Tensor, b: Tensor) -> Six:
-    return *empty_made(a, *a.shape), *empty_made(a, *a.shape)
+    return *empty_with_maxima(a, *a.shape), *empty_with_maxima(a, *a.shape)
 
 
 @_operator("silu_mul_backward", _silu_mul_backward_shapes)
@@ -201,7 +201,7 @@ def silu_mul_backward_with_maxima(dh: Tensor, a: Tensor, b: Tensor) -> Six:
 
 def _rope_shapes(dy: Tensor, cos: Tensor, sin: Tensor) -> Made:
     B, S, H, E = dy.shape
-    return empty_made(dy, B * S, H * E)
+    return empty_with_maxima(dy, B * S, H * E)
 
 
 @_operator("rope_backward", _rope_shapes)

@@ -17,7 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.float8.kernels.kernel_maxima import TILE_K, TILE_M, Made, empty_made, grid_of, store_with_maxima
+from octavo.float8.kernels.kernel_maxima import (
+    TILE_K,
+    TILE_M,
+    Made,
+    empty_with_maxima,
+    grid_of,
+    store_with_maxima,
+)
 from octavo.float8.kernels.numerics import Config, to_float32, tuned, wrap_triton
 
 CONFIGS: tuple[Config, ...] = (
@@ -63,7 +70,7 @@ def rope_backward(dy: Tensor, cos: Tensor, sin: Tensor) -> Made:
         )
     dy = dy if dy.stride(3) == 1 else dy.contiguous()
     M, K = B * S, H * E
-    made = empty_made(dy, M, K)
+    made = empty_with_maxima(dy, M, K)
     wrap_triton(_rope_backward)[grid_of(M, K)](
         dy, cos.contiguous(), sin.contiguous(), *made, M, K, S, dy.stride(0), dy.stride(1), dy.stride(2),
         E=E, TILE_M=TILE_M, TILE_K=TILE_K,

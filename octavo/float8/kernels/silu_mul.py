@@ -15,7 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.float8.kernels.kernel_maxima import TILE_K, TILE_M, Made, empty_made, grid_of, store_with_maxima
+from octavo.float8.kernels.kernel_maxima import (
+    TILE_K,
+    TILE_M,
+    Made,
+    empty_with_maxima,
+    grid_of,
+    store_with_maxima,
+)
 from octavo.float8.kernels.numerics import Config, to_float32, tuned, wrap_triton
 
 CONFIGS: tuple[Config, ...] = (
@@ -70,7 +77,7 @@ def _stride(a: Tensor, b: Tensor) -> int:
 def silu_mul(a: Tensor, b: Tensor) -> Made:
     """`h` of `a[M, K]` and `b[M, K]`, with its maxima. Both have contiguous rows, equally far apart."""
     M, K = a.shape
-    h = empty_made(a, M, K)
+    h = empty_with_maxima(a, M, K)
     wrap_triton(_forward)[grid_of(M, K)](a, b, *h, M, K, _stride(a, b), TILE_M=TILE_M, TILE_K=TILE_K)
     return h
 
@@ -78,7 +85,7 @@ def silu_mul(a: Tensor, b: Tensor) -> Made:
 def silu_mul_backward(dh: Tensor, a: Tensor, b: Tensor) -> tuple[Made, Made]:
     """`da` and `db` of contiguous `dh`, and `a` and `b` as above, all `[M, K]`, each with its maxima."""
     M, K = a.shape
-    da, db = empty_made(a, M, K), empty_made(a, M, K)
+    da, db = empty_with_maxima(a, M, K), empty_with_maxima(a, M, K)
     wrap_triton(_backward)[grid_of(M, K)](
         dh, a, b, *da, *db, M, K, _stride(a, b), TILE_M=TILE_M, TILE_K=TILE_K
     )

@@ -65,7 +65,7 @@ def test_every_gpu_with_float8_units_has_a_capability():
 def test_recipes_that_this_device_runs():
     able, unable = recipe_costs.runnable(["high_precision", "tensorwise", "blockwise"], CPU)
     assert able == ["high_precision", "tensorwise"]
-    assert "no cpu path multiplies blocks of 1 x 128" in unable["blockwise"]
+    assert "no cpu backend multiplies blocks of 1 x 128" in unable["blockwise"]
 
 
 def test_cache(tmp_path):

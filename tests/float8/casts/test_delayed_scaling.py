@@ -23,9 +23,9 @@ from octavo.float8 import (
     cast_weights_once,
     convert_to_float8_training,
 )
-from octavo.float8.casts.delayed_operand import DelayedOperand, quantize_operand
+from octavo.float8.casts.delayed_statistics import OperandStatistics, quantize_operand
 from octavo.float8.linear import Float8Matmul, cast_weight
-from octavo.float8.quantize import dequantize, quantize_given, transposed
+from octavo.float8.quantize import dequantize, quantize_with_amax, transposed
 from tests.float8.graphs import compiles
 
 RECIPE = RECIPES["tensorwise_previous_step"]
@@ -95,8 +95,8 @@ def test_the_first_step_is_tensorwise_and_so_is_all_without_a_keeper() -> None:
     assert same(gradients(model, batch(0), batch(1)), want)
     scales = DelayedScaling(model)
     assert same(gradients(model, batch(0), batch(1)), want)
-    told = scales.end_step()
-    assert (told.just_in_time, told.falls_back, told.largest) == (True, False, 0.0)
+    report = scales.end_step()
+    assert (report.just_in_time, report.falls_back, report.saturated) == (True, False, 0.0)
 
 
 def test_the_next_step_casts_with_the_maxima_of_the_last() -> None:
@@ -107,8 +107,8 @@ def test_the_next_step_casts_with_the_maxima_of_the_last() -> None:
     scales.end_step()
     x = batch(2)
     amax = torch.stack(first).abs().max()
-    assert scales.operands["a.input"].amax.item() == amax
-    q = quantize_given(x, amax.view(1, 1), CAST)
+    assert scales.statistics["a.input"].previous_amax.item() == amax
+    q = quantize_with_amax(x, amax.view(1, 1), CAST)
     w, _ = cast_weight(model.a.weight, model.a.recipe, for_grad_input=False)
     assert w is not None
     want = dequantize(q, CAST.block) @ dequantize(w, CAST.block).t() + model.a.bias
@@ -122,26 +122,26 @@ def test_gradients_are_cast_with_theirs() -> None:
     scales = DelayedScaling(model)
     gradients(model, batch(0))
     scales.end_step()
-    amax = scales.operands["c.grad_output"].amax
+    amax = scales.statistics["c.grad_output"].previous_amax
     x, dy = torch.randn(8, 32, requires_grad=True), torch.randn(8, 16)
     model.c(x).backward(dy)
     w = cast_weight(model.c.weight, model.c.recipe, for_grad_input=True)[1]
-    q = quantize_given(dy, amax, Cast(torch.float8_e5m2, (FULL, FULL)))
+    q = quantize_with_amax(dy, amax, Cast(torch.float8_e5m2, (FULL, FULL)))
     assert w is not None
     assert x.grad is not None
     torch.testing.assert_close(x.grad, dequantize(q, (FULL, FULL)) @ dequantize(w, (FULL, FULL)).t())
-    seen = scales.operands["c.grad_output"].seen.item()
+    seen = scales.statistics["c.grad_output"].current_amax.item()
     assert seen == dy.abs().max()
 
 
 def test_layers_with_one_input_share_its_cast() -> None:
     model = build()
     scales = DelayedScaling(model)
-    assert model.a.operands is not None
-    assert model.b.operands is not None
-    assert model.a.operands.input is model.b.operands.input
-    assert model.a.operands.grad_output is not model.b.operands.grad_output
-    assert sorted(scales.operands) == [
+    assert model.a.statistics is not None
+    assert model.b.statistics is not None
+    assert model.a.statistics.input is model.b.statistics.input
+    assert model.a.statistics.grad_output is not model.b.statistics.grad_output
+    assert sorted(scales.statistics) == [
         *("a.grad_output", "a.input", "b.grad_output"),
         *("c.grad_output", "c.input"),
     ]
@@ -157,23 +157,23 @@ def test_saturation_is_counted_once_and_leads_to_a_step_just_in_time(checkpointe
     amax = batch(0).abs().max()
     beyond = sum(int((batch(seed, 8.0).abs() > amax).sum()) for seed in (1, 2))
     # Read by two layers: eager code casts it once, and counts it once, for both.
-    assert scales.operands["a.input"].counts.tolist() == [beyond, 2 * 24 * 16]
-    told = scales.end_step()
-    assert told.falls_back
-    assert told.largest > 0.05
-    assert told.worst in scales.operands
+    assert scales.statistics["a.input"].counts.tolist() == [beyond, 2 * 24 * 16]
+    report = scales.end_step()
+    assert report.falls_back
+    assert report.saturated > 0.05
+    assert report.operand in scales.statistics
     # Just in time: as if there were no scales.
     x = batch(3, 8.0)
     with torch.no_grad():
         assert torch.equal(model(x), build("tensorwise")(x))
     gradients(model, batch(3, 8.0))
-    told = scales.end_step()
-    assert told.just_in_time
-    assert not told.falls_back
+    report = scales.end_step()
+    assert report.just_in_time
+    assert not report.falls_back
     gradients(model, batch(3, 8.0))
-    told = scales.end_step()
-    assert not told.just_in_time
-    assert told.largest == 0.0
+    report = scales.end_step()
+    assert not report.just_in_time
+    assert report.saturated == 0.0
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
@@ -187,17 +187,17 @@ def test_what_is_not_finite_stays_so_and_is_no_maximum(value: float) -> None:
     y = gradients(model, x)[0]
     assert y[3].isnan().all()
     assert y[4].isfinite().all()
-    before = scales.operands["a.input"].amax.item()
+    before = scales.statistics["a.input"].previous_amax.item()
     scales.end_step()
-    assert scales.operands["a.input"].amax.item() == before
+    assert scales.statistics["a.input"].previous_amax.item() == before
 
 
 def test_a_cast_saturates_at_the_maximum() -> None:
-    operand = DelayedOperand(
-        torch.ones(1, 1), torch.zeros(1, 1), torch.zeros(2, dtype=torch.int64), known=True
+    operand = OperandStatistics(
+        torch.ones(1, 1), torch.zeros(1, 1), torch.zeros(2, dtype=torch.int64), valid=True
     )
     x = torch.tensor([[0.5, 1.0, 3e38, -7.0], [torch.nan, torch.inf, -torch.inf, 0.0]])
-    first, second = quantize_operand(x, CAST, CAST, operand=operand)
+    first, second = quantize_operand(x, CAST, CAST, statistics=operand)
     values = dequantize(first, CAST.block)
     torch.testing.assert_close(values[0], torch.tensor([0.5, 1.0, 1.0, -1.0]))
     assert values[1, :3].isnan().all()
@@ -213,7 +213,7 @@ def test_inference_notes_nothing() -> None:
     scales.end_step()
     with torch.no_grad():
         model(batch(1, 100.0))
-    assert all(o.seen.item() == 0 and o.counts.tolist() == [0, 0] for o in scales.operands.values())
+    assert all(o.current_amax.item() == 0 and o.counts.tolist() == [0, 0] for o in scales.statistics.values())
 
 
 def test_two_passes_over_one_graph_count_once() -> None:
@@ -226,7 +226,7 @@ def test_two_passes_over_one_graph_count_once() -> None:
     loss = model.c(x).square().sum()
     torch.autograd.grad(loss, x, retain_graph=True)
     torch.autograd.grad(loss, model.c.weight)
-    assert scales.operands["c.grad_output"].counts.tolist()[1] == 24 * 16
+    assert scales.statistics["c.grad_output"].counts.tolist()[1] == 24 * 16
 
 
 def test_an_operand_that_is_always_zero_stays_just_in_time() -> None:
@@ -235,8 +235,8 @@ def test_an_operand_that_is_always_zero_stays_just_in_time() -> None:
     for _ in range(2):
         gradients(model, 0 * batch(0))
         scales.end_step()
-    assert not scales.operands["a.input"].known
-    assert scales.operands["c.input"].known
+    assert not scales.statistics["a.input"].valid
+    assert scales.statistics["c.input"].valid
     want = gradients(build("tensorwise"), batch(0))[0]
     assert torch.equal(model.a(batch(0)), build("tensorwise").a(batch(0)))
     assert want.isfinite().all()
@@ -261,7 +261,7 @@ def test_state_goes_through_json_and_the_models_stays_plain() -> None:
     assert again.state_dict() == scales.state_dict()
     copied = copy.deepcopy(model)
     assert isinstance(copied.a, Float8Linear)
-    assert copied.a.operands is None
+    assert copied.a.statistics is None
 
 
 def test_weights_cast_once_change_no_bit() -> None:
@@ -288,10 +288,10 @@ def test_compiled_code_equals_eager_in_two_graphs(checkpointed: bool) -> None:
     for seed in range(4):
         xs = batch(seed), batch(seed + 10, 1.3)
         assert same(gradients(eager, *xs), gradients(model, *xs, run=run))
-        for name, operand in one.operands.items():
-            assert torch.equal(operand.seen, other.operands[name].seen), name
+        for name, operand in one.statistics.items():
+            assert torch.equal(operand.current_amax, other.statistics[name].current_amax), name
             saturated, elements = operand.counts.tolist()
-            mine, all_of_mine = other.operands[name].counts.tolist()
+            mine, all_of_mine = other.statistics[name].counts.tolist()
             # Compiled code counts a shared input for each layer that reads it; the share is the same.
             assert saturated * all_of_mine == mine * elements, name
         assert one.end_step() == other.end_step()

@@ -54,7 +54,7 @@ def test_a_step_of_microbatches_has_one_scale() -> None:
     run = ScheduleGPipe(stage, MICROBATCHES, loss_fn=loss, scale_grads=False)
     for step in range(3):
         x, target = batch(step)
-        before = {name: operand.amax.item() for name, operand in other.operands.items()}
+        before = {name: operand.previous_amax.item() for name, operand in other.statistics.items()}
         plain.zero_grad()
         piped.zero_grad()
         run.step(x, target=target)
@@ -62,11 +62,11 @@ def test_a_step_of_microbatches_has_one_scale() -> None:
             loss(plain(part), wanted).backward()
         for got, want in zip(piped.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(got.grad, want.grad)
-        for name, operand in other.operands.items():
-            assert operand.amax.item() == before[name]
-            assert operand.seen == one.operands[name].seen, name
-            assert operand.counts.tolist() == one.operands[name].counts.tolist(), name
-        told = one.end_step()
-        assert other.end_step() == told
-    assert not told.just_in_time
-    assert told.largest > 0
+        for name, operand in other.statistics.items():
+            assert operand.previous_amax.item() == before[name]
+            assert operand.current_amax == one.statistics[name].current_amax, name
+            assert operand.counts.tolist() == one.statistics[name].counts.tolist(), name
+        report = one.end_step()
+        assert other.end_step() == report
+    assert not report.just_in_time
+    assert report.saturated > 0

@@ -13,11 +13,11 @@ CPU = torch.device("cpu")
 def test_every_product_of_every_recipe_is_checked_and_right():
     checks = list(selfcheck.check_device(CPU))
 
-    emulated = {(c.recipe, c.gemm) for c in checks if c.path == "emulation"}
+    emulated = {(c.recipe, c.gemm) for c in checks if c.backend == "emulation"}
     assert emulated == {
         (r.name, name) for r in RECIPES.values() for name, gemm in r.gemms.items() if gemm.float8
     }
-    native = {c.recipe for c in checks if c.path == "torch._scaled_mm"}
+    native = {c.recipe for c in checks if c.backend == "torch._scaled_mm"}
     assert {"tensorwise", "rowwise", "rowwise_with_gw_hp"} <= native
     assert [c for c in checks if not c.passed] == []
 
@@ -61,4 +61,4 @@ def test_every_product_is_right_on_this_gpu():
     checks = list(selfcheck.check_device(torch.device("cuda")))
 
     assert [c for c in checks if not c.passed] == []
-    assert any(c.path != "emulation" for c in checks)
+    assert any(c.backend != "emulation" for c in checks)

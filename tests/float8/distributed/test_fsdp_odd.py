@@ -118,7 +118,7 @@ def _copied() -> list[bool]:
     copied = copy.deepcopy(p)
     with torch.no_grad():
         copied.mul_(2)
-    return [torch.equal(copied.full_tensor(), 2 * p.full_tensor()), weight.known.amax is not None]
+    return [torch.equal(copied.full_tensor(), 2 * p.full_tensor()), weight.cache.amax is not None]
 
 
 def test_a_copy_of_a_parameter_is_its_own() -> None:

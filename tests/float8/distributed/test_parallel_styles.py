@@ -37,7 +37,7 @@ from octavo.float8.distributed.parallel_styles import (
     Float8RowwiseParallel,
     PrepareFloat8ModuleInput,
 )
-from octavo.float8.distributed.tp_gather import Gathered
+from octavo.float8.distributed.tp_gather import GatheredInput
 from octavo.float8.quantize import quantize
 from tests.float8.graphs import WITHOUT_CODE, compiles
 from tests.helpers import ranks
@@ -486,7 +486,7 @@ def test_what_was_gathered_is_for_float8_linears_only() -> None:
     x = torch.randn(6, 8)
     row = RECIPES["rowwise"].output.a
     assert row is not None
-    gathered = Gathered(x, (quantize(x, row), None), torch.Size((2, 3, 8)))
+    gathered = GatheredInput(x, (quantize(x, row), None), torch.Size((2, 3, 8)))
     batch, length, features = gathered.shape
     assert (batch, length, features, gathered.dim(), gathered.size(-1)) == (2, 3, 8, 3, 8)
     assert (gathered.dtype, gathered.device) == (x.dtype, x.device)
@@ -496,7 +496,7 @@ def test_what_was_gathered_is_for_float8_linears_only() -> None:
         lambda: gathered.to(torch.bfloat16),
     ):
         assert "PrepareModuleInput" in message(use)
-    assert "Gathered" in message(lambda: x + gathered)
+    assert "GatheredInput" in message(lambda: x + gathered)
 
 
 def test_torchaos_import_path() -> None:

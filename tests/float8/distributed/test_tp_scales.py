@@ -9,7 +9,7 @@ from torch import Tensor
 
 from octavo.float8 import FULL, RECIPES, Cast, ScaleFormat
 from octavo.float8.distributed.tp_gather import can_gather, cast_and_gather, gather_rows, scatter_rows
-from octavo.float8.distributed.tp_scales import Split, WeightSharding
+from octavo.float8.distributed.tp_scales import ShardedAxis, TensorParallelSpec
 from octavo.float8.quantize import Quantized, quantize, quantize_both
 from tests.helpers import ranks
 
@@ -42,7 +42,7 @@ def split_casts(name: str, axis: int) -> tuple[bool, bool]:
     cast, x = CASTS[name], operand(512, 1024)
     where, rank, world = group()
     whole = quantize(x, cast)
-    part = quantize(x.chunk(world, axis)[rank], cast, Split(axis, where))
+    part = quantize(x.chunk(world, axis)[rank], cast, ShardedAxis(axis, where))
     scale = whole.scale if cast.block[axis] == FULL else whole.scale.chunk(world, axis)[rank]
     data = whole.data.view(torch.uint8).chunk(world, axis)[rank]
     return torch.equal(part.data.view(torch.uint8), data), torch.equal(part.scale, scale)
@@ -59,7 +59,7 @@ def nan_amax() -> list[bool]:
     x = torch.ones(2, 4)
     x[0, 0] = torch.nan if rank == 0 else 3.0
     x[1, 1] = torch.inf if rank == 1 else 5.0
-    amax = Split(1, where).whole_amax(x.abs().amax(1, keepdim=True), CASTS["row"])
+    amax = ShardedAxis(1, where).reduce_amax(x.abs().amax(1, keepdim=True), CASTS["row"])
     return [bool(amax[0].isnan()), bool(amax[1].isinf())]
 
 
@@ -133,7 +133,7 @@ def test_what_can_be_gathered() -> None:
 @pytest.mark.parametrize("axis", [0, 1])
 def test_which_shards_hold_whole_blocks(axis: int, recipe: str) -> None:
     block = {"blockwise": 128, "mxfp8": 32}.get(recipe, 1)
-    sharding = WeightSharding(axis, "", 4)
+    sharding = TensorParallelSpec(axis, "", 4)
     sharding.check(RECIPES[recipe], 4 * block * 3)
     with pytest.raises(ValueError, match="straddle" if block > 1 else "evenly"):
         sharding.check(RECIPES[recipe], 4 * block * 3 + (block // 2) * 4 if block > 1 else 13)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from octavo.float8 import DelayedScaling, Float8LinearConfig, cast_weights_once, convert_to_float8_training
 from octavo.float8.fused import GatedLinear, NormedInput, SharedInput
-from octavo.float8.fused.shared_input import why_unjoinable
+from octavo.float8.fused.shared_input import why_not_joined
 from octavo.float8.health import Monitor
 from octavo.float8.recipe import RECIPES
 from tests.float8.graphs import compile_and_capture, compiles, saved_bytes
@@ -96,11 +96,11 @@ def test_a_block_computes_the_same(recipe: str | None) -> None:
     want = gradients(plain, plain, data())
     assert_near(gradients(fused, fused, data()), want, 1e-6)
     with cast_weights_once(fused):
-        assert (fused.enter.shared.held is not None) == (
+        assert (fused.enter.shared.joined_casts is not None) == (
             recipe not in (None, "tensorwise", "tensorwise_previous_step")
         )
         assert_near(gradients(fused, fused, data()), want, 1e-6)
-    assert fused.enter.shared.held is None
+    assert fused.enter.shared.joined_casts is None
     assert fused.attention.wq.weight_casts is None if recipe else True
 
 
@@ -112,10 +112,10 @@ def test_scales_of_the_step_before_are_used_and_noted() -> None:
     for seed in range(2):
         x = (1 + seed) * data()  # the second step's saturates
         assert_near(gradients(fused, fused, x), gradients(plain, plain, x), 1e-6)
-        told = one.end_step()
-        assert other.end_step().largest == pytest.approx(told.largest)
-    assert not told.just_in_time
-    assert told.largest > 0
+        report = one.end_step()
+        assert other.end_step().saturated == pytest.approx(report.saturated)
+    assert not report.just_in_time
+    assert report.saturated > 0
 
 
 @pytest.mark.parametrize("recipe", [None, "rowwise", "blockwise"])
@@ -130,7 +130,7 @@ def test_joined_linears_are_one_product(recipe: str | None) -> None:
 def test_what_cannot_be_joined_is_called_one_by_one() -> None:
     tensorwise = fuse(make("tensorwise"))
     assert "one scale" in tensorwise.enter.shared.why_separate()
-    assert "straddle" in why_unjoinable(RECIPES["blockwise"].output.b, [96, 128])
+    assert "straddle" in why_not_joined(RECIPES["blockwise"].output.b, [96, 128])
     hooked = fuse(make("rowwise"))
     seen = []
     hooked.attention.wk.register_forward_hook(lambda *args: seen.append(args))
@@ -138,7 +138,7 @@ def test_what_cannot_be_joined_is_called_one_by_one() -> None:
     hooked(data())
     assert len(seen) == 1
     kept = fuse(make("rowwise"))
-    kept.attention.wq.operands = ()
+    kept.attention.wq.statistics = ()
     assert "step before" in kept.enter.shared.why_separate()
     mixed = make(None)
     convert_to_float8_training(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from octavo.float8 import RECIPES, Float8AdamW, Float8Linear, ScaleFormat
-from octavo.float8.casts.gpu_cast import LEAST_CAPABILITY, serves, use_kernels
-from octavo.float8.matmul import describe_path
+from octavo.float8.casts.gpu_cast import LEAST_CAPABILITY, supports, use_kernels
+from octavo.float8.matmul import describe_backend
 from tests.float8.graphs import compiles
 
 pytestmark = [
@@ -130,9 +130,9 @@ def test_a_linear_with_kernels_equals_one_without(recipe: str) -> None:
     model = Float8Linear(256, 384, config=recipe, bias=False, dtype=torch.bfloat16, device="cuda")
     x = torch.randn(512, 256).to("cuda", torch.bfloat16)
     cast = RECIPES[recipe].output.a
-    assert serves(x, cast)
+    assert supports(x, cast)
     # Emulated products are float32 ones, which add in an order that depends on the operands' strides.
-    emulated = describe_path(RECIPES[recipe], x.device, None).startswith("emulated")
+    emulated = describe_backend(RECIPES[recipe], x.device, None).startswith("emulated")
     tolerance = {"rtol": 2**-7, "atol": 1e-4} if emulated else {"rtol": 0, "atol": 0}
     with use_kernels(False):
         want = gradients(model, model, x)

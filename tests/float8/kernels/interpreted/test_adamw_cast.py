@@ -10,7 +10,7 @@ from torch import Tensor
 
 from octavo.float8.kernels import adamw_cast as kernels
 from octavo.float8.kernels.cast_tensor import cast_tensor
-from octavo.float8.quantize import Quantized, quantize, quantize_given
+from octavo.float8.quantize import Quantized, quantize, quantize_with_amax
 from octavo.float8.recipe import FULL, Cast
 from tests.float8.kernels import against_reference as check
 
@@ -53,7 +53,7 @@ def step(
             w, g, m, v, numbers, amax, check.E4M3, "fp32", source
         )
         new = w if source is None else w.to(source)
-        want = quantize_given(new, amax, Cast(check.E4M3, (FULL, FULL)))
+        want = quantize_with_amax(new, amax, Cast(check.E4M3, (FULL, FULL)))
         check.assert_same(data_t, want.data.t(), "data_t")
         check.assert_same(maxima.max().view(torch.float32), new.float().abs().max(), "maximum")
         assert int(saturated.sum()) == int(((new.float().abs() > 1) & new.isfinite()).sum())

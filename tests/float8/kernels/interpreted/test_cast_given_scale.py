@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from octavo.float8.kernels import cast_given_scale as kernels
-from octavo.float8.quantize import quantize_given
+from octavo.float8.quantize import quantize_with_amax
 from octavo.float8.recipe import FULL, Cast, ScaleFormat
 from tests.float8.kernels import against_reference as check
 
@@ -23,7 +23,7 @@ def check_it(
     columns: bool = True,
 ) -> None:
     given = torch.full((1, 1), amax)
-    want = quantize_given(x, given, Cast(dtype, (FULL, FULL), scales))
+    want = quantize_with_amax(x, given, Cast(dtype, (FULL, FULL), scales))
     data, data_t, scale, maxima, saturated = kernels.cast_given_scale(
         x, given, dtype, scales.value, rows, columns
     )

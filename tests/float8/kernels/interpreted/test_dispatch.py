@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from octavo.float8 import RECIPES, Cast, Float8AdamW, Float8Linear, ScaleFormat
 from octavo.float8.casts import gpu_cast
-from octavo.float8.casts.delayed_operand import DelayedOperand, quantize_operand
 from octavo.float8.casts.delayed_scaling import DelayedScaling
-from octavo.float8.casts.gpu_cast import serves, use_kernels
-from octavo.float8.distributed.tp_scales import Split
+from octavo.float8.casts.delayed_statistics import OperandStatistics, quantize_operand
+from octavo.float8.casts.gpu_cast import supports, use_kernels
+from octavo.float8.distributed.tp_scales import ShardedAxis
 from octavo.float8.linear import cast_weight
 from octavo.float8.quantize import Quantized, quantize, quantize_both
 from octavo.float8.recipe import FULL
@@ -25,7 +25,7 @@ pytestmark = compiles
 
 @pytest.fixture(autouse=True)
 def _kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_cast, "_device_serves", lambda device: True)
+    monkeypatch.setattr(gpu_cast, "_device_supported", lambda device: True)
     torch._dynamo.reset()
 
 
@@ -81,15 +81,15 @@ def test_kernels_write_along_the_contraction(cast: Cast) -> None:
 def test_what_kernels_leave_to_pytorch() -> None:
     x = torch.randn(8, 8)
     row, other = Cast(E4M3, (1, FULL), ScaleFormat.POW2), Cast(E4M3, (4, 8))
-    assert serves(x, row)
-    assert not serves(x, other)
-    assert not serves(x.double(), row)
-    assert not serves(x[:0], row)
+    assert supports(x, row)
+    assert not supports(x, other)
+    assert not supports(x.double(), row)
+    assert not supports(x[:0], row)
     with use_kernels(False):
-        assert not serves(x, row)
+        assert not supports(x, row)
     # A row that ranks share has a maximum none of them knows; a column that they share in whole has none.
-    assert not serves(x, row, Split(1, "group"))
-    assert serves(x, row, Split(0, "group"))
+    assert not supports(x, row, ShardedAxis(1, "group"))
+    assert supports(x, row, ShardedAxis(0, "group"))
     first, second = quantize_both(x, row, None)
     assert isinstance(first, Quantized)
     assert second.data_ptr() == x.data_ptr()
@@ -107,8 +107,8 @@ def test_an_optimizers_step_by_kernels_makes_the_casts(recipe: str) -> None:
         plain.weight.grad, model.weight.grad = grad.clone(), grad.clone()
         one.step()
         other.step()
-        assert model._made_casts is not None
-        casts, _, version = model._made_casts
+        assert model._optimizer_casts is not None
+        casts, _, version = model._optimizer_casts
         assert version == model.weight._version
         assert torch.equal(model.weight.grad, grad)
         with use_kernels(False):
@@ -124,21 +124,21 @@ def test_an_optimizers_step_by_kernels_makes_the_casts(recipe: str) -> None:
         torch.testing.assert_close(other.state[model.weight][name], value, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("known", [False, True])
-def test_an_operand_of_the_previous_step_is_cast_and_measured_by_kernels(known: bool) -> None:
+@pytest.mark.parametrize("valid", [False, True])
+def test_an_operand_of_the_previous_step_is_cast_and_measured_by_kernels(valid: bool) -> None:
     cast = RECIPES["tensorwise_previous_step"].output.a
     assert cast is not None
     x = make_x((70, 133), torch.bfloat16, "spread")
     results = []
     for kernels in (True, False):
-        operand = DelayedOperand.on(x.device)
-        operand.amax.fill_(2.0)
-        operand.known = known
+        operand = OperandStatistics.on(x.device)
+        operand.previous_amax.fill_(2.0)
+        operand.valid = valid
         with use_kernels(kernels):
-            first, second = quantize_operand(x, cast, cast, operand=operand)
+            first, second = quantize_operand(x, cast, cast, statistics=operand)
         assert isinstance(first, Quantized)
         assert isinstance(second, Quantized)
-        results.append((first.data, first.scale, second.data, operand.seen, operand.counts.float()))
+        results.append((first.data, first.scale, second.data, operand.current_amax, operand.counts.float()))
     for got, wanted in zip(*results, strict=True):
         assert_same(got, wanted, "part")
 
@@ -152,7 +152,7 @@ def test_known_scales_compile_where_the_input_is_not_pinned() -> None:
     x = torch.randn(2, 20, 64).to(torch.bfloat16)
     gradients(model, model, x)
     scales.end_step()
-    assert model.operands.input.known
+    assert model.statistics.input.valid
 
     want = gradients(model, model, x)
     compiled = torch.compile(model, fullgraph=True, backend=WITHOUT_CODE)
@@ -164,7 +164,7 @@ def test_a_square_casts_two_forms_have_a_scale_tensor_each() -> None:
     x = make_x((32, 64), torch.bfloat16, "spread")
     for dtype in (E4M3,):
         cast = Cast(dtype, (FULL, FULL))
-        given = gpu_cast.cast_given(x, x.abs().amax().float().view(1, 1), cast, True, True)[:2]
+        given = gpu_cast.cast_with_amax(x, x.abs().amax().float().view(1, 1), cast, True, True)[:2]
         for (_, one), (_, other) in (given, gpu_cast.cast_both(x, cast, cast)):
             assert one is not other
 

@@ -23,7 +23,7 @@ pytestmark = compiles
 
 @pytest.fixture(autouse=True)
 def _kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_cast, "_device_serves", lambda device: True)
+    monkeypatch.setattr(gpu_cast, "_device_supported", lambda device: True)
     torch._dynamo.reset()
 
 
@@ -82,7 +82,7 @@ def test_a_block(recipe: str | None, limit: float) -> None:
 def test_maxima_arrive_where_gradients_are_cast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of wo, w1 and w3 in backward, and of all inputs but wo's in forward; each is what the tensor has."""
     told: list[bool] = []
-    cast = known.cast_known
+    cast = known.quantize_with_maxima
 
     def spy(x, row, col, maxima):
         told.append(maxima is not None)
@@ -92,7 +92,7 @@ def test_maxima_arrive_where_gradients_are_cast(monkeypatch: pytest.MonkeyPatch)
         return cast(x, row, col, maxima)
 
     for module in ("product", "shared_input"):
-        monkeypatch.setattr(f"octavo.float8.fused.{module}.cast_known", spy)
+        monkeypatch.setattr(f"octavo.float8.fused.{module}.quantize_with_maxima", spy)
     block = Block("rowwise").to(torch.bfloat16)
     gradients(block, block, torch.bfloat16)
     # Forward: wq|wk, w1|w3, w2. Backward: w2, then w3, w1, then wo, then wk, wq.
