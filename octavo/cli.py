@@ -29,8 +29,6 @@ def _preflight_train(argv: Sequence[str]) -> None:
 
     job = config.load(argv)
     config.check(job, world_size=_world_size(), gpus=launcher.count_gpus(os.environ))
-    # A console script has its own folder on the path, where `python -m` has the working directory.
-    sys.path.append(os.getcwd())
 
 
 def _world_size() -> int:

@@ -211,9 +211,9 @@ def _environment(
     environ: Mapping[str, str], *, processes: int, gpus: int, cores: int, terminal: bool
 ) -> dict[str, str]:
     """Variables for the training processes; what the user has set stays."""
-    # The working directory comes last: a model of the user's own is found there and shadows nothing.
+    # Never the working directory: files of a downloaded folder would run in place of Python's own modules.
     paths = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    wanted = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([*paths, os.getcwd()])}
+    wanted = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths)}
     if "PYTHONUNBUFFERED" not in environ:
         wanted["PYTHONUNBUFFERED"] = "1"  # what they print is read from files while they run
     if terminal and "FORCE_COLOR" not in environ and not environ.get("NO_COLOR"):

@@ -146,6 +146,8 @@ def register(spec: ModelSpec) -> None:
 def import_custom(module: str, name: str | None = None) -> None:
     """Import the user's `module` from Python's path or the working directory; do nothing for "".
 
+    The working directory is on the path only meanwhile, and last: it cannot shadow another module.
+
     Raises:
         ConfigError: the module calls sys.exit, or registers no model called `name`.
         Exception: what the module itself raises, with a note that names the option.
@@ -153,8 +155,7 @@ def import_custom(module: str, name: str | None = None) -> None:
     if not module:
         return
     option = f"experimental.custom_import = {module}"
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    sys.path.append(here := os.getcwd())
     try:
         importlib.import_module(module)
     except SystemExit as error:
@@ -165,6 +166,10 @@ def import_custom(module: str, name: str | None = None) -> None:
     except Exception as error:
         error.add_note(f"octavo: raised by {option}")
         raise
+    finally:
+        sys.path.reverse()  # the last one, whatever the module itself has added
+        sys.path.remove(here)
+        sys.path.reverse()
     if name is not None and name not in _SPECS:
         raise ConfigError(
             f"model.name = {name!r}: {option} registers no such model (octavo.models.register); "

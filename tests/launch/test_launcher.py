@@ -170,7 +170,7 @@ def test_environment_on_a_cpu(tmp_path, monkeypatch):
     assert environment["OMP_WAIT_POLICY"] == "passive"
     assert "glibc.malloc.hugetlb=1" in environment["GLIBC_TUNABLES"]
     assert planned(GLIBC_TUNABLES="x").environment["GLIBC_TUNABLES"] == "x"
-    assert environment["PYTHONPATH"] == f"/a:/b:{tmp_path}"
+    assert environment["PYTHONPATH"] == "/a:/b"
     assert environment["PYTHONSAFEPATH"] == "1"
     assert environment["PYTHONUNBUFFERED"] == "1"
     assert "PYTORCH_ALLOC_CONF" not in environment
@@ -343,3 +343,28 @@ def test_help_before_anything_is_installed(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "NGPU" in out
     assert "tyro is not installed yet" in out
+
+
+@pytest.mark.parametrize("module", ["octavo.launch", "octavo.train"])
+def test_nothing_in_the_working_directory_is_executed(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A downloaded model's folder may hold a file with the name of a module that Python or torch imports."""
+    for name in ("tokenize", "random", "torch", "sitecustomize", "octavo", "json"):
+        (tmp_path / f"{name}.py").write_text(
+            f"open('executed', 'w'); raise SystemExit('{name} was imported')"
+        )
+    environment = {
+        **os.environ,
+        **planned(PYTHONPATH=os.environ["PYTHONPATH"]).environment,
+        "CHECK_ONLY": "1",
+    }
+    ended = subprocess.run(
+        [sys.executable, "-P", "-m", module, *(["--help"] if module == "octavo.train" else [])],
+        env={**environment, "CHECK_ONLY": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert not (tmp_path / "executed").exists()

@@ -6,7 +6,7 @@ import pytest
 
 from octavo import models
 from octavo.config import ConfigError
-from tests.models.own import own_model
+from tests.models.own import MODULE, own_model
 
 
 def test_a_module_of_the_working_directory_registers_its_model(tmp_path, monkeypatch):
@@ -39,3 +39,16 @@ def test_an_error_in_the_module_names_the_option(tmp_path, monkeypatch):
         models.import_custom("small_llamas", "other")
     assert error.value.__notes__ == ["octavo: raised by experimental.custom_import = small_llamas"]
     assert "small_llamas" not in sys.modules
+
+
+def test_the_working_directory_is_on_the_path_while_a_module_is_imported_and_shadows_nothing(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "json.py").write_text("raise SystemExit('shadowed')")
+    (tmp_path / "beside.py").write_text("x = 1")
+    own_model(tmp_path, monkeypatch)
+    (tmp_path / "small_llamas.py").write_text(MODULE + "import beside, json, sys; sys.path.append('mine')\n")
+    monkeypatch.delitem(sys.modules, "json", raising=False)
+    before = list(sys.path)
+    models.import_custom("small_llamas", "small_llama")
+    assert sys.path == [*before, "mine"]
