@@ -351,14 +351,9 @@ def test_nothing_in_the_working_directory_is_executed(
 ) -> None:
     """A downloaded model's folder may hold a file with the name of a module that Python or torch imports."""
     for name in ("tokenize", "random", "torch", "sitecustomize", "octavo", "json"):
-        (tmp_path / f"{name}.py").write_text(
-            f"open('executed', 'w'); raise SystemExit('{name} was imported')"
-        )
-    environment = {
-        **os.environ,
-        **planned(PYTHONPATH=os.environ["PYTHONPATH"]).environment,
-        "CHECK_ONLY": "1",
-    }
+        (tmp_path / f"{name}.py").write_text(f"open('executed', 'w').write('{name}')")
+    monkeypatch.chdir(tmp_path)
+    environment = os.environ | planned(PYTHONPATH=os.environ["PYTHONPATH"]).environment
     ended = subprocess.run(
         [sys.executable, "-P", "-m", module, *(["--help"] if module == "octavo.train" else [])],
         env={**environment, "CHECK_ONLY": "1"},
