@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from octavo.core.errors import ConfigError
-from octavo.core.file_lock import try_lock
+from octavo.core.file_lock import open_lock, try_lock
 from octavo.data import shard_format
 from octavo.data.shard_format import File, Index, Shard, Vocabulary
 
@@ -100,7 +100,7 @@ class ShardWriter:
             raise ConfigError(f"{out}: exists already; name a new folder, or remove it first")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self._folder / ".lock").open("w")
+            self._lock = open_lock(self._folder / ".lock")
         except OSError as error:
             raise ConfigError(f"{self._folder}: cannot write there ({error.strerror})") from error
         if not try_lock(self._lock):

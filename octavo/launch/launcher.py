@@ -140,7 +140,8 @@ def _rendezvous(environ: Mapping[str, str]) -> tuple[Meeting | None, tuple[str, 
     nodes = _number(environ, "NNODES", default=1)
     if nodes == 1:
         for name in ("RDZV_ENDPOINT", "RDZV_ID", "RDZV_TIMEOUT", "NODE_RANK"):
-            if environ.get(name, "").strip():
+            given = environ.get(name, "").strip()
+            if given and not (name == "NODE_RANK" and re.fullmatch("0+", given)):
                 raise ConfigError(
                     f"{name}={environ[name]} is for several machines, and NNODES is "
                     f"{'1' if environ.get('NNODES', '').strip() else 'not set'}: "
@@ -173,6 +174,21 @@ def _rendezvous(environ: Mapping[str, str]) -> tuple[Meeting | None, tuple[str, 
         raise ConfigError(f"NODE_RANK={rank}: expected 0 to {nodes - 1}, for NNODES={nodes}")
     meeting = replace(meeting, number=int(rank))
     return meeting, (*found, "--rdzv-backend=static", f"--node-rank={rank}")
+
+
+def unused_machines(environ: Mapping[str, str]) -> str | None:
+    """A warning where the platform has given this job several machines, and NNODES is not set."""
+    if environ.get("NNODES", "").strip():
+        return None
+    for name in ("PET_NNODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"):
+        numbers = re.findall(r"[0-9]{1,6}", environ.get(name, ""))  # PET_NNODES may be "least:most"
+        if numbers and int(numbers[-1]) > 1:
+            return (
+                f"{name}={environ[name]}, but NNODES is not set: this machine trains by itself. To train on "
+                f"all of them, set NNODES={numbers[-1]} and RDZV_ENDPOINT=host:port on each; if one is meant, "
+                "set NNODES=1"
+            )
+    return None
 
 
 def _config_file(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
@@ -297,6 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"octavo: {error}", file=sys.stderr)
         return 2
+    if warning := unused_machines(os.environ):
+        print(f"octavo: {warning}", file=sys.stderr)
     if check_only:
         return 0
     return run(launch)

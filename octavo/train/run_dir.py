@@ -8,7 +8,7 @@ to clean up.
 from pathlib import Path
 
 from octavo.config import ConfigError
-from octavo.core.file_lock import try_lock
+from octavo.core.file_lock import open_lock, try_lock
 
 LOCK = ".lock"
 
@@ -24,7 +24,7 @@ class RunFolder:
         self.path = Path(path).expanduser()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._file = (self.path / LOCK).open("w") if lock else None
+            self._file = open_lock(self.path / LOCK) if lock else None
         except OSError as error:
             raise ConfigError(f"job.dump_folder = {path}: cannot write there: {error.strerror}") from None
         if self._file is not None and not try_lock(self._file):

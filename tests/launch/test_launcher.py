@@ -1,6 +1,7 @@
 """The check before anything is started, and what is started then."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_shown_ranks():
         ({"NNODES": "2", "RDZV_ENDPOINT": "x:99999999"}, "=x:99999999: the port must be between 1 and 65535"),
         ({"NNODES": "2", "RDZV_ENDPOINT": "x:65536"}, "the port must be between 1 and 65535"),
         ({"NNODES": "2", "RDZV_ENDPOINT": "x:0"}, "the port must be between 1 and 65535"),
-        ({"NODE_RANK": "0"}, "NODE_RANK=0 is .* NNODES is not set: set NNODES .* or unset NODE_RANK"),
+        ({"NODE_RANK": "1"}, "NODE_RANK=1 is .* NNODES is not set: set NNODES .* or unset NODE_RANK"),
         ({"RDZV_ENDPOINT": "h:1"}, "RDZV_ENDPOINT=h:1 is .* or unset RDZV_ENDPOINT"),
         (
             {"NNODES": "1", "RDZV_ID": "mine"},
@@ -363,3 +364,28 @@ def test_nothing_in_the_working_directory_is_executed(
     )
     assert ended.returncode == 0, ended.stderr
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("environ", "wanted"),
+    [
+        ({"SLURM_NNODES": "2"}, "SLURM_NNODES=2, but NNODES is not set.* NNODES=2 and RDZV_ENDPOINT"),
+        ({"PET_NNODES": "2:4"}, "PET_NNODES=2:4, .* NNODES=4"),
+        ({"SLURM_JOB_NUM_NODES": "3"}, "NNODES=3"),
+        ({"SLURM_NNODES": "1", "PET_NNODES": "1:1"}, None),
+        ({"SLURM_NNODES": "2", "NNODES": "1"}, None),
+        ({"SLURM_NNODES": "two"}, None),
+    ],
+)
+def test_machines_that_would_stay_unused_are_reported(environ, wanted, monkeypatch, capsys):
+    monkeypatch.setattr(launcher, "count_gpus", lambda environ: 0)
+    monkeypatch.setattr(launcher, "run", lambda planned: 0)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert launcher.main([]) == 0
+    err = capsys.readouterr().err
+    assert re.search(wanted, err) if wanted else err == ""
+
+
+def test_rank_0_of_one_machine_is_no_error():
+    assert planned(NODE_RANK="0").processes == 1

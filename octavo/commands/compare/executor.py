@@ -26,7 +26,7 @@ from octavo.commands.compare.report.run_data import SAVED_FILE
 from octavo.commands.compare.runs import CHECKPOINTS, Plan, Run
 from octavo.commands.compare.runs_progress import RunsProgress
 from octavo.core import exit_codes
-from octavo.core.file_lock import try_lock
+from octavo.core.file_lock import open_lock, try_lock
 from octavo.train.run_dir import LOCK
 
 FINISHED_FILE = "finished.json"
@@ -98,7 +98,7 @@ class Executor:
         path = self._plan.folder(run) / LOCK
         if not path.exists():
             return True
-        with path.open("w") as file:
+        with open_lock(path) as file:
             if try_lock(file):
                 return True
         if run.name not in self._waiting_for:

@@ -26,7 +26,7 @@ from octavo.commands.compare.report.write_report import environment_of, model_of
 from octavo.commands.compare.runs import make_plan, parse_recipes, read_plan, remember
 from octavo.config import ConfigError
 from octavo.core import exit_codes
-from octavo.core.file_lock import try_lock
+from octavo.core.file_lock import open_lock, try_lock
 from octavo.launch import launcher
 
 _RECIPES = "bf16,tensorwise,rowwise"
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / _LOCK).open("w")
+        lock = open_lock(out / _LOCK)
     except OSError as error:
         raise ConfigError(f"--out {options.out}: cannot write there: {error.strerror}") from None
     with lock:
