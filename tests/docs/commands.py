@@ -28,6 +28,14 @@ def commands_of(page: Path) -> list[str]:
     return found
 
 
+def files_of(page: Path) -> dict[str, str]:
+    """The files that the page shows whole, by name: blocks with a title."""
+    blocks = re.findall(
+        r'^```\w+ title="([^"]+)"\n(.*?)^```', page.read_text(), flags=re.MULTILINE | re.DOTALL
+    )
+    return dict(blocks)
+
+
 @dataclass(frozen=True)
 class Shrunk:
     """How a command is made small: texts to replace, then what to append; and whether Python itself starts it

@@ -1,4 +1,4 @@
-"""Every command of the README, the quickstart and the tutorial runs, as it stands or shrunk as listed here.
+"""Every command of `PAGES` runs, as it stands or shrunk as listed here.
 
 A command that is not listed fails, and so does a row whose command is in no page any more.
 """
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from tests.docs.commands import ROOT, SMALL, Elsewhere, Shrunk, checkout, commands_of, run
+from tests.docs.commands import ROOT, SMALL, Elsewhere, Shrunk, checkout, commands_of, files_of, run
 from tests.helpers import warm
 
 As_it_stands = Shrunk()
@@ -55,8 +55,6 @@ README: Mapping[str, Shrunk | Elsewhere] = {
     ),
     '.venv/bin/octavo generate --checkpoint outputs --prompt "ROMEO."': Shrunk(appended="--max_new_tokens 4"),
     ".venv/bin/octavo export outputs --out exported": As_it_stands,
-    ".venv/bin/octavo import exported --out imported": As_it_stands,
-    "./run_train.sh --job.dump_folder outputs_2 --checkpoint.initial_load_path imported": few,
 }
 
 QUICKSTART: Mapping[str, Shrunk | Elsewhere] = {
@@ -85,12 +83,25 @@ TUTORIAL: Mapping[str, Shrunk | Elsewhere] = {
         appended="--max_new_tokens 4"
     ),
     ".venv/bin/octavo export outputs/long --out exported": As_it_stands,
+    ".venv/bin/octavo import exported --out imported": As_it_stands,
+    "./run_train.sh --job.dump_folder outputs/continued --checkpoint.initial_load_path imported": few,
     ".venv/bin/python examples/float8_training.py": Elsewhere(
         "it compiles for a minute", "tests/float8/test_convert.py"
     ),
 }
 
-PAGES = {"README.md": README, "docs/quickstart.md": QUICKSTART, "docs/tutorial.md": TUTORIAL}
+OWN_MODEL: Mapping[str, Shrunk | Elsewhere] = {
+    f"{processes}./run_train.sh --experimental.custom_import bigram --model.name bigram "
+    "--model.flavor small --float8.filter_fqns=head": few
+    for processes in ("", "NGPU=2 ")
+}
+
+PAGES = {
+    "README.md": README,
+    "docs/quickstart.md": QUICKSTART,
+    "docs/tutorial.md": TUTORIAL,
+    "docs/your_own_model.md": OWN_MODEL,
+}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -101,6 +112,8 @@ def test_every_command_is_listed_and_every_row_is_a_command(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_run_in_their_order(page, tmp_path):
     folder, variables = checkout(tmp_path), dict[str, str]()
+    for name, content in files_of(ROOT / page).items():
+        (folder / name).write_text(content)
     for command in commands_of(ROOT / page):
         how = PAGES[page][command]
         if isinstance(how, Shrunk):
@@ -111,3 +124,8 @@ def test_what_runs_elsewhere_runs_there():
     rows = [how for rows in PAGES.values() for how in rows.values() if isinstance(how, Elsewhere)]
     assert rows
     assert [row.tests for row in rows if not (ROOT / row.tests).is_file()] == []
+
+
+def test_the_model_on_the_page_is_the_one_that_other_tests_train():
+    shown = files_of(ROOT / "docs" / "your_own_model.md")
+    assert shown == {"bigram.py": (ROOT / "tests" / "models" / "custom_model.py").read_text()}
