@@ -96,8 +96,20 @@ OWN_MODEL: Mapping[str, Shrunk | Elsewhere] = {
     for processes in ("", "NGPU=2 ")
 }
 
+CONTRIBUTING: Mapping[str, Shrunk | Elsewhere] = {
+    "./run_tests.sh": Elsewhere("the README's second command", "tests/docs/test_commands.py"),
+    "./run_tests.sh tests/float8/test_quantize.py -k rowwise -n0": As_it_stands,
+    "./run_tests.sh -m gpu": Elsewhere("a GPU", "tests/float8/kernels/test_gpu.py"),
+    "./run_tests.sh --all": Elsewhere("hours", "tests/scripts/test_python_env.py"),
+    ".ci/run": Elsewhere("it runs this test, too", "tests/docs/test_commands.py"),
+    "python -m tests.golden.golden": Elsewhere(
+        "it writes into the repository", "tests/train/test_trainer.py"
+    ),
+}
+
 PAGES = {
     "README.md": README,
+    "CONTRIBUTING.md": CONTRIBUTING,
     "docs/quickstart.md": QUICKSTART,
     "docs/tutorial.md": TUTORIAL,
     "docs/your_own_model.md": OWN_MODEL,

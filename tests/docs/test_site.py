@@ -38,7 +38,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
 
     assert built.returncode == 0, built.stderr
     pages = {page.parent.name: page.read_text() for page in (tmp_path / "site").rglob("index.html")}
-    assert {"site", "quickstart", "tutorial", "float8", "api", "faq"} <= set(pages)
+    assert {"site", "quickstart", "tutorial", "float8", "api", "architecture", "faq"} <= set(pages)
     assert "convert_to_float8_training" in pages["api"]
     for page in pages.values():  # what a browser fetches by itself
         fetched = re.findall(r'<(?:script|img|iframe)[^>]* src="([^"]+)"|<link[^>]* href="([^"]+)"', page)
