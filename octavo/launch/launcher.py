@@ -185,8 +185,8 @@ def unused_machines(environ: Mapping[str, str]) -> str | None:
         if numbers and int(numbers[-1]) > 1:
             return (
                 f"{name}={environ[name]}, but NNODES is not set: this machine trains by itself. To train on "
-                f"all of them, set NNODES={numbers[-1]} and RDZV_ENDPOINT=host:port on each; if one is meant, "
-                "set NNODES=1"
+                f"all of them, set NNODES={numbers[-1]} and RDZV_ENDPOINT=host:port on each; if one is "
+                "meant, set NNODES=1"
             )
     return None
 
