@@ -70,14 +70,6 @@ def _given_scale(M: int, K: int, device: torch.device, compiled: Compile) -> tup
     )
 
 
-def _transposing(M: int, K: int, device: torch.device, compiled: Compile) -> tuple[Call, Call]:
-    from octavo.float8.kernels import ops, transpose_rows
-
-    data, scale, *_ = ops.cast_by_rows(random(M, K, device), E4M3, "pow2", True, False)
-    plain = compiled(transpose_rows.reference)
-    return partial(ops.transpose_float8_rows, data, scale), partial(plain, data, scale)
-
-
 def _silu_mul(M: int, K: int, device: torch.device, compiled: Compile) -> tuple[Call, Call]:
     from octavo.float8.kernels import ops, silu_mul
 
@@ -144,7 +136,6 @@ def _adamw_squares(M: int, K: int, device: torch.device, compiled: Compile) -> t
 MAKERS: Mapping[str, Maker] = {
     "rows and columns, maxima known": Maker(2 + 1 + 1, _known_maxima),
     "scale known, both": Maker(2 + 1 + 1, _given_scale),
-    "float8 rows to columns": Maker(1 + 1 + 1, _transposing),
     "silu_mul": Maker(2 + 2 + 2, _silu_mul),
     "silu_mul backward": Maker(3 * 2 + 2 * 2, _silu_mul_backward),
     "add_rms_norm": Maker(2 * 2 + 2 * 2, _norm, widest=8192),

@@ -1,16 +1,15 @@
-"""An AdamW step that also makes the float8 weights of the next step, or the maxima for them.
+"""An AdamW step that also produces the next step's float8 weights, or the maxima for casting them.
 
     w, grad, m, v  [N, K]   updated in place, and of the new w:
     adamw_squares           data[N, K], data_t[K, N], scale    one scale for each square, in this one pass
-    adamw_given_scale       the same with one scale that is known before, this step's maxima, and counts
-    adamw_maxima            maxima of rows and of columns: `cast_given_maxima.py` then casts in one pass, and
-                            `cast_tensor.py`, whose maxima those of the rows are too
+    adamw_maxima            maxima of rows and columns, for one more pass by `cast_given_maxima.py` or,
+                            with the rows' maxima, `cast_tensor.py`
 
-A step reads and writes every weight; casting afterwards reads it again, twice or more for scales of its own.
-Here a cast costs the bytes that it writes. AdamW is that of torch.optim.AdamW (arXiv:1711.05101): decoupled
-decay, bias corrections in the two factors of `Step`. Arithmetic is in float32, whatever w (float32, bfloat16)
-and the moments are kept in, and each is rounded once. Casts are of w as it stands in memory, or of that
-rounded to `source`, which is what a forward pass in mixed precision multiplies with.
+A step reads and writes every weight, and a separate cast would read it again, twice or more to find scales.
+Here a cast costs only the bytes that it writes. The update is torch.optim.AdamW's (arXiv:1711.05101), with
+decoupled decay and bias corrections in two factors of `Step`. Arithmetic is in float32; w (float32, bfloat16)
+and the moments are each rounded once to their dtype. The cast is of w as stored, or of w rounded to `source`,
+the dtype in which a mixed-precision forward pass reads it.
 """
 
 from __future__ import annotations
@@ -23,24 +22,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.float8.kernels.cast_given_scale import beyond, float8_or_nan
-from octavo.float8.kernels.kernel_maxima import Made
-from octavo.float8.kernels.numerics import (
-    MANTISSA_BITS,
-    SCALE_FORMATS,
+from octavo.float8.kernels.kernel_launch import (
     Config,
+    cast_constants,
+    empty_codes,
     empty_scale,
-    magnitude,
-    rounded,
-    scales_of,
-    to_float8,
-    to_float32,
     tuned,
     wrap_triton,
 )
+from octavo.float8.kernels.kernel_maxima import WithMaxima
+from octavo.float8.kernels.numerics import magnitude, rounded, scales_of, to_float8, to_float32
 
-# The size of a tile decides how many maxima there are, so timing may not. Four tensors of float32 are at hand
-# at a time, which is what limits it.
+# Fixed, not tuned: the tile size determines the shape of the maxima. A program holds four float32 tiles.
 TILE_M, TILE_K = 32, 128
 CONFIGS: tuple[Config, ...] = (
     {"num_warps": 8, "num_stages": 1},
@@ -48,12 +41,12 @@ CONFIGS: tuple[Config, ...] = (
 )
 UPDATES = ("w_ptr", "m_ptr", "v_ptr")
 SOURCES = {None: 0, torch.bfloat16: 1, torch.float16: 2}
-"""What is cast: the weight as stored, or that rounded."""
+"""The dtype that the weight is rounded to before the cast; None: as stored."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """The numbers of one step. `rate` is lr / (1 - beta1^t), `root` the square root of 1 - beta2^t."""
+    """The scalars of one step: `rate` is lr / (1 - beta1^t), `root` the square root of 1 - beta2^t."""
 
     decay: float
     beta1: float
@@ -64,7 +57,7 @@ class Step:
 
     @staticmethod
     def of(t: int, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> Step:
-        """Those of step `t`, counted from 1."""
+        """The scalars of step `t`, counted from 1."""
         rate, root = lr / (1 - betas[0] ** t), math.sqrt(1 - betas[1] ** t)
         return Step(1 - lr * weight_decay, betas[0], betas[1], rate, root, eps)
 
@@ -116,33 +109,6 @@ def _adamw_maxima(
 
 @tuned(CONFIGS, key=["M", "K"], updates=UPDATES)
 @triton.jit
-def _adamw_given_scale(
-    w_ptr, g_ptr, m_ptr, v_ptr, amax_ptr, data_ptr, data_t_ptr, scale_ptr, maxima_ptr, saturated_ptr, M, K,
-    decay, beta1, beta2, rate, root, eps,
-    MANTISSA: tl.constexpr, SCALES: tl.constexpr, SOURCE: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_K: tl.constexpr,
-):  # fmt: skip
-    pid_m, pid_k = tl.program_id(0), tl.program_id(1)
-    amax = tl.load(amax_ptr)
-    s, scale = scales_of(amax, MANTISSA, SCALES)
-    if pid_m + pid_k == 0:
-        tl.store(scale_ptr, scale)
-    m = pid_m.to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
-    k = pid_k.to(tl.int64) * TILE_K + tl.arange(0, TILE_K)
-    mask = (m < M)[:, None] & (k < K)[None, :]
-    i = m[:, None] * K + k[None, :]
-    w = _update(w_ptr, g_ptr, m_ptr, v_ptr, i, mask, decay, beta1, beta2, rate, root, eps, SOURCE)
-    bits = tl.where(mask, magnitude(w), 0)
-    program = pid_m.to(tl.int64) * tl.num_programs(1) + pid_k
-    tl.store(maxima_ptr + program, tl.max(tl.max(bits, axis=1), axis=0))
-    tl.store(saturated_ptr + program, beyond(bits, amax, mask))
-    code = float8_or_nan(w, bits, s, MANTISSA)
-    tl.store(data_ptr + i, code, mask=mask)
-    tl.store(data_t_ptr + k[:, None] * M + m[None, :], tl.trans(code), mask=tl.trans(mask))
-
-
-@tuned(CONFIGS, key=["M", "K"], updates=UPDATES)
-@triton.jit
 def _adamw_squares(
     w_ptr, g_ptr, m_ptr, v_ptr, data_ptr, data_t_ptr, scale_ptr, M, K,
     decay, beta1, beta2, rate, root, eps,
@@ -175,9 +141,10 @@ def _adamw_squares(
 Source = torch.dtype | None
 
 
-def adamw_maxima(w: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Step, source: Source = None) -> Made:
-    """Step contiguous `w[N, K]` and its moments in place; w, and the maxima of its rows and columns as
-    `cast_given_maxima` takes them.
+def adamw_maxima(
+    w: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Step, source: Source = None
+) -> WithMaxima:
+    """Step contiguous `w[N, K]` and its moments in place. Returns w and the maxima of its rows and columns.
 
     `source`: the dtype that w is rounded to before it is cast; None: its own.
     """
@@ -192,37 +159,18 @@ def adamw_maxima(w: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Step, sour
     return w, rows, columns
 
 
-def adamw_given_scale(
-    w: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Step, amax: Tensor, dtype: torch.dtype, scales: str,
-    source: Source = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Step contiguous `w[N, K]` and its moments in place; of the new w, what `cast_given_scale` gives."""
-    M, K = w.shape
-    tiles = triton.cdiv(M, TILE_M), triton.cdiv(K, TILE_K)
-    data, data_t = w.new_empty((M, K), dtype=torch.uint8), w.new_empty((K, M), dtype=torch.uint8)
-    scale = empty_scale(w, (1, 1), scales)
-    maxima, saturated = (w.new_empty((tiles[0] * tiles[1],), dtype=torch.int32) for _ in range(2))
-    wrap_triton(_adamw_given_scale)[tiles](
-        w, grad, m, v, amax.view(torch.int32), data, data_t, scale, maxima, saturated, M, K, *astuple(step),
-        MANTISSA=MANTISSA_BITS[dtype], SCALES=SCALE_FORMATS[scales], SOURCE=SOURCES[source],
-        TILE_M=TILE_M, TILE_K=TILE_K,
-    )  # fmt: skip
-    return data.view(dtype), data_t.view(dtype), scale, maxima, saturated
-
-
 def adamw_squares(
     w: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Step, side: int, dtype: torch.dtype, scales: str,
     source: Source = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Step contiguous `w[N, K]` and its moments in place; of the new w, what `cast_tiles` gives."""
+    """Step contiguous `w[N, K]` and its moments in place; returns `cast_tiles` of the new w."""
     M, K = w.shape
     grid = triton.cdiv(M, side), triton.cdiv(K, side)
-    data, data_t = w.new_empty((M, K), dtype=torch.uint8), w.new_empty((K, M), dtype=torch.uint8)
+    data, data_t = empty_codes(w)
     scale = empty_scale(w, grid, scales)
     wrap_triton(_adamw_squares)[grid](
         w, grad, m, v, data, data_t, scale, M, K, *astuple(step),
-        MANTISSA=MANTISSA_BITS[dtype], SCALES=SCALE_FORMATS[scales], SOURCE=SOURCES[source], SIDE=side,
-        TILE_M=TILE_M,
+        SOURCE=SOURCES[source], SIDE=side, TILE_M=TILE_M, **cast_constants(dtype, scales),
     )  # fmt: skip
     return data.view(dtype), data_t.view(dtype), scale
 

@@ -1,14 +1,13 @@
-"""A residual added and the sum normed, with the maxima that casting it will ask for; and its gradients.
+"""Residual addition and RMSNorm (arXiv:1910.07467) and their gradients, with the maxima for casting them.
 
     forward     x, residual, w      -> h = x + residual,  y = h / rms(h) * w,   maxima of y's rows and columns
-    backward    dy, dh, h, rms, w   -> dx = d residual,  dw,                    the same of dx
+    backward    dy, dh, h, rms, w   -> dx (= d residual),  dw,                 maxima of dx's rows and columns
 
-dh is the gradient that reaches h past the norm, on the residual stream. dx is what the layer before casts for
-its own gradients, so its maxima are noted too: `cast_given_maxima.py` takes both.
+dh is the gradient that reaches h on the residual stream. dx is cast by the layer before, hence its maxima.
 
-A program goes through a strip of rows, holding whole ones, since a row's mean is needed before its first
-element can be written. Arithmetic is in float32; h and y are rounded once, to the inputs' dtype, and y is
-computed from h as rounded. [M, K], with K at most `WIDEST`. RMSNorm: arXiv:1910.07467.
+A program reads a strip of whole rows, since a row's mean is needed before its first element can be written.
+Arithmetic is in float32; h and y are rounded once, to the inputs' dtype, and y is computed from the rounded
+h. All are [M, K], with K at most `WIDEST`.
 """
 
 from __future__ import annotations
@@ -18,19 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.float8.kernels.kernel_maxima import Made
-from octavo.float8.kernels.numerics import (
-    Config,
-    magnitude,
-    rounded,
-    to_float32,
-    tuned,
-    wrap_triton,
-)
+from octavo.float8.kernels.kernel_launch import Config, tuned, wrap_triton
+from octavo.float8.kernels.kernel_maxima import WithMaxima
+from octavo.float8.kernels.numerics import magnitude, rounded, to_float32
 
 WIDEST = 8192
 STRIP = 16
-"""Rows of a program: how many maxima of columns there are, so timing may not decide it."""
+"""Rows per program. Fixed, not tuned: it determines the shape of the maxima."""
 
 CONFIGS_FORWARD: tuple[Config, ...] = (
     {"TILE": 4096, "num_warps": 8, "num_stages": 1},
@@ -106,31 +99,33 @@ def _backward(
     tl.store(dw_ptr + pid.to(tl.int64) * K + k, dw, mask=k < K)
 
 
-def _empty(like: Tensor) -> Made:
+def _empty(like: Tensor) -> WithMaxima:
     M, K = like.shape
     rows = like.new_empty((1, M), dtype=torch.int32)
     return torch.empty_like(like), rows, like.new_empty((triton.cdiv(M, STRIP), K), dtype=torch.int32)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Made]:
-    """`h[M, K]`, `rms[M]` in float32, and `y` with its maxima, of contiguous `x`, `residual` and `w[K]`.
+def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor, WithMaxima]:
+    """`h[M, K]`, `rms[M]` in float32, and `y` with its maxima; inputs are contiguous.
 
-    Raises ValueError where K is more than `WIDEST`.
+    Raises ValueError if K is more than `WIDEST`.
     """
     h = torch.empty_like(x)
     rms, y = _norm(x, residual, w, h, eps)
     return h, rms, y
 
 
-def rms_norm(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Made]:
-    """The same without a residual: h is x."""
+def rms_norm(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, WithMaxima]:
+    """`add_rms_norm` without a residual: h is x."""
     return _norm(x, None, w, None, eps)
 
 
-def _norm(x: Tensor, residual: Tensor | None, w: Tensor, h: Tensor | None, eps: float) -> tuple[Tensor, Made]:
+def _norm(
+    x: Tensor, residual: Tensor | None, w: Tensor, h: Tensor | None, eps: float
+) -> tuple[Tensor, WithMaxima]:
     M, K = x.shape
     if K > WIDEST:
-        raise ValueError(f"rows of {K} do not fit on a chip: at most {WIDEST}; norm them in plain PyTorch")
+        raise ValueError(f"rows of {K} do not fit on a chip: at most {WIDEST}; use plain PyTorch for them")
     rms, (y, rows, columns) = x.new_empty((M,), dtype=torch.float32), _empty(x)
     wrap_triton(_forward)[(triton.cdiv(M, STRIP),)](
         x, x if residual is None else residual, w, y if h is None else h, y, rms, rows, columns, M, K, eps,
@@ -139,7 +134,9 @@ def _norm(x: Tensor, residual: Tensor | None, w: Tensor, h: Tensor | None, eps: 
     return rms, (y, rows, columns)
 
 
-def add_rms_norm_backward(dy: Tensor, dh: Tensor, h: Tensor, rms: Tensor, w: Tensor) -> tuple[Made, Tensor]:
+def add_rms_norm_backward(
+    dy: Tensor, dh: Tensor, h: Tensor, rms: Tensor, w: Tensor
+) -> tuple[WithMaxima, Tensor]:
     """`dx` (which is the residual's gradient too) with its maxima, and `dw[K]` in float32."""
     M, K = h.shape
     dx, rows, columns = _empty(h)

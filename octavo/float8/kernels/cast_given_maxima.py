@@ -1,10 +1,9 @@
-"""`x[M, K]` with one scale a row and one a column, in one read of x, by someone who knows the maxima already.
+"""Casts with one scale per row and one per column in one read of x, given the maxima of both.
 
-    x, maxima of its rows and of its columns   ->   data[M, K], scale[M], data_t[K, M], scale_t[K]
+    x, maxima of its rows and of its columns   ->   data[M, K], scale[M, 1], data_t[K, M], scale_t[K, 1]
 
-What makes x in tiles (`silu_mul.py`) sees every element of it, so it can note maxima for both casts as it
-writes. Rows may then have any width: nothing needs to hold a whole one. The reference is `quantize_both` with
-two blocks of (1, FULL).
+The kernel that produces x (`silu_mul.py`, `add_rms_norm.py`) computes the maxima as it writes. Rows may have
+any width, since no program needs to hold a whole one.
 """
 
 from __future__ import annotations
@@ -14,17 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.float8.kernels.numerics import (
-    MANTISSA_BITS,
-    SCALE_FORMATS,
+from octavo.float8.kernels.kernel_launch import (
     Config,
+    block_grid,
+    cast_constants,
+    empty_codes,
     empty_scale,
-    scales_of,
-    to_float8,
-    to_float32,
     tuned,
     wrap_triton,
 )
+from octavo.float8.kernels.numerics import scales_of, to_float8, to_float32
 
 CONFIGS: tuple[Config, ...] = (
     {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1},
@@ -59,21 +57,14 @@ def _cast_given_maxima(
 def cast_given_maxima(
     x: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype, scales: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`data[M, K]`, `scale[M, 1]`, `data_t[K, M]` and `scale_t[K, 1]` of contiguous `x[M, K]`.
-
-    `rows[any, M]` and `columns[any, K]` are maxima as the int32 bits of float32; `scales` a key of
-    `SCALE_FORMATS`.
+    """`data`, `scale[M, 1]`, `data_t` and `scale_t[K, 1]`, given partial maxima `rows[any, M]`, `columns[any,
+    K]`.
     """
     M, K = x.shape
-    amax, amax_t = rows.amax(dim=0), columns.amax(dim=0)
-    data, data_t = x.new_empty((M, K), dtype=torch.uint8), x.new_empty((K, M), dtype=torch.uint8)
+    data, data_t = empty_codes(x)
     scale, scale_t = empty_scale(x, (M, 1), scales), empty_scale(x, (K, 1), scales)
-
-    def grid(meta: Config) -> tuple[int, int]:
-        return triton.cdiv(M, meta["BLOCK_M"]), triton.cdiv(K, meta["BLOCK_K"])
-
-    wrap_triton(_cast_given_maxima)[grid](
-        x, amax, amax_t, data, scale, data_t, scale_t, M, K,
-        MANTISSA=MANTISSA_BITS[dtype], SCALES=SCALE_FORMATS[scales],
+    wrap_triton(_cast_given_maxima)[block_grid(M, K)](
+        x, rows.amax(dim=0), columns.amax(dim=0), data, scale, data_t, scale_t, M, K,
+        **cast_constants(dtype, scales),
     )  # fmt: skip
     return data.view(dtype), scale, data_t.view(dtype), scale_t

@@ -1,12 +1,10 @@
-"""`x[M, K]` with one scale that was known before x, in one read of x: what a step's own maximum would cost is
-saved by taking the last step's.
+"""Casts with one scale for the tensor that is known in advance (delayed scaling), in one read of x.
 
-    x, amax   ->   data[M, K], data_t[K, M], scale[1, 1],   this x's maxima,   how many elements saturated
+    x, amax   ->   data[M, K], data_t[K, M], scale[1, 1],   x's own maxima,   counts of saturated elements
 
-An element beyond amax becomes the format's largest number, and is counted, so that whoever chose amax can
-judge it. One that is no finite number becomes NaN: a saturating conversion would make 448 of an infinity, and
-nobody would learn of it. The maxima are for the next amax; one for each program, as are the counts. The
-reference is `quantize_with_amax` in `octavo/float8/quantize.py`.
+A finite element beyond amax becomes the format's largest number, and is counted, so that the caller can judge
+whether amax was a good choice. A non-finite element becomes NaN: a saturating conversion would turn an
+infinity into 448 unnoticed. The maxima are for the next amax. The reference is `quantize_with_amax`.
 """
 
 from __future__ import annotations
@@ -16,20 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.float8.kernels.numerics import (
-    MANTISSA_BITS,
-    SCALE_FORMATS,
+from octavo.float8.kernels.kernel_launch import (
     Config,
+    cast_constants,
+    empty_codes,
     empty_scale,
-    magnitude,
-    scales_of,
-    to_float8,
-    to_float32,
     tuned,
     wrap_triton,
 )
+from octavo.float8.kernels.numerics import magnitude, scales_of, to_float8, to_float32
 
-# The size of a tile decides how many maxima there are, so timing may not.
+# Fixed, not tuned: the tile size determines the shape of the maxima.
 TILE_M, TILE_K = 64, 128
 CONFIGS: tuple[Config, ...] = (
     {"num_warps": 8, "num_stages": 1},
@@ -78,26 +73,23 @@ def _cast_given_scale(
 
 
 def programs_of(M: int, K: int) -> int:
-    """How many maxima, and counts, there are."""
+    """The number of partial maxima and of partial counts."""
     return triton.cdiv(M, TILE_M) * triton.cdiv(K, TILE_K)
 
 
 def cast_given_scale(
     x: Tensor, amax: Tensor, dtype: torch.dtype, scales: str, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`data`, `data_t`, `scale`, maxima (the int32 bits of float32) and counts (int32) of contiguous
-    `x[M, K]`; what is not asked for is empty.
+    """`data`, `data_t`, `scale[1, 1]`, partial maxima, and partial counts of saturated elements (int32).
 
-    `amax[1, 1]` is float32 and finite; `scales` a key of `SCALE_FORMATS`.
+    `amax[1, 1]` is float32 and finite.
     """
     M, K = x.shape
-    data = x.new_empty((M, K) if rows else (0, 0), dtype=torch.uint8)
-    data_t = x.new_empty((K, M) if columns else (0, 0), dtype=torch.uint8)
+    data, data_t = empty_codes(x, rows, columns)
     scale = empty_scale(x, (1, 1), scales)
     maxima, saturated = (x.new_empty((programs_of(M, K),), dtype=torch.int32) for _ in range(2))
     wrap_triton(_cast_given_scale)[(triton.cdiv(M, TILE_M), triton.cdiv(K, TILE_K))](
         x, amax.view(torch.int32), data, data_t, scale, maxima, saturated, M, K,
-        MANTISSA=MANTISSA_BITS[dtype], SCALES=SCALE_FORMATS[scales], ROWS=rows, COLUMNS=columns,
-        TILE_M=TILE_M, TILE_K=TILE_K,
+        ROWS=rows, COLUMNS=columns, TILE_M=TILE_M, TILE_K=TILE_K, **cast_constants(dtype, scales),
     )  # fmt: skip
     return data.view(dtype), data_t.view(dtype), scale, maxima, saturated

@@ -1,11 +1,10 @@
-"""`x[M, K]` with one scale for each GROUP elements along a row, along a column, or both, in one read of x.
+"""Casts with one scale for each GROUP elements along a row, along a column, or both, in one read of x.
 
     along rows       data[M, K],   scale[M, K / GROUP]
     along columns    data_t[K, M], scale_t[K, M / GROUP]       the cast of x transposed
 
 GROUP is 128 with float32 scales (DeepSeek-V3), or 32 with one-byte scales (MXFP8). A tile holds whole groups
-both ways, so nothing has to be known of x but the tile itself: one read and two bytes written serve both
-products that read an operand. The reference is `quantize_both` with two blocks of (1, GROUP).
+in both directions, so one read and two written bytes per element serve both products that read an operand.
 """
 
 from __future__ import annotations
@@ -15,18 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.float8.kernels.numerics import (
-    MANTISSA_BITS,
-    SCALE_FORMATS,
+from octavo.float8.kernels.kernel_launch import (
     Config,
+    cast_constants,
+    empty_codes,
     empty_scale,
-    magnitude,
-    scales_of,
-    to_float8,
-    to_float32,
     tuned,
     wrap_triton,
 )
+from octavo.float8.kernels.numerics import magnitude, scales_of, to_float8, to_float32
 
 # Tiles in elements; raised to one group where a group is longer.
 CONFIGS: tuple[Config, ...] = (
@@ -77,13 +73,9 @@ def _cast_lines(
 def cast_lines(
     x: Tensor, group: int, dtype: torch.dtype, scales: str, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`data`, `scale`, `data_t` and `scale_t` of contiguous `x[M, K]`; what is not asked for is empty.
-
-    `group` is a power of two, `scales` a key of `SCALE_FORMATS`.
-    """
+    """`data`, `scale[M, K / group]`, `data_t` and `scale_t[K, M / group]`; `group` is a power of two."""
     M, K = x.shape
-    data = x.new_empty((M, K) if rows else (0, 0), dtype=torch.uint8)
-    data_t = x.new_empty((K, M) if columns else (0, 0), dtype=torch.uint8)
+    data, data_t = empty_codes(x, rows, columns)
     scale = empty_scale(x, (M, triton.cdiv(K, group)) if rows else (0, 0), scales)
     scale_t = empty_scale(x, (K, triton.cdiv(M, group)) if columns else (0, 0), scales)
     least_m, least_k = group if columns else 1, group if rows else 1
@@ -93,6 +85,6 @@ def cast_lines(
 
     wrap_triton(_cast_lines)[grid](
         x, data, scale, data_t, scale_t, M, K,
-        MANTISSA=MANTISSA_BITS[dtype], SCALES=SCALE_FORMATS[scales], ROWS=rows, COLUMNS=columns, GROUP=group,
+        ROWS=rows, COLUMNS=columns, GROUP=group, **cast_constants(dtype, scales),
     )  # fmt: skip
     return data.view(dtype), scale, data_t.view(dtype), scale_t

@@ -1,14 +1,12 @@
-"""`x[M, K]` with one scale a row, as `data[M, K]`, and one scale a column, transposed, as `data_t[K, M]`.
+"""Casts rows with one scale each, as `data[M, K]`, and columns with one scale each, as `data_t[K, M]`.
 
-    first pass     reads x once: maxima of rows, data, scale, and maxima of columns over each program's rows
-    second pass    reads x again: data_t and scale_t, transposed on the way
+    first pass     reads x: maxima of rows, data, scale, and maxima of columns over each program's rows
+    second pass    reads x again: data_t and scale_t
 
-A program holds whole rows, so a row's maximum is known before the row leaves the chip and the float8 row is
-written at once. A column's maximum is known only when every row has been read, hence the second read. PyTorch
-and its compiler take four: two for maxima, two for casts.
-
-Rows longer than `WIDEST` do not fit on a chip; programs then read theirs a second time, soon enough to find
-it in the cache. The reference is `quantize_both` with two blocks of (1, FULL).
+A program holds whole rows, so it casts a row in the pass that finds the row's maximum. A column's maximum is
+known only after all rows were read, hence the second read. PyTorch and its compiler take four reads: two for
+maxima, two for casts. Rows longer than `WIDEST` do not fit on a chip; programs then read theirs a second
+time, soon enough to find it in the cache.
 """
 
 from __future__ import annotations
@@ -18,18 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.float8.kernels.numerics import (
-    MANTISSA_BITS,
-    SCALE_FORMATS,
+from octavo.float8.kernels.kernel_launch import (
     Config,
+    block_grid,
+    cast_constants,
+    empty_codes,
     empty_scale,
-    magnitude,
-    scales_of,
-    to_float8,
-    to_float32,
     tuned,
     wrap_triton,
 )
+from octavo.float8.kernels.numerics import magnitude, scales_of, to_float8, to_float32
 
 WIDEST = 16384
 """Elements of a row that one program can hold."""
@@ -138,38 +134,29 @@ def _cast_columns(
 
 
 def strip_of(M: int, K: int) -> int:
-    """Rows that one program of the first pass goes through: enough that maxima of columns are few."""
+    """Rows per program of the first pass: many, so that partial maxima of columns are few."""
     if K > WIDEST:
         return 8
     return 32 if M >= 4096 else 8
 
 
 def cast_rows(x: Tensor, dtype: torch.dtype, scales: str, maxima: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`data[M, K]` and `scale[M, 1]` of contiguous `x[M, K]`, and, if asked for, maxima of columns for
-    `cast_columns`.
-
-    `scales` is a key of `SCALE_FORMATS`.
-    """
+    """`data`, `scale[M, 1]` and, if `maxima`, partial maxima of columns for `cast_columns`."""
     M, K = x.shape
     strip = strip_of(M, K)
-    data = x.new_empty((M, K), dtype=torch.uint8)
+    data, _ = empty_codes(x, columns=False)
     scale = empty_scale(x, (M, 1), scales)
     down = x.new_empty((triton.cdiv(M, strip), K) if maxima else (0, 0), dtype=torch.int32)
-    numbers = {"MANTISSA": MANTISSA_BITS[dtype], "SCALES": SCALE_FORMATS[scales], "STRIP": strip}
-    grid = (triton.cdiv(M, strip),)
-    if K > WIDEST:
-        wrap_triton(_cast_wide_rows)[grid](x, data, scale, down, M, K, COLUMNS=maxima, **numbers)
-    else:
-        wrap_triton(_cast_rows)[grid](
-            x, data, scale, down, M, K, COLUMNS=maxima, BLOCK_K=triton.next_power_of_2(K), **numbers
-        )
+    constants = {"COLUMNS": maxima, "STRIP": strip, **cast_constants(dtype, scales)}
+    kernel = _cast_wide_rows
+    if K <= WIDEST:
+        kernel, constants["BLOCK_K"] = _cast_rows, triton.next_power_of_2(K)
+    wrap_triton(kernel)[(triton.cdiv(M, strip),)](x, data, scale, down, M, K, **constants)
     return data.view(dtype), scale, down
 
 
 def column_maxima(x: Tensor) -> Tensor:
-    """Maxima of the columns of contiguous `x[M, K]`, over strips of rows: `[M / strip, K]`, the int32 bits of
-    float32.
-    """
+    """Partial maxima `[M / 64, K]` of the columns of x."""
     M, K = x.shape
     strip = 64
     maxima = x.new_empty((triton.cdiv(M, strip), K), dtype=torch.int32)
@@ -182,16 +169,11 @@ def column_maxima(x: Tensor) -> Tensor:
 
 
 def cast_columns(x: Tensor, maxima: Tensor, dtype: torch.dtype, scales: str) -> tuple[Tensor, Tensor]:
-    """`data_t[K, M]` and `scale_t[K, 1]` of contiguous `x[M, K]`, given maxima `[any, K]` of its columns."""
+    """`data_t` and `scale_t[K, 1]`, given partial maxima `[any, K]` of x's columns."""
     M, K = x.shape
-    amax = maxima.amax(dim=0)
-    data_t = x.new_empty((K, M), dtype=torch.uint8)
+    _, data_t = empty_codes(x, rows=False)
     scale_t = empty_scale(x, (K, 1), scales)
-
-    def grid(meta: Config) -> tuple[int, int]:
-        return triton.cdiv(M, meta["BLOCK_M"]), triton.cdiv(K, meta["BLOCK_K"])
-
-    wrap_triton(_cast_columns)[grid](
-        x, amax, data_t, scale_t, M, K, MANTISSA=MANTISSA_BITS[dtype], SCALES=SCALE_FORMATS[scales]
+    wrap_triton(_cast_columns)[block_grid(M, K)](
+        x, maxima.amax(dim=0), data_t, scale_t, M, K, **cast_constants(dtype, scales)
     )
     return data_t.view(dtype), scale_t

@@ -1,11 +1,10 @@
-"""`x[M, K]` with one scale for the whole tensor: two reads of x, one of them only for the maximum.
+"""Casts with one scale for the whole tensor: two reads of x, the first only for the maximum.
 
     magnitudes(x)             one maximum for each program
     cast_tensor(x, maxima)    data[M, K], data_t[K, M] and scale[1, 1] in one pass
 
-The second pass waits for the first, whatever the schedule; it takes the maximum of the maxima itself, which
-saves a launch. Who makes x can hand its maxima over in place of `magnitudes(x)`, and whoever holds a part of
-a tensor those of all parts. The reference is `quantize_both` with a block of (FULL, FULL).
+The second pass reduces the maxima of the first itself, which saves a launch. The kernel that produces x can
+supply the maxima in place of `magnitudes(x)`.
 """
 
 from __future__ import annotations
@@ -15,18 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.float8.kernels.numerics import (
-    MANTISSA_BITS,
-    SCALE_FORMATS,
+from octavo.float8.kernels.kernel_launch import (
     Config,
+    block_grid,
+    cast_constants,
+    empty_codes,
     empty_scale,
-    magnitude,
-    scales_of,
-    to_float8,
-    to_float32,
     tuned,
     wrap_triton,
 )
+from octavo.float8.kernels.numerics import magnitude, scales_of, to_float8, to_float32
 
 MAX_PROGRAMS = 1024
 """Of the first pass, so that each program of the second reads at most so many maxima."""
@@ -81,9 +78,7 @@ def _cast_tensor(
 
 
 def magnitudes(x: Tensor) -> Tensor:
-    """Maxima of the magnitudes of contiguous x, at most `MAX_PROGRAMS` of them, as the int32 bits of
-    float32.
-    """
+    """Maxima of parts of contiguous x, at most `MAX_PROGRAMS` of them."""
     N = x.numel()
     programs = min(MAX_PROGRAMS, triton.cdiv(N, CONFIGS_MAGNITUDES[0]["BLOCK"]))
     maxima = x.new_empty((programs,), dtype=torch.int32)
@@ -94,22 +89,12 @@ def magnitudes(x: Tensor) -> Tensor:
 def cast_tensor(
     x: Tensor, maxima: Tensor, dtype: torch.dtype, scales: str, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`data`, `data_t` and `scale` of contiguous `x[M, K]`; what is not asked for is empty.
-
-    `maxima[P]` are as `magnitudes` gives them; `scales` is a key of `SCALE_FORMATS`.
-    """
+    """`data`, `data_t` and `scale[1, 1]`. `maxima[P]`, P at most `MAX_PROGRAMS`, are those of parts of x."""
     M, K = x.shape
-    P = maxima.shape[0]
-    data = x.new_empty((M, K) if rows else (0, 0), dtype=torch.uint8)
-    data_t = x.new_empty((K, M) if columns else (0, 0), dtype=torch.uint8)
+    data, data_t = empty_codes(x, rows, columns)
     scale = empty_scale(x, (1, 1), scales)
-
-    def grid(meta: Config) -> tuple[int, int]:
-        return triton.cdiv(M, meta["BLOCK_M"]), triton.cdiv(K, meta["BLOCK_K"])
-
-    wrap_triton(_cast_tensor)[grid](
-        x, maxima, data, data_t, scale, M, K, P,
-        MANTISSA=MANTISSA_BITS[dtype], SCALES=SCALE_FORMATS[scales], ROWS=rows, COLUMNS=columns,
-        PROGRAMS=MAX_PROGRAMS,
+    wrap_triton(_cast_tensor)[block_grid(M, K)](
+        x, maxima, data, data_t, scale, M, K, maxima.shape[0],
+        ROWS=rows, COLUMNS=columns, PROGRAMS=MAX_PROGRAMS, **cast_constants(dtype, scales),
     )  # fmt: skip
     return data.view(dtype), data_t.view(dtype), scale

@@ -1,10 +1,8 @@
-"""`x[M, K]` with one scale for each square of SIDE x SIDE elements, in one read of x.
+"""Casts with one scale for each square of SIDE x SIDE elements, in one read of x.
 
-    data[M, K], scale[M / SIDE, K / SIDE]         and the same cast, transposed:         data_t[K, M]
-
-A program holds one square. A cast by squares commutes with transposing, so the transposed copy costs one more
-byte an element to write and nothing to compute; its scales are `scale` transposed. Squares at the edges are
-smaller. The reference is `quantize_both` with a block of (SIDE, SIDE).
+A program casts one square. A cast by squares commutes with transposing, so the transposed copy costs one byte
+per element to write and nothing to compute; its scales are `scale` transposed. Squares at the edges are
+smaller.
 """
 
 from __future__ import annotations
@@ -14,18 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.float8.kernels.numerics import (
-    MANTISSA_BITS,
-    SCALE_FORMATS,
+from octavo.float8.kernels.kernel_launch import (
     Config,
+    cast_constants,
+    empty_codes,
     empty_scale,
-    magnitude,
-    scales_of,
-    to_float8,
-    to_float32,
     tuned,
     wrap_triton,
 )
+from octavo.float8.kernels.numerics import magnitude, scales_of, to_float8, to_float32
 
 CONFIGS: tuple[Config, ...] = (
     {"num_warps": 8, "num_stages": 1},
@@ -57,17 +52,13 @@ def _cast_tiles(
 def cast_tiles(
     x: Tensor, side: int, dtype: torch.dtype, scales: str, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`data[M, K]`, `data_t[K, M]` and `scale` of contiguous `x[M, K]`; what is not asked for is empty.
-
-    `side` is a power of two, `scales` a key of `SCALE_FORMATS`.
-    """
+    """`data`, `data_t` and `scale[M / side, K / side]`; `side` is a power of two."""
     M, K = x.shape
     grid = (triton.cdiv(M, side), triton.cdiv(K, side))
-    data = x.new_empty((M, K) if rows else (0, 0), dtype=torch.uint8)
-    data_t = x.new_empty((K, M) if columns else (0, 0), dtype=torch.uint8)
+    data, data_t = empty_codes(x, rows, columns)
     scale = empty_scale(x, grid, scales)
     wrap_triton(_cast_tiles)[grid](
         x, data, data_t, scale, M, K,
-        MANTISSA=MANTISSA_BITS[dtype], SCALES=SCALE_FORMATS[scales], ROWS=rows, COLUMNS=columns, SIDE=side,
+        ROWS=rows, COLUMNS=columns, SIDE=side, **cast_constants(dtype, scales),
     )  # fmt: skip
     return data.view(dtype), data_t.view(dtype), scale

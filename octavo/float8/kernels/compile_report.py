@@ -1,14 +1,15 @@
-"""What a GPU's compiler makes of every kernel, without a GPU: `python -m
-octavo.float8.kernels.compile_report`.
+"""Compiles every kernel for a GPU ahead of time, without a GPU, and reports the resources it needs.
 
-Each configuration of each kernel is compiled ahead of time for an architecture, and the machine code is asked
-for its registers a thread, shared memory and spills; the PTX for the hardware's conversion to float8. Spills
-are registers that did not fit and live in memory: a kernel that moves bytes has no time for them.
+    python -m octavo.float8.kernels.compile_report
+
+Each configuration of each kernel is compiled for an architecture. The report lists registers per thread,
+shared memory and spills of the machine code, and whether its PTX uses the hardware's conversion to float8.
+Spills are registers that did not fit and live in memory: memory-bound kernels cannot afford them.
 
     --arch 90      Hopper (default); 100 is Blackwell
     --all          every number format and dtype, not only bfloat16 to the format that recipes use
-    --defaults     of each kernel the first configuration alone, which is what runs where nothing is tuned
-    --json         one JSON object a line
+    --defaults     only the first configuration of each kernel, which runs where nothing is tuned
+    --json         one JSON object per line
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ from octavo.float8.kernels import (
     kernel_maxima,
     rope_backward,
     silu_mul,
-    transpose_rows,
 )
-from octavo.float8.kernels.numerics import INTERPRETING, SCALE_FORMATS, Config
+from octavo.float8.kernels.kernel_launch import SCALE_FORMATS, Config
+from octavo.float8.kernels.numerics import INTERPRETING
 
 ARCHITECTURES = (89, 90, 100, 103, 120)
 """Compute capabilities, times ten, with the hardware's conversion to float8."""
@@ -59,8 +60,8 @@ ONE_BYTE_FORMATS = [("e4m3", "e8m0"), ("e4m3", "e8m0_floor")]
 
 @dataclass(frozen=True)
 class CompileJob:
-    """A kernel as it is started: its configurations, the values of its other constants, and the formats it
-    serves, of which the first is the one that recipes use.
+    """A kernel to compile: its configurations, its other constants, and its formats, of which the first is
+    the one that recipes use.
     """
 
     kernel: Any
@@ -69,17 +70,11 @@ class CompileJob:
     formats: list[tuple[str, str]]
     converts: bool = True
     dtypes: dict[str, str] = field(default_factory=dict)
-    """Of pointers that are not what the report is about."""
+    """Element types of pointers other than the default."""
 
 
 def jobs() -> Iterator[CompileJob]:
-    tensor, rows, tiles, lines, across = (
-        cast_tensor,
-        cast_rows_columns,
-        cast_tiles,
-        cast_lines,
-        transpose_rows,
-    )
+    tensor, rows, tiles, lines = cast_tensor, cast_rows_columns, cast_tiles, cast_lines
     pow2_first = [FORMATS[1], FORMATS[0], FORMATS[2]]
     yield CompileJob(tensor._magnitudes, tensor.CONFIGS_MAGNITUDES, {}, FORMATS[:1], converts=False)
     for which in (BOTH, ROWS_ONLY, COLUMNS_ONLY):
@@ -124,21 +119,14 @@ def jobs() -> Iterator[CompileJob]:
     adamw = {"SOURCE": 1, "TILE_M": adamw_cast.TILE_M}
     tile = {**adamw, "TILE_K": adamw_cast.TILE_K}
     weight = dict.fromkeys(("w", "g", "m", "v"), "fp32")
-    for configs, kernel, constants, formats, converts in (
-        (adamw_cast.CONFIGS, adamw_cast._adamw_maxima, tile, FORMATS[:1], False),
-        (adamw_cast.CONFIGS, adamw_cast._adamw_given_scale, tile, FORMATS, True),
-        (adamw_cast.CONFIGS, adamw_cast._adamw_squares, {**adamw, "SIDE": 128}, FORMATS, True),
-    ):
-        yield CompileJob(kernel, configs, constants, formats, converts, weight)
-    strip = {"STRIP": transpose_rows.STRIP}
-    both = [("e4m3", "pow2"), ("e5m2", "pow2")]
-    yield CompileJob(across._maxima, across.CONFIGS_MAXIMA, strip, both, converts=False)
-    yield CompileJob(across._transpose, across.CONFIGS_TRANSPOSE, {}, both)
+    configs = adamw_cast.CONFIGS
+    yield CompileJob(adamw_cast._adamw_maxima, configs, tile, FORMATS[:1], False, weight)
+    yield CompileJob(adamw_cast._adamw_squares, configs, {**adamw, "SIDE": 128}, FORMATS, True, weight)
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One row of the report. `spilled` and `shared` are bytes, a thread's and a block's."""
+    """One row of the report. `spilled` is bytes per thread, `shared` bytes per block."""
 
     kernel: str
     constants: str
@@ -156,7 +144,7 @@ class Compiled:
     native: bool
     """Whether the hardware's saturating conversion is in its PTX."""
     key: str
-    """Hash of all that the row depends on, the compiler's version included: the same key, the same row."""
+    """Hash of all that the row depends on, including the compiler's version: equal keys, equal rows."""
 
 
 def _signature(
@@ -187,7 +175,7 @@ def _signature(
 
 @cache
 def _source(kernel: JITFunction) -> str:
-    """The text of a kernel and of all functions that it calls, and the constants that they name."""
+    """The source of a kernel and of all functions that it calls, and the constants that they use."""
     functions, constants = {kernel}, {}
     waiting = [kernel]
     while waiting:
@@ -205,7 +193,7 @@ def _source(kernel: JITFunction) -> str:
 
 @dataclass(frozen=True)
 class Unit:
-    """What the compiler is given at once: a kernel with one configuration, from and to one dtype."""
+    """One compilation: a kernel with one configuration, input dtype and float8 format."""
 
     job: CompileJob
     config: Config
@@ -265,7 +253,7 @@ class Unit:
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack a thread. A kernel that calls nothing has a stack for spills only."""
+    """Registers and bytes of stack per thread. Without calls, a kernel uses its stack for spills only."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -279,9 +267,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 def units(arch: int, *, everything: bool = False, only_defaults: bool = False) -> Iterator[Unit]:
-    """Every configuration of every kernel, or the first: from bfloat16 to its first format, or from and to
-    everything.
-    """
+    """All compilations: of every or only the default configuration, in every or only the first format."""
     for job in jobs():
         for float8, scales in job.formats if everything else job.formats[:1]:
             for dtype in ("bf16", "fp16", "fp32") if everything else ("bf16",):
@@ -293,14 +279,14 @@ def main(argv: list[str] | None = None) -> int:
     """Print the report; exit code 1 if a default configuration spills or lacks the native conversion."""
     parser = argparse.ArgumentParser(
         prog="python -m octavo.float8.kernels.compile_report",
-        description="What a GPU's compiler makes of each kernel.",
+        description="Resources that each compiled kernel needs.",
     )
     parser.add_argument(
         "--arch", type=int, default=90, choices=ARCHITECTURES, help="90 is Hopper (default), 100 Blackwell"
     )
     parser.add_argument("--all", action="store_true", help="every number format and dtype")
     parser.add_argument("--defaults", action="store_true", help="only each kernel's first configuration")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
     options = parser.parse_args(argv)
     if INTERPRETING:
         parser.error("TRITON_INTERPRET=1 compiles nothing: unset it")

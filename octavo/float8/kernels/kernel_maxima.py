@@ -1,9 +1,9 @@
-"""A tensor `[M, K]` written in tiles, and the maxima of its rows and columns that casting it will ask for.
+"""Writing a tensor `[M, K]` in tiles together with the maxima of its rows and columns, for casting it.
 
-What makes a tensor sees every element of it, so the maxima cost nothing there, and save
-`cast_given_maxima.py` a read. They are of what was rounded, so that the cast is that of the tensor as it
-stands in memory. A program holds a tile of TILE_M x TILE_K and notes one maximum for each of its rows and
-columns; whoever casts takes the maximum of those.
+The kernel that produces a tensor has every element at hand, so the maxima are free there and save
+`cast_given_maxima.py` a read. They are taken after rounding, so the cast equals that of the stored tensor. A
+program writes a tile of TILE_M x TILE_K and one maximum for each of its rows and columns; the cast reduces
+them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from octavo.float8.kernels.numerics import magnitude, rounded, to_float32
 
-# The size of a tile decides how many maxima there are, so timing may not.
+# Fixed, not tuned: the tile size determines the shape of the maxima.
 TILE_M, TILE_K = 32, 128
 
-Made = tuple[Tensor, Tensor, Tensor]
-"""A tensor `[M, K]`, and maxima `[any, M]` of its rows, `[any, K]` of its columns, int32 bits of float32."""
+WithMaxima = tuple[Tensor, Tensor, Tensor]
+"""A tensor `[M, K]`, and partial maxima `[any, M]` of its rows and `[any, K]` of its columns."""
 
 
 @triton.jit
@@ -36,12 +36,12 @@ def store_with_maxima(value, out_ptr, rows_ptr, columns_ptr, m, k, M, K, mask, p
 
 
 def grid_of(M: int, K: int) -> tuple[int, int]:
-    """The programs that write `[M, K]`."""
+    """The grid of programs that write `[M, K]`."""
     return triton.cdiv(M, TILE_M), triton.cdiv(K, TILE_K)
 
 
-def empty_with_maxima(like: Tensor, M: int, K: int) -> Made:
-    """Room for a tensor `[M, K]` of the dtype of `like`, and its maxima."""
+def empty_with_maxima(like: Tensor, M: int, K: int) -> WithMaxima:
+    """An uninitialized tensor `[M, K]` of `like`'s dtype, and its maxima."""
     tiles_m, tiles_k = grid_of(M, K)
     rows = like.new_empty((tiles_k, M), dtype=torch.int32)
     columns = like.new_empty((tiles_m, K), dtype=torch.int32)

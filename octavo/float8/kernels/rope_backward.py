@@ -1,13 +1,12 @@
-"""The gradient of a rotary embedding, laid out and measured for the cast that follows it.
+"""The gradient of a rotary embedding (arXiv:2104.09864), with the maxima for casting it.
 
     dy[B, S, H, E], cos, sin[S, E / 2]   ->   dx[B S, H E],   maxima of its rows and of its columns
 
-Attention gives the gradients of its queries and keys, each pair (2i, 2i + 1) of a head rotated by its
-position's angle (arXiv:2104.09864). Rotating them back is what wq's and wk's own gradients are cast from:
-rows for grad_input, columns for grad_weight. Attention's gradients lie head by head in memory, so somebody
-has to copy them into rows anyway; this copy rotates, rounds once to dy's dtype, and notes the maxima
-(`maxima.py`), which saves the cast a read. In bfloat16 that is 2 bytes read and 2 written an element, then 2
-and 2 for the cast; separate passes would be 4 of each and another read for the maxima.
+Attention's gradients of queries and keys are rotated back, each pair (2i, 2i + 1) of a head by its position's
+angle, before wq's and wk's gradients are cast from them: rows for grad_input, columns for grad_weight. They
+are stored head by head, so they must be copied into rows in any case. This copy also rotates, rounds once to
+dy's dtype and computes the maxima, which saves the cast a read. In bfloat16 the copy reads and writes 2 bytes
+per element, as does the cast; separate passes would take 4 of each and another read for the maxima.
 """
 
 from __future__ import annotations
@@ -17,15 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.float8.kernels.kernel_launch import Config, tuned, wrap_triton
 from octavo.float8.kernels.kernel_maxima import (
     TILE_K,
     TILE_M,
-    Made,
+    WithMaxima,
     empty_with_maxima,
     grid_of,
     store_with_maxima,
 )
-from octavo.float8.kernels.numerics import Config, to_float32, tuned, wrap_triton
+from octavo.float8.kernels.numerics import to_float32
 
 CONFIGS: tuple[Config, ...] = (
     {"num_warps": 8, "num_stages": 1},
@@ -56,11 +56,11 @@ def _rope_backward(
     store_with_maxima(dx, dx_ptr, rows_ptr, columns_ptr, m, k, M, K, mask, pid_m, pid_k)
 
 
-def rope_backward(dy: Tensor, cos: Tensor, sin: Tensor) -> Made:
-    """`dx[B S, H E]` of `dy[B, S, H, E]`, the gradient of what was rotated, with its maxima.
+def rope_backward(dy: Tensor, cos: Tensor, sin: Tensor) -> WithMaxima:
+    """`dx[B S, H E]` with its maxima, given the gradient `dy[B, S, H, E]` of the rotated heads.
 
-    dy may have any strides but for its last axis, which is contiguous; `cos` and `sin` are float32, one row
-    of E / 2 a position, S of them or more. Raises ValueError for an odd E, or too few positions.
+    `dy` may have any strides; `cos` and `sin` are float32 `[S or more, E / 2]`, one row per position. Raises
+    ValueError for an odd E, or too few positions.
     """
     B, S, H, E = dy.shape
     if E % 2 or cos.shape[0] < S or cos.shape != sin.shape or cos.shape[1] != E // 2:

@@ -1,11 +1,10 @@
-"""`h = silu(a) * b` and its gradients, with the maxima that casting them will ask for.
+"""`h = silu(a) * b` and its gradients, with the maxima for casting them.
 
     forward     a, b       -> h,       maxima of its rows and of its columns
-    backward    dh, a, b   -> da, db,  the same of each
+    backward    dh, a, b   -> da, db,  and the maxima of each
 
-Arithmetic is in float32 and rounded once, to the inputs' dtype; the maxima (`maxima.py`) are of what was
-rounded. All are `[M, K]`; a and b may be parts of a wider tensor, as one product for both makes them: their
-rows lie `stride` apart.
+Arithmetic is in float32, rounded once to the inputs' dtype. All are `[M, K]`; a and b may be slices of a
+wider tensor (one product computes both), whose rows are `stride` apart.
 """
 
 from __future__ import annotations
@@ -15,15 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.float8.kernels.kernel_launch import Config, tuned, wrap_triton
 from octavo.float8.kernels.kernel_maxima import (
     TILE_K,
     TILE_M,
-    Made,
+    WithMaxima,
     empty_with_maxima,
     grid_of,
     store_with_maxima,
 )
-from octavo.float8.kernels.numerics import Config, to_float32, tuned, wrap_triton
+from octavo.float8.kernels.numerics import to_float32
 
 CONFIGS: tuple[Config, ...] = (
     {"num_warps": 4, "num_stages": 1},
@@ -74,16 +74,16 @@ def _stride(a: Tensor, b: Tensor) -> int:
     return a.stride(0)
 
 
-def silu_mul(a: Tensor, b: Tensor) -> Made:
-    """`h` of `a[M, K]` and `b[M, K]`, with its maxima. Both have contiguous rows, equally far apart."""
+def silu_mul(a: Tensor, b: Tensor) -> WithMaxima:
+    """`h` with its maxima. Rows of `a[M, K]` and `b[M, K]` are contiguous and have one stride."""
     M, K = a.shape
     h = empty_with_maxima(a, M, K)
     wrap_triton(_forward)[grid_of(M, K)](a, b, *h, M, K, _stride(a, b), TILE_M=TILE_M, TILE_K=TILE_K)
     return h
 
 
-def silu_mul_backward(dh: Tensor, a: Tensor, b: Tensor) -> tuple[Made, Made]:
-    """`da` and `db` of contiguous `dh`, and `a` and `b` as above, all `[M, K]`, each with its maxima."""
+def silu_mul_backward(dh: Tensor, a: Tensor, b: Tensor) -> tuple[WithMaxima, WithMaxima]:
+    """`da` and `db`, each with its maxima, given contiguous `dh[M, K]` and `a`, `b` as in `silu_mul`."""
     M, K = a.shape
     da, db = empty_with_maxima(a, M, K), empty_with_maxima(a, M, K)
     wrap_triton(_backward)[grid_of(M, K)](

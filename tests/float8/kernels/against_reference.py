@@ -23,18 +23,10 @@ from octavo.float8.kernels import (
     cast_rows_columns,
     cast_tensor,
     cast_tiles,
-    transpose_rows,
 )
-from octavo.float8.kernels.numerics import (
-    MANTISSA_BITS,
-    Untuned,
-    from_float8,
-    scales_of,
-    to_float8,
-    to_float32,
-)
+from octavo.float8.kernels.kernel_launch import Untuned, cast_constants
+from octavo.float8.kernels.numerics import scales_of, to_float8, to_float32
 from octavo.float8.quantize import Quantized, cast_data, quantize_both, scales_from_amax
-from octavo.float8.quantize import to_float32 as decode
 from octavo.float8.recipe import FULL, Cast, ScaleFormat
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -165,16 +157,6 @@ def check_cast(
         assert_same(scale_t, second.scale, "scale_t")
 
 
-def check_transpose(x: Tensor, dtype: torch.dtype) -> None:
-    """float8 rows to float8 columns, with the original's scales and with the float8 values' own."""
-    data, scale, maxima = cast_rows_columns.cast_rows(x, dtype, "pow2", True)
-    for given, amax in ((transpose_rows.value_maxima(data, scale), None), (maxima, x.cpu().abs().amax(0))):
-        data_t, scale_t = transpose_rows.transpose_rows(data, scale, given)
-        want, want_scale = transpose_rows.reference(data.cpu(), scale.cpu(), amax)
-        assert_same(data_t, want, "data_t")
-        assert_same(scale_t, want_scale, "scale_t")
-
-
 def check_maxima(x: Tensor, rows: Tensor, columns: Tensor) -> None:
     """Maxima handed over with x are x's, and so casts made with them are its casts: `check_given_maxima`."""
     assert_same(rows.amax(0).view(torch.float32), x.cpu().float().abs().amax(1), "maxima of rows")
@@ -202,8 +184,6 @@ TUNED: list[tuple[ModuleType, str, tuple, tuple[str, ...]]] = [
     (cast_rows_columns, "_cast_wide_rows", cast_rows_columns.CONFIGS_WIDE_ROWS, ("wide rows",)),
     (cast_rows_columns, "_column_maxima", cast_rows_columns.CONFIGS_MAXIMA, ("columns",)),
     (cast_rows_columns, "_cast_columns", cast_rows_columns.CONFIGS_COLUMNS, ("rows",)),
-    (transpose_rows, "_maxima", transpose_rows.CONFIGS_MAXIMA, ("transpose",)),
-    (transpose_rows, "_transpose", transpose_rows.CONFIGS_TRANSPOSE, ("transpose",)),
 ]
 CONFIGURATIONS = [
     pytest.param(module, name, config, user, id=f"{name[1:]}-{i}-{user}")
@@ -232,9 +212,7 @@ def check_configuration(module: ModuleType, name: str, config: dict, user: str, 
         patch.setattr(cast_rows_columns, "strip_of", lambda M, K: 8 if user == "wide rows" else 32)
         for shape, feature in ((ragged, "spread"), ((128, 256), "nan")):
             x = make_x(shape, torch.bfloat16, feature).to(device)
-            if user == "transpose":
-                check_transpose(x, E4M3)
-            elif user == "columns":
+            if user == "columns":
                 check_cast(KERNELS["rows"], x, E4M3, ScaleFormat.POW2, rows=False)
             elif user == "wide rows":
                 patch.setattr(cast_rows_columns, "WIDEST", 64)
@@ -261,12 +239,6 @@ def _widen(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _convert_back(x_ptr, out_ptr, MANTISSA: tl.constexpr):
-    i = tl.arange(0, 256)
-    tl.store(out_ptr + i, from_float8(tl.load(x_ptr + i), MANTISSA))
-
-
-@triton.jit
 def _scales(amax_ptr, s_ptr, scale_ptr, N, MANTISSA: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     s, scale = scales_of(tl.load(amax_ptr + i, mask=i < N, other=0), MANTISSA, SCALES)
@@ -278,7 +250,8 @@ def check_conversion(values: Tensor, dtype: torch.dtype) -> None:
     """`to_float8` of flat `values` equals the reference's conversion."""
     out = torch.empty_like(values, dtype=torch.uint8)
     grid = (triton.cdiv(values.numel(), 8192),)
-    _convert[grid](values, out, values.numel(), MANTISSA=MANTISSA_BITS[dtype], BLOCK=8192)
+    mantissa = cast_constants(dtype, "fp32")["MANTISSA"]
+    _convert[grid](values, out, values.numel(), MANTISSA=mantissa, BLOCK=8192)
     want = cast_data(values.cpu()[None], torch.ones(1, 1), Cast(dtype, (FULL, FULL)))[0]
     assert_same(out.view(dtype), want, "codes")
 
@@ -292,21 +265,13 @@ def check_widening(device: str) -> None:
         assert_same(out, values.cpu().float(), str(dtype))
 
 
-def check_conversion_back(dtype: torch.dtype, device: str) -> None:
-    codes = torch.arange(256, dtype=torch.uint8)
-    out = torch.empty(256, device=device)
-    _convert_back[(1,)](codes.to(device), out, MANTISSA=MANTISSA_BITS[dtype])
-    assert_same(out, decode(codes.view(dtype)), "values")
-
-
 def check_scales(amax: Tensor, dtype: torch.dtype, scales: ScaleFormat) -> None:
     """`scales_of` of flat float32 `amax` equals `scales_from_amax`."""
     s = torch.empty_like(amax)
     scale = torch.empty_like(amax, dtype=torch.uint8 if scales.one_byte else torch.float32)
-    number = {"fp32": 0, "pow2": 1, "e8m0": 2, "e8m0_floor": 3}[scales.value]
     grid = (triton.cdiv(amax.numel(), 8192),)
     bits = amax.view(torch.int32)
-    _scales[grid](bits, s, scale, amax.numel(), MANTISSA=MANTISSA_BITS[dtype], SCALES=number, BLOCK=8192)
+    _scales[grid](bits, s, scale, amax.numel(), BLOCK=8192, **cast_constants(dtype, scales.value))
     want_s, want_scale = scales_from_amax(amax.cpu(), Cast(dtype, (FULL, FULL), scales))
     assert_same(s, want_s, "s")
     assert_same(scale, want_scale, "scale")

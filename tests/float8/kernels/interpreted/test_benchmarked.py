@@ -10,7 +10,6 @@ from benchmarks.harness.makers import MAKERS
 SAME = {
     "rows and columns, maxima known": ((0, ()), (0, 0)),
     "scale known, both": ((0, ()), (0, ())),
-    "float8 rows to columns": ((0, ()), (0, ())),
     "silu_mul": ((0, ()), (0, ())),
     "silu_mul backward": ((0, ()), (0, 0)),
     "add_rms_norm": ((2, ()), (0, ())),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from octavo.float8.recipe import ScaleFormat
 from tests.float8.kernels import against_reference as check
@@ -44,12 +46,6 @@ def test_one_of_two(kernel: check.Kernel, rows: bool, columns: bool) -> None:
     check.check_cast(kernel, x, check.E4M3, ScaleFormat.FP32, rows, columns)
 
 
-@pytest.mark.parametrize("feature", check.FEATURES)
-def test_float8_rows_to_float8_columns(feature: str) -> None:
-    for dtype in check.FLOAT8:
-        check.check_transpose(check.make_x((70, 133), torch.bfloat16, feature), dtype)
-
-
 def test_long_strips() -> None:
     """Programs of the first pass go through 32 rows where there are many, eight at a time; the last through
     fewer.
@@ -71,3 +67,25 @@ def test_more_elements_than_programs_hold(monkeypatch: pytest.MonkeyPatch) -> No
         x = torch.zeros(5, 10_003)
         x.view(-1)[at] = -1.0
         assert check.cast_tensor.magnitudes(x).view(torch.float32).max() == 1.0
+
+
+@settings(max_examples=60)
+@given(
+    kernel=st.sampled_from(list(check.KERNELS.values())),
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 140)),
+    source=st.sampled_from(check.DTYPES),
+    dtype=st.sampled_from(check.FLOAT8),
+    scales=st.sampled_from(list(ScaleFormat)),
+    feature=st.sampled_from(check.FEATURES),
+    seed=st.integers(0, 2**16),
+)
+def test_kernels_give_the_references_bits(
+    kernel: check.Kernel,
+    shape: tuple[int, int],
+    source: torch.dtype,
+    dtype: torch.dtype,
+    scales: ScaleFormat,
+    feature: str,
+    seed: int,
+) -> None:
+    check.check_cast(kernel, check.make_x(shape, source, feature, seed), dtype, scales)

@@ -19,11 +19,6 @@ def test_float32_converts_as_the_reference_does(dtype: torch.dtype) -> None:
     check.check_conversion(check.float32_points("cpu", 200_000), dtype)
 
 
-@pytest.mark.parametrize("dtype", check.FLOAT8)
-def test_every_code_converts_back(dtype: torch.dtype) -> None:
-    check.check_conversion_back(dtype, "cpu")
-
-
 def test_every_value_of_two_bytes_widens() -> None:
     check.check_widening("cpu")
 

@@ -1,0 +1,97 @@
+"""Launching kernels: configurations, autotuning, the constants of a cast, and output tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from octavo.float8.kernels.numerics import INTERPRETING, ONE_BYTE
+
+Config = dict[str, Any]
+"""A kernel's tile sizes, and `num_warps` and `num_stages`."""
+
+MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
+SCALE_FORMATS = {"fp32": 0, "pow2": 1, "e8m0": 2, "e8m0_floor": 3}
+"""Any float32; a float32 power of two; one-byte powers of two, rounded up; the same, rounded down."""
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """`kernel` as the compiler can trace it; unchanged if it has a fixed configuration."""
+    return kernel if isinstance(kernel, Untuned) else OnItsDevice(torch.library.wrap_triton(kernel))
+
+
+_REAL = (Tensor, torch.nn.Parameter)  # not what stands for a tensor while a graph is traced
+
+
+class OnItsDevice:
+    """A kernel that is launched on the GPU of its first argument, whichever GPU is the current one."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        launch = self.kernel[grid]
+
+        def on_its_device(x: Tensor, *args: Any, **constants: Any) -> Any:
+            if type(x) not in _REAL or not x.is_cuda:
+                return launch(x, *args, **constants)
+            with torch.cuda.device(x.device):
+                return launch(x, *args, **constants)
+
+        return on_its_device
+
+
+def tuned(configs: tuple[Config, ...], key: list[str], updates: tuple[str, ...] = ()) -> Any:
+    """Decorates a kernel that chooses among `configs` by timing them, once for each value of `key`.
+
+    `updates` names the pointers that the kernel both reads and writes; timing it restores what they point to.
+    The first configuration is the default, which the interpreter uses. `kernel.fn` is the plain kernel.
+    """
+    if INTERPRETING:
+        return lambda kernel: Untuned(kernel, configs[0])
+    triton_configs = [
+        triton.Config(
+            {name: value for name, value in config.items() if not name.startswith("num_")},
+            num_warps=config["num_warps"],
+            num_stages=config["num_stages"],
+        )
+        for config in configs
+    ]
+    return triton.autotune(configs=triton_configs, key=key, restore_value=list(updates) or None)
+
+
+class Untuned:
+    """A kernel with one configuration, launched like an autotuned one. `fn` is the plain kernel."""
+
+    def __init__(self, kernel: Any, config: Config) -> None:
+        self.fn, self.config = kernel, config
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: self.fn[grid](*args, **kwargs, **self.config)
+
+
+def cast_constants(dtype: torch.dtype, scales: str) -> dict[str, int]:
+    """The constants by which a kernel knows the float8 `dtype` and the scale format `scales`."""
+    return {"MANTISSA": MANTISSA_BITS[dtype], "SCALES": SCALE_FORMATS[scales]}
+
+
+def block_grid(M: int, K: int) -> Callable[[Config], tuple[int, int]]:
+    """The grid that covers `[M, K]` in the tuned tiles of BLOCK_M x BLOCK_K."""
+    return lambda meta: (triton.cdiv(M, meta["BLOCK_M"]), triton.cdiv(K, meta["BLOCK_K"]))
+
+
+def empty_codes(x: Tensor, rows: bool = True, columns: bool = True) -> tuple[Tensor, Tensor]:
+    """Uninitialized uint8 `data[M, K]` and `data_t[K, M]` for `x[M, K]`; `[0, 0]` if not asked for."""
+    M, K = x.shape
+    data = x.new_empty((M, K) if rows else (0, 0), dtype=torch.uint8)
+    return data, x.new_empty((K, M) if columns else (0, 0), dtype=torch.uint8)
+
+
+def empty_scale(x: Tensor, shape: tuple[int, ...], scales: str) -> Tensor:
+    """Uninitialized scales: float32, or uint8 for one-byte formats."""
+    one_byte = SCALE_FORMATS[scales] >= ONE_BYTE.value
+    return x.new_empty(shape, dtype=torch.uint8 if one_byte else torch.float32)
