@@ -84,20 +84,12 @@ def map_datasets(source: Path, cache: Path, workers: int) -> Any:
 
 def octavo_batches(folder: Path, workers: int) -> Iterator[tuple[Any, Any]]:
     """Endless batches of octavo's loader."""
-    from octavo.data.build import build_dataloader
+    from octavo.data.build import SourceOptions, build_source
+    from octavo.data.dataloader import DataLoader
     from octavo.tokenizer import build_tokenizer
 
-    loader = build_dataloader(
-        dataset=str(folder),
-        dataset_path=None,
-        tokenizer=build_tokenizer(TOKENIZER),
-        seq_len=SEQ_LEN,
-        local_batch_size=BATCH,
-        dp_rank=0,
-        dp_degree=1,
-        seed=0,
-        workers=workers,
-    )
+    source = build_source(str(folder), SourceOptions(build_tokenizer(TOKENIZER), SEQ_LEN, seed=0))
+    loader = DataLoader(source, local_batch_size=BATCH, dp_rank=0, dp_degree=1, workers=workers)
     try:
         while True:
             yield loader.next_batch()

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from octavo import config, models
-from octavo.data.build import build_dataloader
+from octavo.data.build import SourceOptions, build_source
+from octavo.data.dataloader import DataLoader
 from octavo.distributed import mesh
 from octavo.models.init import init_weights
 from octavo.models.llama3.model import Llama
@@ -75,16 +76,8 @@ def bare_steps(case: Case) -> Iterator[float]:
     optimizer = torch.optim.AdamW(
         masters or model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
-    data = build_dataloader(
-        dataset="shakespeare",
-        dataset_path=None,
-        tokenizer=tokenizer,
-        seq_len=case.length,
-        local_batch_size=BATCH,
-        dp_rank=rank,
-        dp_degree=processes,
-        seed=42,
-    )
+    source = build_source("shakespeare", SourceOptions(tokenizer, case.length, seed=42))
+    data = DataLoader(source, local_batch_size=BATCH, dp_rank=rank, dp_degree=processes)
 
     def steps() -> Iterator[float]:
         while True:

@@ -19,12 +19,11 @@ from octavo.assets import CORPORA
 from octavo.commands.argparser import Parser, bounded_float, bounded_int
 from octavo.core.errors import ConfigError
 from octavo.data import shard_format
-from octavo.data.corpus_files import find_files
+from octavo.data.corpus_files import TEXT_KEY, BadRecords, Record, find_files, read_records
 from octavo.data.file_progress import FileProgress
-from octavo.data.records import TEXT_KEY, BadRecords, Record, read_records
 from octavo.data.shard_format import Index, Vocabulary
 from octavo.data.shard_writer import ShardWriter
-from octavo.data.tokenizing import Batch, TokenizeJob, encode_all
+from octavo.data.tokenizing import Batch, TokenizeJob, encode_batches
 from octavo.launch.launcher import usable_cores
 from octavo.tokenizer import Tokenizer, build_tokenizer
 
@@ -134,7 +133,7 @@ def prepare(
     engine, bad = build_tokenizer(tokenizer), bad or BadRecords(0, "--max_bad_records")
     files = _files(sources)
     sizes = [file.stat().st_size for file in files]
-    dtype = shard_format.dtype_for(engine.vocab_size)
+    dtype = shard_format.narrowest_dtype(engine.vocab_size)
     job = TokenizeJob(tokenizer, dtype, key, validation_share)
     identity = {
         "format": shard_format.FORMAT,
@@ -154,14 +153,16 @@ def prepare(
     workers = workers or max(1, min(usable_cores(), sum(sizes) // _BYTES_PER_WORKER))
     try:
         with FileProgress(sizes, workers) as progress:
-            for result in encode_all(_batches(files, key, position), job, workers=workers, tokenizer=engine):
+            for result in encode_batches(
+                _batches(files, key, position), job, workers=workers, tokenizer=engine
+            ):
                 for path, number, message in result.bad:
                     bad.add(path, number, message)
                 for split, ids in result.splits.items():
                     writer.append(split, ids.data, ids.lengths)
                 for file, count in result.documents.items():
                     counts[file] += count
-                writer.mark(result.last, _state(counts, bad))
+                writer.record_progress(result.last, _state(counts, bad))
                 file, record = result.last
                 progress.show(file, record.offset, writer.tokens(shard_format.TRAIN), len(bad.found))
         _check_splits(writer, out, sum(counts), validation_share)
@@ -178,7 +179,7 @@ def prepare(
             bad_records=len(bad.found),
         )
     finally:
-        writer.abandon()
+        writer.close()
     return index, bad.summary()
 
 
@@ -210,10 +211,10 @@ def _batches(files: Sequence[Path], key: str, position: tuple[int, Record] | Non
             records.append((number, record))
             size += len(record.content or b"")
             if size >= _BATCH_BYTES or len(records) >= _BATCH_RECORDS:
-                yield Batch(tuple(records))
+                yield records
                 records, size = [], 0
     if records:
-        yield Batch(tuple(records))
+        yield records
 
 
 def _check_splits(writer: ShardWriter, out: Path, documents: int, validation_share: float) -> None:
@@ -265,7 +266,7 @@ def verify(folder: Path) -> str:
 
     index = shard_format.read_index(folder)
     shard_format.check_sizes(folder, index)
-    shard_format.check_sums(folder, index.shards)
+    shard_format.check_checksums(folder, index.shards)
     for shard in index.shards:
         path = folder / shard.ids.name
         ids_N = np.memmap(path, dtype=np.dtype(index.dtype).newbyteorder("<"), mode="r")

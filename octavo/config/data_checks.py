@@ -50,7 +50,7 @@ def validation(job: JobConfig) -> Iterator[str]:
 
 
 def _validation_split(job: JobConfig) -> Iterator[str]:
-    from octavo.data.spec import parse_dataset
+    from octavo.data.dataset_spec import parse_dataset
 
     try:
         parts = [name for name, _ in parse_dataset(job.training.dataset, names.DATASETS)]
@@ -76,7 +76,7 @@ def _has_validation_split(name: str) -> bool:
 def _sources(job: JobConfig, section: str, dataset: str, dataset_path: str | None) -> Iterator[str]:
     """What is wrong with `section`.dataset, one source or a mixture, and with its dataset_path."""
     # Here, not above: they import this package. They import no torch.
-    from octavo.data.spec import parse_dataset
+    from octavo.data.dataset_spec import parse_dataset
 
     key = f"{section}.dataset"
     try:

@@ -1,4 +1,4 @@
-"""Text in, batches of tokens out: reading files, packing, shuffling, and what a checkpoint keeps of it.
+"""Text to batches of tokens: reading, tokenising, packing, shuffling, and the state that a checkpoint saves.
 
-`loader.py` is the file to read first. Importing this package costs nothing: no torch and no numpy.
+Read `dataloader.py` first. Importing this package imports neither torch nor numpy.
 """

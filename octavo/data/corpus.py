@@ -1,14 +1,14 @@
-"""A corpus that is all there: one long row of tokens, cut into windows, shuffled anew in every epoch.
+"""A packed corpus: one long sequence of tokens, split into windows, reshuffled in every epoch.
 
-Sample i of an epoch is the window of seq_len + 1 tokens that starts at w * seq_len, with w the place of i in
-the epoch's order (`order.py`). The row lies in memory (`PackedCorpus`) or in the shards of a prepared folder
-(`prepared.py`); what is common to both is here.
+Sample i of an epoch is the window of seq_len + 1 tokens that starts at w * seq_len, where w is i's image
+under the epoch's permutation (`shuffle.py`). The tokens are in memory (`InMemoryCorpus`) or in the shards of
+a prepared folder (`prepared.py`).
 
-A share of the windows can be held out for validation. Which ones is drawn by a permutation of its own, which
-knows neither the run's seed nor its epochs: every run on this corpus holds out the same text.
+A share of the windows can be held out for validation. A separate permutation selects them, independent of the
+run's seed and epochs, so every run on this corpus holds out the same text.
 
-Every id is compared with the vocabulary when it is read, because an id that the embedding has not got is, on
-a GPU, an error far away from its cause.
+Every id is checked against the vocabulary when it is read, because on a GPU an id outside the embedding fails
+far from its cause.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.core.errors import ConfigError
-from octavo.data.order import shuffled_many, shuffled_range
+from octavo.data.shuffle import permute_many, permute_range
 from octavo.tokenizer import Tokenizer
 
-_CHARACTERS_PER_CALL = 2**20  # the tokenizer takes some hundred bytes a token until a call is done
-_BLOCK = 4096  # samples whose place is computed at once
-_HELD_OUT_SEED = 0x6865_6C64_206F_7574  # never change it: it says which text was never trained on
+_CHARACTERS_PER_CALL = 2**20  # within a call the tokenizer needs about a hundred bytes per token
+_BLOCK = 4096  # samples whose windows are computed at once
+_HELD_OUT_SEED = 0x6865_6C64_206F_7574  # never change it: it selects the text that was never trained on
 
 
 _NO_BLOCK: tuple[int, int, NDArray[np.int64]] = (-1, -1, np.empty(0, dtype=np.int64))
 
 
-class TokenRow(Protocol):
-    """A long row of token ids."""
+class TokenSequence(Protocol):
+    """A long sequence of token ids."""
 
     @property
     def length(self) -> int: ...
@@ -47,26 +47,26 @@ class TokenRow(Protocol):
         """Fill `out_N` with the ids from `start` on."""
 
     def locate(self, token: int) -> str:
-        """Where the id number `token` of the row stands, for a message."""
+        """File and offset of token number `token`, for error messages."""
 
 
-class RowCorpus:
-    """Samples of a row of tokens; see `source.SampleSource`.
+class PackedCorpus:
+    """A `SampleSource` over a sequence of tokens.
 
     Args:
-        documents: how many there are, for messages.
-        identity: of the text, beside what is added here.
-        held_out_fraction: share of the windows that is left to `held_out`.
+        documents: their number, for messages.
+        identity: identifies the text; seq_len, seed and held-out windows are added here.
+        held_out_fraction: share of the windows that is reserved for `held_out`.
 
     Raises:
-        ConfigError: too few tokens for one sample, or for one of each part.
+        ConfigError: too few tokens for one sample, or for one in each part.
     """
 
     forward_only = False
 
     def __init__(
         self,
-        row: TokenRow,
+        tokens: TokenSequence,
         *,
         name: str,
         documents: int,
@@ -76,34 +76,34 @@ class RowCorpus:
         vocab_size: int,
         held_out_fraction: float = 0.0,
     ) -> None:
-        self._row, self._name = row, name
+        self._tokens, self._name = tokens, name
         self._seq_len, self._seed, self._vocab_size = seq_len, seed, vocab_size
-        self._windows = (row.length - 1) // seq_len
+        self._windows = (tokens.length - 1) // seq_len
         self._held_out = math.ceil(self._windows * held_out_fraction)
-        self._first = self._held_out  # of the drawn order of windows: where this part begins
+        self._first = self._held_out  # where this part begins in the permuted order of windows
         self.samples = self._windows - self._held_out
         if self.samples < 1:
-            wanted = "one sample to train on and one to validate on" if self._held_out else "one sample"
+            needed = "one sample to train on and one to validate on" if self._held_out else "one sample"
             raise ConfigError(
-                f"{name}: {row.length:,} tokens in {documents:,} documents are too few for {wanted} of "
+                f"{name}: {tokens.length:,} tokens in {documents:,} documents are too few for {needed} of "
                 f"seq_len {seq_len:,} (it takes {seq_len + 1:,}); give more text or a smaller "
                 "training.seq_len"
             )
         self.identity: Mapping[str, Any] = {**identity, "seq_len": seq_len, "seed": seed}
         if self._held_out:
             self.identity = {**self.identity, "held_out": self._held_out}
-        kept = f", {self._held_out:,} held out" if self._held_out else ""
+        held_out = f", {self._held_out:,} held out" if self._held_out else ""
         self.description = (
-            f"{name}: {documents:,} documents, {row.length:,} tokens, "
-            f"{self.samples:,} samples of {seq_len:,} an epoch{kept}"
+            f"{name}: {documents:,} documents, {tokens.length:,} tokens, "
+            f"{self.samples:,} samples of {seq_len:,} per epoch{held_out}"
         )
         self._block = _NO_BLOCK
 
-    def held_out(self, *, seed: int) -> RowCorpus:
-        """The part that this one leaves out, in an order by `seed`; it shares the row.
+    def held_out(self, *, seed: int) -> PackedCorpus:
+        """The held-out samples, ordered by `seed`; shares the tokens.
 
         Raises:
-            ConfigError: it leaves nothing out.
+            ConfigError: nothing is held out.
         """
         if not self._held_out:
             raise ConfigError(f"{self._name}: nothing is held out; set validation.fraction")
@@ -116,47 +116,46 @@ class RowCorpus:
         """See `SampleSource.read`."""
         samples_BS = np.empty((count, self._seq_len + 1), dtype=np.int64)
         for row in range(count):
-            self._row.copy(self._window(first + row) * self._seq_len, samples_BS[row])
+            self._tokens.copy(self._window(first + row) * self._seq_len, samples_BS[row])
         if samples_BS.max(initial=0) >= self._vocab_size:
-            self._refuse(first, samples_BS)
+            raise self._unknown_id(first, samples_BS)
         return torch.from_numpy(samples_BS)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: any sample is at hand."""
-        return {}
+        return {}  # any sample can be read at once
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to do."""
+        pass
 
     def _window(self, sample: int) -> int:
-        """The window that the global number `sample` means."""
+        """The number of the window that is global sample `sample`."""
         epoch, index = divmod(sample, self.samples)
-        number, place = divmod(index, _BLOCK)
-        block = self._block  # replaced as a whole, for several threads may read
+        number, offset = divmod(index, _BLOCK)
+        block = self._block  # replaced as a whole, because several threads may read
         if block[:2] != (epoch, number):
-            block = self._block = (epoch, number, self._places(epoch, number))
-        return int(block[2][place])
+            block = self._block = (epoch, number, self._windows_of_block(epoch, number))
+        return int(block[2][offset])
 
-    def _places(self, epoch: int, number: int) -> NDArray[np.int64]:
+    def _windows_of_block(self, epoch: int, number: int) -> NDArray[np.int64]:
         start = number * _BLOCK
         stop = min(start + _BLOCK, self.samples)
-        places_N = shuffled_range(start, stop, self.samples, seed=self._seed, epoch=epoch)
+        windows_N = permute_range(start, stop, self.samples, seed=self._seed, epoch=epoch)
         if not self._held_out:
-            return places_N
-        return shuffled_many(self._first + places_N, self._windows, seed=_HELD_OUT_SEED, epoch=0)
+            return windows_N
+        return permute_many(self._first + windows_N, self._windows, seed=_HELD_OUT_SEED, epoch=0)
 
-    def _refuse(self, first: int, samples_BS: NDArray[np.int64]) -> None:
+    def _unknown_id(self, first: int, samples_BS: NDArray[np.int64]) -> ConfigError:
         row, offset = (int(at) for at in np.argwhere(samples_BS >= self._vocab_size)[0])
         token = self._window(first + row) * self._seq_len + offset
-        raise ConfigError(
-            f"{self._row.locate(token)}: the token id {int(samples_BS[row, offset])} lies outside the "
+        return ConfigError(
+            f"{self._tokens.locate(token)}: the token id {int(samples_BS[row, offset])} is outside the "
             f"vocabulary of {self._vocab_size:,} (sample {first + row}, offset {offset}); prepare the data "
-            "again, with the tokenizer of model.hf_assets_path"
+            "again with the tokenizer of model.hf_assets_path"
         )
 
 
-class _Memory:
-    """A row of int32 ids in memory."""
+class _TokenArray:
+    """A `TokenSequence` of int32 ids in memory."""
 
     def __init__(self, ids_N: NDArray[np.int32], name: str) -> None:
         self._ids_N, self._name = ids_N, name
@@ -170,24 +169,23 @@ class _Memory:
 
 
 class Tokens(NamedTuple):
-    """A local corpus, tokenised: the ids of all documents one after the other, and how many these are."""
+    """A tokenised corpus: the concatenated ids of all documents, and the number of documents."""
 
     ids_N: NDArray[np.int32]
     documents: int
 
 
-def encode(documents: Iterable[str], tokenizer: Tokenizer) -> Tokens:
-    """`documents` as ids, each between the ids that open and close one."""
-    row, count = array("i"), 0
-    for texts in _calls(documents):
+def tokenize(documents: Iterable[str], tokenizer: Tokenizer) -> Tokens:
+    """The ids of `documents`, with a begin and an end id around each."""
+    ids, count = array("i"), 0
+    for texts in _tokenizer_batches(documents):
         count += len(texts)
-        for ids in tokenizer.encode_batch(texts, bos=tokenizer.bos_id is not None, eos=True):
-            row.extend(ids)
-    return Tokens(np.frombuffer(row, dtype=np.int32) if row else np.empty(0, dtype=np.int32), count)
+        for document in tokenizer.encode_batch(texts, bos=tokenizer.bos_id is not None, eos=True):
+            ids.extend(document)
+    return Tokens(np.frombuffer(ids, dtype=np.int32) if ids else np.empty(0, dtype=np.int32), count)
 
 
-def _calls(documents: Iterable[str]) -> Iterator[list[str]]:
-    """`documents` in portions for the tokenizer."""
+def _tokenizer_batches(documents: Iterable[str]) -> Iterator[list[str]]:
     texts: list[str] = []
     characters = 0
     for text in documents:
@@ -200,16 +198,8 @@ def _calls(documents: Iterable[str]) -> Iterator[list[str]]:
         yield texts
 
 
-class PackedCorpus(RowCorpus):
-    """A local corpus, tokenised once into memory.
-
-    Args:
-        tokens: of its documents, in an order that is the same everywhere.
-        name: the corpus, for messages.
-
-    Raises:
-        ConfigError: fewer than seq_len + 1 tokens, so that there is no sample.
-    """
+class InMemoryCorpus(PackedCorpus):
+    """A `PackedCorpus` of tokens in memory; `name` is for messages."""
 
     def __init__(
         self,
@@ -223,7 +213,7 @@ class PackedCorpus(RowCorpus):
     ) -> None:
         self.tokens_N = torch.from_numpy(tokens.ids_N)
         super().__init__(
-            _Memory(tokens.ids_N, name),
+            _TokenArray(tokens.ids_N, name),
             name=name,
             documents=tokens.documents,
             identity={"tokens": len(tokens.ids_N), "crc32": zlib.crc32(tokens.ids_N.data)},

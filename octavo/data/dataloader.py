@@ -1,19 +1,18 @@
-"""Batches of tokens: which text a step sees is a function of (corpus, seed, step), whatever the processes.
+"""Batches of tokens as a function of (corpus, seed, step), independent of the number of processes.
 
-A corpus is one long row of tokens, every document between the ids that open and close one. Sample i is the
-window of seq_len + 1 tokens that starts at i * seq_len: the model reads the first seq_len and is asked for
-the last seq_len, so each token of an epoch is asked for at most once, and no label is missing at the edge of
-a window. Whether attention sees across the documents of a window is the model's matter
-(`training.document_mask`).
+A corpus is one long sequence of tokens, with a begin and an end id around every document. Sample i is the
+window of seq_len + 1 tokens that starts at i * seq_len: the first seq_len are the input, the last seq_len the
+labels. So each token of an epoch is a label at most once, and no label is missing at the edge of a window.
+Whether attention crosses the documents of a window is up to the model (`training.document_mask`).
 
 Samples have a *global* number, 0, 1, 2, … through all epochs. Microbatch k of rank r out of W, with local
 batch B, takes the global samples [(k W + r) B, (k W + r + 1) B), so all ranks together take the next W B. A
-checkpoint keeps one number, the next global sample, and another number of ranks with the same global batch
-goes on with the same batches.
+checkpoint saves one number, the next global sample; a run with another number of ranks and the same global
+batch resumes with the same batches.
 
-A source (`source.py`) gives any sample of the future: a corpus in memory (`corpus.py`), prepared shards
-(`prepared.py`), a stream of what is too large to count (`stream.py`), a mixture of those (`mixture.py`). The
-`DataLoader` alone knows the position; `prefetch.py` makes batches before they are asked for.
+A source (`sample_source.py`) reads samples by number: a corpus in memory (`corpus.py`), prepared shards
+(`prepared.py`), a streamed dataset (`stream.py`), or a mixture of those (`mixture.py`). Only the `DataLoader`
+has the position; `prefetch.py` prepares batches ahead of time.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from octavo.core.errors import ConfigError
-from octavo.data.prefetch import Prepared, ReadAhead
+from octavo.data.prefetch import Microbatch, Prefetcher
 from octavo.data.sample_source import SampleSource
 
 
@@ -33,11 +32,10 @@ class DataLoader:
     """Endless microbatches of one data-parallel rank.
 
     Args:
-        source: where samples come from.
         local_batch_size: samples in a microbatch of one rank.
-        dp_rank, dp_degree: this rank's number, and how many ranks see different data.
-        workers: threads that make microbatches ahead; 0: they are made when asked for. It changes no batch.
-        pin_memory: hand them out in page-locked memory, from which a GPU copies while it computes.
+        dp_rank, dp_degree: this rank's number, and how many ranks read different data.
+        workers: threads that prefetch microbatches; 0: none. Batches do not depend on it.
+        pin_memory: return tensors in page-locked memory, which a GPU copies asynchronously.
     """
 
     def __init__(
@@ -53,47 +51,42 @@ class DataLoader:
         if local_batch_size < 1:
             raise ConfigError(f"training.local_batch_size is {local_batch_size}; it must be at least 1")
         if not 0 <= dp_rank < dp_degree:
-            raise ValueError(f"dp_rank {dp_rank} lies outside range({dp_degree})")
+            raise ValueError(f"dp_rank {dp_rank} is outside range({dp_degree})")
         self.source = source
         self._batch, self._rank, self._ranks = local_batch_size, dp_rank, dp_degree
         self._workers, self._pin = min(workers, 1) if source.forward_only else workers, pin_memory
         self._position = 0
         self._source_state: dict[str, Any] = {}
-        self._ahead: ReadAhead | None = None
-
-    @property
-    def description(self) -> str:
-        """One line on the corpus, for the log."""
-        return self.source.description
+        self._prefetcher: Prefetcher | None = None
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """The next microbatch: tokens and labels, each a contiguous int64 [local_batch_size, seq_len].
 
         `labels[b, s]` is the token that follows `tokens[b, s]`.
         """
-        if self._ahead is not None and self._ahead.lost:
-            self._ahead = None
+        if self._prefetcher is not None and self._prefetcher.in_forked_child:
+            self._prefetcher = None
             self.source.load_state_dict(self._source_state)
-        if self._workers and self._ahead is None:
-            self._ahead = ReadAhead([self._microbatches(number) for number in range(self._workers)])
-            # also at the interpreter's exit, which a thread that waits for the network must not hold up
-            weakref.finalize(self, self._ahead.close, timeout=5.0)
-        made = next(self._ahead) if self._ahead else next(self._microbatches(0))
-        self._position, self._source_state = made.position, made.source_state
-        return made.tokens_BS, made.labels_BS
+        if self._workers and self._prefetcher is None:
+            self._prefetcher = Prefetcher([self._microbatches(number) for number in range(self._workers)])
+            # Also runs at the interpreter's exit, which a thread waiting for the network must not delay.
+            weakref.finalize(self, self._prefetcher.close, timeout=5.0)
+        batch = next(self._prefetcher or self._microbatches(0))
+        self._position, self._source_state = batch.position, batch.source_state
+        return batch.tokens_BS, batch.labels_BS
 
     def skip(self, samples: int) -> None:
-        """Pass over the next `samples` global samples, as if all ranks together had seen them."""
+        """Skip the next `samples` global samples, as if all ranks together had read them."""
         if samples < 0:
-            raise ValueError(f"cannot skip {samples} samples; load_state_dict goes back")
+            raise ValueError(f"cannot skip {samples} samples; load_state_dict can go back")
         self.close()
         self._position += samples
 
     def state_dict(self) -> dict[str, Any]:
-        """The position as plain JSON-able data: of what was handed out, not of what is made ahead.
+        """The position after the last returned batch, prefetched ones excluded; JSON-able.
 
-        `global_sample`, the next sample over all ranks, decides what comes; `source` holds this rank's
-        bookmarks, which make a restart cheap (see `merge_state_dicts`).
+        `global_sample`, the next sample over all ranks, determines the next batches; `source` has this rank's
+        bookmarks, which make a restart fast (see `merge_state_dicts`).
         """
         return {
             "global_sample": self._position,
@@ -102,19 +95,19 @@ class DataLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> str | None:
-        """Go on from `state`, saved by any rank of a run with any number of ranks.
+        """Resume from `state`, saved by any rank of a run with any number of ranks.
 
         Returns:
-            None where the next batches are those that the saved run would have seen; else why not, in words:
-            the corpus, the seed or seq_len is another. The position is taken over all the same.
+            None if the next batches are those of the saved run; else what differs: the corpus, the seed or
+            seq_len. The position is set either way.
 
         Raises:
-            ConfigError: `state` is not such a state.
+            ConfigError: `state` is not a loader's state.
         """
         position, source_state = state.get("global_sample"), state.get("source", {})
         if not isinstance(position, int) or position < 0 or not isinstance(source_state, Mapping):
             raise ConfigError(
-                f"data state {dict(state)!r:.200}: expected a global_sample, 0 or more, as octavo writes it"
+                f"data state {dict(state)!r:.200} has no valid global_sample; expected an integer, 0 or more"
             )
         saved, now = state.get("identity", {}), self.source.identity
         changed = [
@@ -130,14 +123,14 @@ class DataLoader:
         return "; ".join(changed) or None
 
     def close(self) -> None:
-        """Stop reading ahead. The loader stays usable and goes on where it was."""
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
+        """Stop prefetching. The loader can still be used and resumes at its position."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
             self.source.load_state_dict(self._source_state)
 
-    def _microbatches(self, worker: int) -> Iterator[Prepared]:
-        """Every microbatch from the position on that is this worker's."""
+    def _microbatches(self, worker: int) -> Iterator[Microbatch]:
+        """This worker's microbatches, from the current position."""
         stride = self._ranks * self._batch
         first = self._position + worker * stride
         every = max(1, self._workers) * stride
@@ -146,30 +139,30 @@ class DataLoader:
 
 def _microbatches(
     source: SampleSource, position: int, every: int, stride: int, rank: int, batch: int, *, pin: bool
-) -> Iterator[Prepared]:
-    """A plain function: it must hold no reference to the loader, whose end stops the thread that runs it."""
+) -> Iterator[Microbatch]:
+    # Not a method: a reference to the loader would keep it alive, and so the thread that runs this.
     while True:
         samples = source.read(position + rank * batch, batch)
         pair = samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
         tokens_BS, labels_BS = (tensor.pin_memory() for tensor in pair) if pin else pair
-        yield Prepared(tokens_BS, labels_BS, position + stride, source.state_dict())
+        yield Microbatch(tokens_BS, labels_BS, position + stride, source.state_dict())
         position += every
 
 
 def merge_state_dicts(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One state out of those of all ranks, so that another number of ranks finds every bookmark.
+    """Merges the states of all ranks, so that a run with another number of ranks finds every bookmark.
 
-    Optional: without it the batches are the same, and a rank that takes over a stream from another skips
-    forward in it.
+    A single rank's state gives the same batches, but a rank without a stream's bookmark has to read it from
+    its start.
     """
     positions = {state["global_sample"] for state in states}
     if len(positions) != 1:
-        raise ValueError(f"the ranks stand at different global samples: {sorted(positions)}")
+        raise ValueError(f"the ranks are at different global samples: {sorted(positions)}")
     return {**states[0], "source": _merge_sources([state["source"] for state in states])}
 
 
 def _merge_sources(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The furthest bookmark of each stream; of a mixture, source by source."""
+    """The furthest bookmark of each stream; for a mixture, source by source."""
     if any("mixture" in state for state in states):
         parts = [state["mixture"] for state in states if "mixture" in state]
         return {"mixture": [_merge_sources(part) for part in zip(*parts, strict=True)]}

@@ -1,4 +1,4 @@
-"""How far a long pass over files is: a bar on a terminal, else a plain line now and then."""
+"""Progress of a long pass over files: a bar on a terminal, else a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _SECONDS_PER_BAR = 0.2
 
 
 class FileProgress:
-    """Shows the share of `sizes`, bytes of the files in order, that is done; on stderr.
+    """Prints to stderr the share of `sizes`, the bytes of the files in order, that is done.
 
-    Within a compressed file or a parquet file the place is not known, and the share stands still.
+    Compressed and parquet files count when they are complete: the position within them is not known.
     """
 
     def __init__(self, sizes: Sequence[int], workers: int) -> None:
@@ -24,7 +24,7 @@ class FileProgress:
         self._workers = workers
         self._terminal = sys.stderr.isatty()
         self._start = self._shown = time.monotonic()
-        self._from: tuple[float, int] | None = None
+        self._initial: tuple[float, int] | None = None
         self._line = ""
 
     def __enter__(self) -> FileProgress:
@@ -37,12 +37,12 @@ class FileProgress:
             print(file=sys.stderr)
 
     def show(self, file: int, offset: int, tokens: int, bad: int) -> None:
-        """`offset` bytes of file number `file` are done (-1: not known), and `tokens` are written so far."""
+        """Report `offset` bytes of file number `file` as done (-1: unknown), and `tokens` as written."""
         now = time.monotonic()
         total = self._before[-1] or 1
         done = min(self._before[file] + max(0, offset), self._before[file + 1])
-        if self._from is None:  # of this run: what an interrupted one has done took no time here
-            self._from = (done / total, tokens)
+        if self._initial is None:  # rates do not count what an interrupted run did before
+            self._initial = (done / total, tokens)
         every = _SECONDS_PER_BAR if self._terminal else _SECONDS_PER_LINE
         if now - self._shown < every:
             return
@@ -54,8 +54,8 @@ class FileProgress:
             print(self._line, file=sys.stderr, flush=True)
 
     def _text(self, share: float, tokens: int, bad: int, seconds: float) -> str:
-        assert self._from is not None
-        first_share, first_tokens = self._from
+        assert self._initial is not None
+        first_share, first_tokens = self._initial
         bar = ""
         if self._terminal:
             filled = round(share * _BAR)
@@ -64,12 +64,12 @@ class FileProgress:
         if share > first_share:
             rest = seconds * (1 - share) / (share - first_share)
             left = f", {_clock(rest)} left"
-        passed = f", {bad:,} bad records" if bad else ""
+        skipped = f", {bad:,} bad records" if bad else ""
         rate = (tokens - first_tokens) / seconds if seconds else 0.0
         plural = "es" if self._workers > 1 else ""
         return (
-            f"{bar}{share:.0%}, {tokens:,} tokens, {rate:,.0f} a second on {self._workers} process{plural}"
-            f"{left}{passed}"
+            f"{bar}{share:.0%}, {tokens:,} tokens, {rate:,.0f} per second on {self._workers} process{plural}"
+            f"{left}{skipped}"
         )
 
 

@@ -1,9 +1,9 @@
-"""Microbatches made ahead of their need, by threads, in the order in which they will be asked for.
+"""Prefetches microbatches in threads, in the order in which they will be requested.
 
-Thread j of N makes the microbatches j, j + N, j + 2N, … into a queue of its own, and the reader takes from
-the queues in turn: the order needs no agreement between threads, and any N gives the same batches. Threads
-and not processes, because what costs time here (tokenising, copying, waiting for a network) releases
-Python's lock, and because a batch then needs no copy and an error keeps its type and message.
+Thread j of N produces the microbatches j, j + N, j + 2N, … into its own queue, and the reader takes from the
+queues in turn. The order needs no synchronisation between threads, and any N gives the same batches. Threads
+rather than processes, because the expensive work (tokenising, copying, waiting for a network) releases
+Python's lock, batches need no copy, and errors keep their type and message.
 
 A source that can only be read forward (`SampleSource.forward_only`) is read by one thread.
 """
@@ -19,12 +19,12 @@ from typing import Any
 
 from torch import Tensor
 
-_AHEAD = 4  # microbatches in the queues
+_QUEUED_MICROBATCHES = 4
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """One microbatch, and the state of the loader once it has been handed out."""
+class Microbatch:
+    """One microbatch, and the loader's state after it."""
 
     tokens_BS: Tensor
     labels_BS: Tensor
@@ -32,15 +32,15 @@ class Prepared:
     source_state: dict[str, Any]
 
 
-class ReadAhead:
-    """Runs iterators in a thread each, a few items ahead; gives their items in turn.
+class Prefetcher:
+    """Runs each iterator in a thread, a few items ahead, and returns their items in turn.
 
-    What one raises is raised where its item is asked for.
+    An iterator's exception is raised in place of its item.
     """
 
-    def __init__(self, iterators: list[Iterator[Prepared]]) -> None:
-        depth = -(-_AHEAD // len(iterators))
-        self._queues: list[queue.Queue[Prepared | BaseException]] = [
+    def __init__(self, iterators: list[Iterator[Microbatch]]) -> None:
+        depth = -(-_QUEUED_MICROBATCHES // len(iterators))
+        self._queues: list[queue.Queue[Microbatch | BaseException]] = [
             queue.Queue(maxsize=depth) for _ in iterators
         ]
         self._stop = threading.Event()
@@ -55,19 +55,19 @@ class ReadAhead:
             thread.start()
 
     @property
-    def lost(self) -> bool:
-        """Whether this is a forked process, which has the object but not its threads."""
+    def in_forked_child(self) -> bool:
+        """Whether this process was forked from the one that started the threads, and so has none of them."""
         return os.getpid() != self._process
 
-    def _run(self, items: Iterator[Prepared], out: queue.Queue[Prepared | BaseException]) -> None:
+    def _run(self, items: Iterator[Microbatch], out: queue.Queue[Microbatch | BaseException]) -> None:
         try:
             for item in items:
                 if not self._put(item, out):
                     return
-        except BaseException as error:  # handed on to the reader
+        except BaseException as error:  # raised again in the reader's thread
             self._put(error, out)
 
-    def _put(self, item: Prepared | BaseException, out: queue.Queue[Prepared | BaseException]) -> bool:
+    def _put(self, item: Microbatch | BaseException, out: queue.Queue[Microbatch | BaseException]) -> bool:
         while not self._stop.is_set():
             try:
                 out.put(item, timeout=0.1)
@@ -76,7 +76,7 @@ class ReadAhead:
             return True
         return False
 
-    def __next__(self) -> Prepared:
+    def __next__(self) -> Microbatch:
         if self._failure is None:
             item = self._queues[self._taken % len(self._queues)].get()
             self._taken += 1
@@ -86,13 +86,13 @@ class ReadAhead:
         raise self._failure
 
     def close(self, timeout: float | None = None) -> None:
-        """End the threads, and wait for that `timeout` seconds at most (None: as long as it takes)."""
-        if self.lost:  # its locks may be held by threads that are not here
+        """Stop the threads and wait up to `timeout` seconds for each to end (None: without limit)."""
+        if self.in_forked_child:  # its locks may be held by threads that do not exist here
             return
         self._stop.set()
         for waiting in self._queues:
             while not waiting.empty():  # a thread that waits for room need not wait for its time-out
                 waiting.get_nowait()
         for thread in self._threads:
-            if threading.current_thread() is not thread:  # garbage is collected in any thread
+            if threading.current_thread() is not thread:  # garbage collection may call this in any thread
                 thread.join(timeout)

@@ -1,8 +1,8 @@
-"""A prepared folder as a source of samples: shards mapped into memory, read where a sample lies.
+"""A prepared folder as a source of samples: memory-mapped shards, read where a sample lies.
 
-Nothing is copied but the sample itself, so a corpus far larger than memory costs what its index costs, and
-processes on one machine share the page cache. Before the first sample the folder is checked: the index, the
-sizes of all shards, the vocabulary; checksums where asked for, since that reads everything.
+Only the sample itself is copied, so a corpus may be far larger than memory, and processes on one machine
+share the page cache. The folder is checked before the first sample: the index, the sizes of all shards and
+the vocabulary always, checksums on request, since they read everything.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from numpy.typing import NDArray
 
 from octavo.core.errors import ConfigError
 from octavo.data import shard_format
-from octavo.data.corpus import RowCorpus
-from octavo.data.shard_format import Index, Shard, Vocabulary
+from octavo.data.corpus import PackedCorpus
+from octavo.data.shard_format import Shard, Vocabulary
 from octavo.tokenizer import Tokenizer
 
 
-class _Mapped:
-    """The ids of several shards as one row."""
+class _MappedShards:
+    """The ids of several shards as one `TokenSequence`."""
 
-    def __init__(self, folder: Path, parts: Sequence[Shard], dtype: str) -> None:
-        self._folder, self._parts = folder, [part for part in parts if part.tokens]
-        self._starts = [0, *accumulate(part.tokens for part in self._parts)]
+    def __init__(self, folder: Path, shards: Sequence[Shard], dtype: str) -> None:
+        self._folder, self._shards = folder, [shard for shard in shards if shard.tokens]
+        self._starts = [0, *accumulate(shard.tokens for shard in self._shards)]
         self._maps = [
-            np.memmap(folder / part.ids.name, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
-            for part in self._parts
+            np.memmap(folder / shard.ids.name, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
+            for shard in self._shards
         ]
         self.length = self._starts[-1]
 
@@ -45,8 +45,7 @@ class _Mapped:
 
     def locate(self, token: int) -> str:
         number = bisect_right(self._starts, token) - 1
-        name = self._parts[number].ids.name
-        return f"{self._folder / name}, token {token - self._starts[number]:,}"
+        return f"{self._folder / self._shards[number].ids.name}, token {token - self._starts[number]:,}"
 
 
 def open_prepared(
@@ -58,45 +57,33 @@ def open_prepared(
     seed: int,
     held_out_fraction: float = 0.0,
     verify: tuple[int, int] | None = None,
-) -> RowCorpus:
+) -> PackedCorpus:
     """The samples of one split of a prepared folder.
 
     Args:
-        verify: (r, n): also compare the checksums of every n-th shard from number r on; None: of none.
+        verify: (r, n): also verify the checksums of every n-th shard, starting at number r.
 
     Raises:
-        ConfigError: the index is damaged, a shard is missing or of another size or content, the ids are
-            another tokenizer's, or there are too few for one sample.
+        ConfigError: the index is damaged, a shard is missing or has another size or checksum, the ids are of
+            another tokenizer, or there are too few for one sample.
     """
     index = shard_format.read_index(folder)
     _check_vocabulary(folder, index.vocabulary, tokenizer)
     shard_format.check_sizes(folder, index)
     if verify is not None:
-        shard_format.check_sums(folder, index.shards[verify[0] :: verify[1]])
-    return _corpus(folder, index, split, tokenizer.vocab_size, seq_len, seed, held_out_fraction)
-
-
-def _corpus(
-    folder: Path,
-    index: Index,
-    split: shard_format.Split,
-    vocab_size: int,
-    seq_len: int,
-    seed: int,
-    held_out_fraction: float,
-) -> RowCorpus:
+        shard_format.check_checksums(folder, index.shards[verify[0] :: verify[1]])
     if split not in index.splits:
         raise ConfigError(
-            f"{folder}: has no {split} split; prepare it with --val-fraction, or name another dataset"
+            f"{folder}: has no {split} split; prepare it with --val_fraction, or name another dataset"
         )
-    return RowCorpus(
-        _Mapped(folder, index.splits[split], index.dtype),
+    return PackedCorpus(
+        _MappedShards(folder, index.splits[split], index.dtype),
         name=f"{folder} ({split})" if split != shard_format.TRAIN else str(folder),
         documents=index.documents(split),
         identity={"tokens": index.tokens(split), "sha256": index.digest(split)},
         seq_len=seq_len,
         seed=seed,
-        vocab_size=vocab_size,
+        vocab_size=tokenizer.vocab_size,
         held_out_fraction=held_out_fraction,
     )
 
@@ -107,6 +94,6 @@ def _check_vocabulary(folder: Path, prepared: Vocabulary, tokenizer: Tokenizer) 
     raise ConfigError(
         f"{folder}: prepared with the tokenizer {prepared.source} of {prepared.size:,} tokens "
         f"({prepared.sha256[:12]}), but model.hf_assets_path is {tokenizer.source} of "
-        f"{tokenizer.vocab_size:,} ({tokenizer.fingerprint[:12]}): the same ids would mean other text; set "
-        "model.hf_assets_path to the tokenizer it was prepared with, or prepare the data again"
+        f"{tokenizer.vocab_size:,} ({tokenizer.fingerprint[:12]}), so the ids mean other text; set "
+        "model.hf_assets_path to the tokenizer that prepared the data, or prepare the data again"
     )

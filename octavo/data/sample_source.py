@@ -1,4 +1,4 @@
-"""What a loader needs of a corpus: any sample of the future, by its global number."""
+"""The interface between the data loader and a corpus: random access to samples by global number."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class SampleSource(Protocol):
-    """Samples by global number."""
+    """Samples by global number 0, 1, 2, … through all epochs."""
 
     @property
     def description(self) -> str:
@@ -17,16 +17,16 @@ class SampleSource(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What must be the same for a global number to mean the same sample; JSON-able."""
+        """Properties that must be equal for a global number to mean the same sample; JSON-able."""
 
     @property
     def forward_only(self) -> bool:
-        """Whether `first` may not fall from one `read` to the next, so that one thread has to read."""
+        """Whether successive reads must not go backwards, so that only one thread may read."""
 
     def read(self, first: int, count: int) -> Tensor:
         """Samples [first, first + count) as int64 [count, seq_len + 1]."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What makes a restart at the current place cheap; never what decides the content of a sample."""
+        """State that makes a restart at the current position fast; it never affects a sample's content."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...

@@ -1,18 +1,17 @@
-"""The format of a prepared corpus: what `octavo prepare` writes and a run trains on.
+"""The format of a prepared corpus, which `octavo prepare` writes and training reads.
 
-    FOLDER/index.json                 everything below, with sizes and checksums
-    FOLDER/train-00000.tokens         ids, uint16 or uint32, little-endian, one document after the other
-    FOLDER/train-00000.documents      where each document begins in it, and the last one ends; int64, likewise
+    FOLDER/index.json                 lists the files below with sizes and checksums
+    FOLDER/train-00000.tokens         concatenated ids of the documents, little-endian uint16 or uint32
+    FOLDER/train-00000.documents      offset of each document in it, and the end; little-endian int64
     FOLDER/validation-00000.tokens    …
 
-Ids are stored as the model reads them, between the ids that open and close a document, so that a shard needs
-no interpretation: it is mapped into memory and sliced. The width follows the vocabulary: two bytes up to
-65,536 ids. A document never crosses from one shard to the next; a sample may.
+The begin and end ids of documents are stored too, so a shard is memory-mapped and sliced as it is. Ids take
+two bytes in vocabularies of up to 65,536. A document is never split between shards; a sample may be.
 
-What the ids mean is the vocabulary, so that is what a corpus and a run must agree in. Its hash is over pairs
-of token and id (`Tokenizer.fingerprint`), not over a file, for one vocabulary comes in several formats.
+A corpus and a run must have the same vocabulary. Its hash (`Tokenizer.fingerprint`) is of pairs of token and
+id and not of a file, because the same vocabulary is stored in several formats.
 
-Only the standard library is used here: the check before a run reads it too.
+This module imports only the standard library, because the checks before a run use it.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ INDEX = "index.json"
 FORMAT = "octavo-tokens-1"
 OFFSET_BYTES = 8
 _WIDTHS = {"uint16": 2, "uint32": 4}
-_PIECE = 1 << 24
 
 Split = Literal["train", "validation"]
 TRAIN: Split = "train"
@@ -39,7 +37,7 @@ VALIDATION: Split = "validation"
 
 @dataclass(frozen=True)
 class File:
-    """One file: its name in the folder, its size in bytes and the SHA-256 of its bytes."""
+    """A file of the folder: name, size in bytes, SHA-256."""
 
     name: str
     bytes: int
@@ -48,7 +46,7 @@ class File:
 
 @dataclass(frozen=True)
 class Shard:
-    """Tokens and documents of one shard, and its two files."""
+    """A shard: number of tokens and documents, and its two files."""
 
     tokens: int
     documents: int
@@ -62,7 +60,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Whose ids these are. sha256: `Tokenizer.fingerprint`; source: where it was read from, for messages."""
+    """The tokenizer's vocabulary. sha256: `Tokenizer.fingerprint`; source: its path, for messages."""
 
     size: int
     sha256: str
@@ -73,7 +71,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Index:
-    """`index.json`. splits: name -> its shards in order. sources, versions, skipped: told, never read."""
+    """`index.json`. splits: name -> shards, in order. The fields after it are for information only."""
 
     dtype: str
     vocabulary: Vocabulary
@@ -93,31 +91,36 @@ class Index:
         return sum(shard.documents for shard in self.splits.get(split, ()))
 
     def digest(self, split: str) -> int:
-        """A number that is another for other tokens."""
+        """A hash of the split's tokens."""
         text = ",".join(shard.ids.sha256 for shard in self.splits.get(split, ()))
         return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
 
 
-def dtype_for(vocab_size: int) -> str:
-    """The narrowest type that holds every id."""
+def narrowest_dtype(vocab_size: int) -> str:
+    """The narrowest dtype for every id of the vocabulary."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def is_prepared(path: Path) -> bool:
-    """Whether `path` is a folder that `octavo prepare` has finished, or claims to be one."""
+    """Whether `path` is a folder with an index, which `octavo prepare` writes last."""
     return (path / INDEX).is_file()
 
 
 def to_json(index: Index) -> str:
-    """What `index.json` holds."""
+    """The content of `index.json`."""
     return json.dumps({"format": FORMAT, **asdict(index)}, indent=1) + "\n"
+
+
+def shard_from_json(fields: Mapping[str, Any]) -> Shard:
+    """The inverse of `dataclasses.asdict`."""
+    return Shard(fields["tokens"], fields["documents"], File(**fields["ids"]), File(**fields["offsets"]))
 
 
 def read_index(folder: Path) -> Index:
     """The index of a prepared folder.
 
     Raises:
-        ConfigError: there is none, it is no such index, or it contradicts itself.
+        ConfigError: it is missing, has another format, or is inconsistent.
     """
     path, remedy = folder / INDEX, "prepare the data again"
     try:
@@ -128,10 +131,19 @@ def read_index(folder: Path) -> Index:
         raise ConfigError(f"{path}: damaged, not JSON ({error}); {remedy}") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
-        raise ConfigError(f"{path}: its format is {found!r}, this octavo reads {FORMAT!r}; {remedy}")
+        raise ConfigError(f"{path}: its format is {found!r}, but octavo reads {FORMAT!r}; {remedy}")
     try:
-        index = _from_json(content)
-        problem = _contradiction(index)
+        index = Index(
+            dtype=content["dtype"],
+            vocabulary=Vocabulary(**content["vocabulary"]),
+            splits={
+                str(name): tuple(map(shard_from_json, shards)) for name, shards in content["splits"].items()
+            },
+            sources=tuple(content["sources"]),
+            versions=content["versions"],
+            bad_records=content["bad_records"],
+        )
+        problem = _find_inconsistency(index)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{path}: damaged ({type(error).__name__}: {error}); {remedy}") from error
     if problem:
@@ -139,30 +151,7 @@ def read_index(folder: Path) -> Index:
     return index
 
 
-def _from_json(content: Mapping[str, Any]) -> Index:
-    splits = {
-        str(name): tuple(
-            Shard(
-                tokens=shard["tokens"],
-                documents=shard["documents"],
-                ids=File(**shard["ids"]),
-                offsets=File(**shard["offsets"]),
-            )
-            for shard in shards
-        )
-        for name, shards in content["splits"].items()
-    }
-    return Index(
-        dtype=content["dtype"],
-        vocabulary=Vocabulary(**content["vocabulary"]),
-        splits=splits,
-        sources=tuple(content["sources"]),
-        versions=content["versions"],
-        bad_records=content["bad_records"],
-    )
-
-
-def _contradiction(index: Index) -> str:
+def _find_inconsistency(index: Index) -> str:
     if index.dtype not in _WIDTHS:
         return f"dtype {index.dtype!r}"
     if not 0 < index.vocabulary.size <= 1 << 8 * _WIDTHS[index.dtype]:
@@ -189,36 +178,28 @@ def check_sizes(folder: Path, index: Index) -> None:
                 size = path.stat().st_size
             except OSError as error:
                 raise ConfigError(
-                    f"{path}: {error.strerror or error}, but the index names it; copy the folder again, or "
+                    f"{path}: {error.strerror or error}, but the index lists it; copy the folder again, or "
                     "prepare the data again"
                 ) from error
             if size != file.bytes:
                 raise ConfigError(
-                    f"{path}: {size:,} bytes, the index says {file.bytes:,}: it is cut short or of another "
+                    f"{path}: {size:,} bytes, but {file.bytes:,} in the index: it is truncated or of another "
                     "corpus; copy it again, or prepare the data again"
                 )
 
 
-def check_sums(folder: Path, shards: Iterable[Shard]) -> None:
-    """Read the files of `shards` and raise `ConfigError` for the first whose SHA-256 is not the index's."""
+def check_checksums(folder: Path, shards: Iterable[Shard]) -> None:
+    """Raise `ConfigError` for the first file of `shards` whose SHA-256 differs from the index's."""
     for shard in shards:
         for file in shard.files:
             path = folder / file.name
             try:
-                found = sha256(path)
+                with path.open("rb") as opened:
+                    found = hashlib.file_digest(opened, "sha256").hexdigest()
             except OSError as error:
                 raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
             if found != file.sha256:
                 raise ConfigError(
-                    f"{path}: its SHA-256 is {found}, the index says {file.sha256}: its bytes have changed; "
-                    "copy it again, or prepare the data again"
+                    f"{path}: its SHA-256 is {found}, but {file.sha256} in the index: its content has "
+                    "changed; copy it again, or prepare the data again"
                 )
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -1,11 +1,11 @@
-"""Writing a prepared folder so that a crash at any instant leaves either nothing to see, or a start to go on
-from.
+"""Writes a prepared folder atomically: after a crash the same command resumes, and a partial folder is never
+mistaken for a complete one.
 
-Everything is written into FOLDER.partial, which becomes FOLDER by one rename when it is whole. Within it a
-shard gets its name when it is complete and on disk, and after each shard `progress.json` is replaced by one
-that lists the finished shards and the last record that is in them. So a run that was killed goes on behind
-that record; what it wrote after it is thrown away. Because shards are filled in the order of the records,
-whoever tokenised them, the result is the same bytes for any number of workers and interruptions.
+Everything is written into FOLDER.partial, which is renamed to FOLDER when it is complete. In it a shard gets
+its final name when it is complete and on disk, and after each shard `progress.json` is replaced by one that
+lists the finished shards and the last record in them. A killed run resumes after that record and discards
+what was written later. Shards are filled in the order of the records, so the result is the same bytes for any
+number of workers and interruptions.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import numpy as np
 from octavo.core.errors import ConfigError
 from octavo.core.file_lock import open_lock, try_lock
 from octavo.data import shard_format
-from octavo.data.shard_format import File, Index, Shard, Vocabulary
+from octavo.data.shard_format import File, Index, Shard, Vocabulary, shard_from_json
 
 _PROGRESS = "progress.json"
 _TEMPORARY = ".tmp"
 
 
 class _OpenFile:
-    """A file that is being written, and the digest of what is in it."""
+    """A file that is being written and hashed."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._size, self._digest = path, 0, hashlib.sha256()
@@ -43,14 +43,14 @@ class _OpenFile:
         self._size += len(data)
 
     def publish(self) -> File:
-        """On disk, and under its name."""
+        """Sync the file and give it its final name."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._file.name, self._path)
         return File(self._path.name, self._size, self._digest.hexdigest())
 
-    def abandon(self) -> None:
+    def close(self) -> None:
         self._file.close()
 
 
@@ -72,89 +72,90 @@ class _OpenShard:
     def publish(self) -> Shard:
         return Shard(self.tokens, self.documents, self._ids.publish(), self._offsets.publish())
 
-    def abandon(self) -> None:
-        self._ids.abandon()
-        self._offsets.abandon()
+    def close(self) -> None:
+        self._ids.close()
+        self._offsets.close()
 
 
 class ShardWriter:
-    """Fills the shards of `out`, from the start or from where an interrupted run stood.
+    """Writes the shards of `out`, from the start or from the progress of an interrupted run.
 
     Args:
-        out: the folder that there will be; it must not exist.
-        identity: what must be the same for an interrupted run to be gone on with; JSON-able.
-        shard_tokens: a shard of the training split is closed when it has this many.
+        out: the folder to create; it must not exist.
+        identity: settings that must be equal to resume an interrupted run; JSON-able.
+        shard_tokens: tokens at which a shard of the training split is closed.
 
     Attributes:
-        position: what the last `mark` was given before the finished shards ended; None at the start.
-        state: as `position`, what else the caller keeps.
+        position: the last record in the finished shards, as passed to `record_progress`; None at the start.
+        state: the caller's state at that record.
 
     Raises:
-        ConfigError: `out` exists, another run writes it, or what is left of one has another identity.
+        ConfigError: `out` exists, another process is writing it, or an interrupted run had another identity.
     """
 
     def __init__(self, out: Path, *, identity: Mapping[str, Any], shard_tokens: int) -> None:
         self._out, self._folder = out, out.with_name(out.name + ".partial")
         self._identity, self._shard_tokens = json.loads(json.dumps(identity)), shard_tokens
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise ConfigError(f"{out}: exists already; name a new folder, or remove it first")
+            raise ConfigError(f"{out}: already exists; name a new folder, or remove it first")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock = open_lock(self._folder / ".lock")
         except OSError as error:
-            raise ConfigError(f"{self._folder}: cannot write there ({error.strerror})") from error
+            raise ConfigError(f"{self._folder}: cannot be written ({error.strerror})") from error
         if not try_lock(self._lock):
             self._lock.close()
-            raise ConfigError(f"{self._folder}: another process is preparing it; wait for that")
+            raise ConfigError(f"{self._folder}: another process is preparing it; wait for it to end")
         self._open: dict[str, _OpenShard] = {}
         self._done: dict[str, list[Shard]] = {}
         self.position: Any = None
         self.state: Any = None
         self._number = 0
         try:
-            self._continue()
+            self._resume()
         except BaseException:
             self._lock.close()
             raise
 
-    def _continue(self) -> None:
+    def _resume(self) -> None:
         path = self._folder / _PROGRESS
         if path.exists():
             progress = json.loads(path.read_bytes())
             if progress["identity"] != self._identity:
-                theirs = progress["identity"]
-                other = ", ".join(key for key in self._identity if theirs.get(key) != self._identity[key])
+                before = progress["identity"]
+                changed = ", ".join(key for key in self._identity if before.get(key) != self._identity[key])
                 raise ConfigError(
-                    f"{self._folder}: left by an interrupted run with other {other or 'settings'}; give "
-                    "the same again to go on with it, or remove it"
+                    f"{self._folder}: left by an interrupted run with another {changed or 'identity'}; use "
+                    "the same settings to resume it, or remove it"
                 )
-            self._done = {split: [_shard(one) for one in found] for split, found in progress["done"].items()}
+            self._done = {
+                split: [shard_from_json(fields) for fields in shards]
+                for split, shards in progress["done"].items()
+            }
             self.position, self.state = progress["position"], progress["state"]
             self._number = progress["number"]
-        known = {file.name for found in self._done.values() for shard in found for file in shard.files}
+        known = {file.name for shards in self._done.values() for shard in shards for file in shard.files}
         for leftover in self._folder.iterdir():
             if leftover.name not in {*known, _PROGRESS, ".lock"}:
                 leftover.unlink()
 
     def tokens(self, split: str) -> int:
-        """Tokens of a split so far."""
-        open_shard = self._open.get(split)
-        return sum(shard.tokens for shard in self._done.get(split, ())) + (
-            open_shard.tokens if open_shard else 0
-        )
+        """Tokens written to a split so far."""
+        finished = sum(shard.tokens for shard in self._done.get(split, ()))
+        return finished + (self._open[split].tokens if split in self._open else 0)
 
     def append(self, split: str, ids: bytes, lengths: Sequence[int]) -> None:
-        """Add documents to a split: their ids one after the other, in the corpus's type; their lengths."""
+        """Add documents to a split: their concatenated ids in the corpus's dtype, and their lengths."""
         if not lengths:
             return
         if split not in self._open:
             self._open[split] = _OpenShard(self._folder, f"{split}-{self._number:05d}")
         self._open[split].append(ids, lengths)
 
-    def mark(self, position: Any, state: Any) -> None:
-        """All records up to `position` have been appended; close the shards if they are full."""
-        full = self._open.get(shard_format.TRAIN)
-        if full is not None and full.tokens >= self._shard_tokens:
+    def record_progress(self, position: Any, state: Any) -> None:
+        """All records up to `position` have been appended: publish the shards if they are full."""
+        shard = self._open.get(shard_format.TRAIN)
+        if shard is not None and shard.tokens >= self._shard_tokens:
             self._publish(position, state)
 
     def _publish(self, position: Any, state: Any) -> None:
@@ -184,7 +185,7 @@ class ShardWriter:
         versions: Mapping[str, str],
         bad_records: int,
     ) -> Index:
-        """Close the shards, write the index, and give the folder its name."""
+        """Publish the shards, write the index, and give the folder its final name."""
         self._publish(position, state)
         index = Index(
             dtype=dtype,
@@ -203,16 +204,16 @@ class ShardWriter:
         self._lock.close()
         return index
 
-    def abandon(self) -> None:
-        """Close what is open; the finished shards stay, to go on from."""
+    def close(self) -> None:
+        """Close the open files. Finished shards stay, so that the run can be resumed."""
         for shard in self._open.values():
-            shard.abandon()
+            shard.close()
         self._open = {}
         self._lock.close()
 
     def discard(self) -> None:
-        """Remove what was written."""
-        self.abandon()
+        """Remove everything that was written."""
+        self.close()
         shutil.rmtree(self._folder)
 
     def _replace(self, name: str, text: str) -> None:
@@ -223,10 +224,6 @@ class ShardWriter:
             os.fsync(file.fileno())
         os.replace(temporary, self._folder / name)
         _sync_folder(self._folder)
-
-
-def _shard(content: Mapping[str, Any]) -> Shard:
-    return Shard(content["tokens"], content["documents"], File(**content["ids"]), File(**content["offsets"]))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,19 +1,17 @@
-"""A corpus too large to hold or to count: read as it comes, and still the same samples on any number of
-ranks.
+"""A dataset too large to download or index: read file by file, with the same samples on any number of ranks.
 
-The data set is a list of files. They are dealt out to V *streams* (64, or the number of files if that is
-less: a property of the data, never of the run), in an order that the seed decides. A stream is endless: its
-files one after the other, in another order in every pass; its tokens are packed and cut as in `loader.py`.
-Global sample i is sample i // V of stream i % V. So what a sample holds depends on data and seed alone, and a
-rank reads only the streams in which its samples lie: where V is a multiple of W B, W ranks of local batch B
-share no stream; elsewhere a stream is tokenised by more than one rank, which costs time and changes nothing.
+The dataset is a list of files. They are assigned to V *streams* (64, or the number of files if that is less:
+a property of the data, not of the run), in an order that depends on the seed. A stream is endless: its files
+one after the other, in another order in every pass; its tokens are packed into windows as in `dataloader.py`.
+Global sample i is sample i // V of stream i % V, so a sample's content depends only on the data and the seed,
+and a rank reads only the streams of its samples. If V is a multiple of W B, then W ranks of local batch B
+share no stream; otherwise several ranks tokenise the same stream, which only costs time.
 
-A *bookmark* says where a sample's first token lies: pass, file, document, token. It is exact, small, plain
-data and good for any rank. A stream that is entered without a bookmark is read from its start up to the
-place.
+A *bookmark* is the position of a sample's first token: pass, file, document, token. It is exact, and valid on
+every rank. Without one, a stream is read from its start up to the sample.
 
-There is no shuffle buffer, for its content would have to be in every checkpoint. Web corpora such as C4 are
-shuffled when they are published; one that is not has to be shuffled beforehand.
+There is no shuffle buffer, because every checkpoint would have to contain it. Web corpora such as C4 are
+published in shuffled order; other corpora must be shuffled beforehand.
 """
 
 from __future__ import annotations
@@ -29,9 +27,8 @@ import torch
 from torch import Tensor
 
 from octavo.core.errors import ConfigError
-from octavo.data.corpus_files import find_files
-from octavo.data.order import mix64, shuffled
-from octavo.data.records import TEXT_KEY, BadRecords, read_documents
+from octavo.data.corpus_files import TEXT_KEY, BadRecords, find_files, read_documents
+from octavo.data.shuffle import mix64, permute
 from octavo.tokenizer import Tokenizer
 
 STREAMS = 64
@@ -39,19 +36,19 @@ _DOCUMENTS_PER_CALL = 32
 _ROWS_PER_TABLE = 256
 
 OpenFile = Callable[[int], Iterator[str]]
-"""Opens one file of a data set: its documents in order, from the given number on, none of them empty."""
+"""Reads one file of a dataset: its non-empty documents in order, from the given number on."""
 
 
 @dataclass(frozen=True)
 class Bookmark:
-    """Where a sample of a stream begins.
+    """The position where a sample of a stream begins.
 
     Attributes:
         sample: number of the sample within the stream.
         passes: how often all files of the stream have been read.
-        file: place in this pass's order of the stream's files.
+        file: index into this pass's order of the stream's files.
         document: number of the document within the file.
-        token: number of the token within the document; 0 is the one that opens it.
+        token: number of the token within the document; 0 is its begin id.
     """
 
     sample: int = 0
@@ -62,7 +59,7 @@ class Bookmark:
 
 
 class _Stream:
-    """One endless row of tokens, handed out a sample at a time, forward only."""
+    """One endless sequence of tokens, read sample by sample, forward only."""
 
     def __init__(
         self,
@@ -77,41 +74,42 @@ class _Stream:
         self._files, self._name, self._tokenizer = files, name, tokenizer
         self._seq_len, self._seed = seq_len, seed
         self._documents = self._read(start)
-        self._held: deque[tuple[Bookmark, list[int]]] = deque()  # begins where the next sample does
-        self._held_tokens = 0
+        self._buffer: deque[tuple[Bookmark, list[int]]] = deque()  # starts at the next sample
+        self._buffered_tokens = 0
         self.bookmark = start
 
-    def take(self, sample: int) -> list[int]:
-        """The seq_len + 1 tokens of `sample`, which must not lie behind the bookmark."""
+    def read_sample(self, sample: int) -> list[int]:
+        """The seq_len + 1 tokens of `sample`, which must not come before the bookmark."""
         if sample < self.bookmark.sample:
-            raise ValueError(f"{self._name}: sample {sample} lies behind sample {self.bookmark.sample}")
+            raise ValueError(f"{self._name}: sample {sample} comes before sample {self.bookmark.sample}")
         while self.bookmark.sample < sample:
-            self._next()
-        return self._next()
+            self._next_sample()
+        return self._next_sample()
 
-    def _next(self) -> list[int]:
-        while self._held_tokens <= self._seq_len:
-            self._held.append(next(self._documents))
-            self._held_tokens += len(self._held[-1][1])
-        tokens = list(islice(chain.from_iterable(ids for _, ids in self._held), self._seq_len + 1))
+    def _next_sample(self) -> list[int]:
+        while self._buffered_tokens <= self._seq_len:
+            self._buffer.append(next(self._documents))
+            self._buffered_tokens += len(self._buffer[-1][1])
+        tokens = list(islice(chain.from_iterable(ids for _, ids in self._buffer), self._seq_len + 1))
         left = self._seq_len
-        while len(self._held[0][1]) <= left:
-            left -= len(self._held.popleft()[1])
-        place, ids = self._held[0]
-        self._held[0] = (replace(place, token=place.token + left), ids[left:])
-        self._held_tokens -= self._seq_len
-        self.bookmark = replace(self._held[0][0], sample=self.bookmark.sample + 1)
+        while len(self._buffer[0][1]) <= left:
+            left -= len(self._buffer.popleft()[1])
+        place, ids = self._buffer[0]
+        self._buffer[0] = (replace(place, token=place.token + left), ids[left:])
+        self._buffered_tokens -= self._seq_len
+        self.bookmark = replace(self._buffer[0][0], sample=self.bookmark.sample + 1)
         return tokens
 
     def _read(self, place: Bookmark) -> Iterator[tuple[Bookmark, list[int]]]:
-        """Documents from `place` on: where each begins, and its ids from that place on."""
+        """Documents from `place` on: the position of each, and its ids from there on."""
         bos = self._tokenizer.bos_id is not None
         while True:
             found = False
             for file in range(place.file, len(self._files)):
                 if file != place.file:
                     place = Bookmark(passes=place.passes, file=file)
-                documents = self._files[self._order(place)](place.document)
+                index = permute(file, len(self._files), seed=self._seed, epoch=place.passes)
+                documents = self._files[index](place.document)
                 while texts := list(islice(documents, _DOCUMENTS_PER_CALL)):
                     found = True
                     for ids in self._tokenizer.encode_batch(texts, bos=bos, eos=True):
@@ -119,21 +117,18 @@ class _Stream:
                         place = replace(place, document=place.document + 1, token=0)
             if not found:
                 raise ConfigError(
-                    f"{self._name}: the {len(self._files)} files of a stream hold no document "
+                    f"{self._name}: the {len(self._files)} files of a stream have no document "
                     f"from {place} on; the data is empty, or has changed since the checkpoint was written"
                 )
             place = Bookmark(passes=place.passes + 1)
 
-    def _order(self, place: Bookmark) -> int:
-        return shuffled(place.file, len(self._files), seed=self._seed, epoch=place.passes)
-
 
 class StreamedCorpus:
-    """Samples of a data set that is read file by file. See the module's text and `loader.SampleSource`.
+    """A `SampleSource` over a dataset that is read file by file.
 
     Args:
-        files: what opens each file, in an order that is the same everywhere.
-        name: the data set, for messages.
+        files: opens each file, in an order that is the same on every rank.
+        name: of the dataset, for messages.
     """
 
     forward_only = True
@@ -144,7 +139,7 @@ class StreamedCorpus:
         if not files:
             raise ConfigError(f"{name}: no files to read")
         self._count = min(STREAMS, len(files))
-        self._files = [files[shuffled(index, len(files), seed=seed, epoch=0)] for index in range(len(files))]
+        self._files = [files[permute(index, len(files), seed=seed, epoch=0)] for index in range(len(files))]
         self._name, self._tokenizer, self._seq_len, self._seed = name, tokenizer, seq_len, seed
         self._streams: dict[int, _Stream] = {}
         self._bookmarks: dict[int, Bookmark] = {}
@@ -156,19 +151,19 @@ class StreamedCorpus:
         samples = torch.empty(count, self._seq_len + 1, dtype=torch.int64)
         for row in range(count):
             sample, number = divmod(first + row, self._count)
-            samples[row] = torch.tensor(self._stream(number).take(sample))
+            samples[row] = torch.tensor(self._stream(number).read_sample(sample))
         return samples
 
     def state_dict(self) -> dict[str, Any]:
         """A bookmark for each stream that was read."""
-        places = self._bookmarks | {number: stream.bookmark for number, stream in self._streams.items()}
-        return {"streams": {str(number): asdict(place) for number, place in sorted(places.items())}}
+        bookmarks = self._bookmarks | {number: stream.bookmark for number, stream in self._streams.items()}
+        return {"streams": {str(number): asdict(bookmark) for number, bookmark in sorted(bookmarks.items())}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from bookmarks; streams without one start from their beginning."""
+        """Continue at the bookmarks; streams without one start from their beginning."""
         self._streams = {}
         self._bookmarks = {
-            int(number): Bookmark(**place) for number, place in state.get("streams", {}).items()
+            int(number): Bookmark(**bookmark) for number, bookmark in state.get("streams", {}).items()
         }
 
     def _stream(self, number: int) -> _Stream:
@@ -184,23 +179,21 @@ class StreamedCorpus:
         return self._streams[number]
 
 
-def local_files(root: Path, bad: BadRecords | None = None) -> list[OpenFile]:
-    """What opens the files of a local copy: `.json`, `.jsonl` (compressed or not) and `.parquet`, at or
-    below `root`. Bad records are `bad`'s matter.
-    """
+def open_local_files(root: Path, bad: BadRecords | None = None) -> list[OpenFile]:
+    """Openers of the `.json`, `.jsonl` (compressed or not) and `.parquet` files at or below `root`."""
     formats = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
     def opener(path: Path) -> OpenFile:
-        return lambda start: islice(read_documents(path, bad, pass_empty=True), start, None)
+        return lambda start: islice(read_documents(path, bad, skip_empty=True), start, None)
 
     return [opener(path) for path in find_files(root, formats)]
 
 
-def hub_files(repository: str, config: str, split: str = "train") -> list[OpenFile]:
-    """What opens the files of a split of a data set on the Hugging Face hub, streamed by `datasets`.
+def open_hub_files(repository: str, config: str, split: str = "train") -> list[OpenFile]:
+    """Openers of the files of a dataset's split on the Hugging Face hub, streamed by `datasets`.
 
     Raises:
-        ConfigError: `datasets` is missing, or the hub cannot be reached or does not know the data set.
+        ConfigError: `datasets` is missing, or the hub cannot be reached or does not have the dataset.
     """
     try:
         import datasets
@@ -208,18 +201,18 @@ def hub_files(repository: str, config: str, split: str = "train") -> list[OpenFi
         raise ConfigError(
             f"{repository} is streamed by the package `datasets`: pip install 'octavo[train]'"
         ) from error
-    remedy = "check the network and HF_ENDPOINT, or name a local copy by training.dataset_path"
+    remedy = "check the network and HF_ENDPOINT, or set training.dataset_path to a local copy"
     try:
-        rows = datasets.load_dataset(repository, config, split=split, streaming=True)
-        whole = rows.select_columns([TEXT_KEY])
-        count: int = whole.num_shards
-    except Exception as error:  # of many kinds, by the libraries below
+        dataset = datasets.load_dataset(repository, config, split=split, streaming=True)
+        texts_only = dataset.select_columns([TEXT_KEY])
+        count: int = texts_only.num_shards
+    except Exception as error:  # the libraries raise many types
         kind = type(error).__name__
         raise ConfigError(f"{repository} cannot be opened ({kind}: {error}); {remedy}") from error
 
     def opener(index: int) -> OpenFile:
         def documents(start: int) -> Iterator[str]:
-            rows = whole.shard(num_shards=count, index=index).with_format("arrow")
+            rows = texts_only.shard(num_shards=count, index=index).with_format("arrow")
             try:
                 for table in rows.iter(batch_size=_ROWS_PER_TABLE):
                     texts = [text for text in table.column(TEXT_KEY).to_pylist() if text]
@@ -236,11 +229,11 @@ def hub_files(repository: str, config: str, split: str = "train") -> list[OpenFi
 
 
 def open_c4(dataset_path: str | None, split: str = "train", bad: BadRecords | None = None) -> list[OpenFile]:
-    """A split of the English part of C4: from the hub, or from a local copy of the split's files.
+    """Openers of a split of English C4: from the hub, or from a local copy of the split's files.
 
     Raises:
-        ConfigError: the copy does not exist or holds no data files; or see `hub_files`.
+        ConfigError: the copy does not exist or contains no data files; or see `open_hub_files`.
     """
     if dataset_path is None:
-        return hub_files("allenai/c4", "en", split)
-    return local_files(Path(dataset_path).expanduser(), bad)
+        return open_hub_files("allenai/c4", "en", split)
+    return open_local_files(Path(dataset_path).expanduser(), bad)

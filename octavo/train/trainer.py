@@ -5,7 +5,7 @@ Run it by `./run_train.sh`, by `octavo train`, or by `torchrun … -m octavo.tra
 
 Two laws hold for any number of processes. The model starts from weights that depend on the seed and the
 parameters' names alone (`components/init.py`), and step s consumes the global samples [s G, (s+1) G) of the
-data, G the global batch (`data/loader.py`). The loss of a microbatch is its sum over tokens divided by
+data, G the global batch (`data/dataloader.py`). The loss of a microbatch is its sum over tokens divided by
 the number of tokens in the global batch, so the gradients of all microbatches of all processes simply add
 up.
 """
@@ -31,9 +31,9 @@ from octavo.checkpoint.resume import resumed
 from octavo.config import ConfigError, JobConfig
 from octavo.config.pipeline_plan import PipelinePlan
 from octavo.core.logging import init_logger, logger, wants_color
-from octavo.data.build import build_dataloader
-from octavo.data.dataloader import merge_state_dicts
-from octavo.data.records import BadRecords
+from octavo.data.build import SourceOptions, build_source
+from octavo.data.corpus_files import BadRecords
+from octavo.data.dataloader import DataLoader, merge_state_dicts
 from octavo.distributed import mesh
 from octavo.distributed.ddp import reduce_gradients_now
 from octavo.distributed.mixed_precision import computing_in_copies
@@ -95,20 +95,23 @@ class Trainer:
             job.checkpoint, self.folder.path / job.checkpoint.folder, job.model, self.model_args
         )
         self.bad_records = BadRecords(job.training.max_bad_records)
-        self.data = build_dataloader(
-            dataset=job.training.dataset,
-            dataset_path=job.training.dataset_path,
+        data_rank, data_ranks = self.world.data_rank, self.world.layout.data
+        options = SourceOptions(
             tokenizer=tokenizer,
             seq_len=job.training.seq_len,
-            local_batch_size=job.training.local_batch_size,
-            dp_rank=self.world.data_rank,
-            dp_degree=self.world.layout.data,
             seed=job.training.seed if job.training.data_seed is None else job.training.data_seed,
-            workers=job.training.num_workers,
-            pin_memory=self.device.type == "cuda",
+            dataset_path=job.training.dataset_path,
             held_out_fraction=job.validation.fraction,
             bad=self.bad_records,
-            verify=job.training.verify_data,
+            verify=(data_rank, data_ranks) if job.training.verify_data else None,
+        )
+        self.data = DataLoader(
+            build_source(job.training.dataset, options),
+            local_batch_size=job.training.local_batch_size,
+            dp_rank=data_rank,
+            dp_degree=data_ranks,
+            workers=job.training.num_workers,
+            pin_memory=self.device.type == "cuda",
         )
         self.validator = build_validator(
             job,
@@ -119,7 +122,7 @@ class Trainer:
             bad=self.bad_records,
         )
         one_pass = job.training.local_batch_size * self.world.layout.data
-        logger.info("Data: %s", self.data.description)
+        logger.info("Data: %s", self.data.source.description)
         if self.validator is not None:
             logger.info("Validation: %s", self.validator.description)
         self.global_batch_size = max(job.training.global_batch_size, one_pass)

@@ -23,9 +23,9 @@ from torch.distributed.fsdp import FSDPModule
 from octavo.config.schema import JobConfig
 from octavo.core.errors import ConfigError
 from octavo.data import shard_format
-from octavo.data.build import Wanted, build_source
+from octavo.data.build import SourceOptions, build_source
+from octavo.data.corpus_files import BadRecords
 from octavo.data.mixture import held_out
-from octavo.data.records import BadRecords
 from octavo.data.sample_source import SampleSource
 from octavo.distributed.mesh import World
 from octavo.metrics.logger import ValidationReport
@@ -137,7 +137,7 @@ def build_validator(
         source = held_out(training_source, seed=_SEED)
     else:
         own_split = settings.dataset is None
-        wanted = Wanted(
+        options = SourceOptions(
             tokenizer=tokenizer,
             seq_len=settings.seq_len or training.seq_len,
             seed=_SEED,
@@ -146,7 +146,7 @@ def build_validator(
             bad=bad,
             verify=(world.data_rank, world.layout.data) if training.verify_data else None,
         )
-        source = build_source(settings.dataset or training.dataset, wanted)
+        source = build_source(settings.dataset or training.dataset, options)
     batch = settings.local_batch_size or training.local_batch_size
     return Validator(
         source,

@@ -17,11 +17,11 @@ from octavo import cli
 from octavo.commands.prepare import prepare, verify
 from octavo.core.errors import ConfigError
 from octavo.data import shard_format
-from octavo.data.build import build_dataloader
+from octavo.data.corpus_files import BadRecords
 from octavo.data.dataloader import DataLoader
-from octavo.data.records import BadRecords
 from octavo.tokenizer import build_tokenizer
 from tests.helpers import launching, warm
+from tests.helpers.loaders import make_loader
 from tests.helpers.waiting import LIMIT, wait_for
 
 TOKENIZER = "octavo_bpe_2048"
@@ -62,13 +62,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def loader(dataset: Path, tokenizer: str = TOKENIZER, **options: object) -> DataLoader:
-    arguments = {"seq_len": 32, "local_batch_size": 4, "dp_rank": 0, "dp_degree": 1, "seed": 1, "workers": 0}
-    return build_dataloader(
-        dataset=str(dataset),
-        dataset_path=None,
-        tokenizer=build_tokenizer(tokenizer),
-        **{**arguments, **options},
-    )
+    return make_loader(dataset, tokenizer, **{"seq_len": 32, "workers": 0, **options})
 
 
 def test_trains_on_the_same_batches_as_the_text(corpus: Path, prepared: Path) -> None:
@@ -158,7 +152,7 @@ def test_an_interrupted_run_does_not_tokenise_again(
     seen.clear()
     with pytest.raises(KeyboardInterrupt):
         prepare([str(corpus)], tokenizer=TOKENIZER, out=out, workers=1, shard_tokens=2000)
-    with pytest.raises(ConfigError, match=r"an interrupted run with other shard_tokens; give the same"):
+    with pytest.raises(ConfigError, match=r"an interrupted run with another shard_tokens; use the same"):
         prepare([str(corpus)], tokenizer=TOKENIZER, out=out, workers=1, shard_tokens=3000)
 
 
@@ -228,10 +222,10 @@ def test_bad_records_are_passed_over_as_far_as_allowed(
     assert cli.main([*arguments, "--max-bad-records=3"]) == 2
     told = capsys.readouterr().err
     assert "line 6" in told
-    assert "--max_bad_records = 3: 3 were passed over before it" in told
+    assert "--max_bad_records = 3: 3 were skipped before it" in told
     assert cli.main([*arguments, "--max-bad-records=4", "--workers=2"]) == 0
     told = capsys.readouterr().out
-    assert "4 bad records were passed over; the first:" in told
+    assert "4 bad records were skipped; the first:" in told
     assert "2 documents" in told
     assert shard_format.read_index(tmp_path / "out").bad_records == 4
 
@@ -239,10 +233,10 @@ def test_bad_records_are_passed_over_as_far_as_allowed(
 def test_training_passes_over_bad_records_too(tmp_path: Path) -> None:
     source = tmp_path / "bad.jsonl"
     source.write_bytes(b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS) + BAD)
-    with pytest.raises(ConfigError, match=r"line 152 .*not UTF-8.*max_bad_records = 0: none is passed over"):
+    with pytest.raises(ConfigError, match=r"line 152 .*not UTF-8.*max_bad_records = 0: none is skipped"):
         loader(source, bad=BadRecords())
     run = launching.train(tmp_path / "run", {"training.dataset": source, "training.max_bad_records": 4})
-    assert "4 bad records were passed over; the first:" in run.log
+    assert "4 bad records were skipped; the first:" in run.log
     assert "152 documents" in run.log
 
 
@@ -255,12 +249,12 @@ def test_a_damaged_shard_is_named(copy: Path) -> None:
     path = copy / "train-00001.tokens"
     whole = path.read_bytes()
     path.write_bytes(whole[:-2])
-    with pytest.raises(ConfigError, match=r"train-00001\.tokens: .* bytes, the index says .*cut short"):
+    with pytest.raises(ConfigError, match=r"train-00001\.tokens: .* bytes, but .* in the index.*truncated"):
         loader(copy)
     path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
     loader(copy)  # the size is right
-    for read in (lambda: loader(copy, verify=True), lambda: verify(copy)):
-        with pytest.raises(ConfigError, match=r"train-00001\.tokens: its SHA-256 is .*bytes have changed"):
+    for read in (lambda: loader(copy, verify=(0, 1)), lambda: verify(copy)):
+        with pytest.raises(ConfigError, match=r"train-00001\.tokens: its SHA-256 is .*content has changed"):
             read()
     path.unlink()
     with pytest.raises(ConfigError, match=r"train-00001\.tokens: No such file or directory, but the index"):
@@ -271,9 +265,9 @@ def test_ranks_share_the_checksums(copy: Path) -> None:
     """Each shard is read by one rank."""
     path = copy / "train-00001.tokens"
     path.write_bytes(path.read_bytes()[::-1])
-    loader(copy, verify=True, dp_rank=0, dp_degree=2)
+    loader(copy, verify=(0, 2))
     with pytest.raises(ConfigError, match=r"train-00001\.tokens: its SHA-256"):
-        loader(copy, verify=True, dp_rank=1, dp_degree=2)
+        loader(copy, verify=(1, 2))
 
 
 def _read_an_epoch(reader: DataLoader) -> None:
@@ -287,7 +281,7 @@ def test_an_id_outside_the_vocabulary_is_named(copy: Path) -> None:
     ids[77] = 2048
     path.write_bytes(ids.tobytes())
     message = (
-        r"train-00001\.tokens, token 77: the token id 2048 lies outside the vocabulary of 2,048 "
+        r"train-00001\.tokens, token 77: the token id 2048 is outside the vocabulary of 2,048 "
         r"\(sample \d+, offset \d+\)"
     )
     with pytest.raises(ConfigError, match=message):
@@ -333,9 +327,7 @@ def test_another_tokenizer_is_refused(prepared: Path, tmp_path: Path) -> None:
     first, second = list(vocabulary)[-2:]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (tmp_path / "tokenizer.json").write_text(json.dumps(other))
-    with pytest.raises(
-        ConfigError, match=r"prepared with the tokenizer .* the same ids would mean other text"
-    ):
+    with pytest.raises(ConfigError, match=r"prepared with the tokenizer .* so the ids mean other text"):
         loader(prepared, str(tmp_path / "tokenizer.json"))
     same = tmp_path / "same"
     same.mkdir()
@@ -358,7 +350,7 @@ def test_is_refused_before_a_model_is_built(copy: Path, tmp_path: Path) -> None:
         (["{}/none", "--tokenizer", TOKENIZER, "--out", "{}/x"], "no such file or folder"),
         (["{}/a.txt", "--tokenizer", "nobody", "--out", "{}/x"], "tokenizer 'nobody'"),
         (["{}/a.txt", "{}/a.txt", "--tokenizer", TOKENIZER, "--out", "{}/x"], "named twice"),
-        (["{}/a.txt", "--tokenizer", TOKENIZER, "--out", "{}"], "exists already; name a new folder"),
+        (["{}/a.txt", "--tokenizer", TOKENIZER, "--out", "{}"], "already exists; name a new folder"),
         (["{}/a.txt", "--tokenizer", TOKENIZER, "--out", "{}/x", "--workers", "0"], "from 1 to"),
         (["{}/a.txt", "--tokenizer", TOKENIZER, "--out", "{}/x", "--val-fraction", "2"], "from 0 to 0.5"),
         (["--verify", "{}"], "index.json: cannot be read"),

@@ -2,30 +2,27 @@
 
 import gzip
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from octavo.core.errors import ConfigError
-from octavo.data.corpus_files import find_files
-from octavo.data.records import read_documents
+from octavo.data.corpus_files import find_files, read_documents
 
 DOCUMENTS = ["Who's there?\r\n\tNay, answer me.\n", "naïve 漢字 🙂", "x", "line one\nline two"]
 
 
-def json_lines(keys: str = "text") -> bytes:
+def json_lines(keys="text"):
     return "".join(json.dumps({keys: document}) + "\n" for document in DOCUMENTS).encode()
 
 
-def write(folder: Path, name: str, content: bytes) -> Path:
+def write(folder, name, content):
     path = folder / name
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     return path
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.TXT", "a.txt.gz"])
-def test_a_text_file_is_one_document(tmp_path: Path, name: str) -> None:
+def test_a_text_file_is_one_document(tmp_path, name):
     path = tmp_path / name
     content = DOCUMENTS[0].encode() + DOCUMENTS[1].encode()
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
@@ -33,12 +30,12 @@ def test_a_text_file_is_one_document(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz"])
-def test_json_lines_hold_one_document_a_line(tmp_path: Path, name: str) -> None:
+def test_json_lines_hold_one_document_a_line(tmp_path, name):
     path = write(tmp_path, name, json_lines() + b"\n  \n" + b'{"text": "no line end", "url": 1}')
     assert list(read_documents(path)) == [*DOCUMENTS, "no line end"]
 
 
-def test_parquet_holds_one_document_a_row(tmp_path: Path) -> None:
+def test_parquet_holds_one_document_a_row(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(
@@ -46,14 +43,14 @@ def test_parquet_holds_one_document_a_row(tmp_path: Path) -> None:
     )
     assert list(read_documents(tmp_path / "a.parquet")) == [*DOCUMENTS, "y"]
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "b.parquet")
-    with pytest.raises(ConfigError, match=r"b\.parquet, row 1: 'text' holds a null"):
+    with pytest.raises(ConfigError, match=r"b\.parquet, row 1: 'text' is null"):
         list(read_documents(tmp_path / "b.parquet"))
     parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "c.parquet")
-    with pytest.raises(ConfigError, match=r"c\.parquet: no column 'text' \(there: body\)"):
+    with pytest.raises(ConfigError, match=r"c\.parquet: no column 'text' \(columns: body\)"):
         list(read_documents(tmp_path / "c.parquet"))
     torn = (tmp_path / "a.parquet").read_bytes()[:-10]
     (tmp_path / "d.parquet").write_bytes(torn)
-    with pytest.raises(ConfigError, match=r"d\.parquet: not a parquet file that can be read"):
+    with pytest.raises(ConfigError, match=r"d\.parquet: not a readable parquet file"):
         list(read_documents(tmp_path / "d.parquet"))
 
 
@@ -67,30 +64,28 @@ BAD: list[tuple[str, bytes, str]] = [
     (
         "a.jsonl",
         b'{"text": "a"}\n{"text": "b',
-        r"line 2 \(offset 14\): not a JSON .*last line.*cut short",
+        r"line 2 \(offset 14\): not a JSON .*last line.*truncated",
     ),
     (
         "a.jsonl",
         b'{"text": "a"\n{"text": "b"}\n',
-        r"a\.jsonl, line 1 \(offset 0\): not a JSON object on one line \((?!.*cut short)",
+        r"a\.jsonl, line 1 \(offset 0\): not a JSON object on one line \((?!.*truncated)",
     ),
     (
         "a.jsonl.gz",
         b'{"body": "a", "id": 1}\n',
-        r"gz, line 1 \(offset 0\): no key 'text' \(there: body, id\)",
+        r"gz, line 1 \(offset 0\): no key 'text' \(keys: body, id\)",
     ),
-    ("a.jsonl", b'"a"\n', r"line 1 \(offset 0\): holds a str, not an object"),
-    ("a.jsonl", b'{"text": 5}\n', r"line 1 \(offset 0\): 'text' holds a int, not a string"),
+    ("a.jsonl", b'"a"\n', r"line 1 \(offset 0\): a str, not an object"),
+    ("a.jsonl", b'{"text": 5}\n', r"line 1 \(offset 0\): 'text' is a int, not a string"),
     ("a.jsonl", b'{"text": "a"}\n\n{"text": ""}\n', r"line 3 \(offset 15\): the document is empty"),
     ("a.txt", b"", r"a\.txt: the document is empty"),
-    ("a.jsonl", b'{"text": "\\ud83d"}\n', r"line 1 \(offset 0\): 'text' holds half a surrogate pair"),
+    ("a.jsonl", b'{"text": "\\ud83d"}\n', r"line 1 \(offset 0\): 'text' contains half a surrogate pair"),
 ]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD)
-def test_names_file_and_record_of_what_is_wrong(
-    tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
+def test_names_file_and_record_of_what_is_wrong(tmp_path, name, content, message):
     path = write(tmp_path, name, content)
     with pytest.raises(ConfigError, match=message):
         list(read_documents(path))
@@ -99,21 +94,21 @@ def test_names_file_and_record_of_what_is_wrong(
 @pytest.mark.parametrize(
     "damage",
     [
-        pytest.param(lambda content: content[:-12], id="cut short"),
+        pytest.param(lambda content: content[:-12], id="truncated"),
         pytest.param(lambda content: b"plain text", id="not compressed"),
         pytest.param(
             lambda content: content[:40] + bytes([content[40] ^ 255]) + content[41:], id="a byte changed"
         ),
     ],
 )
-def test_names_a_damaged_compressed_file(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_names_a_damaged_compressed_file(tmp_path, damage):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(damage(gzip.compress(json_lines() * 50)))
-    with pytest.raises(ConfigError, match=r"a\.jsonl\.gz: the compressed data is cut short or damaged"):
+    with pytest.raises(ConfigError, match=r"a\.jsonl\.gz: the compressed data is truncated or damaged"):
         list(read_documents(path))
 
 
-def test_finds_files_in_order_of_path(tmp_path: Path) -> None:
+def test_finds_files_in_order_of_path(tmp_path):
     for name in [
         "b/2.txt",
         "b/1.jsonl",
@@ -126,20 +121,20 @@ def test_finds_files_in_order_of_path(tmp_path: Path) -> None:
     ]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / "b" / "up").symlink_to(tmp_path)  # a link that leads back up
+    (tmp_path / "b" / "up").symlink_to(tmp_path)  # a link to a parent folder
     found = [path.relative_to(tmp_path).as_posix() for path in find_files(tmp_path)]
     assert found == ["a.txt", "b-1/z.txt", "b/1.jsonl", "b/2.txt", "c.parquet"]
     assert find_files(tmp_path / "a.txt") == [tmp_path / "a.txt"]
 
 
-def test_says_what_is_there_instead(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="found no files at all"):
+def test_says_what_is_there_instead(tmp_path):
+    with pytest.raises(ConfigError, match="found no files"):
         find_files(tmp_path)
     for name in ["a.md", "b.md", "c.csv"]:
         (tmp_path / name).touch()
-    with pytest.raises(ConfigError, match=r"no file of a format that can be read.*found 2 x \.md, 1 x \.csv"):
+    with pytest.raises(ConfigError, match=r"no file of a supported format.*found 2 x \.md, 1 x \.csv"):
         find_files(tmp_path)
-    with pytest.raises(ConfigError, match=r"c\.csv: not a format"):
+    with pytest.raises(ConfigError, match=r"c\.csv: not a supported format"):
         find_files(tmp_path / "c.csv")
     with pytest.raises(ConfigError, match=r"gone: no such file or folder"):
         find_files(tmp_path / "gone")

@@ -3,32 +3,22 @@
 import gc
 import json
 import threading
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from octavo.core.errors import ConfigError
 from octavo.data import corpus, prefetch
-from octavo.data.build import build_dataloader
-from octavo.data.corpus import PackedCorpus, encode
+from octavo.data.corpus import InMemoryCorpus, tokenize
 from octavo.data.dataloader import DataLoader, merge_state_dicts
-from octavo.tokenizer import Tokenizer, build_tokenizer
 from tests.helpers import ranks as forks
+from tests.helpers.loaders import make_loader
 
 SEQ_LEN = 16
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return build_tokenizer("octavo_bpe_2048")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """A corpus of some 100 samples."""
     root = tmp_path_factory.mktemp("corpus")
     for number in range(7):
@@ -37,36 +27,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def loader(
-    folder: Path,
-    tokenizer: Tokenizer,
-    *,
-    rank: int = 0,
-    ranks: int = 1,
-    batch: int = 8,
-    seed: int = 3,
-    workers: int = 1,
-) -> DataLoader:
-    return build_dataloader(
-        dataset=str(folder),
-        dataset_path=None,
-        tokenizer=tokenizer,
-        seq_len=SEQ_LEN,
-        local_batch_size=batch,
-        dp_rank=rank,
-        dp_degree=ranks,
-        seed=seed,
-        workers=workers,
-    )
+def loader(folder, tokenizer, **options):
+    return make_loader(folder, tokenizer, **{"batch": 8, "seed": 3, **options})
 
 
-def source(folder: Path, tokenizer: Tokenizer, seed: int = 3) -> PackedCorpus:
+def source(folder, tokenizer, seed=3):
     found = loader(folder, tokenizer, seed=seed).source
-    assert isinstance(found, PackedCorpus)
+    assert isinstance(found, InMemoryCorpus)
     return found
 
 
-def global_batches(loaders: list[DataLoader], microbatches: int, steps: int) -> list[Tensor]:
+def global_batches(loaders, microbatches, steps):
     """The tokens of each step over all ranks, in order of global sample: [samples, SEQ_LEN + 1]."""
     result = []
     for _ in range(steps):
@@ -79,7 +50,7 @@ def global_batches(loaders: list[DataLoader], microbatches: int, steps: int) -> 
     return result
 
 
-def test_labels_are_the_following_tokens(folder: Path, tokenizer: Tokenizer) -> None:
+def test_labels_are_the_following_tokens(folder, tokenizer):
     tokens, labels = loader(folder, tokenizer).next_batch()
     assert tokens.shape == labels.shape == (8, SEQ_LEN)
     assert tokens.dtype == labels.dtype == torch.int64
@@ -92,7 +63,7 @@ def test_labels_are_the_following_tokens(folder: Path, tokenizer: Tokenizer) -> 
         assert [*tokens_S, labels_S[-1]] in windows
 
 
-def test_packing_keeps_every_document_whole(folder: Path, tokenizer: Tokenizer) -> None:
+def test_packing_keeps_every_document_whole(folder, tokenizer):
     expected: list[int] = []
     for path in sorted(folder.iterdir()):
         expected += tokenizer.encode(path.read_text(), bos=True, eos=True)
@@ -100,28 +71,24 @@ def test_packing_keeps_every_document_whole(folder: Path, tokenizer: Tokenizer) 
 
 
 @pytest.mark.parametrize(("most", "calls"), [(1, [1, 1, 1, 1, 1]), (14, [1, 2, 2]), (1000, [5])])
-def test_portions_of_text_change_no_token(
-    most: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_of_text_change_no_token(most, calls, tokenizer, monkeypatch):
     texts = ["Nay, answer me.", "", "Stand, and unfold", "yourself.", ""]
-    tokenizer = build_tokenizer("octavo_bpe_2048")
-    sizes: list[int] = []
-    whole = encode(texts, tokenizer)
-    batch = tokenizer.encode_batch
-    monkeypatch.setattr(corpus, "_CHARACTERS_PER_CALL", most)
+    expected = tokenize(texts, tokenizer)
+    sizes, encode_batch = [], tokenizer.encode_batch
 
-    def counted(texts: list[str], **ends: bool) -> list[list[int]]:
+    def counted(texts, **ends):
         sizes.append(len(texts))
-        return batch(texts, **ends)
+        return encode_batch(texts, **ends)
 
+    monkeypatch.setattr(corpus, "_CHARACTERS_PER_CALL", most)
     monkeypatch.setattr(tokenizer, "encode_batch", counted)
-    portions = encode(iter(texts), tokenizer)
+    batched = tokenize(iter(texts), tokenizer)
     assert sizes == calls
-    assert portions.ids_N.tolist() == whole.ids_N.tolist()
-    assert portions.documents == whole.documents == 5
+    assert batched.ids_N.tolist() == expected.ids_N.tolist()
+    assert batched.documents == expected.documents == 5
 
 
-def test_an_epoch_uses_every_sample_once(folder: Path, tokenizer: Tokenizer) -> None:
+def test_an_epoch_uses_every_sample_once(folder, tokenizer):
     """Windows overlap in one token, the last label of one and the first input of the next: no label twice."""
     corpus = source(folder, tokenizer)
     assert corpus.samples > 50
@@ -133,7 +100,7 @@ def test_an_epoch_uses_every_sample_once(folder: Path, tokenizer: Tokenizer) -> 
         assert labels == sorted(corpus.tokens_N[1 : 1 + corpus.samples * SEQ_LEN].tolist())
 
 
-def test_epochs_and_seeds_differ(folder: Path, tokenizer: Tokenizer) -> None:
+def test_epochs_and_seeds_differ(folder, tokenizer):
     corpus = source(folder, tokenizer)
     first, second = (corpus.read(epoch * corpus.samples, corpus.samples) for epoch in range(2))
     other = source(folder, tokenizer, seed=4).read(0, corpus.samples)
@@ -145,9 +112,7 @@ def test_epochs_and_seeds_differ(folder: Path, tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("ranks", "batch", "microbatches"), [(1, 4, 2), (2, 4, 1), (2, 2, 2), (4, 2, 1), (8, 1, 1)]
 )
-def test_any_layout_sees_the_same_global_batches(
-    folder: Path, tokenizer: Tokenizer, ranks: int, batch: int, microbatches: int
-) -> None:
+def test_any_layout_sees_the_same_global_batches(folder, tokenizer, ranks, batch, microbatches):
     reference = global_batches([loader(folder, tokenizer, batch=8)], 1, 30)
     layout = [loader(folder, tokenizer, rank=rank, ranks=ranks, batch=batch) for rank in range(ranks)]
     for expected, found in zip(reference, global_batches(layout, microbatches, 30), strict=True):
@@ -158,7 +123,7 @@ def test_any_layout_sees_the_same_global_batches(
     "saved_at", [0, 5, 12, 25]
 )  # an epoch has 12 to 13 batches: before, at and after its end
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_resumed_is_uninterrupted(folder: Path, tokenizer: Tokenizer, saved_at: int, ranks: int) -> None:
+def test_resumed_is_uninterrupted(folder, tokenizer, saved_at, ranks):
     whole = global_batches([loader(folder, tokenizer)], 1, saved_at + 20)
     interrupted = loader(folder, tokenizer)
     global_batches([interrupted], 1, saved_at)
@@ -169,7 +134,7 @@ def test_resumed_is_uninterrupted(folder: Path, tokenizer: Tokenizer, saved_at: 
         assert torch.equal(expected, found)
 
 
-def test_says_when_a_position_means_other_text(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_says_when_a_position_means_other_text(folder, tokenizer, tmp_path):
     state = loader(folder, tokenizer, seed=3).state_dict()
     assert loader(folder, tokenizer, seed=4).load_state_dict(state) == "seed was 3, is 4"
     (tmp_path / "other.txt").write_text("other text " * 100)
@@ -179,31 +144,22 @@ def test_says_when_a_position_means_other_text(folder: Path, tokenizer: Tokenize
 @pytest.mark.parametrize(
     "state", [{}, {"global_sample": -1}, {"global_sample": "5"}, {"global_sample": 0, "source": 1}]
 )
-def test_refuses_what_is_no_state(folder: Path, tokenizer: Tokenizer, state: dict[str, Any]) -> None:
+def test_refuses_what_is_no_state(folder, tokenizer, state):
     with pytest.raises(ConfigError, match="global_sample"):
         loader(folder, tokenizer).load_state_dict(state)
 
 
-def test_the_shipped_corpus(tokenizer: Tokenizer) -> None:
-    shipped = build_dataloader(
-        dataset="shakespeare",
-        dataset_path=None,
-        tokenizer=tokenizer,
-        seq_len=256,
-        local_batch_size=2,
-        dp_rank=0,
-        dp_degree=1,
-        seed=42,
-    )
+def test_the_shipped_corpus(tokenizer):
+    shipped = make_loader("shakespeare", tokenizer, batch=2, seq_len=256, seed=42)
     tokens, _ = shipped.next_batch()
-    assert "41 documents" in shipped.description
-    assert "1,667,809 tokens" in shipped.description
+    assert "41 documents" in shipped.source.description
+    assert "1,667,809 tokens" in shipped.source.description
     assert tokens.max() < tokenizer.vocab_size
     words = tokenizer.decode(tokens[0].tolist()).split()
     assert len(words) > 80  # 256 tokens of English, not of single letters
 
 
-def test_too_little_text_for_one_sample(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_too_little_text_for_one_sample(tokenizer, tmp_path):
     (tmp_path / "short.txt").write_text("Who's there?")
     with pytest.raises(
         ConfigError, match=r"too few for one sample of seq_len 16 .*training\.seq_len"
@@ -213,14 +169,14 @@ def test_too_little_text_for_one_sample(tokenizer: Tokenizer, tmp_path: Path) ->
     assert f"{tokens} tokens in 1 documents" in str(caught.value)
 
 
-def test_one_sample_is_enough(tokenizer: Tokenizer) -> None:
+def test_one_sample_is_enough(tokenizer):
     text = "\x01" * (
         SEQ_LEN - 1
     )  # one token each, for nothing merges with it; the ids around make it one sample
 
-    def packed(text: str) -> PackedCorpus:
-        tokens, size = encode([text], tokenizer), tokenizer.vocab_size
-        return PackedCorpus(tokens, name="tiny", vocab_size=size, seq_len=SEQ_LEN, seed=0)
+    def packed(text):
+        tokens, size = tokenize([text], tokenizer), tokenizer.vocab_size
+        return InMemoryCorpus(tokens, name="tiny", vocab_size=size, seq_len=SEQ_LEN, seed=0)
 
     corpus = packed(text)
     assert corpus.samples == 1
@@ -229,7 +185,7 @@ def test_one_sample_is_enough(tokenizer: Tokenizer) -> None:
         packed(text[1:])
 
 
-def test_refuses_an_empty_batch() -> None:
+def test_refuses_an_empty_batch():
     with pytest.raises(ConfigError, match=r"training\.local_batch_size is 0"):
         DataLoader(Counting(), local_batch_size=0, dp_rank=0, dp_degree=1)
 
@@ -247,17 +203,9 @@ def test_refuses_an_empty_batch() -> None:
         ({"dataset": "c4", "dataset_path": "/no/such/copy"}, r"/no/such/copy: no such file or folder"),
     ],
 )
-def test_what_cannot_be_loaded(tokenizer: Tokenizer, arguments: dict[str, Any], message: str) -> None:
-    plain = {
-        "dataset_path": None,
-        "seq_len": 8,
-        "local_batch_size": 1,
-        "dp_rank": 0,
-        "dp_degree": 1,
-        "seed": 0,
-    }
+def test_a_dataset_that_cannot_be_loaded(tokenizer, arguments, message):
     with pytest.raises(ConfigError, match=message):
-        build_dataloader(**{**plain, **arguments}, tokenizer=tokenizer)
+        make_loader(tokenizer=tokenizer, **arguments)
 
 
 class Counting:
@@ -265,10 +213,10 @@ class Counting:
 
     description, forward_only, identity = "counting", True, {"seq_len": 1}
 
-    def __init__(self, fails_at: int | None = None) -> None:
+    def __init__(self, fails_at=None):
         self.fails_at, self.reads, self.place = fails_at, 0, 0
 
-    def read(self, first: int, count: int) -> Tensor:
+    def read(self, first, count):
         if self.fails_at is not None and first >= self.fails_at:
             raise ConfigError("the third shard is torn")
         assert first >= self.place, "read backwards"
@@ -276,19 +224,19 @@ class Counting:
         self.reads += 1
         return torch.arange(first, first + count).unsqueeze(1).expand(count, 2)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self):
         return {"place": self.place}
 
-    def load_state_dict(self, state: Any) -> None:
+    def load_state_dict(self, state):
         self.place = state.get("place", 0)
 
 
-def threads() -> list[threading.Thread]:
+def threads():
     return [thread for thread in threading.enumerate() if thread.name == "octavo-data"]
 
 
 @pytest.fixture
-def no_threads_left() -> Iterator[None]:
+def no_threads_left():
     assert not threads()
     yield
     gc.collect()
@@ -296,7 +244,7 @@ def no_threads_left() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_threads_left")
-def test_reading_ahead_does_not_move_the_saved_position() -> None:
+def test_reading_ahead_does_not_move_the_saved_position():
     ahead = DataLoader(Counting(), local_batch_size=2, dp_rank=1, dp_degree=2)
     for step in range(3):
         tokens, _ = ahead.next_batch()
@@ -314,21 +262,21 @@ def test_reading_ahead_does_not_move_the_saved_position() -> None:
 
 
 @pytest.mark.usefixtures("no_threads_left")
-def test_reading_ahead_is_bounded_and_ends_with_its_loader() -> None:
+def test_reading_ahead_is_bounded_and_ends_with_its_loader():
     counting = Counting()
     ahead = DataLoader(counting, local_batch_size=1, dp_rank=0, dp_degree=1)
     ahead.next_batch()
     for _ in range(100):
-        if counting.reads > prefetch._AHEAD + 1:
+        if counting.reads > prefetch._QUEUED_MICROBATCHES + 1:
             break
         threading.Event().wait(0.01)
     threading.Event().wait(0.1)
-    assert counting.reads <= prefetch._AHEAD + 2  # handed out, in the queue, in the thread's hand
+    assert counting.reads <= prefetch._QUEUED_MICROBATCHES + 2  # returned, queued, being put
     assert len(threads()) == 1
 
 
 @pytest.mark.usefixtures("no_threads_left")
-def test_a_failure_in_the_thread_is_raised_where_the_batch_is_asked_for() -> None:
+def test_a_failure_in_the_thread_is_raised_where_the_batch_is_asked_for():
     ahead = DataLoader(Counting(fails_at=3), local_batch_size=1, dp_rank=0, dp_degree=1)
     for _ in range(3):
         ahead.next_batch()
@@ -339,7 +287,7 @@ def test_a_failure_in_the_thread_is_raised_where_the_batch_is_asked_for() -> Non
 
 @pytest.mark.usefixtures("no_threads_left")
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_any_number_of_workers_gives_the_same_batches(folder: Path, tokenizer: Tokenizer, ranks: int) -> None:
+def test_any_number_of_workers_gives_the_same_batches(folder, tokenizer, ranks):
     """Also where a run saved with one number goes on with another."""
     inline = loader(folder, tokenizer, rank=ranks - 1, ranks=ranks, workers=0)
     expected = [inline.next_batch() for _ in range(40)]
@@ -356,7 +304,7 @@ def test_any_number_of_workers_gives_the_same_batches(folder: Path, tokenizer: T
 
 
 @pytest.mark.usefixtures("no_threads_left")
-def test_a_batch_is_waited_for_and_not_made_by_the_main_thread(folder: Path, tokenizer: Tokenizer) -> None:
+def test_a_batch_is_waited_for_and_not_made_by_the_main_thread(folder, tokenizer):
     made_by = []
     ahead = loader(folder, tokenizer, workers=2)
     read = ahead.source.read
@@ -368,7 +316,7 @@ def test_a_batch_is_waited_for_and_not_made_by_the_main_thread(folder: Path, tok
 
 
 @pytest.mark.usefixtures("no_threads_left")
-def test_skipping_passes_over_samples(folder: Path, tokenizer: Tokenizer) -> None:
+def test_skipping_passes_over_samples(folder, tokenizer):
     whole, jumping = loader(folder, tokenizer), loader(folder, tokenizer, workers=0)
     batches = [whole.next_batch()[0] for _ in range(9)]
     jumping.next_batch()
@@ -382,13 +330,13 @@ def test_skipping_passes_over_samples(folder: Path, tokenizer: Tokenizer) -> Non
 
 
 @pytest.mark.usefixtures("no_threads_left")
-def test_a_forked_process_goes_on_by_itself(folder: Path, tokenizer: Tokenizer) -> None:
+def test_a_forked_process_goes_on_by_itself(folder, tokenizer):
     """The threads stay behind in the parent; the child makes its own, at the same place."""
     ahead = loader(folder, tokenizer)
     ahead.next_batch()
     state = ahead.state_dict()
 
-    def child() -> list[list[list[int]]]:
+    def child():
         return [ahead.next_batch()[0].tolist() for _ in range(3)]
 
     (found,) = forks.fork([(child, ())])
@@ -397,20 +345,10 @@ def test_a_forked_process_goes_on_by_itself(folder: Path, tokenizer: Tokenizer) 
     ahead.close()
 
 
-def test_held_out_samples_are_never_trained_on(folder: Path, tokenizer: Tokenizer) -> None:
-    def windows(held_out_fraction: float, seed: int) -> tuple[set[Any], set[Any]]:
-        made = build_dataloader(
-            dataset=str(folder),
-            dataset_path=None,
-            tokenizer=tokenizer,
-            seq_len=SEQ_LEN,
-            local_batch_size=1,
-            dp_rank=0,
-            dp_degree=1,
-            seed=seed,
-            held_out_fraction=held_out_fraction,
-        ).source
-        assert isinstance(made, PackedCorpus)
+def test_held_out_samples_are_never_trained_on(folder, tokenizer):
+    def windows(held_out_fraction, seed):
+        made = loader(folder, tokenizer, seed=seed, held_out_fraction=held_out_fraction).source
+        assert isinstance(made, InMemoryCorpus)
         trained = {tuple(row) for row in made.read(0, 2 * made.samples).tolist()}
         if not held_out_fraction:
             return trained, set()
@@ -425,8 +363,8 @@ def test_held_out_samples_are_never_trained_on(folder: Path, tokenizer: Tokenize
     assert windows(0.1, 2)[1] == held_out  # whatever the run's seed is
 
 
-def test_merging_keeps_the_furthest_bookmark() -> None:
-    def state(position: int, **streams: int) -> dict[str, Any]:
+def test_merging_keeps_the_furthest_bookmark():
+    def state(position, **streams):
         return {
             "global_sample": position,
             "identity": {},

@@ -2,19 +2,16 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from octavo.core.errors import ConfigError
-from octavo.data.build import build_dataloader
-from octavo.data.dataloader import DataLoader, merge_state_dicts
-from octavo.data.mixture import BLOCK, Mixture, apportion
-from octavo.data.spec import parse_dataset
-from octavo.tokenizer import build_tokenizer
+from octavo.data.dataloader import merge_state_dicts
+from octavo.data.dataset_spec import parse_dataset
+from octavo.data.mixture import BLOCK, Mixture, allocate_slots
+from tests.helpers.loaders import make_loader
 
 
 class Numbered:
@@ -23,19 +20,19 @@ class Numbered:
     identity: Mapping[str, Any] = {}
     forward_only = False
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number):
         self.number, self.description = number, f"source {number}"
 
-    def read(self, first: int, count: int) -> Tensor:
+    def read(self, first, count):
         return torch.tensor([[self.number, first + row] for row in range(count)])
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-def mixture(*weights: float, seed: int = 0) -> Mixture:
+def mixture(*weights, seed=0):
     return Mixture([(str(k), weight, Numbered(k)) for k, weight in enumerate(weights)], seed=seed)
 
 
@@ -49,26 +46,26 @@ def mixture(*weights: float, seed: int = 0) -> Mixture:
         ((0.5, 0.25, 0.25), [5000, 2500, 2500]),
     ],
 )
-def test_every_block_has_exactly_its_shares(weights: tuple[float, ...], slots: list[int]) -> None:
+def test_every_block_has_exactly_its_shares(weights, slots):
     samples = mixture(*weights).read(2 * BLOCK, BLOCK)
     assert [Counter(samples[:, 0].tolist())[k] for k in range(len(weights))] == slots
-    assert apportion([("x", weight) for weight in weights]) == slots
+    assert allocate_slots([("x", weight) for weight in weights]) == slots
 
 
-def test_each_source_gives_its_samples_once_and_in_order() -> None:
+def test_each_source_gives_its_samples_once_and_in_order():
     samples = mixture(0.7, 0.3).read(0, 3 * BLOCK)
     for k in range(2):
         numbers = samples[samples[:, 0] == k, 1]
         assert torch.equal(numbers, torch.arange(len(numbers)))
 
 
-def test_shares_hold_over_short_stretches_too() -> None:
+def test_shares_hold_over_short_stretches_too():
     owners = mixture(0.7, 0.3).read(0, BLOCK)[:, 0].unflatten(0, (-1, 500)).sum(1)
     assert owners.min() > 110  # of 500 samples; the mean is 150, five deviations are 51
     assert owners.max() < 190
 
 
-def test_a_sample_does_not_depend_on_how_it_is_reached() -> None:
+def test_a_sample_does_not_depend_on_how_it_is_reached():
     whole = mixture(0.6, 0.4, seed=3).read(0, 2 * BLOCK)
     jumping = mixture(0.6, 0.4, seed=3)
     for at in (15_000, 3, 9_999, 10_000, 12):
@@ -77,35 +74,26 @@ def test_a_sample_does_not_depend_on_how_it_is_reached() -> None:
     assert not torch.equal(whole[:BLOCK, 0], whole[BLOCK:, 0])  # another draw in each block
 
 
-def test_a_share_below_one_slot_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"1 with weight 1e-05 of 1.00001 would give less than one sample"):
+def test_a_share_below_one_slot_is_refused():
+    with pytest.raises(ConfigError, match=r"1 with weight 1e-05 of 1.00001 would have less than one sample"):
         mixture(1, 1e-5)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_any_layout_sees_the_same_global_batches(tmp_path: Path, ranks: int, workers: int) -> None:
+def test_any_layout_sees_the_same_global_batches(tmp_path, opened, ranks, workers):
     """From text, with several epochs of the smaller source; resumed half way by the other number of ranks."""
     (tmp_path / "a.txt").write_text(" ".join(f"a{word}" for word in range(300)))
     (tmp_path / "b.txt").write_text(" ".join(f"b{word}" for word in range(60)))
 
-    def loaders(ranks: int) -> list[DataLoader]:
-        return [
-            build_dataloader(
-                dataset=f"{tmp_path / 'a.txt'}:2,{tmp_path / 'b.txt'}:1",
-                dataset_path=None,
-                tokenizer=build_tokenizer("octavo_bpe_2048"),
-                seq_len=8,
-                local_batch_size=8 // ranks,
-                dp_rank=rank,
-                dp_degree=ranks,
-                seed=1,
-                workers=workers,
-            )
-            for rank in range(ranks)
-        ]
+    dataset = f"{tmp_path / 'a.txt'}:2,{tmp_path / 'b.txt'}:1"
 
-    def steps(loaders: list[DataLoader], count: int) -> Tensor:
+    def loaders(ranks):
+        sizes = {"ranks": ranks, "batch": 8 // ranks, "seq_len": 8, "workers": workers}
+        opened.extend(made := [make_loader(dataset, rank=rank, **sizes) for rank in range(ranks)])
+        return made
+
+    def steps(loaders, count):
         return torch.stack([torch.cat([one.next_batch()[0] for one in loaders]) for _ in range(count)])
 
     one, several, later = loaders(1), loaders(ranks), loaders(1)
@@ -114,8 +102,6 @@ def test_any_layout_sees_the_same_global_batches(tmp_path: Path, ranks: int, wor
     state = merge_state_dicts([loader.state_dict() for loader in several])
     assert later[0].load_state_dict(state) is None
     assert torch.equal(steps(later, 20), expected[40:])
-    for loader in (*one, *several, *later):
-        loader.close()
 
 
 @pytest.mark.parametrize(
@@ -128,11 +114,11 @@ def test_any_layout_sees_the_same_global_batches(tmp_path: Path, ranks: int, wor
         ("C:/x:1,b:1", [("C:/x", 1.0), ("b", 1.0)]),
     ],
 )
-def test_how_a_mixture_is_written(text: str, parts: list[tuple[str, float]]) -> None:
+def test_how_a_mixture_is_written(text, parts):
     assert parse_dataset(text, ["shakespeare", "c4"]) == parts
 
 
-def test_a_path_that_exists_is_that_path(tmp_path: Path) -> None:
+def test_a_path_that_exists_is_that_path(tmp_path):
     odd = tmp_path / "a:1,b:2"
     odd.mkdir()
     assert parse_dataset(str(odd), []) == [(str(odd), 1.0)]
@@ -147,6 +133,6 @@ def test_a_path_that_exists_is_that_path(tmp_path: Path) -> None:
         ("a:1,a:2", r"a occurs twice"),
     ],
 )
-def test_what_is_no_mixture(text: str, message: str) -> None:
+def test_what_is_no_mixture(text, message):
     with pytest.raises(ConfigError, match=message):
         parse_dataset(text, [])

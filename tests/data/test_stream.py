@@ -5,21 +5,16 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from octavo.core.errors import ConfigError
 from octavo.data import stream as data_stream
-from octavo.data.build import build_dataloader
-from octavo.data.dataloader import DataLoader, merge_state_dicts
-from octavo.data.records import BadRecords
-from octavo.data.stream import StreamedCorpus, hub_files
-from octavo.tokenizer import Tokenizer, build_tokenizer
+from octavo.data.corpus_files import BadRecords
+from octavo.data.dataloader import merge_state_dicts
+from octavo.data.stream import StreamedCorpus, open_hub_files
+from tests.helpers.loaders import make_loader
 from tests.helpers.waiting import LIMIT
 
 SEQ_LEN = 16
@@ -27,12 +22,7 @@ FILES = 6
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return build_tokenizer("octavo_bpe_2048")
-
-
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def copy(tmp_path_factory):
     """A local copy as C4 is laid out: some files compressed, unequal lengths, some documents empty."""
     root = tmp_path_factory.mktemp("c4")
     draw = random.Random(0)
@@ -53,36 +43,17 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True, params=[64, 4], ids=["a file a stream", "files share streams"])
-def streams(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+def streams(request, monkeypatch):
     monkeypatch.setattr(data_stream, "STREAMS", request.param)
     count: int = min(request.param, FILES)
     return count
 
 
-@pytest.fixture
-def opened() -> Iterator[list[DataLoader]]:
-    loaders: list[DataLoader] = []
-    yield loaders
-    for one in loaders:
-        one.close()
+def make(copy, tokenizer, **options):
+    return make_loader("c4", tokenizer, dataset_path=str(copy), **options)
 
 
-def make(
-    copy: Path, tokenizer: Tokenizer, rank: int = 0, ranks: int = 1, batch: int = 4, seed: int = 1
-) -> DataLoader:
-    return build_dataloader(
-        dataset="c4",
-        dataset_path=str(copy),
-        tokenizer=tokenizer,
-        seq_len=SEQ_LEN,
-        local_batch_size=batch,
-        dp_rank=rank,
-        dp_degree=ranks,
-        seed=seed,
-    )
-
-
-def steps(loaders: list[DataLoader], count: int) -> Tensor:
+def steps(loaders, count):
     """[count, global batch, SEQ_LEN + 1]"""
     result = []
     for _ in range(count):
@@ -91,9 +62,7 @@ def steps(loaders: list[DataLoader], count: int) -> Tensor:
     return torch.stack(result)
 
 
-def test_streams_hold_the_documents_in_order(
-    copy: Path, tokenizer: Tokenizer, streams: int, opened: list[DataLoader]
-) -> None:
+def test_streams_hold_the_documents_in_order(copy, tokenizer, streams, opened):
     """Sample i is sample i // V of stream i % V; a stream's windows join to whole documents of its files."""
     one = make(copy, tokenizer, batch=streams)
     opened.append(one)
@@ -115,18 +84,14 @@ def test_streams_hold_the_documents_in_order(
 
 
 @pytest.mark.parametrize(("ranks", "batch"), [(2, 4), (4, 2), (8, 1)])
-def test_any_layout_sees_the_same_global_batches(
-    copy: Path, tokenizer: Tokenizer, ranks: int, batch: int, opened: list[DataLoader]
-) -> None:
+def test_any_layout_sees_the_same_global_batches(copy, tokenizer, ranks, batch, opened):
     """60 steps of 8 samples: every stream is past the end of its files, most several times."""
     opened += [make(copy, tokenizer, batch=8)]
     opened += [make(copy, tokenizer, rank=rank, ranks=ranks, batch=batch) for rank in range(ranks)]
     assert torch.equal(steps(opened[:1], 60), steps(opened[1:], 60))
 
 
-def test_a_rank_opens_only_its_own_streams(
-    copy: Path, tokenizer: Tokenizer, streams: int, opened: list[DataLoader]
-) -> None:
+def test_a_rank_opens_only_its_own_streams(copy, tokenizer, streams, opened):
     half = make(copy, tokenizer, rank=1, ranks=2, batch=streams // 2)
     opened.append(half)
     steps([half], 5)
@@ -138,9 +103,7 @@ def test_a_rank_opens_only_its_own_streams(
 @pytest.mark.parametrize("saved_at", [0, 1, 7, 40])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("merged", [True, False])
-def test_resumed_is_uninterrupted(
-    copy: Path, tokenizer: Tokenizer, saved_at: int, ranks: int, merged: bool, opened: list[DataLoader]
-) -> None:
+def test_resumed_is_uninterrupted(copy, tokenizer, saved_at, ranks, merged, opened):
     """Saved by two ranks, resumed by one, two or four, with the bookmarks of both or of one."""
     whole = make(copy, tokenizer, batch=8)
     saving = [make(copy, tokenizer, rank=rank, ranks=2, batch=4) for rank in range(2)]
@@ -155,9 +118,7 @@ def test_resumed_is_uninterrupted(
     assert torch.equal(expected, steps(resumed, 20))
 
 
-def test_a_bookmark_spares_reading_from_the_start(
-    copy: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, opened: list[DataLoader]
-) -> None:
+def test_a_bookmark_spares_reading_from_the_start(copy, tokenizer, monkeypatch, opened):
     first = make(copy, tokenizer, batch=8)
     opened.append(first)
     steps([first], 200)
@@ -181,16 +142,14 @@ def test_a_bookmark_spares_reading_from_the_start(
         assert sum(calls) in expected  # documents tokenised
 
 
-def test_seeds_differ(copy: Path, tokenizer: Tokenizer, opened: list[DataLoader]) -> None:
+def test_seeds_differ(copy, tokenizer, opened):
     opened += [make(copy, tokenizer, seed=seed) for seed in (1, 1, 2)]
     one, same, other = (steps([loader], 10) for loader in opened)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
 
-def test_passes_differ_where_a_stream_has_several_files(
-    copy: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, opened: list[DataLoader]
-) -> None:
+def test_passes_differ_where_a_stream_has_several_files(copy, tokenizer, monkeypatch, opened):
     monkeypatch.setattr(data_stream, "STREAMS", 1)
     opened.append(make(copy, tokenizer, batch=1))
     text = tokenizer.decode(steps(opened, 2000)[:, 0, :-1].flatten().tolist())
@@ -203,21 +162,17 @@ def test_passes_differ_where_a_stream_has_several_files(
     assert order[:FILES] != order[FILES : 2 * FILES]
 
 
-def test_a_damaged_file_ends_the_run_with_its_name(
-    tokenizer: Tokenizer, tmp_path: Path, opened: list[DataLoader]
-) -> None:
+def test_a_damaged_file_ends_the_run_with_its_name(tokenizer, tmp_path, opened):
     (tmp_path / "a.json").write_text(json.dumps({"text": "word " * 100}) + '\n{"text": "cut')
     opened.append(make(tmp_path, tokenizer, batch=1))
     with pytest.raises(ConfigError, match=r"a\.json, line 2 \(offset 513\): not a JSON object"):
         steps(opened, 100)
 
 
-def test_a_data_set_without_a_document(
-    tokenizer: Tokenizer, tmp_path: Path, opened: list[DataLoader]
-) -> None:
+def test_a_data_set_without_a_document(tokenizer, tmp_path, opened):
     (tmp_path / "a.json").write_text('{"text": ""}\n')
     opened.append(make(tmp_path, tokenizer, batch=1))
-    with pytest.raises(ConfigError, match="hold no document"):
+    with pytest.raises(ConfigError, match="have no document"):
         steps(opened, 1)
 
 
@@ -225,11 +180,11 @@ class TestHub:
     """The path through `datasets`, with local files in the place of the hub's."""
 
     @pytest.fixture(autouse=True)
-    def redirect(self, copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def redirect(self, copy, monkeypatch, tmp_path):
         datasets = pytest.importorskip("datasets")
         load_dataset = datasets.load_dataset
 
-        def redirected(repository: str, config: str, **options: Any) -> Any:
+        def redirected(repository, config, **options):
             assert (repository, config) == ("allenai/c4", "en")
             assert options == {"split": "train", "streaming": True}
             files = {"train": [str(path) for path in sorted(copy.iterdir())]}
@@ -237,17 +192,8 @@ class TestHub:
 
         monkeypatch.setattr(datasets, "load_dataset", redirected)
 
-    def test_equals_the_local_copy(self, copy: Path, tokenizer: Tokenizer, opened: list[DataLoader]) -> None:
-        hub = build_dataloader(
-            dataset="c4",
-            dataset_path=None,
-            tokenizer=tokenizer,
-            seq_len=SEQ_LEN,
-            local_batch_size=4,
-            dp_rank=0,
-            dp_degree=1,
-            seed=1,
-        )
+    def test_equals_the_local_copy(self, copy, tokenizer, opened):
+        hub = make_loader("c4", tokenizer)
         opened += [hub, make(copy, tokenizer)]
         assert torch.equal(steps([hub], 60), steps(opened[1:], 60))
         later = make(copy, tokenizer)
@@ -255,52 +201,48 @@ class TestHub:
         assert later.load_state_dict(hub.state_dict()) is None
         assert torch.equal(steps([hub], 10), steps([later], 10))
 
-    def test_opens_a_file_at_a_document(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_opens_a_file_at_a_document(self, monkeypatch):
         monkeypatch.setattr(data_stream, "_ROWS_PER_TABLE", 4)
-        for open_file in hub_files("allenai/c4", "en"):
+        for open_file in open_hub_files("allenai/c4", "en"):
             every = list(open_file(0))
             for start in (1, 4, 9, len(every) - 1, len(every)):
                 assert list(open_file(start)) == every[start:]
 
 
-def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_out_of_reach(monkeypatch):
     datasets = pytest.importorskip("datasets")
 
-    def unreachable(*_: Any, **__: Any) -> None:
+    def unreachable(*_, **__):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(
         ConfigError, match=r"allenai/c4 cannot be opened \(ConnectionError: no route\).*dataset_path"
     ):
-        hub_files("allenai/c4", "en")
+        open_hub_files("allenai/c4", "en")
 
 
-def test_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_datasets(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"pip install 'octavo\[train\]'"):
-        hub_files("allenai/c4", "en")
+        open_hub_files("allenai/c4", "en")
 
 
-def test_needs_files(tokenizer: Tokenizer) -> None:
+def test_needs_files(tokenizer):
     with pytest.raises(ConfigError, match="c4: no files"):
         StreamedCorpus([], name="c4", tokenizer=tokenizer, seq_len=SEQ_LEN, seed=0)
 
 
 ABANDONED = """
 import sys
-from octavo.data.build import build_dataloader
-from octavo.tokenizer import build_tokenizer
-loader = build_dataloader(
-    dataset="c4", dataset_path=sys.argv[1], tokenizer=build_tokenizer("octavo_bpe_2048"),
-    seq_len=16, local_batch_size=4, dp_rank=0, dp_degree=1, seed=0,
-)
+from tests.helpers.loaders import make_loader
+loader = make_loader("c4", dataset_path=sys.argv[1])
 loader.next_batch()
 sys.exit(7)
 """
 
 
-def test_a_process_ends_cleanly_while_it_reads_ahead(copy: Path) -> None:
+def test_a_process_ends_cleanly_while_it_reads_ahead(copy):
     run = subprocess.run(
         [sys.executable, "-c", ABANDONED, str(copy)],
         capture_output=True,
@@ -312,26 +254,15 @@ def test_a_process_ends_cleanly_while_it_reads_ahead(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_mixture_with_a_stream_goes_on_exactly(
-    copy: Path, tokenizer: Tokenizer, tmp_path: Path, ranks: int, opened: list[DataLoader]
-) -> None:
+def test_a_mixture_with_a_stream_goes_on_exactly(copy, tokenizer, tmp_path, ranks, opened):
     """Saved by two ranks with a worker each, resumed by one or two, inline."""
     (tmp_path / "a.txt").write_text(" ".join(f"a{word}" for word in range(300)))
 
-    def loaders(count: int, workers: int) -> list[DataLoader]:
+    def loaders(count, workers):
+        mixture = f"c4:0.6,{tmp_path / 'a.txt'}:0.4"
+        sizes = {"ranks": count, "batch": 8 // count, "workers": workers}
         made = [
-            build_dataloader(
-                dataset=f"c4:0.6,{tmp_path / 'a.txt'}:0.4",
-                dataset_path=str(copy),
-                tokenizer=tokenizer,
-                seq_len=SEQ_LEN,
-                local_batch_size=8 // count,
-                dp_rank=rank,
-                dp_degree=count,
-                seed=1,
-                workers=workers,
-            )
-            for rank in range(count)
+            make_loader(mixture, tokenizer, dataset_path=str(copy), rank=r, **sizes) for r in range(count)
         ]
         opened.extend(made)
         return made
@@ -346,25 +277,13 @@ def test_a_mixture_with_a_stream_goes_on_exactly(
     assert torch.equal(steps(resumed, 15), expected[25:])
 
 
-def test_bad_records_of_a_stream_are_passed_over_and_counted_once(
-    tokenizer: Tokenizer, tmp_path: Path, opened: list[DataLoader]
-) -> None:
-    """Though every pass meets them again."""
+def test_bad_records_of_a_stream_are_skipped_and_counted_once(tokenizer, tmp_path, opened):
+    """Although every pass reads them again."""
     good = json.dumps({"text": "word " * 40})
     (tmp_path / "a.json").write_text(f'{good}\n{{"text": "cut\n{good}\n{{"body": "x"}}\n')
     bad = BadRecords(2)
-    one = build_dataloader(
-        dataset="c4",
-        dataset_path=str(tmp_path),
-        tokenizer=tokenizer,
-        seq_len=SEQ_LEN,
-        local_batch_size=1,
-        dp_rank=0,
-        dp_degree=1,
-        seed=1,
-        bad=bad,
-    )
+    one = make(tmp_path, tokenizer, batch=1, bad=bad)
     opened.append(one)
     steps([one], 60)
     assert len(bad.found) == 2
-    assert "2 bad records were passed over" in bad.summary()
+    assert "2 bad records were skipped" in bad.summary()

@@ -1,22 +1,16 @@
 """Tokens that are kept are those that the text gives, whoever writes and whatever happens to the file."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from octavo.core.errors import ConfigError
 from octavo.data import token_cache
-from octavo.data.corpus import Tokens, encode
-from octavo.data.records import BadRecords
-from octavo.tokenizer import Tokenizer, build_tokenizer
+from octavo.data.corpus import Tokens, tokenize
+from octavo.data.corpus_files import BadRecords
+from octavo.tokenizer import build_tokenizer
 from tests.helpers import ranks
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return build_tokenizer("octavo_bpe_2048")
 
 
 @pytest.fixture
@@ -38,18 +32,18 @@ def files(tmp_path):
 def encoded(monkeypatch):
     """How often text was tokenised."""
     calls = []
-    monkeypatch.setattr(token_cache, "encode", lambda *args: calls.append(1) or encode(*args))
+    monkeypatch.setattr(token_cache, "tokenize", lambda *args: calls.append(1) or tokenize(*args))
     return calls
 
 
-def same(one: Tokens, other: Tokens) -> bool:
+def same(one, other):
     return one.ids_N.dtype == np.int32 and one[1:] == other[1:] and np.array_equal(one.ids_N, other.ids_N)
 
 
 def test_the_second_run_reads_what_the_first_wrote(files, tokenizer, entries, encoded):
     texts = ["Who's there? Nay, answer me.", "Long live the king!", "Bernardo?"]
-    expected = encode(texts, tokenizer)
-    assert all(same(token_cache.tokens_of(files, tokenizer, None), expected) for _ in range(2))
+    expected = tokenize(texts, tokenizer)
+    assert all(same(token_cache.load_or_tokenize(files, tokenizer, None), expected) for _ in range(2))
     assert expected.documents == 3
     assert (len(encoded), len(entries())) == (1, 1)
 
@@ -57,7 +51,7 @@ def test_the_second_run_reads_what_the_first_wrote(files, tokenizer, entries, en
 def test_another_text_order_format_or_tokenizer_is_another_entry(files, tokenizer, entries, tmp_path):
     def after(change):
         change()
-        token_cache.tokens_of(files, tokenizer, None)
+        token_cache.load_or_tokenize(files, tokenizer, None)
         return len(entries())
 
     raw = tmp_path / "b.txt"
@@ -70,12 +64,12 @@ def test_another_text_order_format_or_tokenizer_is_another_entry(files, tokenize
     other._engine.model.dropout = 1.0  # no merges: the ids mean the same tokens, and text gives others
     assert other.fingerprint == tokenizer.fingerprint
     assert other.encode("king") != tokenizer.encode("king")
-    token_cache.tokens_of(files, other, None)
+    token_cache.load_or_tokenize(files, other, None)
     assert len(entries()) == 5
 
 
 def test_a_damaged_entry_is_made_again(files, tokenizer, entries, encoded):
-    whole = token_cache.tokens_of(files, tokenizer, None)
+    whole = token_cache.load_or_tokenize(files, tokenizer, None)
     (entry,) = entries()
     content = entry.read_bytes()
     cut = [content[:size] for size in range(0, len(content), 37)]
@@ -86,7 +80,7 @@ def test_a_damaged_entry_is_made_again(files, tokenizer, entries, encoded):
     ]
     for damaged in [*cut, *flipped, b"", b"\x93NUMPY"]:
         entry.write_bytes(damaged)
-        assert same(token_cache.tokens_of(files, tokenizer, None), whole)
+        assert same(token_cache.load_or_tokenize(files, tokenizer, None), whole)
     assert len(encoded) > len(cut) + whole.ids_N.nbytes  # a flag or date of the archive may go unnoticed
     assert entries() == [entry]
     assert same(token_cache._load(entry), whole)
@@ -96,20 +90,20 @@ def test_bad_records_are_counted_in_each_run(files, tokenizer, entries):
     files[1].write_text('{"text": "Long live the king!"}\n{"text": 7}\n')
     for _ in range(2):
         bad = BadRecords(1)
-        assert token_cache.tokens_of(files, tokenizer, bad).documents == 2
+        assert token_cache.load_or_tokenize(files, tokenizer, bad).documents == 2
         assert len(bad.found) == 1
     assert entries() == []
     with pytest.raises(ConfigError, match=r"b\.jsonl, line 2"):
-        token_cache.tokens_of(files, tokenizer, BadRecords(0))
+        token_cache.load_or_tokenize(files, tokenizer, BadRecords(0))
 
 
 def test_a_text_that_changes_while_it_is_read_is_not_kept(files, tokenizer, entries, monkeypatch):
     def slow(documents, tokenizer):
         files[0].write_text("Something else")
-        return encode(documents, tokenizer)
+        return tokenize(documents, tokenizer)
 
-    monkeypatch.setattr(token_cache, "encode", slow)
-    token_cache.tokens_of(files, tokenizer, None)
+    monkeypatch.setattr(token_cache, "tokenize", slow)
+    token_cache.load_or_tokenize(files, tokenizer, None)
     assert entries() == []
 
 
@@ -127,7 +121,7 @@ def test_without_a_place_to_keep_them_nothing_else_changes(
     else:
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    assert token_cache.tokens_of(files, tokenizer, None).documents == 3
+    assert token_cache.load_or_tokenize(files, tokenizer, None).documents == 3
     assert entries() == []
 
 
@@ -135,24 +129,24 @@ def test_what_was_not_used_for_the_longest_time_makes_room(files, tokenizer, ent
     sizes = []
     for number in range(3):
         files[0].write_text(f"Act {number}")
-        token_cache.tokens_of(files, tokenizer, None)
-        sizes.append(token_cache._path(files, tokenizer))
+        token_cache.load_or_tokenize(files, tokenizer, None)
+        sizes.append(token_cache._entry_path(files, tokenizer))
         os.utime(sizes[-1], (number, number))
     files[0].write_text("Act 0")
-    token_cache.tokens_of(files, tokenizer, None)  # used
+    token_cache.load_or_tokenize(files, tokenizer, None)  # used
     monkeypatch.setattr(token_cache, "_LIMIT", 3 * sizes[0].stat().st_size + 20)
     files[0].write_text("Act 3")
-    token_cache.tokens_of(files, tokenizer, None)
-    assert entries() == sorted([sizes[0], sizes[2], token_cache._path(files, tokenizer)])
+    token_cache.load_or_tokenize(files, tokenizer, None)
+    assert entries() == sorted([sizes[0], sizes[2], token_cache._entry_path(files, tokenizer)])
 
     monkeypatch.setattr(token_cache, "_LIMIT", 8)
     files[0].write_text("Act 4")
-    token_cache.tokens_of(files, tokenizer, None)  # larger than everything together may be
+    token_cache.load_or_tokenize(files, tokenizer, None)  # larger than everything together may be
     assert len(entries()) == 3
 
 
-def _read(files: list[Path]) -> tuple[list[int], int]:
-    tokens = token_cache.tokens_of(files, build_tokenizer("octavo_bpe_2048"), None)
+def _read(files):
+    tokens = token_cache.load_or_tokenize(files, build_tokenizer("octavo_bpe_2048"), None)
     return tokens.ids_N.tolist(), tokens.documents
 
 

@@ -1,13 +1,13 @@
-"""The order of samples: a permutation per epoch, computed for one index at a time.
+"""Shuffles samples by a permutation per epoch that is computed for one index at a time.
 
-`order(n, seed, epoch)[i]` must be the same number on every machine and torch version, for ever, or a resumed
-run reads other text than the run it continues. `torch.randperm` promises that for no two releases. So the
-permutation is our own: a Feistel network, which turns any keyed hash into a bijection on [0, 4^k), and cycle
-walking, which applies it again until the result lies below n (fewer than four times on average). It needs no
-memory and no start-up time for billions of samples, and position 10^9 costs what position 0 costs. It mixes
-well enough to shuffle text by; it is not cryptography.
+The permutation must stay the same on every machine and torch version, or a resumed run reads other text than
+the run it continues; `torch.randperm` does not promise that between releases. So it is a Feistel network,
+which turns any keyed hash into a bijection on [0, 4^k), with cycle walking, which repeats it until the result
+is below n (fewer than four times on average). It needs no memory and no start-up time for billions of
+samples, and position 10^9 costs as much as position 0. It shuffles well; it is not cryptographic.
 
-`shuffled` is the definition; `shuffled_range` gives the same for many indices at once, 50 times as fast.
+`permute` is the definition; `permute_range` and `permute_many` compute many indices at once, 50 times as
+fast.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def mix64(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def shuffled(index: int, size: int, *, seed: int, epoch: int) -> int:
-    """Where `index` goes in the permutation of range(size) that (seed, epoch) names.
+def permute(index: int, size: int, *, seed: int, epoch: int) -> int:
+    """The image of `index` under the permutation of range(size) for (seed, epoch).
 
     Args:
         index: position in the epoch, 0 <= index < size.
         size: number of samples in an epoch.
-        seed, epoch: any integers; another seed or another epoch is another order.
+        seed, epoch: any integers; each pair is a different order.
     """
     if not 0 <= index < size:
-        raise ValueError(f"index {index} lies outside range({size})")
+        raise ValueError(f"index {index} is outside range({size})")
     half_bits = ((size - 1).bit_length() + 1) // 2  # 4**half_bits >= size
     half_mask = (1 << half_bits) - 1
     key = mix64(mix64(seed & _MASK64) ^ (epoch & _MASK64))
@@ -52,15 +52,15 @@ def shuffled(index: int, size: int, *, seed: int, epoch: int) -> int:
             return index
 
 
-def shuffled_range(start: int, stop: int, size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """`shuffled` of each index in [start, stop), as int64 [stop - start]."""
+def permute_range(start: int, stop: int, size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """`permute` of each index in [start, stop), as int64 [stop - start]."""
     import numpy as np
 
-    return shuffled_many(np.arange(start, stop, dtype=np.int64), size, seed=seed, epoch=epoch)
+    return permute_many(np.arange(start, stop, dtype=np.int64), size, seed=seed, epoch=epoch)
 
 
-def shuffled_many(indices_N: NDArray[np.int64], size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """`shuffled` of each of `indices_N`, all in range(size)."""
+def permute_many(indices_N: NDArray[np.int64], size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """`permute` of each of `indices_N`, all in range(size)."""
     import numpy as np
 
     half_bits = np.uint64(((size - 1).bit_length() + 1) // 2)

@@ -1,10 +1,10 @@
-"""How `training.dataset` names its sources: one, or several with weights.
+"""The syntax of `training.dataset`: one source, or several with weights.
 
     shakespeare                    a known corpus, a file or a folder
     books:0.7,/data/web:0.3        a mixture: NAME:WEIGHT, separated by commas
 
-What exists under the whole text is that one thing, so a path with a comma or a colon in it can be used alone,
-but not in a mixture. One string, so that TOML and a flag write it alike.
+A path that exists is always one source, so a path with a comma or colon can be used alone but not in a
+mixture. It is one string, so that TOML and flags write it the same way.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _WEIGHTED = re.compile(r"\s*(?P<name>[^,]+?)\s*:\s*(?P<weight>[0-9.]+(?:[eE][+-]
 
 
 def parse_dataset(text: str, known: Sequence[str]) -> list[tuple[str, float]]:
-    """Name and weight of each source that `text` names; one that stands alone has the weight 1.
+    """The name and weight of each source in `text`; a single source has weight 1.
 
     Args:
-        known: the names of corpora that are no paths.
+        known: the names of corpora that are not paths.
 
     Raises:
-        ConfigError: a mixture with a part without weight, a weight of 0, or a name that occurs twice.
+        ConfigError: a mixture with a part without a weight, a weight of 0, or a name that occurs twice.
     """
     if text in known or Path(text).expanduser().exists():
         return [(text, 1.0)]
