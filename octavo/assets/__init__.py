@@ -1,6 +1,6 @@
 """Text and tokenizer that ship in the package, so that a first run needs no network.
 
-Paths only: what is in them is read by `octavo.data.loader` and `octavo.components.tokenizer`. Importing
+Paths only: what is in them is read by `octavo.data` and `octavo.tokenizer`. Importing
 this costs nothing, no torch and no numpy, for the preflight check reads it too. Sources and licences:
 `README.md` beside this file.
 """
