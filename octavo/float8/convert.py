@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -16,6 +19,8 @@ from octavo.float8.linear import Float8Linear
 from octavo.float8.recipe import find_recipe
 
 ModuleFilter = Callable[[nn.Module, str], bool]
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_CALLED_NAMES = ("fqn", "name", "module_name", "path")
 
 
 def _swap(module: nn.Module, fqn: str, replace: Callable[[nn.Linear, str], nn.Module | None]) -> nn.Module:
@@ -48,6 +53,39 @@ def _why_unable(linear: nn.Linear) -> str | None:
     return None
 
 
+def plain_name(fqn: str) -> str:
+    """`fqn` without what torch.compile, activation checkpointing and FSDP add to names."""
+    return ".".join(part for part in fqn.split(".") if part not in _WRAPPERS)
+
+
+def _check_filter(module_filter_fn: Any) -> None:
+    if not callable(module_filter_fn):
+        raise TypeError(
+            f"module_filter_fn is a {type(module_filter_fn).__name__}; it must be a function of a module and "
+            "its name"
+        )
+    try:
+        names = list(inspect.signature(module_filter_fn).parameters)[:2]
+    except (TypeError, ValueError):  # a builtin without one
+        return
+    if len(names) == 2 and names[0] in _CALLED_NAMES and names[1] not in _CALLED_NAMES:
+        taken = ", ".join(names)
+        raise TypeError(f"module_filter_fn takes ({taken}); it is called with (module, fqn): swap them")
+
+
+def _accepts(module_filter_fn: ModuleFilter, linear: nn.Linear, fqn: str) -> bool:
+    name = plain_name(fqn)
+    try:
+        accepted = module_filter_fn(linear, name)
+    except Exception as error:
+        error.add_note(f"raised by module_filter_fn(module, fqn) for {type(linear).__name__} {name!r}")
+        raise
+    if not isinstance(accepted, bool):
+        got = f"{accepted!r:.60}"
+        raise TypeError(f"module_filter_fn returned {got} for {name!r}; it must return True or False")
+    return accepted
+
+
 def _ends_feed_forward(linear: nn.Linear, siblings: Sequence[nn.Linear]) -> bool:
     """Whether `linear` takes a feed-forward's wide layer back to the narrow one.
 
@@ -75,16 +113,13 @@ def convert_to_float8_training(
     Parameters stay the same objects, so an optimizer made before keeps working; a linear that appears in two
     places stays one; hooks and buffers go along. Warns if nothing was converted, and names linears that
     cannot be: those with a forward of their own, with a computed weight, without sizes yet, and
-    nn.MultiheadAttention's. Raises TypeError if `module` is not a module, ValueError if weights to be
-    gathered in float8 are sharded already.
+    nn.MultiheadAttention's. Raises TypeError if `module` is not a module or the filter does not return a
+    bool, ValueError after `fully_shard`.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"convert_to_float8_training takes a torch.nn.Module, not a {type(module).__name__}")
-    if module_filter_fn is not None and not callable(module_filter_fn):
-        raise TypeError(
-            f"module_filter_fn is a {type(module_filter_fn).__name__}; it must be a function of a module and "
-            "its name"
-        )
+    if module_filter_fn is not None:
+        _check_filter(module_filter_fn)
     options = resolve(config)[1]  # a bad configuration fails even where nothing is converted
     linears = {fqn: m for fqn, m in module.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
     # The filter is asked about all before any is swapped: one that raises leaves the model as it was.
@@ -92,7 +127,7 @@ def convert_to_float8_training(
         fqn
         for fqn, linear in linears.items()
         if not isinstance(linear, Float8Linear)
-        and (module_filter_fn is None or module_filter_fn(linear, fqn))
+        and (module_filter_fn is None or _accepts(module_filter_fn, linear, fqn))
     ]
     unable = {fqn: reason for fqn in wanted if (reason := _why_unable(linears[fqn])) is not None}
     if unable:
@@ -103,13 +138,13 @@ def convert_to_float8_training(
             stacklevel=2,
         )
     chosen = {fqn: linears[fqn] for fqn in wanted if fqn not in unable}
-    if options is not None and options.enable_fsdp_float8_all_gather:
-        sharded = [fqn for fqn, linear in chosen.items() if isinstance(linear.weight, DTensor)]
-        if sharded:
-            raise ValueError(
-                f"{sharded[0]} is sharded already, too late for enable_fsdp_float8_all_gather: call "
-                "convert_to_float8_training before fully_shard"
-            )
+    managed = any(isinstance(m, FSDPModule) for m in module.modules())
+    for_fsdp = options is not None and options.enable_fsdp_float8_all_gather
+    sharded = [fqn for fqn, linear in chosen.items() if isinstance(linear.weight, DTensor)]
+    if sharded and (managed or for_fsdp):
+        raise ValueError(
+            f"{sharded[0]} is sharded already: convert first, and apply fully_shard to the converted model"
+        )
     swapped: dict[int, Float8Linear] = {}
     found, already = len(linears), sum(isinstance(m, Float8Linear) for m in linears.values())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +246,52 @@ def test_wrong_types_are_told(call: Any, told: str) -> None:
 def test_wrong_blocks_are_told(block: Any) -> None:
     with pytest.raises(ValueError, match="it must be a tuple"):
         Cast(torch.float8_e4m3fn, block)
+
+
+def accepting_all_but(names: list[str], unwanted: str) -> Callable[[nn.Module, str], bool]:
+    def accept(module: nn.Module, fqn: str) -> bool:
+        names.append(fqn)
+        return fqn != unwanted
+
+    return accept
+
+
+@pytest.mark.parametrize("compiled", ["whole", "part"])
+def test_filters_get_names_without_what_compiling_adds(compiled: str) -> None:
+    model = nn.ModuleDict({"body": nn.Linear(16, 16), "output": nn.Linear(16, 16)})
+    whole = torch.compile(model) if compiled == "whole" else model
+    if compiled == "part":
+        model["output"] = torch.compile(model["output"])
+    names: list[str] = []
+    convert_to_float8_training(whole, module_filter_fn=accepting_all_but(names, "output"))
+    assert [name.removesuffix("._orig_mod") for name in names] == names
+    assert "output" in names
+    inner = model["output"]
+    assert not isinstance(getattr(inner, "_orig_mod", inner), Float8Linear)
+    assert isinstance(model["body"], Float8Linear)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda module, fqn: None, "returned None for '0'; it must return True or False"),
+        (
+            lambda fqn, mod: fqn != "output",
+            r"takes \(fqn, mod\); it is called with \(module, fqn\): swap them",
+        ),
+        (lambda name, module: True, "swap them"),
+        (lambda module, fqn: 1, "returned 1 for '0'"),
+    ],
+)
+def test_filters_that_cannot_be_meant_are_refused(wrong: Callable, message: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    with pytest.raises(TypeError, match=message):
+        convert_to_float8_training(model, module_filter_fn=wrong)
+    assert type(model[0]) is nn.Linear
+
+
+def test_an_error_of_a_filter_names_the_layer() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    with pytest.raises(ZeroDivisionError) as caught:
+        convert_to_float8_training(model, module_filter_fn=lambda module, fqn: 1 / 0)
+    assert caught.value.__notes__ == ["raised by module_filter_fn(module, fqn) for Linear '0'"]

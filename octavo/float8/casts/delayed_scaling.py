@@ -32,11 +32,11 @@ import torch.distributed as dist
 from torch import nn
 
 from octavo.float8.casts.delayed_statistics import LayerStatistics, OperandStatistics
+from octavo.float8.convert import plain_name
 from octavo.float8.linear import Float8Linear
 from octavo.float8.recipe import Cast, When
 
 DEFAULT_BOUND = 1e-3
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,6 @@ class SaturationReport:
     operand: str
     just_in_time: bool
     falls_back: bool
-
-
-def _plain(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def _before(cast: Cast | None) -> bool:
@@ -85,10 +79,10 @@ class DelayedScaling:
         for name, parent in model.named_modules():
             for group in getattr(parent, "same_input", ()):
                 first = f"{name}.{group[0]}" if name else group[0]
-                shared |= {id(getattr(parent, child, None)): _plain(first) for child in group}
+                shared |= {id(getattr(parent, child, None)): plain_name(first) for child in group}
         for name, linear in model.named_modules():
             if isinstance(linear, Float8Linear):
-                self._install(linear, _plain(name), shared.get(id(linear), _plain(name)))
+                self._install(linear, plain_name(name), shared.get(id(linear), plain_name(name)))
 
     def _install(self, linear: Float8Linear, name: str, reads_with: str) -> None:
         def operand(wanted: bool, key: str) -> OperandStatistics | None:

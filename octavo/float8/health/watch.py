@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_t
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from octavo.float8.casts.input_cache import compute_once
+from octavo.float8.convert import plain_name
 from octavo.float8.distributed.fsdp_gather import plain_parameter
 from octavo.float8.distributed.unsharded_weight import UnshardedWeight
 from octavo.float8.health.measure import NUMBERS, Slot, cast_slots, measure
@@ -176,18 +177,9 @@ def _combine_ranks(
     return torch.cat([amax.unsqueeze(1), sums], dim=1).tolist()
 
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-
-
 def named_linears(model: nn.Module, kind: type[nn.Linear]) -> dict[str, nn.Linear]:
     """The linears of `model` by name, without what compiling and checkpointing add to names."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, kind):
-            for wrapper in _WRAPPERS:
-                name = name.replace(wrapper, "")
-            found[name] = module
-    return found
+    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
 def _row(layer: str, slot: Slot, seen: Sequence[float]) -> Measurement:

@@ -157,6 +157,23 @@ def test_built_on_meta_then_filled() -> None:
     assert ranks.run(3, _meta_init) == [[True] * 5] * 3
 
 
+def _converted_too_late() -> list[str]:
+    messages = []
+    for gather in (False, True):
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        for part in (*model, model):
+            fully_shard(part)
+        with pytest.raises(ValueError) as caught:
+            convert_to_float8_training(model, config=config("tensorwise", gather=gather))
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_converting_what_is_sharded_is_refused() -> None:
+    message = "0 is sharded already: convert first, and apply fully_shard to the converted model"
+    assert ranks.run(2, _converted_too_late) == [[message] * 2] * 2
+
+
 def _hsdp() -> bool:
     results = []
     for gather in (False, True):
