@@ -12,13 +12,13 @@ import os
 import shlex
 import shutil
 import sys
-from argparse import SUPPRESS, ArgumentTypeError, Namespace
+from argparse import SUPPRESS, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from octavo.commands.argparser import Parser, whole
+from octavo.commands.argparser import Parser, bounded_float, bounded_int
 from octavo.commands.compare.executor import Executor, exit_code, is_over, measure_saved
 from octavo.commands.compare.report.figures import choose_baseline, figures_of
 from octavo.commands.compare.report.run_data import RunData, load_run
@@ -35,16 +35,6 @@ _MOST_SEEDS = 100
 _LOCK = ".lock"
 
 
-def _loss(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise ArgumentTypeError(f"expected a loss above 0, got {text!r}")
-    return value
-
-
 def _parser() -> Parser:
     parser = Parser(
         "octavo compare",
@@ -56,14 +46,18 @@ def _parser() -> Parser:
         "interrupted comparison. In names of flags - and _ are the same.",
     )
     parser.add_argument(
-        "--steps", type=whole(1), default=SUPPRESS, metavar="N", help="of each run (default: training.steps)"
+        "--steps",
+        type=bounded_int(1),
+        default=SUPPRESS,
+        metavar="N",
+        help="of each run (default: training.steps)",
     )
     parser.add_argument(
         "--recipes", default=SUPPRESS, metavar="A,B", help=f"what to compare (default: {_RECIPES})"
     )
     parser.add_argument(
         "--bf16_seeds",
-        type=whole(2, _MOST_SEEDS),
+        type=bounded_int(2, _MOST_SEEDS),
         default=SUPPRESS,
         metavar="N",
         help="seeds of the high-precision run, whose differences are the noise; 2 at least (default: 3)",
@@ -76,7 +70,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--jobs",
-        type=whole(1, _MOST_JOBS),
+        type=bounded_int(1, _MOST_JOBS),
         default=SUPPRESS,
         metavar="N",
         help="runs side by side (default: 2 on a CPU with cores enough, 1 on GPUs)",
@@ -88,7 +82,10 @@ def _parser() -> Parser:
         help="keep those of finished runs, which are deleted else",
     )
     parser.add_argument(
-        "--target_loss", type=_loss, metavar="X", help="loss to time (default: bf16's after 3/4 of its steps)"
+        "--target_loss",
+        type=bounded_float(0, 1e6, above=True),
+        metavar="X",
+        help="loss to time (default: bf16's after 3/4 of its steps)",
     )
     parser.add_argument(
         "--out",

@@ -1,14 +1,14 @@
-"""One job on so many GPUs: its trials, put together, as a table and as JSON."""
+"""Combines the traces of a job's ranks into an estimate, and prints it as a table or as JSON."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from octavo.commands.estimate.layer_costs import alike, layers_of
+from octavo.commands.estimate.layer_extrapolation import layers_are_alike, layers_of
 from octavo.commands.estimate.operations import Message
-from octavo.commands.estimate.peak_memory import PeakMemory, memory_of
-from octavo.commands.estimate.step_time import StepTime, by_message, mfu, step_time
-from octavo.commands.estimate.trial import Trial, prepared, run_trials
+from octavo.commands.estimate.peak_memory import PeakMemory, peak_memory
+from octavo.commands.estimate.rank_trace import RankTrace, prepare_model, trace_ranks
+from octavo.commands.estimate.step_time import StepTime, bytes_by_message, mfu, step_time
 from octavo.config import JobConfig
 from octavo.config.parallel_dims import KEYS, ParallelDims, parallel_dims_of
 from octavo.config.pipeline_plan import PipelinePlan
@@ -20,8 +20,8 @@ _GB = 1e9
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `octavo estimate` tells. rank: the process with the highest peak. time is of the slowest; None on
-    a CPU.
+    """The result of `octavo estimate`. memory, parameters and messages are those of `rank`, which has the
+    highest peak; time is that of the slowest rank, None on a CPU.
     """
 
     gpu: Gpu | None
@@ -40,12 +40,11 @@ class Estimate:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the peak fits into the device's memory; None on a CPU."""
         return None if self.gpu is None else self.memory.peak <= self.gpu.hbm_bytes
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of each GPU."""
+        """Tokens per second and GPU."""
         return None if self.time is None else self.global_tokens / self.time.total / self.gpus
 
     @property
@@ -54,7 +53,6 @@ class Estimate:
         return None if rate is None or self.gpu is None else mfu(self.flops_per_token, rate, self.gpu)
 
     def as_json(self) -> dict[str, Any]:
-        """Bytes, seconds, and plain numbers."""
         return {
             "device": "cpu" if self.gpu is None else self.gpu.name,
             "gpus": self.gpus,
@@ -83,21 +81,23 @@ class Estimate:
 
 
 def estimate(job: JobConfig, gpus: int, gpu: Gpu | None) -> Estimate:
-    """Trace what can differ among the processes: one of each place in the pipeline that can be the worst.
+    """Trace one rank of each pipeline rank that can have the highest peak or the longest step.
 
-    `ConfigError` as training would raise.
+    Raises:
+        ConfigError: as training would.
     """
     layout = parallel_dims_of(job.parallelism, gpus)
-    _, plan = prepared(job)
-    ranks = (
-        [0] if plan is None else [gpus // layout.pipeline * place for place in telling(plan, same=alike(job))]
-    )
+    _, plan = prepare_model(job)
+    ranks = [0]
+    if plan is not None:
+        in_pipeline = pipeline_ranks_to_trace(plan, alike=layers_are_alike(job))
+        ranks = [gpus // layout.pipeline * rank for rank in in_pipeline]
     recipe = quantization.recipe_name(job.model.converters, job.float8)
-    trials = run_trials(job, gpus, ranks, gpu)
+    traces = trace_ranks(job, gpus, ranks, gpu)
     offload = job.training.enable_cpu_offload
-    memories = {trial.rank: memory_of(trial.log, offload=offload) for trial in trials}
-    worst: Trial = max(trials, key=lambda trial: memories[trial.rank].peak)
-    times = [] if gpu is None else [step_time(trial, job, gpu, recipe) for trial in trials]
+    memories = {trace.rank: peak_memory(trace.log, offload=offload) for trace in traces}
+    worst: RankTrace = max(traces, key=lambda trace: memories[trace.rank].peak)
+    times = [] if gpu is None else [step_time(trace, job, gpu, recipe) for trace in traces]
     one_pass = job.training.local_batch_size * layout.data
     return Estimate(
         gpu=gpu,
@@ -107,7 +107,7 @@ def estimate(job: JobConfig, gpus: int, gpu: Gpu | None) -> Estimate:
         memory=memories[worst.rank],
         parameters=worst.parameters,
         all_parameters=worst.all_parameters,
-        messages=by_message(worst),
+        messages=bytes_by_message(worst),
         time=max(times, key=lambda time: time.total) if times else None,
         global_tokens=one_pass * worst.microbatches * job.training.seq_len,
         microbatches=worst.microbatches,
@@ -116,34 +116,37 @@ def estimate(job: JobConfig, gpus: int, gpu: Gpu | None) -> Estimate:
     )
 
 
-def telling(plan: PipelinePlan, *, same: bool) -> list[int]:
-    """The places in a pipeline that can need most memory or time. `same`: layers are alike.
+def pipeline_ranks_to_trace(plan: PipelinePlan, *, alike: bool) -> list[int]:
+    """Return the pipeline ranks that can need the most memory or time. `alike`: all layers are alike.
 
-    The first place receives nothing, so it stands for itself alone. Where places have one stage each, an
-    earlier one has no fewer microbatches in flight than a later one, so it stands for those that have no more
-    in their stage. Where they have several, one of those between the first and the last stands for all if
-    they have the same. Otherwise, and where a file has the schedule, all tell.
+    The first rank receives nothing, so it represents only itself. If each rank has one stage, an earlier rank
+    has at least as many microbatches in flight as a later one, so it represents later ranks whose stage has
+    no more layers or other modules. If ranks have several stages, one rank between the first and the last
+    represents all of those with the same contents. Otherwise, or if a file gives the schedule, all are
+    traced.
     """
-    places = range(max(plan.process_of) + 1)
-    contents = [[_content(plan.stages[stage]) for stage in plan.stages_of(place)] for place in places]
-    if plan.csv is not None or not same:
-        return list(places)
+    ranks = range(max(plan.process_of) + 1)
+    contents = [[_content(plan.stages[stage]) for stage in plan.stages_of(rank)] for rank in ranks]
+    if plan.csv is not None or not alike:
+        return list(ranks)
     if all(len(content) == 1 for content in contents):
-        found = [0]
-        for place in places[1:]:
-            ((layers, others),) = contents[place]
+        selected = [0]
+        for rank in ranks[1:]:
+            ((layers, others),) = contents[rank]
             if not any(
-                layers <= many and others <= more for earlier in found[1:] for many, more in contents[earlier]
+                layers <= many and others <= more
+                for earlier in selected[1:]
+                for many, more in contents[earlier]
             ):
-                found.append(place)
-        return found
+                selected.append(rank)
+        return selected
     if any(content != contents[1] for content in contents[1:-1]):
-        return list(places)
-    return sorted({0, 1, places[-1]})
+        return list(ranks)
+    return sorted({0, 1, ranks[-1]})
 
 
 def _content(stage: Sequence[str]) -> tuple[int, frozenset[str]]:
-    """How many layers a stage has, and what else."""
+    """(number of layers in a stage, its other modules)."""
     layers = layers_of(stage)
     return len(layers), frozenset(stage).difference(layers)
 
@@ -154,46 +157,45 @@ _NAMES = {
     "optimizer": "optimizer",
     "activations": "activations",
     "float8": "float8 buffers",
-    "communication": "gathered, and messages",
+    "communication": "communication",
 }
 
 
-def as_text(found: Estimate) -> str:
-    """The table for a terminal."""
-    axes = [f"{axis} {degree}" for axis, degree in found.layout.degrees.items() if degree > 1]
-    device = "CPU" if found.gpu is None else found.gpu.name.upper()
+def as_text(result: Estimate) -> str:
+    """The estimate as a table for a terminal."""
+    axes = [f"{axis} {degree}" for axis, degree in result.layout.degrees.items() if degree > 1]
+    device = "CPU" if result.gpu is None else result.gpu.name.upper()
     lines = [
-        f"{found.gpus} x {device}: {', '.join(axes) or 'one process'}",
-        f"parameters: {found.all_parameters:,}, of which {found.parameters:,} on process {found.rank}",
+        f"{result.gpus} x {device}: {', '.join(axes) or 'one process'}",
+        f"parameters: {result.all_parameters:,}, of which {result.parameters:,} on process {result.rank}",
         "",
-        f"memory of process {found.rank} at its peak ({found.memory.when})",
+        f"memory of process {result.rank} at its peak ({result.memory.when})",
     ]
-    lines += [f"  {_NAMES[kind]:<24}{size / _GB:10.3f} GB" for kind, size in found.memory.kinds.items()]
-    total = f"  {'in all':<24}{found.memory.peak / _GB:10.3f} GB"
-    if found.gpu is not None:
-        verdict = "fits" if found.fits else "DOES NOT FIT"
-        total += f"   {verdict} into {found.gpu.hbm_bytes / _GB:.0f} GB"
+    lines += [f"  {_NAMES[kind]:<24}{size / _GB:10.3f} GB" for kind, size in result.memory.kinds.items()]
+    total = f"  {'total':<24}{result.memory.peak / _GB:10.3f} GB"
+    if result.gpu is not None:
+        verdict = "fits" if result.fits else "DOES NOT FIT"
+        total += f"   {verdict} into {result.gpu.hbm_bytes / _GB:.0f} GB"
     lines.append(total)
-    if found.memory.host:
-        lines.append(f"  {'on the host':<24}{found.memory.host / _GB:10.3f} GB")
-    if found.compiled:
-        lines.append("  (layers are counted as in eager mode; compiled ones save less)")
-    lines += ["", "sent by it in a step"]
+    if result.memory.host:
+        lines.append(f"  {'on the host':<24}{result.memory.host / _GB:10.3f} GB")
+    if result.compiled:
+        lines.append("  (layers are counted as in eager mode; compiled layers save less)")
+    lines += ["", "sent by this process per step"]
+    messages = sorted(result.messages.items(), key=lambda item: -item[1])
     rows = [
-        f"  {m.kind + ', ' + m.axis:<36}{sent / _GB:10.3f} GB   among {m.size}"
-        for m, sent in sorted(found.messages.items(), key=lambda item: -item[1])
-        if sent >= 1e5
+        f"  {m.kind + ', ' + m.axis:<36}{size / _GB:10.3f} GB   among {m.size}"
+        for m, size in messages
+        if size >= 1e5
     ]
-    lines += rows or ["  nothing to speak of"]
-    if found.time is not None:
-        lines += ["", "a step on paper (every kernel at its ceiling; see docs/estimate.md)"]
-        lines += [f"  {name:<24}{1e3 * value:10.1f} ms" for name, value in asdict(found.time).items()]
-        lines.append(f"  {'in all':<24}{1e3 * found.time.total:10.1f} ms")
-        rate = found.tokens_per_second
+    lines += rows or ["  less than 0.1 MB"]
+    if result.time is not None:
+        rate, share = result.tokens_per_second, result.mfu
         assert rate is not None
-        assert found.mfu is not None
-        lines += [
-            "",
-            f"tokens/s: {rate:,.0f} a GPU, {rate * found.gpus:,.0f} in all; MFU {100 * found.mfu:.1f} %",
-        ]
+        assert share is not None
+        lines += ["", "predicted step time (every kernel at its ceiling; see docs/estimate.md)"]
+        lines += [f"  {name:<24}{1e3 * value:10.1f} ms" for name, value in asdict(result.time).items()]
+        lines.append(f"  {'total':<24}{1e3 * result.time.total:10.1f} ms")
+        rates = f"tokens/s: {rate:,.0f} per GPU, {rate * result.gpus:,.0f} in total; MFU {100 * share:.1f} %"
+        lines += ["", rates]
     return "\n".join(lines)

@@ -1,92 +1,51 @@
-"""`octavo estimate`: memory, messages and time of a job on any number of GPUs, without one.
+"""`octavo estimate`: predicts memory, messages and time of a job on any number of GPUs, without running it.
 
     octavo estimate --config-file llama3_70b.toml --ngpu 512 --training.compile
     octavo estimate --config-file llama3_8b.toml --ngpu 8 --device h200 --json
     octavo estimate --weak-scaling
 
-Options of its own are --ngpu, --device, --json and --weak-scaling; all others are those of training. Exit
-codes: 0 it fits, 1 it does not, 2 a mistake in the command line or the config, 3 it could not be traced.
+All options but --ngpu, --device, --json and --weak-scaling are those of training. Exit codes: 0 the job fits,
+1 it does not, 2 an error in the command line or the config, 3 a process could not be traced.
 """
 
+import argparse
 import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from octavo import config
+from octavo.commands.argparser import Parser, bounded_int
 from octavo.config import ConfigError
 from octavo.roofline import Gpu, find_gpu
 
-_OWN = {"ngpu": True, "device": True, "json": False, "weak_scaling": False}
-"""Option -> whether it takes a value."""
-
 DOES_NOT_FIT, NOT_TRACED = 1, 3
 
-_HELP = """usage: octavo estimate [--config-file FILE] --ngpu N [--device NAME] [--json] [training's options]
-       octavo estimate --weak-scaling [--device NAME] [--json]
 
-Memory, messages and time of a job, without running it.
-
-  --ngpu N          so many GPUs (processes)
-  --device NAME     h100 (default), h200, b200, a100, mi300x, ... or cpu: as this machine's CPU would do it
-  --json            one JSON object instead of a table
-  --weak-scaling    tokens/s and MFU of Llama3 8B, 70B and 405B on 8 to 4096 GPUs, with a layout for each
-
-All options of octavo train (octavo train --help) count as there. Exit codes: 0 it fits, 1 it does not, 2 a
-mistake, 3 a process could not be traced in time."""
-
-
-@dataclass
-class _Options:
-    """Its own options, and what is left for training's."""
-
-    ngpu: int = 0
-    gpu: Gpu | None = None
-    json: bool = False
-    weak_scaling: bool = False
-    rest: list[str] = field(default_factory=list)
-
-
-def _read(argv: Sequence[str]) -> _Options:
-    given: dict[str, str] = {}
-    options = _Options()
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.partition("=")
-        key = name[2:].replace("-", "_") if name.startswith("--") else ""
-        if key not in _OWN:
-            options.rest.append(word)
-            continue
-        if not _OWN[key]:
-            if equals:
-                raise ConfigError(f"{name} takes no value")
-            value = "true"
-        elif not equals:
-            if not words or words[0].startswith("--"):
-                raise ConfigError(f"{name}: needs a value")
-            value = words.pop(0)
-        given[key] = value
-    options.json, options.weak_scaling = "json" in given, "weak_scaling" in given
-    options.gpu = _device(given.get("device", "h100"))
-    if options.weak_scaling:
-        idle = ["--ngpu"] if "ngpu" in given else options.rest[:1]
-        if idle:
-            raise ConfigError(f"{idle[0]} has no effect with --weak-scaling, which has jobs of its own")
-        if options.gpu is None:
-            raise ConfigError("--weak-scaling is about GPUs; name one in --device")
-        return options
-    if "ngpu" not in given:
-        raise ConfigError("--ngpu is missing: on how many GPUs? (octavo estimate --help)")
-    number = given["ngpu"]
-    if not (number.isascii() and number.isdecimal() and len(number) < 7 and int(number) > 0):
-        raise ConfigError(f"--ngpu: expected a whole number from 1 to 999999, got {number!r}")
-    options.ngpu = int(number)
-    return options
+def _parser() -> Parser:
+    parser = Parser(
+        "octavo estimate",
+        "Predict memory, messages and time of a job, without running it.",
+        "All options of octavo train (octavo train --help) are accepted. Exit codes: 0 the job fits,\n"
+        "1 it does not, 2 a usage error, 3 a process could not be traced in time.",
+    )
+    parser.add_argument("--ngpu", type=bounded_int(1, 999999), metavar="N", help="number of GPUs (processes)")
+    parser.add_argument(
+        "--device",
+        default="h100",
+        metavar="NAME",
+        help="h100 (default), h200, b200, a100, mi300x, ... or cpu, which traces as on this machine's CPU",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument(
+        "--weak_scaling",
+        action="store_true",
+        help="tokens/s and MFU of Llama3 8B, 70B and 405B on 8 to 4096 GPUs, with a layout for each",
+    )
+    return parser
 
 
-def _device(name: str) -> Gpu | None:
+def _find_device(name: str) -> Gpu | None:
     if name.lower() == "cpu":
         return None
     try:
@@ -96,30 +55,38 @@ def _device(name: str) -> Gpu | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Estimate what `argv` (default: the command line) says; returns the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "-h" in argv or "--help" in argv:
-        print(_HELP)
-        return 0
-    options = _read(argv)
-    logging.getLogger("octavo").setLevel(logging.ERROR)
+    """Run `octavo estimate`; returns the exit code."""
+    options, job_flags = _parser().read_known(sys.argv[1:] if argv is None else argv)
+    gpu = _find_device(options.device)
     if options.weak_scaling:
-        from octavo.commands.estimate.weak_scaling import report
+        return _report_weak_scaling(options, job_flags, gpu)
+    if options.ngpu is None:
+        raise ConfigError("--ngpu is missing: on how many GPUs? (octavo estimate --help)")
+    logging.getLogger("octavo").setLevel(logging.ERROR)
+    job = config.load(job_flags, prog="octavo estimate")
+    config.check(job, world_size=options.ngpu, gpus=options.ngpu if gpu else 0, elsewhere=True)
 
-        assert options.gpu is not None
-        print(report(options.gpu, as_json=options.json))
-        return 0
-    job = config.load(options.rest, prog="octavo estimate")
-    gpus = 0 if options.gpu is None else options.ngpu
-    config.check(job, world_size=options.ngpu, gpus=gpus, elsewhere=True)
-
+    # These import torch, so only after the config is checked.
     from octavo.commands.estimate.estimate_report import as_text, estimate
-    from octavo.commands.estimate.forked import TraceFailed  # torch, after the config has been judged
+    from octavo.commands.estimate.forked_workers import TraceFailed
 
     try:
-        found = estimate(job, options.ngpu, options.gpu)
+        result = estimate(job, options.ngpu, gpu)
     except TraceFailed as error:
         print(f"octavo estimate: {error}", file=sys.stderr)
         return NOT_TRACED
-    print(json.dumps(found.as_json(), indent=2) if options.json else as_text(found))
-    return DOES_NOT_FIT if found.fits is False else 0
+    print(json.dumps(result.as_json(), indent=2) if options.json else as_text(result))
+    return DOES_NOT_FIT if result.fits is False else 0
+
+
+def _report_weak_scaling(options: argparse.Namespace, job_flags: Sequence[str], gpu: Gpu | None) -> int:
+    unused = ["--ngpu"] if options.ngpu is not None else job_flags[:1]
+    if unused:
+        raise ConfigError(f"{unused[0]} has no effect with --weak-scaling, which has jobs of its own")
+    if gpu is None:
+        raise ConfigError("--weak-scaling is about GPUs; name one in --device")
+
+    from octavo.commands.estimate.weak_scaling import report
+
+    print(report(gpu, as_json=options.json))
+    return 0

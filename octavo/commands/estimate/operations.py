@@ -1,4 +1,4 @@
-"""The work and the messages of a step, as they are called: matrix products, attention, collectives."""
+"""Counts the matrix products, attention calls and collectives of a step."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from octavo.roofline import Shape
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALED = ("_scaled_mm", "scaled_mm_blocks")
 
-# Operation's name -> the kind of message: functional collectives, FSDP2's, and those of torch.distributed.
+# Operation -> kind of message, for functional collectives, FSDP2's and torch.distributed's.
 _MESSAGES: Mapping[str, str] = {
     "all_gather_into_tensor": "all-gather",
     "all_gather_into_tensor_out": "all-gather",
@@ -37,107 +37,98 @@ _MESSAGES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Message:
-    """One collective: what it is, the axis whose processes take part, how many they are."""
+    """One collective: its kind, the parallel axis of its process group, the number of processes in it."""
 
     kind: str
     axis: str
     size: int
 
-
-def sent(kind: str, size: int, payload: float) -> float:
-    """Bytes that one process of `size` sends when the larger side of the message is `payload` bytes, by a
-    ring.
-    """
-    if kind == "send":
-        return payload
-    share = (size - 1) / size
-    return payload * share * (2 if kind == "all-reduce" else 1)
+    def bytes_sent(self, payload: float) -> float:
+        """Bytes that one process sends in a ring when the larger side of the message is `payload` bytes."""
+        if self.kind == "send":
+            return payload
+        share = (self.size - 1) / self.size
+        return payload * share * (2 if self.kind == "all-reduce" else 1)
 
 
 @dataclass
 class Counts:
-    """Products by shape, attention by (tokens, keys, width, causal), messages and their bytes."""
+    """Products by shape, attention by (tokens, keys, width, causal, backward), payload bytes by message."""
 
     products: Counter[Shape] = field(default_factory=Counter)
     attention: Counter[tuple[int, int, int, bool, bool]] = field(default_factory=Counter)
     messages: Counter[Message] = field(default_factory=Counter)
 
     def plus(self, other: "Counts", times: int = 1) -> "Counts":
-        """These and `times` those of `other`; what is then 0 is left out."""
-        found = Counts()
-        for name, counter in vars(found).items():
-            mine, theirs = getattr(self, name), getattr(other, name)
-            both = {key: mine[key] + times * theirs[key] for key in mine | theirs}
-            counter.update({key: value for key, value in both.items() if value})
-        return found
+        """Return these counts plus `times` those of `other`, without zeros."""
+        total = Counts()
+        for name, counter in vars(total).items():
+            ours, others = getattr(self, name), getattr(other, name)
+            sums = {key: ours[key] + times * others[key] for key in ours | others}
+            counter.update({key: value for key, value in sums.items() if value})
+        return total
 
 
-Noted = tuple[Action, Counts]
-"""What a pipeline's schedule does, and the microbatches' counts until then."""
+ActionCounts = tuple[Action, Counts]
+"""An action of a pipeline's schedule, and the microbatches' counts before it."""
 
 
-class Operations:
-    """What an observer of a step sees. `microbatches` holds what happens until `end_of_microbatches`, and
-    `rest` what comes after.
-    """
+class OperationCounter:
+    """Counts a step's operations: `microbatches` until `end_of_microbatches`, `rest` after it."""
 
     def __init__(self, layout: ParallelDims) -> None:
-        self._axes = _axes(layout)
+        self._axes = _axes_by_group(layout)
         self.clear()
 
     def clear(self) -> None:
         self.microbatches, self.rest = Counts(), Counts()
-        self.noted: list[Noted] = []
-        self._now = self.microbatches
+        self.by_action: list[ActionCounts] = []
+        self._current = self.microbatches
 
-    def note(self, action: Action) -> None:
-        """`action` begins."""
-        self.noted.append((action, self.microbatches.plus(Counts())))
+    def begin_action(self, action: Action) -> None:
+        self.by_action.append((action, self.microbatches.plus(Counts())))
 
     def end_of_microbatches(self) -> None:
-        self._now = self.rest
+        self._current = self.rest
 
-    def see(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Count one dispatched operation."""
         name = func._schema.name.partition("::")[2]
         if name in ("mm", "addmm", "bmm", "mm_codes", *_SCALED):
-            self._product(name, args)
+            self._record_product(name, args)
         elif "scaled_dot_product" in name:
-            self._attention(name, args, kwargs)
+            self._record_attention(name, args, kwargs)
         elif name in _MESSAGES:
-            self._message(_MESSAGES[name], args)
+            self._record_message(_MESSAGES[name], args)
 
-    def _product(self, name: str, args: Any) -> None:
+    def _record_product(self, name: str, args: Any) -> None:
         a, b = args[1:3] if name == "addmm" else args[:2]
         batch = a.shape[0] if name == "bmm" else 1
         shape = Shape(a.shape[-2], a.shape[-1], b.shape[-1], a.dtype in _FLOAT8)
-        self._now.products[shape] += batch
+        self._current.products[shape] += batch
 
-    def _attention(self, name: str, args: Any, kwargs: Any) -> None:
+    def _record_attention(self, name: str, args: Any, kwargs: Any) -> None:
         backward = "backward" in name
         q, k = args[1:3] if backward else args[:2]
         causal = next((a for a in args[3:] if isinstance(a, bool)), True)
         causal = bool(kwargs.get("is_causal", causal))
         width = q.shape[1] * q.shape[3]
-        self._now.attention[(q.shape[0] * q.shape[2], k.shape[2], width, causal, backward)] += 1
+        self._current.attention[(q.shape[0] * q.shape[2], k.shape[2], width, causal, backward)] += 1
 
-    def _message(self, kind: str, args: Any) -> None:
+    def _record_message(self, kind: str, args: Any) -> None:
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         payload = max((t.numel() * t.element_size() for t in tensors), default=0)
-        ranks = _members(args)
+        ranks = _group_ranks(args)
         if len(ranks) < 2:
             return
-        grows = kind == "all-gather" and len(tensors) == 1  # functional: the result is not an argument
-        self._now.messages[Message(kind, self._axis(ranks), len(ranks))] += payload * (
-            len(ranks) if grows else 1
-        )
-
-    def _axis(self, ranks: tuple[int, ...]) -> str:
-        stride = ranks[1] - ranks[0]
-        return self._axes.get((len(ranks), stride), "all")
+        if kind == "all-gather" and len(tensors) == 1:  # functional: the result is not an argument
+            payload *= len(ranks)
+        axis = self._axes.get((len(ranks), ranks[1] - ranks[0]), "all")
+        self._current.messages[Message(kind, axis, len(ranks))] += payload
 
 
-def _members(args: Any) -> tuple[int, ...]:
-    """The ranks of the group that a collective's arguments name."""
+def _group_ranks(args: Any) -> tuple[int, ...]:
+    """The ranks of the process group in a collective's arguments."""
     for arg in tree_leaves(args):
         if isinstance(arg, str):
             try:
@@ -156,16 +147,16 @@ def _members(args: Any) -> tuple[int, ...]:
     return ()
 
 
-def _axes(layout: ParallelDims) -> dict[tuple[int, int], str]:
-    """(processes of a group, distance between them) -> the axis, or axes, that they differ in."""
-    found: dict[tuple[int, int], str] = {}
+def _axes_by_group(layout: ParallelDims) -> dict[tuple[int, int], str]:
+    """(size of a process group, stride of its ranks) -> the parallel axis, or axes, of the group."""
+    axes: dict[tuple[int, int], str] = {}
     stride = 1
     strides = {}
     for axis, degree in reversed(layout.degrees.items()):
         strides[axis] = stride
         if degree > 1:
-            found.setdefault((degree, stride), axis)
+            axes.setdefault((degree, stride), axis)
         stride *= degree
     if layout.context > 1 and layout.shard > 1:
-        found[(layout.sharded, strides["context"])] = "shard x context"
-    return found
+        axes[(layout.sharded, strides["context"])] = "shard x context"
+    return axes

@@ -1,12 +1,12 @@
-"""Tokens/s and MFU of the Llamas on 8 to 4096 GPUs, on paper: for each number the best layout that fits.
+"""Predicts tokens/s and MFU of Llama models on 8 to 4096 GPUs, each with the fastest layout that fits.
 
-Tracing a layout takes seconds to a minute, so the search counts with formulas, from the same roofline:
-sharded parameters, gradients and moments; activations of the layers in flight; gathered weights; logits. The
-formulas leave MARGIN of the memory free, as traced eager layers were seen to hold up to a quarter more.
-`octavo estimate` on the layout that is found counts exactly.
+Tracing a layout takes seconds to a minute, so the search uses formulas with the same roofline model: sharded
+parameters, gradients and moments; activations of the layers in flight; gathered weights; logits. The formulas
+leave MARGIN of the memory free, because traced eager layers hold up to a quarter more. `octavo estimate` on
+the chosen layout is exact.
 
-What is held fixed: 8192 tokens a sequence, and a step of 2048 sequences (16 M tokens, as in the Llama 3
-paper's training, arXiv:2407.21783) at most.
+Fixed: 8192 tokens per sequence, and at most 2048 sequences per step (16 M tokens, as in the Llama 3 paper's
+training, arXiv:2407.21783).
 """
 
 import json
@@ -26,16 +26,15 @@ from octavo.roofline.casts import STREAM
 SIZES = ("8B", "70B", "405B")
 COUNTS = tuple(8 * 2**n for n in range(10))
 SEQ_LEN = 8192
-MOST_SEQUENCES = 2048
+MAX_SEQUENCES = 2048
 MARGIN = 0.25
-_CHECKPOINTS = ("none", "selective", "full")
-_SHARE_AGAIN = {"none": 0.0, "selective": 0.5, "full": 1.0}
-"""Share of forward's products that backward computes again."""
+_RECOMPUTED = {"none": 0.0, "selective": 0.5, "full": 1.0}
+"""Activation checkpointing mode -> share of forward's products that backward recomputes."""
 
 
 @dataclass(frozen=True)
 class ScalingChoice:
-    """One row: a layout and what it gives. batch: sequences of one microbatch; microbatches: a step has."""
+    """A layout and its prediction. batch: sequences per microbatch; microbatches: per step."""
 
     model: str
     gpus: int
@@ -61,32 +60,32 @@ def _layouts(args: LlamaArgs, gpus: int) -> Iterator[ParallelDims]:
 
 
 def _parameters(args: LlamaArgs, block: Block) -> tuple[float, float]:
-    """(of one layer, of embedding and head)."""
+    """Parameters of (one layer, embedding and head together)."""
     return block.weights + 2.0 * args.dim, 2.0 * args.vocab_size * args.dim + args.dim
 
 
 def _peak(
-    args: LlamaArgs, block: Block, layout: ParallelDims, checkpoint: str, batch: int, flying: int
+    args: LlamaArgs, block: Block, layout: ParallelDims, checkpoint: str, batch: int, in_flight: int
 ) -> float:
-    """Bytes of the fullest process; flying: microbatches whose activations are held."""
+    """Bytes of the rank with the highest peak; in_flight: microbatches whose activations are held."""
     layer, ends = _parameters(args, block)
     layers = math.ceil(args.n_layers / layout.pipeline)
-    own = (layers * layer + ends / (1 if layout.pipeline == 1 else 2)) / (layout.shard * layout.tensor)
+    local = (layers * layer + ends / (1 if layout.pipeline == 1 else 2)) / (layout.shard * layout.tensor)
     tokens = batch * SEQ_LEN / layout.tensor
     saved = block.saved(round(tokens))["all"]
-    each = {
+    per_layer = {
         "none": saved,
         "selective": 0.5 * saved,  # half of the products, attention, and the layer's input
         "full": 2.0 * tokens * args.dim,
     }[checkpoint]
-    again = saved if checkpoint != "none" else 0.0
+    recomputed = saved if checkpoint != "none" else 0.0
     gathered = 2 * 2 * layer / layout.tensor
     if layout.pipeline > 1:  # weights stay gathered over a step's microbatches, and gradients unreduced
         gathered = (2 + 4) * layers * layer / layout.tensor
     head = 2 * args.vocab_size * args.dim / layout.tensor
     logits = (2 + 4 + 4) * tokens * args.vocab_size / layout.pipeline**0.5
-    at_loss = layers * each * flying + max(logits, again) + gathered + head
-    return 16.0 * own + at_loss
+    at_loss = layers * per_layer * in_flight + max(logits, recomputed) + gathered + head
+    return 16.0 * local + at_loss
 
 
 def _seconds(
@@ -99,14 +98,14 @@ def _seconds(
     batch: int,
     microbatches: int,
 ) -> float:
-    """One step."""
+    """Seconds per step."""
     tokens, split = batch * SEQ_LEN, layout.tensor
     products = 0.0
     for name, (inputs, outputs) in block.linears.items():
-        across = name in ("wo", "w2")  # row-wise: the contraction is shared
-        k, n = (inputs // split, outputs) if across else (inputs, outputs // split)
+        row_wise = name in ("wo", "w2")  # tensor parallelism splits the contraction
+        k, n = (inputs // split, outputs) if row_wise else (inputs, outputs // split)
         for product, shape in linear_shapes(tokens, k, n, float8=recipe is not None).items():
-            times = 1 + (_SHARE_AGAIN[checkpoint] if product == "output" else 0.0)
+            times = 1 + (_RECOMPUTED[checkpoint] if product == "output" else 0.0)
             products += times * gemm_seconds(gpu, shape)
     forward, backward = attention_seconds(gpu, tokens, SEQ_LEN, block.queries // split)
     if checkpoint == "full":
@@ -118,8 +117,7 @@ def _seconds(
         tensors = block.cast_tensors(round(tokens / split))
         casts = cast_seconds(gpu, tensors, recipe, "kernels", microbatches=microbatches)
     compute = products + forward + backward + moved / (gpu.hbm * STREAM) + casts
-    tensor_open = _tensor(args, layout, gpu, tokens, again=checkpoint == "full")
-    per_layer = compute + tensor_open
+    per_layer = compute + _tensor_parallel_seconds(args, layout, gpu, tokens, recomputed=checkpoint == "full")
     layers = args.n_layers / layout.pipeline
     head = 3 * gemm_seconds(gpu, Shape(tokens, args.dim, args.vocab_size // split))
     head += 16.0 * tokens * args.vocab_size / split / (gpu.hbm * STREAM)
@@ -128,7 +126,7 @@ def _seconds(
 
     layer, ends = _parameters(args, block)
     weights = (layers * layer + ends / layout.pipeline) / split
-    own = weights / layout.shard
+    local = weights / layout.shard
     gathers = (2 if layout.pipeline == 1 else 1 / microbatches) * microbatches
     gather = Message("all-gather", "shard", layout.shard)
     traffic = message_seconds(gather, 2 * weights, layout, gpu) * gathers
@@ -137,24 +135,24 @@ def _seconds(
     traffic += message_seconds(scatter, 4 * weights, layout, gpu) * reductions
     if layout.replicate > 1:
         over = Message("all-reduce", "replicate", layout.replicate)
-        traffic += message_seconds(over, 4 * own, layout, gpu) * reductions
-    update = 40 * own / (gpu.hbm * STREAM)
+        traffic += message_seconds(over, 4 * local, layout, gpu) * reductions
+    update = 40 * local / (gpu.hbm * STREAM)
     return busy + bubble + max(0.0, traffic - busy) + update
 
 
-def _tensor(args: LlamaArgs, layout: ParallelDims, gpu: Gpu, tokens: int, *, again: bool) -> float:
-    """Seconds of a layer's messages under tensor parallelism, forward and backward: two gathers and two
-    scatters each.
-    """
+def _tensor_parallel_seconds(
+    args: LlamaArgs, layout: ParallelDims, gpu: Gpu, tokens: int, *, recomputed: bool
+) -> float:
+    """Seconds of a layer's tensor-parallel messages: two gathers and scatters per forward and backward."""
     if layout.tensor == 1:
         return 0.0
-    times = 8 + (4 if again else 0)
+    times = 8 + (4 if recomputed else 0)
     message = Message("all-gather", "tensor", layout.tensor)
     return times * message_seconds(message, 2.0 * tokens * args.dim, layout, gpu)
 
 
 def choose(model: str, gpus: int, gpu: Gpu, recipe: str | None) -> ScalingChoice | None:
-    """The fastest layout that fits; None if none does."""
+    """Return the fastest layout that fits; None if none does."""
     args = FLAVORS[model]
     block = Block(args.dim, args.dim, args.n_kv_heads * args.head_dim, args.hidden_dim)
     layer, ends = _parameters(args, block)
@@ -162,14 +160,14 @@ def choose(model: str, gpus: int, gpu: Gpu, recipe: str | None) -> ScalingChoice
     flops = 6.0 * matrices + 12.0 * args.n_layers * args.dim * SEQ_LEN
     best: ScalingChoice | None = None
     for layout in _layouts(args, gpus):
-        for checkpoint in _CHECKPOINTS:
+        for checkpoint in _RECOMPUTED:
             for batch in (1, 2, 4):
                 for microbatches in (1, 2, 4, 8, 16, 32):
                     sequences = batch * microbatches * layout.data
-                    if sequences > MOST_SEQUENCES or (layout.pipeline > 1 and microbatches < layout.pipeline):
+                    if sequences > MAX_SEQUENCES or (layout.pipeline > 1 and microbatches < layout.pipeline):
                         continue
-                    flying = min(layout.pipeline, microbatches)
-                    peak = _peak(args, block, layout, checkpoint, batch, flying)
+                    in_flight = min(layout.pipeline, microbatches)
+                    peak = _peak(args, block, layout, checkpoint, batch, in_flight)
                     if peak > (1 - MARGIN) * gpu.hbm_bytes:
                         continue
                     step = _seconds(args, block, layout, gpu, recipe, checkpoint, batch, microbatches)
@@ -183,7 +181,7 @@ def choose(model: str, gpus: int, gpu: Gpu, recipe: str | None) -> ScalingChoice
 
 
 def table(gpu: Gpu) -> list[tuple[str, int, ScalingChoice | None, ScalingChoice | None]]:
-    """(model, GPUs, bfloat16, float8) for every row."""
+    """The rows (model, GPUs, bfloat16, float8)."""
     return [
         (model, gpus, choose(model, gpus, gpu, None), choose(model, gpus, gpu, "rowwise"))
         for model in SIZES
@@ -201,8 +199,8 @@ def report(gpu: Gpu, *, as_json: bool) -> str:
     """The table as Markdown, or as JSON."""
     rows = table(gpu)
     if as_json:
-        found: list[dict[str, Any]] = [asdict(c) for row in rows for c in row[2:] if c is not None]
-        return json.dumps(found, indent=2)
+        choices: list[dict[str, Any]] = [asdict(c) for row in rows for c in row[2:] if c is not None]
+        return json.dumps(choices, indent=2)
     lines = [
         f"| model | {gpu.name.upper()}s | layout; microbatches x sequences; checkpointing (float8) | GB | "
         "bf16 tok/s a GPU, MFU | float8 rowwise |",

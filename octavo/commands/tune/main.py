@@ -5,9 +5,9 @@ r"""octavo tune: which recipe each linear layer of a job should take, as fast go
         --float8.layer_recipes_file tuned.toml
 
 For each size of product in the model it times high precision and every recipe, casts included, and writes
-down the fastest of each layer; `octavo/tuning/` says how. Flags that change the sizes (batch, length,
-parallelism, and `--processes` for their number) belong to both commands. What was measured is kept, by GPU
-and software.
+down the fastest of each layer; the modules of this folder describe how. Flags that change the sizes (batch,
+length, parallelism, and `--processes` for their number) belong to both commands. What was measured is kept,
+by GPU and software.
 
 Speed is all it looks at. A recipe that is fast may train worse: compare losses before a long run, and leave
 out what you would not train in (`--recipes`). Each layer is timed by itself: no communication, no neighbour

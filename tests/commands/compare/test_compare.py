@@ -196,7 +196,7 @@ def test_a_report_on_folders_does_not_replace_another(killed_twice: tuple[Path, 
         (["octavo", "octavo"], "named twice"),
         (["octavo", "tests", "--steps", "3"], "--steps: is for runs that are to be trained"),
         (["octavo", "tests"], "octavo is no run's folder: there is no run.json"),
-        (["--target_loss", "0"], "expected a loss above 0"),
+        (["--target_loss", "0"], "expected a number above 0"),
     ],
 )
 def test_mistakes_are_told_before_anything_starts(

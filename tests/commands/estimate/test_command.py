@@ -10,9 +10,9 @@ from octavo import config
 from octavo.cli import main
 from octavo.commands.estimate import estimate_report
 from octavo.commands.estimate import main as estimate
-from octavo.commands.estimate.operations import sent
-from octavo.commands.estimate.peak_memory import memory_of
-from octavo.commands.estimate.trial import run_trials
+from octavo.commands.estimate.operations import Message
+from octavo.commands.estimate.peak_memory import peak_memory
+from octavo.commands.estimate.rank_trace import trace_ranks
 from octavo.commands.estimate.weak_scaling import choose
 from octavo.config.parallel_dims import ParallelDims
 from octavo.config.pipeline_plan import PipelinePlan
@@ -123,7 +123,7 @@ def test_the_peak_of_uneven_stages_is_the_highest_of_all_processes():
     flags = [*SMALL, FLOAT32, *pipeline]
     job = config.load(flags)
     told = estimate_report.estimate(job, 4, None)
-    peaks = [memory_of(trial.log).peak for trial in run_trials(job, 4, range(4))]
+    peaks = [peak_memory(trial.log).peak for trial in trace_ranks(job, 4, range(4))]
     assert told.memory.peak == max(peaks) == peaks[told.rank]
     assert told.rank == 2  # three layers; the second, which was told before, has one
 
@@ -142,9 +142,9 @@ def test_places_that_can_be_the_worst_are_traced(stages, expected):
     names[0], names[-1] = ("tok_embeddings", *names[0]), (*names[-1], "norm", "output")
     one = PipelinePlan("1F1B", tuple(names), tuple(range(len(names))), 8)
     everyone = list(range(len(names)))
-    assert estimate_report.telling(one, same=True) == expected
-    assert estimate_report.telling(one, same=False) == everyone
-    assert estimate_report.telling(replace(one, csv=Path("x.csv")), same=True) == everyone
+    assert estimate_report.pipeline_ranks_to_trace(one, alike=True) == expected
+    assert estimate_report.pipeline_ranks_to_trace(one, alike=False) == everyone
+    assert estimate_report.pipeline_ranks_to_trace(replace(one, csv=Path("x.csv")), alike=True) == everyone
 
 
 @pytest.mark.parametrize(("second", "expected"), [(1, [0, 1, 3]), (2, [0, 1, 2, 3])])
@@ -152,13 +152,13 @@ def test_places_of_several_stages_that_differ_are_all_traced(second, expected):
     sizes = [1, 1, 1, 1, 1, 1, second, 1]
     names = tuple(tuple(f"layers.{10 * stage + n}" for n in range(many)) for stage, many in enumerate(sizes))
     plan = PipelinePlan("Interleaved1F1B", names, (0, 1, 2, 3) * 2, 8)
-    assert estimate_report.telling(plan, same=True) == expected
+    assert estimate_report.pipeline_ranks_to_trace(plan, alike=True) == expected
 
 
 def test_bytes_sent_by_a_ring():
-    assert sent("all-gather", 8, 800.0) == 700.0
-    assert sent("all-reduce", 8, 800.0) == 1400.0
-    assert sent("send", 2, 800.0) == 800.0
+    assert Message("all-gather", "shard", 8).bytes_sent(800.0) == 700.0
+    assert Message("all-reduce", "shard", 8).bytes_sent(800.0) == 1400.0
+    assert Message("send", "pipeline", 2).bytes_sent(800.0) == 800.0
 
 
 def test_the_layout_that_is_recommended_fits_and_uses_all_gpus():

@@ -7,8 +7,8 @@ again it does not see), and, in one case, by PyTorch's CPU allocator.
 import pytest
 
 from octavo import config
-from octavo.commands.estimate.peak_memory import memory_of
-from octavo.commands.estimate.trial import run_trial
+from octavo.commands.estimate.peak_memory import peak_memory
+from octavo.commands.estimate.rank_trace import trace_rank
 from tests.commands.estimate.measured import flags, measure
 from tests.helpers import ranks
 from tests.helpers.launching import recipe, shallow
@@ -34,7 +34,7 @@ CASES = {
 
 
 def peak(argv, processes):
-    return memory_of(run_trial(config.load(argv), processes).log).peak
+    return peak_memory(trace_rank(config.load(argv), processes).log).peak
 
 
 def estimated(folder, changes, processes):

@@ -6,11 +6,15 @@ from pathlib import Path
 import pytest
 
 from octavo import config
-from octavo.commands.estimate.forked import TraceFailed, apart
-from octavo.commands.estimate.layer_costs import left_out
-from octavo.commands.estimate.microbatches import Fewer, Stretched, fewer
-from octavo.commands.estimate.peak_memory import memory_of
-from octavo.commands.estimate.trial import run_trial
+from octavo.commands.estimate.forked_workers import TraceFailed, run_forked
+from octavo.commands.estimate.layer_extrapolation import layers_to_skip
+from octavo.commands.estimate.microbatch_extrapolation import (
+    ManyMicrobatchesLog,
+    ShortSchedule,
+    short_schedule,
+)
+from octavo.commands.estimate.peak_memory import peak_memory
+from octavo.commands.estimate.rank_trace import trace_rank
 from octavo.config.pipeline_plan import PipelinePlan
 from octavo.models.llama3 import FLAVORS
 from octavo.roofline import GPUS
@@ -65,10 +69,10 @@ def test_few_layers_tell_the_same_as_all(many_layers, name):
     many_layers(20 if name == "pipeline" else 10)
     job = config.load([*SMALL, *flags])
     calls = [{"gpu": GPUS["h100"], "whole": whole} for whole in (False, True)]
-    few, whole = apart(run_trial, (job, processes), calls)
+    few, whole = run_forked(trace_rank, (job, processes), calls)
 
     assert type(few.log) is not type(whole.log)
-    assert memory_of(few.log) == memory_of(whole.log)
+    assert peak_memory(few.log) == peak_memory(whole.log)
     assert few.parameters == whole.parameters
     for ours, theirs in ((few.microbatch, whole.microbatch), (few.rest, whole.rest)):
         assert vars(ours) == vars(theirs)
@@ -114,14 +118,14 @@ def test_a_few_of_a_pipelines_microbatches_tell_the_same_as_all(many_layers, nam
     many_layers(6)
     job = config.load(["--training.seq_len=64", "--activation_checkpoint.mode=none", *flags])
     calls = [{"rank": rank, "gpu": GPUS["h100"], "whole": whole} for whole in (False, True)]
-    few, whole = apart(run_trial, (job, processes), calls)
+    few, whole = run_forked(trace_rank, (job, processes), calls)
 
-    assert isinstance(few.log, Stretched)
+    assert isinstance(few.log, ManyMicrobatchesLog)
     for offload in (False, True):
-        assert memory_of(few.log, offload=offload) == memory_of(whole.log, offload=offload)
+        assert peak_memory(few.log, offload=offload) == peak_memory(whole.log, offload=offload)
     # When the last microbatch is done, only the losses, 4 bytes each, are told for longer than they are kept.
     ours, theirs = ([sum(held.values()) for _, held in log.peaks()] for log in (few.log, whole.log))
-    assert ours[-2] - theirs[-2] in (0, 4 * few.log.few.left_out)
+    assert ours[-2] - theirs[-2] in (0, 4 * few.log.short.skipped)
     assert vars(few.microbatch) == vars(whole.microbatch)
     assert vars(few.rest) == vars(whole.rest)
 
@@ -138,10 +142,10 @@ def test_a_few_of_a_pipelines_microbatches_tell_the_same_as_all(many_layers, nam
 def test_what_is_traced_and_left_out_of_a_schedule(schedule, stages, count, expected):
     plan = PipelinePlan(schedule, (("layers.0",),) * stages, tuple(range(stages)), count)
     for place, numbers in enumerate(expected):
-        few = fewer(plan, place)
-        assert few == (None if numbers is None else Fewer(*numbers))
-        assert few is None or few.traced + few.left_out == count
-    assert fewer(replace(plan, csv=Path("x.csv")), 0) is None
+        few = short_schedule(plan, place)
+        assert few == (None if numbers is None else ShortSchedule(*numbers))
+        assert few is None or few.traced + few.skipped == count
+    assert short_schedule(replace(plan, csv=Path("x.csv")), 0) is None
 
 
 @pytest.mark.parametrize(
@@ -155,8 +159,8 @@ def test_what_is_traced_and_left_out_of_a_schedule(schedule, stages, count, expe
 def test_layers_that_differ_are_all_traced(many_layers, flags):
     many_layers(30)
     args = FLAVORS["debugmodel"]
-    assert left_out(config.load(SMALL), args, None) == 26
-    assert left_out(config.load([*SMALL, *flags]), args, None) == 0
+    assert layers_to_skip(config.load(SMALL), args, None) == 26
+    assert layers_to_skip(config.load([*SMALL, *flags]), args, None) == 0
 
 
 def _answer(what):
@@ -174,10 +178,10 @@ def _answer(what):
 
 
 def test_calls_apart_answer_in_order_and_tell_what_went_wrong():
-    assert apart(_answer, (), [{"what": n} for n in range(3)]) == [0, 1, 2]
+    assert run_forked(_answer, (), [{"what": n} for n in range(3)]) == [0, 1, 2]
     with pytest.raises(config.ConfigError, match="a mistake"):
-        apart(_answer, (), [{"what": "raise"}])
+        run_forked(_answer, (), [{"what": "raise"}])
     with pytest.raises(TraceFailed, match="exit code 5"):
-        apart(_answer, (), [{"what": 1}, {"what": "die"}])
+        run_forked(_answer, (), [{"what": 1}, {"what": "die"}])
     with pytest.raises(TraceFailed, match="within 0 s"):
-        apart(_answer, (), [{"what": "hang"}], limit=0.2)
+        run_forked(_answer, (), [{"what": "hang"}], limit=0.2)
