@@ -1,4 +1,4 @@
-"""A prepared folder as a source of samples: memory-mapped shards, read where a sample lies.
+"""A prepared folder as a source of samples; a shard is mapped into memory when one of its samples is read.
 
 Only the sample itself is copied, so a corpus may be far larger than memory, and processes on one machine
 share the page cache. The folder is checked before the first sample: the index, the sizes of all shards and
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
+from functools import lru_cache
+from itertools import accumulate, count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,18 @@ from octavo.data.corpus import PackedCorpus
 from octavo.data.shard_format import Shard, Vocabulary
 from octavo.tokenizer import Tokenizer
 
+MOST_MAPPED = 256
+"""Shards that are mapped at a time, over all corpora of the process: each takes one of its open files, and many
+systems allow 1,024.
+"""
+_openings = count()
+
+
+@lru_cache(MOST_MAPPED)
+def _mapped(opened_as: int, path: Path, dtype: str) -> NDArray[Any]:
+    """The ids of one shard; `opened_as` keeps apart what is opened again after its files have changed."""
+    return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
+
 
 class _MappedShards:
     """The ids of several shards as one `TokenSequence`."""
@@ -28,17 +42,15 @@ class _MappedShards:
     def __init__(self, folder: Path, shards: Sequence[Shard], dtype: str) -> None:
         self._folder, self._shards = folder, [shard for shard in shards if shard.tokens]
         self._starts = [0, *accumulate(shard.tokens for shard in self._shards)]
-        self._maps = [
-            np.memmap(folder / shard.ids.name, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
-            for shard in self._shards
-        ]
+        self._dtype, self._opened_as = dtype, next(_openings)
         self.length = self._starts[-1]
 
     def copy(self, start: int, out_N: NDArray[np.int64]) -> None:
         number, done = bisect_right(self._starts, start) - 1, 0
         while done < len(out_N):
             begin = start + done - self._starts[number]
-            piece = self._maps[number][begin : begin + len(out_N) - done]
+            mapped = _mapped(self._opened_as, self._folder / self._shards[number].ids.name, self._dtype)
+            piece = mapped[begin : begin + len(out_N) - done]
             out_N[done : done + len(piece)] = piece
             done += len(piece)
             number += 1
