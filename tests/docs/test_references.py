@@ -70,3 +70,13 @@ def test_the_page_on_architecture_has_the_rooms_on_their_floors():
 
     assert sorted(rooms) == sorted((floor, room) for floor, row in enumerate(FLOORS) for room in row)
     assert f"{len(rooms)} *rooms*" in page
+
+
+def test_the_api_page_has_every_public_name_of_the_library():
+    import octavo.float8
+
+    page = (ROOT / "docs" / "api.md").read_text()
+    aliases = {"describe_path"}
+    public = {name for name in octavo.float8.__all__ if not name.startswith("_")} - aliases
+
+    assert sorted(public - set(re.findall(r"octavo\.float8\.(\w+)", page))) == []
