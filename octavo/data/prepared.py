@@ -24,8 +24,8 @@ from octavo.data.shard_format import Shard, Vocabulary
 from octavo.tokenizer import Tokenizer
 
 MOST_MAPPED = 256
-"""Shards that are mapped at a time, over all corpora of the process: each takes one of its open files, and many
-systems allow 1,024.
+"""Shards that are mapped at a time, over all corpora of the process: each takes one of its open files, and
+many systems allow 1,024.
 """
 _openings = count()
 
