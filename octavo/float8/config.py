@@ -1,8 +1,8 @@
-"""The options that users of torchao.float8 know, mapped onto a `Recipe`.
+"""torchao.float8's options, mapped onto a `Recipe`.
 
-Names and defaults are torchao's, so that moving over changes an import. Where ours does more, the default
-still means the same numbers: `emulate=None` picks the hardware where there is some, and the granularities
-know blocks.
+Names and defaults are torchao's, so that a user of torchao changes only an import. Extensions keep its
+numbers by default: `emulate=None` uses hardware if there is a backend, and granularities include blocks. The
+price is a second way to say what a `Recipe` says; `to_recipe` and `from_recipe` translate between the two.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Final
 
 import torch
 
-from octavo.float8.recipe import FULL, Cast, Gemm, Recipe, ScaleFormat, expect, find_recipe
+from octavo.float8.recipe import FULL, Cast, Gemm, Recipe, ScaleFormat, check_type, find_recipe
 
 e4m3_dtype: Final = torch.float8_e4m3fn
 e5m2_dtype: Final = torch.float8_e5m2
 
 
 class ScalingType(Enum):
-    """DYNAMIC: the scale follows the tensor at hand. DISABLED: the tensor stays in high precision."""
+    """DYNAMIC: the scale comes from the tensor being cast. DISABLED: the tensor stays in high precision."""
 
     DYNAMIC = "dynamic"
     DISABLED = "disabled"
@@ -61,15 +61,15 @@ _GRANULARITIES: Final = {block: granularity for granularity, block in _BLOCKS.it
 
 @dataclass(frozen=True)
 class CastConfig:
-    """How one tensor is cast. `target_dtype=None` becomes e4m3, or e5m2 for `grad_output`."""
+    """How one tensor is cast. `target_dtype=None` means e4m3, or e5m2 for `grad_output`."""
 
     scaling_type: ScalingType = ScalingType.DYNAMIC
     scaling_granularity: ScalingGranularity = ScalingGranularity.TENSORWISE
     target_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        expect(self, "scaling_type", ScalingType)
-        expect(self, "scaling_granularity", ScalingGranularity)
+        check_type(self, "scaling_type", ScalingType)
+        check_type(self, "scaling_granularity", ScalingGranularity)
         if self.target_dtype is not None:
             Cast(self.target_dtype, (FULL, FULL))  # raises on a dtype that is not float8
         if (
@@ -88,16 +88,16 @@ class CastConfig:
 
 @dataclass(frozen=True)
 class Float8GemmConfig:
-    """`use_fast_accum`: let the hardware accumulate in less than float32. Emulation always uses float32."""
+    """`use_fast_accum`: allow the hardware to accumulate in less than float32; emulation never does."""
 
     use_fast_accum: bool = False
 
     def __post_init__(self) -> None:
-        expect(self, "use_fast_accum", bool)
+        check_type(self, "use_fast_accum", bool)
 
 
 class Float8LinearRecipeName(Enum):
-    """The named recipes; `octavo.float8.RECIPES` says what each does."""
+    """The names of the recipes in `octavo.float8.RECIPES`."""
 
     TENSORWISE = "tensorwise"
     ROWWISE = "rowwise"
@@ -111,14 +111,14 @@ class Float8LinearRecipeName(Enum):
 class Float8LinearConfig:
     """How `torch.nn.Linear` becomes float8.
 
-    cast_config_*: the six operands. A `None` takes the configuration of the same tensor's first use; a
-        missing dtype becomes e4m3, e5m2 for grad_output.
+    cast_config_*: the six operands. None copies the configuration of the same tensor's first use; a missing
+        dtype means e4m3, or e5m2 for grad_output.
     gemm_config_*: the three products.
     enable_fsdp_float8_all_gather: FSDP2 gathers weights in float8 (recipes whose weight cast is square).
-    pad_inner_dim: accepted; sizes that hardware cannot take are always padded.
-    emulate: True multiplies in float32 what was cast to float8; False insists on hardware, and raises
-        without; None takes hardware where there is some.
-    round_scales_to_power_of_2: scales rounded down to powers of two. (MXFP8's always are.)
+    pad_inner_dim: accepted for compatibility; operands are always padded to sizes the hardware supports.
+    emulate: True multiplies the float8 operands in float32; False requires hardware and raises without it;
+        None uses hardware if there is a backend.
+    round_scales_to_power_of_2: round scales down to powers of two. (MXFP8's always are.)
     recipe: a recipe of your own, in place of the six casts, the three products and the rounding.
 
     Raises ValueError for products that no backend computes.
@@ -141,15 +141,15 @@ class Float8LinearConfig:
 
     def __post_init__(self) -> None:
         for name in ("input", "weight", "grad_output"):
-            expect(self, f"cast_config_{name}", CastConfig)
+            check_type(self, f"cast_config_{name}", CastConfig)
         for name in ("input_for_grad_weight", "weight_for_grad_input", "grad_output_for_grad_weight"):
-            expect(self, f"cast_config_{name}", CastConfig, None)
+            check_type(self, f"cast_config_{name}", CastConfig, None)
         for name in ("output", "grad_input", "grad_weight"):
-            expect(self, f"gemm_config_{name}", Float8GemmConfig)
+            check_type(self, f"gemm_config_{name}", Float8GemmConfig)
         for name in ("enable_fsdp_float8_all_gather", "pad_inner_dim", "round_scales_to_power_of_2"):
-            expect(self, name, bool)
-        expect(self, "emulate", bool, None)
-        expect(self, "recipe", Recipe, None)
+            check_type(self, name, bool)
+        check_type(self, "emulate", bool, None)
+        check_type(self, "recipe", Recipe, None)
         if self.recipe is None:
             self._fill_in()
         else:
@@ -168,7 +168,7 @@ class Float8LinearConfig:
         others = [f.name for f in casts if getattr(self, f.name) != f.default]
         if others:
             raise ValueError(
-                f"recipe says how everything is cast, and {others[0]} says it again: leave one of them out"
+                f"recipe defines every cast, and {others[0]} was given as well: leave one of them out"
             )
 
     def _fill_in(self) -> None:
@@ -186,7 +186,7 @@ class Float8LinearConfig:
                     f"{second.target_dtype}: a tensor goes into both products as one dtype"
                 )
             (dtype,) = dtypes
-            # Frozen from here on; the configuration is filled in once, as the caller could have written it.
+            # The dataclass is frozen: fill the defaults in as though the caller had given them.
             object.__setattr__(self, name, replace(first, target_dtype=dtype))
             object.__setattr__(self, f"{name}_for_{seconds[tensor]}", replace(second, target_dtype=dtype))
 
@@ -231,9 +231,7 @@ class Float8LinearConfig:
     def from_recipe(
         recipe: Recipe, *, emulate: bool | None = None, enable_fsdp_float8_all_gather: bool = False
     ) -> Float8LinearConfig:
-        """The options that describe `recipe`: cast by cast where they have names for all of it, else as
-        `recipe`.
-        """
+        """The options for `recipe`: one per cast if the options can express it, else in `recipe`."""
         whole = Float8LinearConfig(
             recipe=recipe, emulate=emulate, enable_fsdp_float8_all_gather=enable_fsdp_float8_all_gather
         )
@@ -283,13 +281,13 @@ def _named() -> tuple[Recipe, ...]:
 
 
 Options = Float8LinearConfig | Float8LinearRecipeName | Recipe | str
-"""What says how a linear becomes float8: the options, a recipe, or its name."""
+"""Anything that selects a recipe: the options, a recipe, or its name."""
 
 
 def resolve(
     config: Options | None,
 ) -> tuple[Recipe, Float8LinearConfig | None]:
-    """The recipe that `config` means (None: tensorwise), and the options if it is made of them."""
+    """The recipe that `config` selects (None: tensorwise), and the options, unless `config` is a `Recipe`."""
     if config is None:
         config = Float8LinearConfig()
     if isinstance(config, Float8LinearConfig):

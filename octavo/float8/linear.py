@@ -1,15 +1,16 @@
-"""The float8 linear layer: three matrix products, each operand cast once, where it is made.
+"""The float8 linear layer: three matrix products, with each operand cast once.
 
     forward    x[M, K]  -> x_MK for the output, x_KM for grad_weight     one read of x, two casts
                w[N, K]  -> w_NK for the output
     backward   dy[M, N] -> dy_MN for grad_input, dy_NM for grad_weight   one read of dy, two casts
                w[N, K]  -> w_KN for grad_input
 
-What is kept for backward is x_KM, one byte an element, and the weight, which exists anyway: half of what a
-bfloat16 linear keeps. The casts of x and of the weight are made outside the autograd function and handed in,
-because others can make them better: linears with the same input share its casts (`shared`),
-`cast_weights_once` keeps a weight's over a whole optimizer step, and FSDP and tensor parallelism gather them
-in float8.
+Saved for backward are x_KM, one byte per element, and the weight, which exists anyway: half of what a
+bfloat16 linear saves. The trade-off: x is cast both ways in forward, so that x itself need not be kept.
+
+x and the weight are cast outside the autograd function, because casts can be shared: linears with the same
+input share its casts (`casts/input_cache.py`), `cast_weights_once` reuses a weight's casts over an optimizer
+step, and FSDP and tensor parallelism communicate them in float8 (`distributed/`).
 
 Letters as in `recipe.py`: M tokens, K input features, N output features.
 """
@@ -32,7 +33,7 @@ from octavo.float8.casts.delayed_statistics import (
     is_recomputing,
     quantize_operand,
 )
-from octavo.float8.casts.input_cache import Casts, compute_once
+from octavo.float8.casts.input_cache import compute_once
 from octavo.float8.compiled.bias import add_bias
 from octavo.float8.compiled.pin_saved import pin_saved
 from octavo.float8.config import Options, resolve
@@ -47,29 +48,31 @@ from octavo.float8.distributed.tp_gather import GatheredInput, cast_and_gather, 
 from octavo.float8.distributed.tp_scales import ShardedAxis, TensorParallelSpec
 from octavo.float8.distributed.unsharded_weight import UnshardedWeight
 from octavo.float8.matmul import matmul, warn_if_emulated
-from octavo.float8.quantize import Quantized, quantize, quantize_both
+from octavo.float8.quantize import Casts, Quantized, quantize, quantize_both
 from octavo.float8.recipe import Recipe
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _needed_gradients(ctx: Any) -> tuple[bool, bool]:
-    """Which of (grad_input, grad_weight) this run of backward must compute.
+def needed_gradients(ctx: Any, first: int, count: int) -> list[bool]:
+    """Which of the gradients of `count` tensor arguments, the first at index `first`, backward must compute
+    now.
 
-    Zero-bubble pipeline schedules ask for the two in separate passes over the same graph. `needs_input_grad`
-    is true for both in each; the engine knows which edges it will follow.
+    Zero-bubble pipeline schedules compute grad_input and grad_weight in separate passes over one graph. In
+    each pass `needs_input_grad` is true for both, but the autograd engine knows which edges it will follow.
+    No tensor argument may come before the first one.
     """
-    wanted = tuple(ctx.needs_input_grad[:2])
-    if torch.compiler.is_compiling() or wanted != (True, True):
-        return wanted
+    needed = list(ctx.needs_input_grad[first : first + count])
+    if torch.compiler.is_compiling():
+        return needed
+    nodes = [node for node, _ in ctx.next_functions[:count]]  # of tensor arguments only
     try:
-        x_edge, w_edge = (
-            node is not None and torch._C._will_engine_execute_node(node)
-            for node, _ in ctx.next_functions[:2]
-        )
-    except RuntimeError:  # not inside a pass of the engine, or an edge it does not tell about
-        return wanted
-    return x_edge, w_edge
+        return [
+            need and node is not None and torch._C._will_engine_execute_node(node)
+            for need, node in zip(needed, nodes, strict=True)
+        ]
+    except (RuntimeError, ValueError):  # outside a pass of the engine, or the engine does not track this edge
+        return needed
 
 
 def _operand(data: Tensor | None, scale: Tensor | None, high_precision: Tensor) -> Quantized | Tensor:
@@ -79,9 +82,11 @@ def _operand(data: Tensor | None, scale: Tensor | None, high_precision: Tensor) 
 
 
 class Float8Matmul(torch.autograd.Function):
-    """`y[M, N] = x[M, K] . w[N, K]^T`, with the gradients' products as `recipe` says.
+    """`y[M, N] = x[M, K] . w[N, K]^T`, with the products of the gradients as `recipe` says.
 
-    The casts x_MK, x_KM, w_NK and w_KN come as (data, scale) pairs, or None: see `multiply`.
+    The casts x_MK, x_KM, w_NK and w_KN are (data, scale) pairs, or (None, None) for an operand in high
+    precision. Without w_KN, backward casts w. `sharding`: x and w are one rank's shards of a tensor parallel
+    product. `grad_output`: the delayed-scaling statistics of dy.
     """
 
     @staticmethod
@@ -125,16 +130,16 @@ class Float8Matmul(torch.autograd.Function):
         recipe, emulate, sharding = ctx.recipe, ctx.emulate, ctx.sharding
         grad_input, grad_weight = recipe.grad_input, recipe.grad_weight
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # A gradient that forgot how it was made would make a second derivative wrong without a word.
+            # Without this, a second derivative would be silently wrong.
             raise RuntimeError(
-                "a Float8Linear was to be differentiated twice (create_graph=True): casting to float8 has no "
-                "useful second derivative. Leave the layers that need one in high precision with "
+                "a Float8Linear cannot be differentiated twice (create_graph=True): casting to float8 has no "
+                "useful second derivative. Keep the layers that need one in high precision with "
                 "module_filter_fn, or differentiate once"
             )
-        want_x, want_w = _needed_gradients(ctx)
+        want_x, want_w = needed_gradients(ctx, 0, 2)
         dx = dw = None
         with torch.no_grad():
-            # Of two passes over the same graph, one counts.
+            # Count saturated elements in one of two passes over the same graph.
             count_saturated = want_x or not ctx.needs_input_grad[0]
             dy_MN, dy_NM = _cast_grad_output(
                 dy,
@@ -170,9 +175,7 @@ def _cast_grad_output(
     want_w: bool,
     count_saturated: bool,
 ) -> tuple[Quantized | Tensor, Quantized | Tensor]:
-    """`dy[M, N]` as `[M, N]` for grad_input and as `[N, M]` for grad_weight, gathered if tokens are spread
-    over ranks.
-    """
+    """`dy[M, N]` as grad_input's `[M, N]` and grad_weight's `[N, M]`, gathered if tokens are sharded."""
     row, col = recipe.grad_input.a, recipe.grad_weight.a if want_w else None
     if sharding is not None and sharding.pieces is not None:
         assert row is not None
@@ -194,6 +197,12 @@ def _cast_grad_output(
     )
 
 
+def only_casts(*operands: Quantized | Tensor) -> Casts:
+    """The two operands, with None in place of those that stay in high precision."""
+    first, second = (q if isinstance(q, Quantized) else None for q in operands)
+    return first, second
+
+
 def cast_input(
     x: Tensor,
     recipe: Recipe,
@@ -203,16 +212,16 @@ def cast_input(
     statistics: OperandStatistics | None = None,
     record: bool = False,
 ) -> Casts:
-    """`x[M, K]` as the output's operand `[M, K]` and, if asked for, as grad_weight's `[K, M]`.
+    """`x[M, K]` as the output's operand `[M, K]` and, if `for_grad_weight`, as grad_weight's `[K, M]`.
 
-    None where the operand stays in high precision or is not asked for. `sharded` says how x is sharded over
-    ranks; `statistics` and `record` as in `quantize_operand`.
+    None for an operand that stays in high precision or is not wanted. `sharded`: how x is sharded over ranks;
+    `statistics` and `record` as in `quantize_operand`.
     """
     row, col = recipe.output.a, recipe.grad_weight.b if for_grad_weight else None
     first, second = quantize_operand(
         x, row, col, sharded, statistics, record=record, count_saturated=record and not is_recomputing()
     )
-    return first if isinstance(first, Quantized) else None, second if isinstance(second, Quantized) else None
+    return only_casts(first, second)
 
 
 def cast_weight(
@@ -221,74 +230,33 @@ def cast_weight(
     """`w[N, K]` as the output's operand `[N, K]` and, if `for_grad_input`, as grad_input's `[K, N]`."""
     row, col = recipe.output.b, recipe.grad_input.b if for_grad_input else None
     first, second = quantize_both(w, row, col, sharded)
-    return first if isinstance(first, Quantized) else None, second if isinstance(second, Quantized) else None
+    return only_casts(first, second)
 
 
 def _flat(casts: Casts) -> list[Tensor | None]:
     return [part for q in casts for part in ((None, None) if q is None else q)]
 
 
-def multiply(
-    x: Tensor,
-    w: Tensor,
-    recipe: Recipe,
-    *,
-    emulate: bool | None = None,
-    x_casts: Casts | None = None,
-    w_casts: Casts | None = None,
-    sharding: TensorParallelSpec | None = None,
-    statistics: LayerStatistics | None = None,
-) -> Tensor:
-    """`x[M, K] . w[N, K]^T` as `y[M, N]` in x's dtype, differentiable in both.
+def weight_operands(w: Tensor, recipe: Recipe, sharded: ShardedAxis | None = None) -> Casts:
+    """The casts of a weight that has none cached: those of a weight gathered in float8, or a new one.
 
-    `x_casts` and `w_casts` are what `cast_input` and `cast_weight` give, if already made. Without `w_casts`,
-    the weight is cast for the output now and for grad_input in backward, so that nothing of its size is held
-    between. `sharding` says that x and w are one rank's parts of a tensor parallel product; `statistics`
-    holds the previous step's maxima (delayed scaling).
+    A new cast is for the output only. Backward casts the weight again for grad_input, so that no memory of
+    the weight's size is held between.
     """
-    layer_statistics = statistics or LayerStatistics()
-    record = torch.is_grad_enabled()
-    with torch.no_grad():
-        if x_casts is None:
-            x_casts = cast_input(
-                x,
-                recipe,
-                for_grad_weight=w.requires_grad,
-                sharded=sharding.input if sharding else None,
-                statistics=layer_statistics.input,
-                record=record,
-            )
-        if w_casts is None:
-            w_casts = (
-                w.casts()
-                if isinstance(w, UnshardedWeight)
-                else cast_weight(
-                    w, recipe, for_grad_input=False, sharded=None if sharding is None else sharding.weight
-                )
-            )
-    # Views, because `_needed_gradients` can ask the engine about inner nodes of the graph only, not leaves.
-    return Float8Matmul.apply(
-        x.view_as(x),
-        w.view_as(w),
-        *_flat(x_casts),
-        *_flat(w_casts),
-        recipe,
-        emulate,
-        sharding,
-        layer_statistics.grad_output,
-    )
+    if isinstance(w, UnshardedWeight):
+        return w.casts()
+    return cast_weight(w, recipe, for_grad_input=False, sharded=sharded)
 
 
 class Float8Linear(nn.Linear):
-    """`nn.Linear` whose three products run in float8, as `config` says: options, a `Recipe`, or a recipe's
-    name.
+    """`nn.Linear` whose three products run in float8. `config`: options, a `Recipe`, or a recipe's name.
 
-    `keep_input` says whether compiled code must keep the input's cast for backward; where it is False and the
-    input has two bytes an element, the compiler may rather make it again (`convert.py` decides).
+    Parameters, state dict and signature are those of `nn.Linear`. Takes `[..., in_features]` with any number
+    of leading dimensions, in bfloat16, float16 or float32, and returns `[..., out_features]` in the same
+    dtype (under autocast, in autocast's).
 
-    Parameters, state dict and signature are those of `nn.Linear`. Takes `[..., in_features]` of 1 to any
-    number of dimensions, in bfloat16, float16 or float32, and returns `[..., out_features]` in the same dtype
-    (autocast's, where that is on).
+    `keep_input`: whether compiled code must save the input's cast for backward. If False and the input has
+    two bytes per element, the compiler may recompute it instead (`convert.py` decides).
     """
 
     def __init__(
@@ -307,15 +275,14 @@ class Float8Linear(nn.Linear):
         self.emulate = emulate if self.config is None or emulate is not None else self.config.emulate
         self.statistics: LayerStatistics | None = None  # set by `DelayedScaling`
         self.weight_casts: Casts | None = None
-        self._cast_weight: tuple[weakref.ref[Tensor], int] | None = None  # what those are the casts of
+        self._cast_weight: tuple[weakref.ref[Tensor], int] | None = None  # whose casts those are
         self._optimizer_casts: tuple[Casts, weakref.ref[Tensor], int] | None = None
         self.watch: Callable[[Tensor, Tensor], Tensor] | None = None  # set on steps that `health` measures
-        # Set by tensor parallel styles: whether one was applied, and what becomes of an output that is a sum
-        # over ranks.
+        # Set by tensor parallel styles: whether one was applied, and the placement of an output that is a sum.
         self.tensor_parallel = False
         self.output_placement: Placement | None = None
         self.keep_input = True
-        self.shared_input: Any = None  # the `fused.SharedInput` that it is a member of
+        self.shared_input: Any = None  # the `fused.SharedInput` that has this linear as a member
 
     @classmethod
     def from_float(
@@ -333,7 +300,7 @@ class Float8Linear(nn.Linear):
             config=config,
             emulate=emulate,
         )
-        # Parameters, buffers, hooks, and whatever else hangs on it.
+        # Parameters, buffers, hooks and any other attributes.
         new.__dict__.update(
             {k: copy.copy(v) if isinstance(v, dict | set) else v for k, v in mod.__dict__.items()}
         )
@@ -341,8 +308,8 @@ class Float8Linear(nn.Linear):
         return new
 
     def forward(self, input: Tensor) -> Tensor:
-        """`input[..., K] -> [..., N]`. Raises ValueError where the last dimension is not K, TypeError on
-        other dtypes.
+        """`input[..., K] -> [..., N]`. Raises ValueError if the last dimension is not K, TypeError for other
+        dtypes.
         """
         x = input
         if x.dim() == 0 or x.shape[-1] != self.in_features:
@@ -362,7 +329,7 @@ class Float8Linear(nn.Linear):
         if isinstance(self.weight, DTensor):
             return self._forward_sharded(x, self.weight)
         y_MN = self._multiply(x.reshape(math.prod(x.shape[:-1]), self.in_features), self.weight, input)
-        # Not a view to autograd, as nn.Linear's output is none: FSDP2 warns of modules that return views.
+        # Not a view for autograd, like nn.Linear's output: FSDP2 warns about modules that return views.
         y = torch.ops.aten._unsafe_view(y_MN.contiguous(), (*x.shape[:-1], self.out_features))
         y = y if self.bias is None else add_bias(y, self.bias)
         return y if self.watch is None else self.watch(x, y)
@@ -376,7 +343,7 @@ class Float8Linear(nn.Linear):
         x_casts: Casts | None = None,
         sharding: TensorParallelSpec | None = None,
     ) -> Tensor:
-        """`y_MN`. `owner` is the tensor whose casts those of x_MK are."""
+        """`y_MN`. `owner` is the tensor under which the casts of `x_MK` are cached."""
         trains = torch.is_grad_enabled()
         for_grad_weight = weight.requires_grad and trains
         statistics = None if self.statistics is None else self.statistics.input
@@ -398,15 +365,20 @@ class Float8Linear(nn.Linear):
                 )
                 if torch.compiler.is_compiling() and (self.keep_input or x_MK.dtype == torch.float32):
                     x_casts = pin_saved(x_casts, one_cast=row == col and row is not None and row.square)
-        return multiply(
-            x_MK,
-            weight,
+        w_casts = self.current_weight_casts()
+        if w_casts is None:
+            with torch.no_grad():
+                w_casts = weight_operands(weight, self.recipe, sharding.weight if sharding else None)
+        # Views, because `needed_gradients` can ask the engine about inner nodes of the graph only, not leaves.
+        return Float8Matmul.apply(
+            x_MK.view_as(x_MK),
+            weight.view_as(weight),
+            *_flat(x_casts),
+            *_flat(w_casts),
             self.recipe,
-            emulate=self.emulate,
-            x_casts=x_casts,
-            w_casts=self.current_weight_casts(),
-            sharding=sharding,
-            statistics=self.statistics,
+            self.emulate,
+            sharding,
+            self.statistics.grad_output if self.statistics else None,
         )
 
     def _forward_sharded(self, x: Tensor | GatheredInput, weight: DTensor) -> Tensor:
@@ -420,11 +392,11 @@ class Float8Linear(nn.Linear):
 
     @property
     def gathers_float8(self) -> bool:
-        """Whether FSDP2 is to gather the weight in float8."""
+        """Whether FSDP2 gathers the weight in float8."""
         return self.config is not None and self.config.enable_fsdp_float8_all_gather
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # FSDP2 hands its sharded parameter over here.
+        # FSDP2 sets its sharded parameter by assignment.
         if name == "weight" and isinstance(value, DTensor) and self.gathers_float8:
             assert self.recipe.output.b is not None
             shard_in_float8(value, self.recipe.output.b, previous=self._parameters.get("weight"))
@@ -444,9 +416,9 @@ class Float8Linear(nn.Linear):
                 return
             sharded = tensor_parallel_spec(weight, self.recipe).weight
             weight = weight.to_local()
-        if isinstance(weight, UnshardedWeight):  # gathered in float8: its casts are at hand
+        if isinstance(weight, UnshardedWeight):  # gathered in float8, so it has casts
             return
-        if not isinstance(self.weight, nn.Parameter):  # computed anew at each use, as by weight_norm
+        if not isinstance(self.weight, nn.Parameter):  # computed at each use, e.g. by weight_norm
             return
         made = self._optimizer_casts if sharded is None else None
         self._optimizer_casts = None
@@ -454,7 +426,7 @@ class Float8Linear(nn.Linear):
             self.weight_casts = cast_weight(
                 weight.detach(), self.recipe, for_grad_input=True, sharded=sharded
             )
-        else:  # by the optimizer, with the step
+        else:  # made by the optimizer
             self.weight_casts = made[0]
         self._cast_weight = weakref.ref(self.weight), self.weight._version
 
@@ -465,10 +437,10 @@ class Float8Linear(nn.Linear):
         self._optimizer_casts = casts, weakref.ref(self.weight), self.weight._version
 
     def current_weight_casts(self) -> Casts | None:
-        """`weight_casts`, unless another weight has taken the place of the one that they are of, or someone
-        edited it.
+        """`weight_casts`, unless the weight was replaced or edited since.
 
-        An edit that leaves no trace, as through `.data`, is not noticed, nor is any in compiled code.
+        An edit that does not advance the version, e.g. through `.data`, is not noticed, nor is any in
+        compiled code.
         """
         if self.weight_casts is None or self._cast_weight is None or torch.compiler.is_compiling():
             return self.weight_casts
@@ -477,7 +449,7 @@ class Float8Linear(nn.Linear):
         return self.weight_casts if same else None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles hold parameters only.
+        # Copies and pickles have parameters only.
         return self.__dict__ | {
             "weight_casts": None,
             "_cast_weight": None,

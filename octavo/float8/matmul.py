@@ -1,27 +1,25 @@
-"""`y[M, N] = a[M, C] . b[N, C]^T` for float8 operands: the hardware's units where there are any, else
-emulation.
+"""`y[M, N] = a[M, C] . b[N, C]^T` for float8 operands, in hardware or in emulation.
 
-Emulation computes what float8 hardware does, on any device: codes multiplied exactly, products added in
-float32, then the scales, one rounding to the output's dtype. Only the order of the additions is a library's
-own, so results differ by about 1e-7 of their norm from one processor to another.
+Emulation computes what float8 hardware does, on any device: it multiplies the codes exactly, adds in float32,
+applies the scales and rounds once to the output's dtype. Only the order of additions depends on the library,
+so results differ by about 1e-7 of their norm between processors.
 
     scales               applied                                   why
-    powers of two        to the codes                              exact there: the same bits before and after
+    powers of two        to the codes                              exact, so the order does not matter
     others, (·, FULL)    to the product                            one scale for a whole sum
-    others, along C      to the codes, rounding to float32         a scale for each part of a sum
+    others, along C      to the codes, rounding to float32         one scale for each part of a sum
 
-A float8 code has at most 4 significant bits and so, times a power of two, is exact in bfloat16. CPUs with
-bfloat16 instructions multiply such operands by them, adding in float32: as precise as float32, and several
-times faster where they are matrix units (AMX): see `mm_codes`.
+A float8 code has at most 4 significant bits, so that it is exact in bfloat16, also times a power of two. CPUs
+with bfloat16 instructions multiply such operands in bfloat16 and add in float32: as precise as float32, and
+several times faster with matrix units (AMX). See `mm_codes`.
 
 Each row of `GEMM_BACKENDS` is a hardware backend: the blocks it multiplies, the devices it needs, and the
 call. To add a backend, add a row. A CPU has one too, `torch._scaled_mm`, but it converts operands one element
 at a time. Emulation converts many at once (eager) or fuses the conversion (compiled), so `emulate=None`
 emulates on a CPU.
 
-Hopper wants both operands contiguous along the contraction, and multiples of 16 (128 for block scales);
-operands are padded with zeros here, where they are one byte an element, and nowhere else. Zeros add nothing
-to a product.
+Hopper needs both operands contiguous along the contraction, with sizes that are multiples of 16 (128 for
+block scales). Operands are zero-padded here, where they are one byte per element, and nowhere else.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ from octavo.float8.recipe import FULL, Cast, Gemm, Recipe
 
 
 class EmulationWarning(UserWarning):
-    """float8 runs in emulation because the device has no float8 units for the recipe. Shown once a recipe and
+    """float8 runs in emulation, because the device has no backend for the recipe. Shown once per recipe and
     device.
     """
 
@@ -50,7 +48,7 @@ class EmulationWarning(UserWarning):
 
 
 def _pad(data: Tensor, rows: int, cols: int) -> Tensor:
-    """`data` as row-major float8, zeros appended until its sizes are multiples of `rows` and `cols`."""
+    """`data` as contiguous float8, zero-padded to multiples of `rows` and `cols`."""
     pad_rows, pad_cols = -data.shape[0] % rows, -data.shape[1] % cols
     if pad_rows or pad_cols:  # through uint8, since float8 has no fill
         data = F.pad(data.view(torch.uint8), (0, pad_cols, 0, pad_rows)).view(data.dtype)
@@ -58,7 +56,7 @@ def _pad(data: Tensor, rows: int, cols: int) -> Tensor:
 
 
 def _pad_scale(scale: Tensor, rows: int, cols: int) -> Tensor:
-    """`scale` with ones appended up to `[rows, cols]`."""
+    """`scale` padded with ones to `[rows, cols]`."""
     return F.pad(scale, (0, cols - scale.shape[1], 0, rows - scale.shape[0]), value=1.0)
 
 
@@ -68,7 +66,7 @@ def _crop(y: Tensor, rows: int, cols: int) -> Tensor:
 
 def _scaled_mm_cpu(a: Quantized, b: Quantized, gemm: Gemm, out_dtype: torch.dtype) -> Tensor:
     scale_a, scale_b = _matching_scales(a, b)
-    # Inductor wants to know that both operands lie along the contraction.
+    # Inductor requires both operands to be contiguous along the contraction.
     data_a, data_b = (materialize(q.data.contiguous()) for q in (a, b))
     return torch._scaled_mm(data_a, data_b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype)
 
@@ -87,8 +85,7 @@ def _scaled_mm_cuda(a: Quantized, b: Quantized, gemm: Gemm, out_dtype: torch.dty
     scale_a, scale_b = _matching_scales(a, Quantized(data_b, _pad_rows_of(b.scale, data_b.shape[0])))
     after = None
     if scale_a.dim() == 2 and out_dtype != torch.bfloat16:
-        # The rowwise kernels write bfloat16 only. A product with unit scales writes float32, scaled
-        # afterwards.
+        # The rowwise kernels write bfloat16 only. A product with unit scales writes float32, scaled here.
         after = scale_a * scale_b.narrow(1, 0, rows_b)
         scale_a = scale_b = scale_a.new_ones(())
     y = torch._scaled_mm(
@@ -177,10 +174,10 @@ def _block_mm_cuda(a: Quantized, b: Quantized, gemm: Gemm, out_dtype: torch.dtyp
 
 
 def swizzle_e8m0(scale: Tensor) -> Tensor:
-    """One-byte scales (codes `[rows, blocks]`) in the order Blackwell's units read them, flat.
+    """One-byte scales (codes `[rows, blocks]`) in the order in which Blackwell's units read them, flat.
 
-    The grid is cut into tiles of 128 x 4 (padded with the code of 1.0); within a tile, rows 32 apart lie
-    together.
+    The grid is cut into tiles of 128 x 4, padded with the code of 1.0; within a tile, rows 32 apart are
+    adjacent.
     """
     rows, cols = scale.shape
     codes = F.pad(scale, (0, -cols % 4, 0, -rows % 128), value=127)
@@ -211,8 +208,8 @@ _TENSOR, _ROW, _LINE, _TILE, _MX = (FULL, FULL), (1, FULL), (1, 128), (128, 128)
 
 
 class Device(NamedTuple):
-    """What decides whether a backend serves a device. `capability` and `cuda` are (0, 0) without an NVIDIA
-    GPU.
+    """The properties that decide whether a backend supports a device; the versions are (0, 0) without an
+    NVIDIA GPU.
     """
 
     type: str
@@ -222,9 +219,10 @@ class Device(NamedTuple):
 
 @dataclass(frozen=True)
 class GemmBackend:
-    """A way to multiply on a device: `blocks` lists the (a, b) blocks, `capability` the least GPU, `cuda` and
-    `version` the least versions of CUDA and PyTorch. `run` computes `a . b^T`, given operands of any size and
-    layout.
+    """A way to multiply on a type of device.
+
+    `blocks`: the pairs (a, b) of blocks it multiplies. `run` computes `a . b^T` for operands of any size and
+    layout. `capability`, `cuda`, `version`: the least compute capability, CUDA and PyTorch it needs.
     """
 
     name: str
@@ -242,7 +240,6 @@ class GemmBackend:
         return all(cast.scale.one_byte == self.one_byte_scales for cast in (gemm.a, gemm.b))
 
     def supports(self, device: Device) -> bool:
-        # Block scales exist on one generation of GPUs only where the next has another unit for them.
         return (
             device.type == self.device
             and device.capability >= self.capability
@@ -260,9 +257,9 @@ GEMM_BACKENDS: tuple[GemmBackend, ...] = (
         "torch._scaled_mm", "cpu", _PER_ROW, _scaled_mm_cpu, version=(2, 13)
     ),  # 2.11 has no such kernel
     GemmBackend(
-        "torch._scaled_mm, one scale a tensor", "cuda", _PER_TENSOR, _scaled_mm_cuda, capability=(8, 9)
+        "torch._scaled_mm, one scale per tensor", "cuda", _PER_TENSOR, _scaled_mm_cuda, capability=(8, 9)
     ),
-    GemmBackend("torch._scaled_mm, one scale a row", "cuda", _PER_ROW, _scaled_mm_cuda, capability=(9, 0)),
+    GemmBackend("torch._scaled_mm, one scale per row", "cuda", _PER_ROW, _scaled_mm_cuda, capability=(9, 0)),
     GemmBackend(
         "scaled_mm, 128-blocks",
         "cuda",
@@ -283,7 +280,7 @@ GEMM_BACKENDS: tuple[GemmBackend, ...] = (
 )
 
 
-# (0, 0) on ROCm, whose float8 has other formats: it gets no backend.
+# (0, 0) on ROCm, whose float8 formats differ: it has no backend.
 _CUDA = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
 
 
@@ -325,36 +322,36 @@ def _dotted(version: tuple[int, int]) -> str:
 
 
 def choose_backend(gemm: Gemm, device: torch.device, emulate: bool | None) -> GemmBackend | None:
-    """The backend that computes `gemm` on `device`; None is emulation.
+    """The backend that computes `gemm` on `device`; None means emulation.
 
-    `emulate`: True always emulates, False never does (ValueError where the device has no backend), None takes
-    the faster: hardware wherever there is some, except on a CPU (see the module's docstring).
+    `emulate`: True always emulates. False never does, and raises ValueError if the device has no backend.
+    None takes the faster: hardware if there is a backend, except on a CPU (see the module's docstring).
     """
     if emulate or (emulate is None and device.type != "cuda"):
         return None
-    what = describe_device(device)
-    backend = find_backend(gemm, what)
+    kind = describe_device(device)
+    backend = find_backend(gemm, kind)
     if backend is None and emulate is False:
         raise ValueError(
-            f"emulate=False, but {_missing(gemm, what)}. Leave emulate=None to emulate where there is no "
+            f"emulate=False, but {_missing(gemm, kind)}. Leave emulate=None to emulate where there is no "
             "hardware, or choose a recipe that this device runs"
         )
     return backend
 
 
 def describe_backend(recipe: Recipe, device: torch.device, emulate: bool | None) -> str:
-    """One line on what `recipe` does on `device` and why: "hardware: ..." or "emulated: ...".
+    """One line on how `device` computes `recipe`, and why: "hardware: ..." or "emulated: ...".
 
-    Raises the ValueError that training would, where `emulate=False` asks for what `device` lacks.
+    Raises ValueError, as training would, if `emulate=False` and `device` lacks a backend.
     """
     gemms = {name: gemm for name, gemm in recipe.gemms.items() if gemm.float8}
     if emulate:
-        return "emulated: as asked for (emulate=True)"
+        return "emulated: as requested (emulate=True)"
     chosen = {name: choose_backend(gemm, device, emulate) for name, gemm in gemms.items()}
     hardware = ", ".join(dict.fromkeys(backend.name for backend in chosen.values() if backend is not None))
-    what = describe_device(device)
+    kind = describe_device(device)
     missing = "; ".join(
-        dict.fromkeys(_missing(g, what) for g in gemms.values() if find_backend(g, what) is None)
+        dict.fromkeys(_missing(g, kind) for g in gemms.values() if find_backend(g, kind) is None)
     )
     if not any(chosen.values()):
         if missing:
@@ -370,23 +367,23 @@ _warned: set[tuple[str, str]] = set()
 
 
 def warn_if_emulated(recipe: Recipe, device: torch.device, emulate: bool | None) -> None:
-    """Warn, once a recipe and kind of device, where `emulate=None` has to emulate for want of hardware.
+    """Warn, once per recipe and type of device, if `emulate=None` must emulate for lack of a backend.
 
-    Raises ValueError where `emulate=False` cannot be had.
+    Raises ValueError if `emulate=False`.
     """
     if emulate or device.type == "meta":
         return
-    what = describe_device(device)
-    lacking = [gemm for gemm in recipe.gemms.values() if gemm.float8 and find_backend(gemm, what) is None]
-    if not lacking:
+    kind = describe_device(device)
+    unsupported = [gemm for gemm in recipe.gemms.values() if gemm.float8 and find_backend(gemm, kind) is None]
+    if not unsupported:
         return
     if emulate is False:
-        choose_backend(lacking[0], device, emulate)
+        choose_backend(unsupported[0], device, emulate)
     if (recipe.name, device.type) not in _warned:
         _warned.add((recipe.name, device.type))
         warnings.warn(
-            f"recipe {recipe.name!r} runs in emulation: {_missing(lacking[0], what)}. It computes "
-            "what hardware would, slowly; Float8LinearConfig(emulate=True) asks for that and silences this",
+            f"recipe {recipe.name!r} runs in emulation: {_missing(unsupported[0], kind)}. The results are "
+            "those of hardware, but slow; Float8LinearConfig(emulate=True) requests that and silences this",
             EmulationWarning,
             stacklevel=3,
         )
@@ -398,12 +395,12 @@ MATRIX_UNITS = torch.cpu._is_amx_tile_supported()
 BFLOAT16_UNITS = MATRIX_UNITS or torch.cpu._is_avx512_bf16_supported()
 """Whether this CPU multiplies bfloat16 faster than float32."""
 
-_switch = threading.Lock()  # the units' switch is the process's, and other threads multiply too
+_precision_lock = threading.Lock()  # the precision setting is global to the process
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """`a[M, C] . b[C, N]` in the operands' own dtype: autocast must not narrow a product whose precision the
-    recipe sets.
+    """`a[M, C] . b[C, N]` in the operands' dtype; autocast must not narrow it, since the recipe sets its
+    precision.
     """
     if torch.is_autocast_enabled(a.device.type):
         with torch.autocast(a.device.type, enabled=False):
@@ -418,12 +415,12 @@ _OPERATORS.define(
 
 @torch.library.impl(_OPERATORS, "mm_codes", "CompositeExplicitAutograd")
 def _mm_codes(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """`a[M, C] . b[C, N]`, as `torch.mm`, of float32 tensors whose values are exact in bfloat16; added in
-    float32, rounded once to `out_dtype`.
+    """`a[M, C] . b[C, N]` of float32 tensors whose values are exact in bfloat16; added in float32, rounded
+    once.
 
-    oneDNN, told that bfloat16 will do, takes AMX's units; without them its float32, which a Zen 4 runs 1.15
-    times as fast as torch's own choice. An operator, so that compiled code too sets that switch around the
-    product and nowhere else: it is the whole process's, and would round every other product.
+    Allowing oneDNN bfloat16 makes it use AMX; without AMX, oneDNN's float32 is 1.15 times as fast as torch's
+    default on a Zen 4. This is an operator so that compiled code, too, changes the setting only around the
+    product: the setting is global to the process, and would round every other product.
     """
     if not BFLOAT16_UNITS or a.device.type != "cpu":
         return _mm(a, b).to(out_dtype)
@@ -431,7 +428,7 @@ def _mm_codes(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
         return _mm(a.bfloat16(), b.bfloat16())
     mkldnn: Any = torch.backends.mkldnn
     units = mkldnn.matmul
-    with _switch:
+    with _precision_lock:
         before = units.fp32_precision
         units.fp32_precision = "bf16"
         try:
@@ -454,7 +451,7 @@ PRODUCTS = frozenset(
         torch.ops.octavo.mm_codes.default,
     }
 )
-"""The operators that compute a layer's products: what selective activation checkpointing keeps."""
+"""The operators that compute a layer's products, for selective activation checkpointing to save."""
 
 
 def _emulate(a: Quantized, b: Quantized, cast_a: Cast, cast_b: Cast, out_dtype: torch.dtype) -> Tensor:
@@ -471,7 +468,7 @@ def _emulate(a: Quantized, b: Quantized, cast_a: Cast, cast_b: Cast, out_dtype: 
 
 
 def _codes(q: Quantized, cast: Cast) -> tuple[Tensor, Tensor | None]:
-    """What is multiplied, in float32, and the scales `[rows or 1, 1]` that the product is multiplied by."""
+    """The float32 values to multiply, and the scales `[rows or 1, 1]` to apply to the product, if any."""
     if cast.power_of_two or cast.block[1] != FULL:
         return dequantize(q, cast.block), None
     rows, block = q.data.shape[0], cast.block[0]
@@ -487,15 +484,16 @@ def matmul(
     *,
     emulate: bool | None = None,
 ) -> Tensor:
-    """`a[M, C] . b[N, C]^T` as `y[M, N]` in `out_dtype`; operands as `gemm` casts them.
+    """`a[M, C] . b[N, C]^T` as `y[M, N]` in `out_dtype`; operands are cast as `gemm` says.
 
-    `emulate` as in `choose_backend`. Any size works, zero included. Raises ValueError where `emulate=False`
-    cannot be had, or where the operands' contractions differ.
+    `emulate` as in `choose_backend`. Any size works, including zero. Raises ValueError if the operands'
+    contractions differ, or if `emulate=False` and the device has no backend.
     """
     data_a, data_b = (x.data if isinstance(x, Quantized) else x for x in (a, b))
     if data_a.shape[1] != data_b.shape[1]:
         raise ValueError(
-            f"operands [rows, contraction] {tuple(data_a.shape)} and {tuple(data_b.shape)} differ in it"
+            f"operands {tuple(data_a.shape)} and {tuple(data_b.shape)} have different contractions: they "
+            "must agree in the last dimension"
         )
     if gemm.a is None or gemm.b is None:
         return _mm(data_a, data_b.t()).to(out_dtype)

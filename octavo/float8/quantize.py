@@ -1,20 +1,19 @@
-"""Casting to float8: the reference, in plain PyTorch.
+"""Casting to float8: the reference implementation, in plain PyTorch.
 
-float8 has 4 or 5 bits of exponent, so a tensor must be scaled into its range first. For each block of
-elements:
+float8 has 4 or 5 exponent bits, so a tensor must first be scaled into its range. For each block of elements:
 
     amax  = max |x|
     s     = dtype_max / max(amax, 1e-12)     in float64, rounded to float32; down to a power of two if asked
     data  = float8(clamp(x * s))             the product in float32; round to nearest, ties to even
-    scale = 1 / s                            so that data * scale gives the value back
+    scale = 1 / s                            so that data * scale approximates x
 
-The float64 step makes s the same in every backend: float32 division is not correctly rounded everywhere, and
-one ulp in s moves values across rounding boundaries. Powers of two are cut out of the bits, since log2
-misrounds just below a power of two. NaN stays NaN; an infinity makes its whole block NaN (its amax is
-infinite, so s is 0), so that neither can turn into a finite number.
+The float64 step makes s equal on every device: float32 division is not correctly rounded everywhere, and one
+ulp in s moves values across rounding boundaries. Powers of two are extracted from the bits, since log2
+misrounds just below a power of two. NaN stays NaN, and an infinity turns its whole block into NaN (its amax
+is infinite, so s is 0), so that neither becomes a finite number.
 
-These lines serve eager code and the compiler, which fuses them; the hand-written kernels that take over on a
-GPU (`cast_on_gpu.py`) match them bit for bit.
+This code runs eagerly, or is fused by the compiler. On a GPU, Triton kernels (`casts/gpu_cast.py`) replace it
+and match it bit for bit.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from octavo.float8.distributed.tp_scales import ShardedAxis
 from octavo.float8.recipe import FULL, Cast, ScaleFormat
 
 EPS = 1e-12
-"""The least amax: an all-zero block gets a finite scale."""
+"""The smallest amax, so that an all-zero block has a finite scale."""
 
 _EXPONENT_MASK = 0x7F800000
 _MANTISSA_MASK = 0x007FFFFF
@@ -41,17 +40,19 @@ _FLOAT32_NAN = 0x7FC00000
 
 
 class Quantized(NamedTuple):
-    """A float8 operand. `data` is [rows, contraction]; `scale` has one entry a block, [row blocks, column
-    blocks].
+    """A float8 operand: `data[rows, contraction]` and `scale[row blocks, column blocks]`.
 
-    `data * scale`, each scale spread over its block, gives the value back: `dequantize` does that. scale
-    holds float32 numbers or, for the E8M0 formats, their one-byte codes (uint8): `scale_values` gives the
-    numbers. (The compiler does not know torch.float8_e8m0fnu on a CPU; hardware paths view the codes as
-    that.)
+    `dequantize` gives the values. `scale` holds float32 numbers or, in the E8M0 formats, one-byte codes as
+    uint8, because the compiler does not support torch.float8_e8m0fnu on a CPU; `scale_values` gives the
+    numbers.
     """
 
     data: Tensor
     scale: Tensor
+
+
+Casts = tuple[Quantized | None, Quantized | None]
+"""A tensor's cast as an operand, and its transpose's; None for one that is not cast."""
 
 
 def block_size(block: tuple[int, int], shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
@@ -80,7 +81,7 @@ def block_amax(x: Tensor, block: tuple[int, int]) -> Tensor:
         rows, cols = block_size(block, x.shape)
         return x.new_zeros(-(-x.shape[0] // rows), -(-x.shape[1] // cols))
     if not torch.compiler.is_compiling() and x.device.type == "cpu":
-        # No temporary, where abs().amax() has one of x's size: half the time.
+        # Without abs().amax()'s temporary of x's size, in half the time.
         if block == (FULL, FULL):
             low, high = torch.aminmax(x)
             return torch.maximum(high, -low).abs().reshape(1, 1)
@@ -95,9 +96,10 @@ def _keep_nan(x: Tensor, result: Tensor) -> Tensor:
 
 
 def scales_from_amax(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
-    """`(s, scale)` of each block: what its elements are multiplied by, and what gives the values back.
+    """`(s, scale)` of each block: the multiplier of its elements, and its inverse.
 
-    `amax` is any float dtype and shape; s is float32 of that shape, scale float32 or, for E8M0, uint8 codes.
+    `amax` has any float dtype and shape. s is float32 of that shape; scale is float32 or, in E8M0, uint8
+    codes.
     """
     if cast.scale.one_byte:
         return _e8m0_scales(amax.float(), cast)
@@ -108,21 +110,19 @@ def scales_from_amax(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
     if cast.scale is ScaleFormat.POW2:
         s = _keep_nan(s, (s.view(torch.int32) & _EXPONENT_MASK).view(torch.float32))
     if s.device.type == "cpu":
-        # Not by way of float64: compiled for AVX2, `.float().double()` leaves s unrounded.
+        # Not via float64: code compiled for AVX2 does not round s in `.float().double()`.
         scale = s.reciprocal()
     else:
-        # A float64 quotient rounded to float32 is the correctly rounded float32 quotient; GPU code would give
-        # less.
+        # The correctly rounded float32 quotient, which float32 division on a GPU need not be.
         scale = (1.0 / s.double()).float()
     return materialize(s), materialize(scale)
 
 
 def materialize(x: Tensor) -> Tensor:
-    """`x`, which code compiled for a CPU is to write to memory once, not to compute again at each use.
+    """`x`; code compiled for a CPU writes it to memory instead of recomputing it at each use.
 
-    Left alone the compiler puts the arithmetic of a column's scale into the loop over its elements, and
-    computes what is cast once for each pass over it: two maxima, two casts. Taking the memory of a tensor, as
-    `as_strided` does, needs it to be there.
+    Otherwise the compiler moves the arithmetic of a column's scale into the loop over its elements, and
+    recomputes the tensor being cast in each pass: two maxima, two casts. `as_strided` needs x in memory.
     """
     if torch.compiler.is_compiling() and x.device.type == "cpu":
         return x.as_strided(x.shape, x.stride())
@@ -140,15 +140,14 @@ def scale_values(scale: Tensor) -> Tensor:
 
 def _e8m0_scales(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
     bits = amax.view(torch.int32)
-    # dtype_max is 1.75 * 2**emax: the exponent that maps amax into the format's top binade ...
+    # dtype_max is 1.75 * 2**emax. This exponent maps amax into the format's top binade ...
     emax = 8 if cast.dtype == torch.float8_e4m3fn else 15
     exponent = ((bits & _EXPONENT_MASK) >> 23) - emax
     if cast.scale is ScaleFormat.E8M0:
-        # ... and one more where amax would lie above 1.75 in it.
+        # ... and this adds one if amax would then exceed 1.75 * 2**emax.
         exponent = exponent + ((bits & _MANTISSA_MASK) > _LARGEST_WITHOUT_CARRY).int()
     exponent = exponent.clamp(min=0)  # biased by 127
-    # In integers, since a scalar NaN would be a tensor of its own, which keeps the compiler from sharing
-    # equal casts.
+    # In integers: a scalar NaN would be a tensor of its own, and the compiler could not merge equal casts.
     infinite = ((bits & _EXPONENT_MASK) == _EXPONENT_MASK).int()
     scale = (exponent + infinite * (_E8M0_NAN - exponent)).to(torch.uint8)
     s = (((254 - exponent) << 23) | (infinite * _FLOAT32_NAN)).view(torch.float32)
@@ -164,9 +163,9 @@ def cast_data(x: Tensor, s: Tensor, cast: Cast) -> Tensor:
 
 
 def quantize_with_amax(x: Tensor, amax: Tensor, cast: Cast) -> Quantized:
-    """Cast `x[R, C]` with the scales of the maxima `amax`, `[R / r, C / c]`, which need not be x's own.
+    """Cast `x[R, C]` with the scales of given maxima `amax[R / r, C / c]`, which may be smaller than x's own.
 
-    What is larger saturates. What is not finite becomes NaN: clamped, an infinity would pass for a number.
+    Larger elements saturate. Non-finite elements become NaN; clamping would turn an infinity into a number.
     """
     s, scale = scales_from_amax(amax, cast)
     limit = torch.finfo(cast.dtype).max
@@ -180,11 +179,10 @@ def _is_transposed(x: Tensor) -> bool:
 
 
 def quantize(x: Tensor, cast: Cast, sharded: ShardedAxis | None = None) -> Quantized:
-    """Cast `x[rows, contraction]` (bfloat16, float16 or float32) as `cast` says.
+    """Cast `x[rows, contraction]` (bfloat16, float16 or float32).
 
-    Keeps x's memory layout; a kernel writes along the contraction, which is what hardware reads.
-
-    `sharded`: x is one rank's part of the operand; the scales are then those of the whole.
+    Keeps x's memory layout, except that a kernel's result is contiguous, as hardware needs it. `sharded`: x
+    is one rank's shard of the operand, and the scales are those of the whole operand.
     """
     if gpu_cast.supports(x, cast, sharded):
         if _is_transposed(x):
@@ -194,8 +192,8 @@ def quantize(x: Tensor, cast: Cast, sharded: ShardedAxis | None = None) -> Quant
         assert made is not None
         return Quantized(*made)
     if _is_transposed(x):
-        # Work along memory. The compiler would write transposed else: slowly, and garbage from bfloat16 on a
-        # CPU.
+        # Cast x.t(), which is contiguous. Compiled code would otherwise write transposed: slowly, and from
+        # bfloat16 on a CPU incorrectly.
         along = replace(cast, block=(cast.block[1], cast.block[0]))
         amax = block_amax(x.t(), along.block).t()
         s, scale = scales_from_amax(amax if sharded is None else sharded.reduce_amax(amax, cast), cast)
@@ -206,18 +204,17 @@ def quantize(x: Tensor, cast: Cast, sharded: ShardedAxis | None = None) -> Quant
 
 
 def transposed(q: Quantized) -> Quantized:
-    """The transpose, without copying. Of a square cast it is the cast of the transpose."""
+    """The transpose, without copying. For a square cast this is the cast of the transpose."""
     return Quantized(q.data.t(), q.scale.t())
 
 
 def quantize_both(
     x: Tensor, row: Cast | None, col: Cast | None, sharded: ShardedAxis | None = None
 ) -> tuple[Quantized | Tensor, Quantized | Tensor]:
-    """`x[R, C]` as an operand that contracts C, and its transpose as one that contracts R.
+    """Cast `x[R, C]` as an operand that contracts C, and its transpose as one that contracts R.
 
-    Both casts are made while x is at hand, so that nothing needs to keep x. A `None` cast gives x (or its
-    transpose) in high precision. One square cast serves both. `sharded`: which axis of x is sharded over
-    ranks, if any.
+    Both casts are made at once, so that x need not be kept. For a cast of None, x (or its transpose) is
+    returned in high precision. Equal square casts are made once. `sharded`: how x is sharded over ranks.
     """
     across = sharded and sharded.transposed
     if (row or col) and gpu_cast.supports(x, row, sharded) and gpu_cast.supports(x, col, across):
@@ -236,21 +233,21 @@ def to_float32(data: Tensor) -> Tensor:
     """float8 `data` as float32, exactly. Keeps the memory layout."""
     if torch.compiler.is_compiling() or data.device.type != "cpu" or type(data) is not Tensor:
         return data.float()
-    # PyTorch converts one element at a time here. Moving a code's bits to their places in a float16, which
-    # it converts many at a time, takes half as long for e4m3 and a third for e5m2.
+    # PyTorch converts float8 one element at a time on a CPU, but float16 many at a time. Moving a code's bits
+    # to their places in a float16 takes half as long for e4m3 and a third for e5m2.
     codes = data.view(torch.int8).to(torch.int16)
     if data.dtype == torch.float8_e5m2:  # the upper half of a float16
         return codes.bitwise_left_shift_(8).view(torch.float16).float()
     if data.numel() and (codes & 0x7F).amax() == 0x7F:  # NaN, which would become 480
         return data.float()
-    # The exponent's bias is 7, and 15 in float16; the sign's copies go but for the first.
+    # The exponent's bias is 7, and 15 in float16: multiply by 2**8. Of the extended sign, keep one bit.
     return codes.bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16).float().mul_(256.0)
 
 
 def dequantize(q: Quantized, block: tuple[int, int]) -> Tensor:
-    """`data * scale` in float32, `[rows, contraction]`; `block` is the cast's."""
-    # Along memory, as in `quantize`. Not square casts: their dequantised values would be those that forward
-    # reads, and the compiler would keep them, in float32, for backward.
+    """`data * scale` in float32, `[rows, contraction]`; `block` is that of the cast."""
+    # Along memory, as in `quantize`. Not for square casts: the dequantized values would equal those of the
+    # forward pass, and the compiler would save them, in float32, for backward.
     if _is_transposed(q.data) and block[0] != block[1]:
         return dequantize(transposed(q), (block[1], block[0])).t()
     values = _tiles(to_float32(q.data), block).mul_(scale_values(q.scale).unsqueeze(1).unsqueeze(3))

@@ -1,4 +1,4 @@
-"""What is cast to float8, and how: read this file first.
+"""Recipes: which operands of a linear layer are cast to float8, and how. Read this file first.
 
 A linear layer is three matrix products. With M tokens, K input features and N output features:
 
@@ -6,19 +6,22 @@ A linear layer is three matrix products. With M tokens, K input features and N o
     grad_input   dx[M, K] = dy[M, N] . w[K, N]^T      contracts N
     grad_weight  dw[N, K] = dy[N, M] . x[K, M]^T      contracts M
 
-Every operand is written `[rows, contraction]`, the contraction last. That is the one layout in which Hopper's
-float8 units read both operands, and it leaves no axis to argue about: a scaling scheme is the size of the
-block of elements that share a scale.
+Every operand is written `[rows, contraction]`, the contraction last. Hopper's float8 units read both operands
+in this layout only, and it makes axes unambiguous: a scaling scheme is the size of the block of elements that
+share a scale.
 
     scheme                         block = (rows, contraction)
-    one scale a tensor             (FULL, FULL)
-    one scale a row                (1, FULL)
+    one scale per tensor           (FULL, FULL)
+    one scale per row              (1, FULL)
     128-blocks, activation/weight  (1, 128) / (128, 128)
     MXFP8                          (1, 32), power-of-two scale in one byte
 
-A recipe is six casts. This file knows no tensor: `quantize.py` interprets a `Cast`, `matmul.py` a `Gemm` and
-`linear.py` a `Recipe`. To add a format, add a row to `RECIPES`; it trains in emulation at once, and gets a
-hardware path when `matmul.py` gets a row for it.
+The trade-off: fewer elements per scale keep an outlier from flushing others to zero, but cost more scales and
+slower products.
+
+A recipe is six casts, as plain data without tensors: `quantize.py` interprets a `Cast`, `matmul.py` a `Gemm`
+and `linear.py` a `Recipe`. To add a format, add a row to `RECIPES`. It trains in emulation at once, and in
+hardware once `GEMM_BACKENDS` in `matmul.py` has a row for it.
 """
 
 from __future__ import annotations
@@ -32,26 +35,26 @@ from typing import Final
 import torch
 
 FULL: Final = -1
-"""Block size of an axis that shares one scale from end to end."""
+"""Block size of an axis that is one block from end to end."""
 
 FLOAT8_DTYPES: Final = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def expect(holder: object, name: str, kind: type, *others: object) -> None:
+def check_type(holder: object, name: str, kind: type, *others: object) -> None:
     """Raise TypeError unless the attribute called `name` is of type `kind` or one of `others`."""
     value = getattr(holder, name)
     if not isinstance(value, kind) and not any(value is other for other in others):
-        wanted = " or ".join([kind.__name__, *map(str, others)])
-        raise TypeError(f"{type(holder).__name__}.{name} is {value!r}; it must be a {wanted}")
+        expected = " or ".join([kind.__name__, *map(str, others)])
+        raise TypeError(f"{type(holder).__name__}.{name} is {value!r}; it must be a {expected}")
 
 
 class ScaleFormat(Enum):
     """Which numbers a scale may be.
 
-    FP32: any float32. POW2: a float32 power of two, so that scaling itself never rounds; the largest that
-    does not overflow the block. E8M0 and E8M0_FLOOR: a power of two in one byte, as in the OCP Microscaling
-    specification v1.0; E8M0 rounds up, so that nothing saturates, and E8M0_FLOOR takes the exponent of the
-    largest element, as the specification's own example does, so that elements above 1.75 times a power of two
+    FP32: any float32. POW2: a float32 power of two, so that scaling never rounds; the largest that does not
+    overflow the block. E8M0 and E8M0_FLOOR: a power of two in one byte, as in the OCP Microscaling
+    specification v1.0. E8M0 rounds up, so that nothing saturates. E8M0_FLOOR takes the exponent of the
+    largest element, as the specification's example does, so that elements above 1.75 times a power of two
     saturate.
     """
 
@@ -62,15 +65,16 @@ class ScaleFormat(Enum):
 
     @property
     def one_byte(self) -> bool:
-        """Whether a scale is stored as a one-byte exponent, not as a float32."""
+        """Whether a scale is stored as a one-byte exponent."""
         return self in (ScaleFormat.E8M0, ScaleFormat.E8M0_FLOOR)
 
 
 class When(Enum):
-    """When the maximum that a scale comes from was measured.
+    """When the maximum that determines a scale was measured.
 
-    JUST_IN_TIME: on the tensor at hand, which must be read before it can be cast. PREVIOUS_STEP: on the same
-    operand in the step before; where that is not known (`previous_step.py`), just in time.
+    JUST_IN_TIME: on the tensor being cast, which must be read before it can be cast. PREVIOUS_STEP: on the
+    same operand in the previous step (delayed scaling, `casts/delayed_scaling.py`); just in time if there is
+    none.
     """
 
     JUST_IN_TIME = "just in time"
@@ -83,8 +87,8 @@ class Cast:
 
     `dtype`: torch.float8_e4m3fn or torch.float8_e5m2. `block`: (rows, contraction) elements that share a
     scale, each a positive number or FULL. `scale`: the numbers a scale may be. `scaled`: False makes every
-    scale 1, so that what lies outside the type's range is lost: it shows what scales are for, and no kernel
-    casts so. `when`: when its maximum was measured; PREVIOUS_STEP is for one scale a tensor.
+    scale 1, so that values outside the type's range are lost; a negative control, without kernels. `when`:
+    when its maximum was measured; PREVIOUS_STEP requires one scale per tensor.
     """
 
     dtype: torch.dtype
@@ -106,17 +110,17 @@ class Cast:
                 f"Cast.block is {self.block!r}; it must be a tuple (rows, contraction), each >= 1 or FULL "
                 f"({FULL})"
             )
-        expect(self, "scale", ScaleFormat)
-        expect(self, "scaled", bool)
+        check_type(self, "scale", ScaleFormat)
+        check_type(self, "scaled", bool)
         if not self.scaled and self.scale.one_byte:
             raise ValueError(f"Cast.scale is {self.scale} of a cast without scales; leave it out")
-        expect(self, "when", When)
+        check_type(self, "when", When)
         if self.when is When.PREVIOUS_STEP and (
             self.block != (FULL, FULL) or self.scale.one_byte or not self.scaled
         ):
             raise ValueError(
-                f"Cast takes the previous step's maximum for {self.blocks} and {self.scale}; it is kept for "
-                "one float32 scale a tensor only: use When.JUST_IN_TIME"
+                f"Cast takes the previous step's maximum for {self.blocks} and {self.scale}; that is "
+                "supported for one float32 scale per tensor only: use When.JUST_IN_TIME"
             )
 
     @property
@@ -126,7 +130,7 @@ class Cast:
 
     @property
     def power_of_two(self) -> bool:
-        """Whether every scale is a power of two, so that applying it never rounds."""
+        """Whether every scale is a power of two, so that multiplying by it never rounds."""
         return self.scale is not ScaleFormat.FP32 or not self.scaled
 
     @property
@@ -137,10 +141,10 @@ class Cast:
 
 @dataclass(frozen=True)
 class Gemm:
-    """One matrix product `a[rows, contraction] . b[rows, contraction]^T`: how its operands are cast.
+    """How the operands of one product `a[rows, contraction] . b[rows, contraction]^T` are cast.
 
-    A `None` operand stays in high precision; both must then be None. `fast_accum` allows the hardware to
-    accumulate in less than float32; emulation always accumulates in float32.
+    Operands stay in high precision if both are None. `fast_accum` allows the hardware to accumulate in less
+    than float32; emulation always accumulates in float32.
     """
 
     a: Cast | None
@@ -148,9 +152,9 @@ class Gemm:
     fast_accum: bool = False
 
     def __post_init__(self) -> None:
-        expect(self, "a", Cast, None)
-        expect(self, "b", Cast, None)
-        expect(self, "fast_accum", bool)
+        check_type(self, "a", Cast, None)
+        check_type(self, "b", Cast, None)
+        check_type(self, "fast_accum", bool)
         if (self.a is None) != (self.b is None):
             raise ValueError(
                 f"Gemm has one operand in float8 and one in high precision (a={self.a}, b={self.b}); "
@@ -169,7 +173,7 @@ class Gemm:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the three products of a linear layer are computed. See the module's docstring for the letters.
+    """How the three products of a linear layer are computed; letters as in the module's docstring.
 
     output:      a casts x[M, K],  b casts w[N, K] grad_input:  a casts dy[M, N], b casts w[K, N] (the
     transpose) grad_weight: a casts dy[N, M], b casts x[K, M] (both transposes)
@@ -181,9 +185,9 @@ class Recipe:
     grad_weight: Gemm
 
     def __post_init__(self) -> None:
-        expect(self, "name", str)
+        check_type(self, "name", str)
         for gemm in ("output", "grad_input", "grad_weight"):
-            expect(self, gemm, Gemm)
+            check_type(self, gemm, Gemm)
 
     @property
     def gatherable(self) -> bool:
@@ -196,7 +200,7 @@ class Recipe:
         return {"output": self.output, "grad_input": self.grad_input, "grad_weight": self.grad_weight}
 
     def map_casts(self, change: Callable[[Cast], Cast]) -> Recipe:
-        """A copy whose every cast went through `change`."""
+        """A copy with `change` applied to every cast."""
 
         def gemm(g: Gemm) -> Gemm:
             return replace(g, a=g.a and change(g.a), b=g.b and change(g.b))
@@ -218,8 +222,8 @@ _HIGH_PRECISION: Final = Gemm(None, None)
 
 _TENSOR = Cast(_E4M3, (FULL, FULL))
 _TENSOR_GRAD = Cast(_E5M2, (FULL, FULL))
-_TENSOR_BEFORE = replace(_TENSOR, when=When.PREVIOUS_STEP)
-_TENSOR_GRAD_BEFORE = replace(_TENSOR_GRAD, when=When.PREVIOUS_STEP)
+_TENSOR_DELAYED = replace(_TENSOR, when=When.PREVIOUS_STEP)
+_TENSOR_GRAD_DELAYED = replace(_TENSOR_GRAD, when=When.PREVIOUS_STEP)
 _TENSOR_POW2 = replace(_TENSOR, scale=ScaleFormat.POW2)
 _ROW = Cast(_E4M3, (1, FULL), ScaleFormat.POW2)
 _BLOCK = Cast(_E4M3, (1, 128))
@@ -230,22 +234,21 @@ RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
     {
         recipe.name: recipe
         for recipe in (
-            # One scale a tensor; e5m2 gives the gradient's wide range more room. The fastest.
+            # One scale per tensor; e5m2 fits the gradient's wide range. The fastest.
             Recipe(
                 "tensorwise",
                 output=Gemm(_TENSOR, _TENSOR, fast_accum=True),
                 grad_input=Gemm(_TENSOR_GRAD, _TENSOR),
                 grad_weight=Gemm(_TENSOR_GRAD, _TENSOR),
             ),
-            # One power-of-two scale a row: an outlier token or channel harms only itself.
+            # One power-of-two scale per row: an outlier token or channel harms only itself.
             Recipe(
                 "rowwise",
                 output=Gemm(_ROW, _ROW, fast_accum=True),
                 grad_input=Gemm(_ROW, _ROW),
                 grad_weight=Gemm(_ROW, _ROW),
             ),
-            # As rowwise, with the gradient of the weight, the product most sensitive to noise, in high
-            # precision.
+            # Like rowwise, but grad_weight, the product most sensitive to noise, in high precision.
             Recipe(
                 "rowwise_with_gw_hp",
                 output=Gemm(_ROW, _ROW, fast_accum=True),
@@ -266,13 +269,13 @@ RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
                 grad_input=Gemm(_MX, _MX),
                 grad_weight=Gemm(_MX, _MX),
             ),
-            # Tensorwise, with what a step measures serving the next: one read of each input and gradient.
-            # A weight is cast once a step, so its own maximum costs next to nothing.
+            # Delayed scaling: tensorwise with the previous step's maxima, so one read of each input and
+            # gradient. A weight is cast once per step, so its own maximum costs next to nothing.
             Recipe(
                 "tensorwise_previous_step",
-                output=Gemm(_TENSOR_BEFORE, _TENSOR, fast_accum=True),
-                grad_input=Gemm(_TENSOR_GRAD_BEFORE, _TENSOR),
-                grad_weight=Gemm(_TENSOR_GRAD_BEFORE, _TENSOR_BEFORE),
+                output=Gemm(_TENSOR_DELAYED, _TENSOR, fast_accum=True),
+                grad_input=Gemm(_TENSOR_GRAD_DELAYED, _TENSOR),
+                grad_weight=Gemm(_TENSOR_GRAD_DELAYED, _TENSOR_DELAYED),
             ),
         )
     }

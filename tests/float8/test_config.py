@@ -132,7 +132,7 @@ def test_a_recipe_of_ones_own_takes_the_other_options() -> None:
 
 
 def test_a_recipe_beside_what_it_already_says_is_an_error() -> None:
-    with pytest.raises(ValueError, match="round_scales_to_power_of_2 says it again"):
+    with pytest.raises(ValueError, match="round_scales_to_power_of_2 was given as well"):
         Float8LinearConfig(recipe=RECIPES["mxfp8"], round_scales_to_power_of_2=True)
     with pytest.raises(ValueError, match="needs one float8 weight"):
         Float8LinearConfig(recipe=RECIPES["mxfp8"], enable_fsdp_float8_all_gather=True)

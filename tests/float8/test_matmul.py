@@ -83,7 +83,7 @@ def test_mxfp8_has_hardware_on_blackwell() -> None:
 
 def test_the_choice_is_explained() -> None:
     assert describe_backend(RECIPES["rowwise"], CPU, None).startswith("emulated: this CPU")
-    assert describe_backend(RECIPES["rowwise"], CPU, True).startswith("emulated: as asked")
+    assert describe_backend(RECIPES["rowwise"], CPU, True).startswith("emulated: as requested")
     assert describe_backend(RECIPES["rowwise"], CPU, False) == "hardware: torch._scaled_mm"
     assert "1 x 128" in describe_backend(RECIPES["blockwise"], CPU, None)
     with pytest.raises(ValueError, match=r"emulate=False.*1 x 32"):

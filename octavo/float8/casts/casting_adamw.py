@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT, StateDict
 
 from octavo.float8.casts import gpu_cast
-from octavo.float8.casts.input_cache import Casts
 from octavo.float8.linear import Float8Linear, cast_weight
-from octavo.float8.quantize import Quantized
+from octavo.float8.quantize import Casts, Quantized
 from octavo.float8.recipe import FULL, Cast
 
 

@@ -33,6 +33,7 @@ from torch import nn
 
 from octavo.float8.casts.delayed_statistics import LayerStatistics, OperandStatistics
 from octavo.float8.convert import plain_name
+from octavo.float8.distributed.amax_reduction import all_reduce_amax
 from octavo.float8.linear import Float8Linear
 from octavo.float8.recipe import Cast, When
 
@@ -139,13 +140,13 @@ class DelayedScaling:
             return [], [], []
         nothing = OperandStatistics.on(self.device)
         here = [self.statistics.get(name, nothing) for name in self._names]
-        # Not every backend lets a NaN win a maximum; as integers, its bits do.
-        seen = torch.cat([o.current_amax for o in here]).flatten().view(torch.int32)
+        maxima = torch.cat([o.current_amax for o in here]).flatten()
         counts = torch.stack([o.counts for o in here])
         if not alone:
-            dist.all_reduce(seen, dist.ReduceOp.MAX)
+            assert dist.group.WORLD is not None
+            maxima = all_reduce_amax(maxima, [dist.group.WORLD.group_name])
             dist.all_reduce(counts)
-        return self._names, seen.view(torch.float32).tolist(), counts.tolist()
+        return self._names, maxima.tolist(), counts.tolist()
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step's scales are, as JSON can hold it; the same on every rank."""

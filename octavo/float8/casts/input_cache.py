@@ -22,9 +22,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from octavo.float8.quantize import Quantized
-
-Casts = tuple[Quantized | None, Quantized | None]
 T = TypeVar("T")
 
 

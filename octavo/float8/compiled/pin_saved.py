@@ -12,8 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from octavo.float8.casts.input_cache import Casts
-from octavo.float8.quantize import Quantized, transposed
+from octavo.float8.quantize import Casts, Quantized, transposed
 
 
 @torch.library.custom_op("octavo::pin_saved", mutates_args=("tensors",))

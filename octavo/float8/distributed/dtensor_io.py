@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from octavo.float8.casts.input_cache import Casts
 from octavo.float8.compiled.bias import add_bias
 from octavo.float8.distributed.tp_gather import GatheredInput, can_gather, count_pieces
 from octavo.float8.distributed.tp_scales import TensorParallelSpec
+from octavo.float8.quantize import Casts
 from octavo.float8.recipe import Recipe
 
 

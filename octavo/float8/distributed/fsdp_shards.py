@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.float8.distributed.amax_reduction import all_reduce_amax
 from octavo.float8.quantize import block_amax, cast_data, scales_from_amax
 from octavo.float8.recipe import FULL, Cast
 
@@ -105,10 +106,8 @@ def reduce_maxima(grids: Sequence[Tensor], groups: Sequence[dist.ProcessGroup]) 
     """The element-wise maximum over all `groups` of each of `grids` (float32, not negative), in one all-
     reduce a group.
     """
-    bits = torch.cat([grid.view(torch.int32).flatten() for grid in grids]) & 0x7FFFFFFF  # a NaN has a sign
-    for group in groups:
-        if group.size() > 1:
-            dist.all_reduce(bits, dist.ReduceOp.MAX, group=group)
-    whole = bits.view(torch.float32)
-    parts = whole.split([grid.numel() for grid in grids])
+    flat = torch.cat([grid.flatten() for grid in grids])
+    parts = all_reduce_amax(flat, [group.group_name for group in groups if group.size() > 1]).split(
+        [grid.numel() for grid in grids]
+    )
     return [part.view(grid.shape) for part, grid in zip(parts, grids, strict=True)]

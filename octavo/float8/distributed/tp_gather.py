@@ -27,9 +27,8 @@ import torch
 from torch import Tensor
 
 from octavo.float8.casts.delayed_statistics import OperandStatistics, quantize_operand
-from octavo.float8.casts.input_cache import Casts
 from octavo.float8.distributed.tp_scales import ShardedAxis
-from octavo.float8.quantize import Quantized, transposed
+from octavo.float8.quantize import Casts, Quantized, transposed
 from octavo.float8.recipe import FULL, Cast
 
 

@@ -1,31 +1,31 @@
-"""Operands that are spread over a group of ranks: one rule for their scales, and which axis is whose.
+"""Scales of operands that are sharded over a group of ranks, and which operands those are.
 
 A tensor parallel linear keeps its weight in shards and multiplies shards. A scale must still be that of the
-whole operand, or the shards of one tensor would round differently from the tensor. So wherever the sharded
-axis of an operand is one that its cast reduces whole, the maxima are reduced over the group as well; finer
-blocks must not straddle two ranks, and then need nothing.
+whole operand, or a shard would round differently from the tensor. So if the sharded axis of an operand is one
+that its cast reduces entirely, the maxima are reduced over the group too. Finer blocks must not straddle two
+ranks; then they need no communication.
 
-    weight sharded by     w_NK  w_KN  x_MK  x_KM  dy_MN  dy_NM      x            y
-    output features, N    rows  cont                cont   rows     whole        sharded by N
-    input features, K     cont  rows  cont  rows                    sharded by K a term of a sum
+    weight sharded by     w_NK  w_KN  x_MK  x_KM  dy_MN  dy_NM      x             y
+    output features, N    rows  cont                cont   rows     whole         sharded by N
+    input features, K     cont  rows  cont  rows                    sharded by K  one term of a sum
 
-(`rows` and `cont`raction are the axes of an operand, as in `recipe.py`; a blank is an operand that every rank
-has whole.)
+`rows` and `cont`raction are the sharded axis of an operand, as in `recipe.py`; blank means every rank has the
+whole operand.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from octavo.float8.distributed.amax_reduction import all_reduce_amax
 from octavo.float8.recipe import FULL, Cast, Recipe
 
 
 @dataclass(frozen=True)
 class ShardedAxis:
-    """Every rank of the process group called `group` holds one part of `axis` of an operand."""
+    """An operand whose `axis` is sharded over the ranks of the process group named `group`."""
 
     axis: int
     group: str
@@ -38,20 +38,15 @@ class ShardedAxis:
         """The maxima of the whole operand's blocks, given this rank's. A collective call if blocks span the
         axis.
         """
-        if cast.block[self.axis] != FULL:
-            return amax
-        # Not every backend lets a NaN win a maximum. As integers the bits of non-negative floats are ordered
-        # as the floats are, with NaN above infinity.
-        bits = amax.float().view(torch.int32).contiguous()
-        bits = torch.ops._c10d_functional.all_reduce(bits, "max", self.group)
-        return torch.ops._c10d_functional.wait_tensor(bits).view(torch.float32)
+        return all_reduce_amax(amax, [self.group]) if cast.block[self.axis] == FULL else amax
 
 
 @dataclass(frozen=True)
 class TensorParallelSpec:
-    """A weight `w[N, K]` of which every rank of `group` holds an even part of `axis`: 0 is N, 1 is K.
+    """How tensor parallelism shards a weight `w[N, K]`: evenly along `axis` (0 is N, 1 is K) over `group`.
 
-    `pieces` is set where the output, a sum over the ranks, is to be scattered by tokens; see `gather.py`.
+    `size`: the number of ranks. `pieces` is set if the output, a sum over the ranks, is to be scattered by
+    tokens; see `tp_gather.py`.
     """
 
     axis: int
@@ -61,17 +56,17 @@ class TensorParallelSpec:
 
     @property
     def weight(self) -> ShardedAxis:
-        """How `w_NK` is split; `w_KN` is its transpose, and likewise below."""
+        """The sharding of `w_NK`; that of `w_KN` is its transpose, and likewise below."""
         return ShardedAxis(self.axis, self.group)
 
     @property
     def input(self) -> ShardedAxis | None:
-        """How `x_MK` is split."""
+        """The sharding of `x_MK`; None if it is whole."""
         return ShardedAxis(1, self.group) if self.axis == 1 else None
 
     @property
     def grad_output(self) -> ShardedAxis | None:
-        """How `dy_MN` is split."""
+        """The sharding of `dy_MN`; None if it is whole."""
         return ShardedAxis(1, self.group) if self.axis == 0 else None
 
     def check(self, recipe: Recipe, features: int) -> None:
@@ -95,8 +90,8 @@ class TensorParallelSpec:
             block = 1 if cast is None or cast.block[axis] == FULL else cast.block[axis]
             if each % block:
                 raise ValueError(
-                    f"recipe {recipe.name!r} scales blocks of {block} along {name}, and each of "
-                    f"{self.size} ranks would hold {each} of its {features}: a block would straddle two "
-                    f"ranks. Make {name} a multiple of {block * self.size}, use fewer ranks, or use a recipe "
-                    "with one scale a tensor or a row"
+                    f"recipe {recipe.name!r} scales blocks of {block} along {name}, but each of {self.size} "
+                    f"ranks would hold {each} of its {features}, so a block would straddle two ranks. Make "
+                    f"{name} a multiple of {block * self.size}, use fewer ranks, or use a recipe with one "
+                    "scale per tensor or per row"
                 )

@@ -1,13 +1,12 @@
-"""A weight that is float8 inside and high precision to everybody else.
+"""A weight that FSDP2 gathered in float8, and that autograd sees as a high-precision parameter.
 
-FSDP2 can gather a weight in float8, but what it puts on the module must still be a parameter: a leaf of the
-graph whose gradient is bfloat16 or float32. A plain float8 leaf would have its gradient cast to float8. So
-the gathered weight is an `UnshardedWeight`: its dtype is the high-precision one that the weight would have
-had, its contents are float8 data and a scale, and only `octavo.float8.linear.multiply` looks inside.
+FSDP2 can gather a weight in float8, but the gathered tensor must still be a parameter: a leaf of the graph
+whose gradient is bfloat16 or float32. The gradient of a plain float8 leaf would be cast to float8. So the
+gathered weight is an `UnshardedWeight`: a tensor subclass with the dtype that the weight would have had,
+float8 data and a scale. Only `Float8Linear` reads those.
 
-It knows views that keep its shape, since autograd, FSDP2 and DTensor make those, and refuses any other
-operation: a carrier that quietly turned into numbers would hide a layer that reads the weight in high
-precision.
+It supports views that keep its shape, because autograd, FSDP2 and DTensor create them, and refuses any other
+operation. Converting silently to numbers would hide a layer that reads the weight in high precision.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ _VIEWS = frozenset({_aten.view.default, _aten._unsafe_view.default, _aten.expand
 
 
 class UnshardedWeight(Tensor):
-    """`[N, K]` of dtype `dtype` to look at; the square cast `cast` of a weight inside.
+    """The square cast `cast` of a weight `[N, K]`, with outer dtype `dtype`.
 
-    data: float8, row-major. scale: as `Quantized.scale`; it may be replaced by that of newly gathered data.
+    data_fp8: float8, row-major. scale: as `Quantized.scale`; FSDP2's next gather replaces it.
     """
 
     data_fp8: Tensor
@@ -39,11 +38,11 @@ class UnshardedWeight(Tensor):
 
     @staticmethod
     def __new__(cls, data: Tensor, scale: Tensor, dtype: torch.dtype, cast: Cast) -> UnshardedWeight:
-        carrier = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        weight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, data.shape, strides=data.stride(), dtype=dtype, device=data.device
         )
-        carrier.data_fp8, carrier.scale, carrier.cast = data, scale, cast
-        return carrier
+        weight.data_fp8, weight.scale, weight.cast = data, scale, cast
+        return weight
 
     def casts(self) -> tuple[Quantized, Quantized]:
         """The weight as the output's operand `[N, K]` and as grad_input's `[K, N]`."""
@@ -51,7 +50,7 @@ class UnshardedWeight(Tensor):
         return q, transposed(q)
 
     def dequantize(self) -> Tensor:
-        """What the float8 numbers stand for, `[N, K]` in the outer dtype."""
+        """The values of the float8 weight, `[N, K]` in the outer dtype."""
         return dequantize(Quantized(self.data_fp8, self.scale), self.cast.block).to(self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
@@ -71,19 +70,19 @@ class UnshardedWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        carrier = args[0] if args else None
-        if isinstance(carrier, UnshardedWeight):
+        weight = args[0] if args else None
+        if isinstance(weight, UnshardedWeight):
             if (
                 func in _ALIASES
-                or (func in _VIEWS and _resolved(args[1], carrier) == tuple(carrier.shape))
-                or (func is _aten.as_strided.default and _same_geometry(carrier, *args[1:]))
+                or (func in _VIEWS and _resolved(args[1], weight) == tuple(weight.shape))
+                or (func is _aten.as_strided.default and _same_geometry(weight, *args[1:]))
             ):
                 return UnshardedWeight(
-                    _aten.alias.default(carrier.data_fp8), carrier.scale, carrier.dtype, carrier.cast
+                    _aten.alias.default(weight.data_fp8), weight.scale, weight.dtype, weight.cast
                 )
-            if func is _aten.zeros_like.default:  # the gradient of a parameter that got none
-                dtype = (kwargs or {}).get("dtype") or carrier.dtype
-                return torch.zeros(carrier.shape, dtype=dtype, device=carrier.device)
+            if func is _aten.zeros_like.default:  # the gradient of a parameter that received none
+                dtype = (kwargs or {}).get("dtype") or weight.dtype
+                return torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         raise NotImplementedError(
             f"{func} on a weight that was gathered in float8: only a Float8Linear can read it. If another "
             "module shares this weight, or code reads it between forward and backward, gather in high "
@@ -91,15 +90,14 @@ class UnshardedWeight(Tensor):
         )
 
 
-def _resolved(size: Any, carrier: UnshardedWeight) -> tuple[int, ...]:
-    """`size` with its -1 filled in, where it has as many dimensions as the carrier."""
-    if len(size) != carrier.dim():
+def _resolved(size: Any, weight: UnshardedWeight) -> tuple[int, ...]:
+    """`size` with its -1 filled in, or () if it has another number of dimensions than the weight."""
+    if len(size) != weight.dim():
         return ()
-    known = [n for n in size if n != -1]
-    if len(known) < len(size) - 1:
+    if list(size).count(-1) > 1:
         return tuple(size)
-    return tuple(have if want == -1 else want for want, have in zip(size, carrier.shape, strict=True))
+    return tuple(own if given == -1 else given for given, own in zip(size, weight.shape, strict=True))
 
 
-def _same_geometry(carrier: UnshardedWeight, size: Any, stride: Any, storage_offset: int | None = 0) -> bool:
-    return tuple(size) == tuple(carrier.shape) and tuple(stride) == carrier.stride() and not storage_offset
+def _same_geometry(weight: UnshardedWeight, size: Any, stride: Any, storage_offset: int | None = 0) -> bool:
+    return tuple(size) == tuple(weight.shape) and tuple(stride) == weight.stride() and not storage_offset

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from octavo.float8.fused.producer_maxima import maxima_from_gradients, quantize_with_maxima
+from octavo.float8.linear import needed_gradients
 from octavo.float8.matmul import matmul
 from octavo.float8.quantize import Quantized, quantize
 from octavo.float8.recipe import Gemm, Recipe
@@ -52,22 +53,6 @@ class ProductSpec:
 
 def _pair(q: Quantized | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if q is None else (q.data, q.scale)
-
-
-def _needed_gradients(ctx: Any, first: int, weights: int) -> tuple[bool, tuple[bool, ...]]:
-    """Which gradients this run of backward must compute: see `linear._needed_gradients`."""
-    needed = ctx.needs_input_grad[first : first + 1 + weights]
-    if torch.compiler.is_compiling():
-        return needed[0], tuple(needed[1:])
-    nodes = [node for node, _ in ctx.next_functions]  # of tensors only: x, then the weights
-    try:
-        runs = [
-            need and node is not None and torch._C._will_engine_execute_node(node)
-            for need, node in zip(needed, nodes[: 1 + weights], strict=True)
-        ]
-    except (RuntimeError, ValueError):  # not inside a pass of the engine, or an edge it does not tell about
-        return needed[0], tuple(needed[1:])
-    return runs[0], tuple(runs[1:])
 
 
 class JoinedMatmul(torch.autograd.Function):
@@ -106,10 +91,10 @@ class JoinedMatmul(torch.autograd.Function):
         n, recipe = spec.weights, spec.recipe
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "fused linears were to be differentiated twice (create_graph=True), which casting to float8 "
-                "does not allow: call the modules one by one where you need that"
+                "fused linears cannot be differentiated twice (create_graph=True), because of the casts to "
+                "float8: call the modules one by one where you need that"
             )
-        want_x, want_w = _needed_gradients(ctx, 1, n)
+        want_x, *want_w = needed_gradients(ctx, 1, 1 + n)
         x, x_scale = saved[:2]
         dx: Tensor | None = None
         dws: list[Tensor | None] = [None] * n
@@ -164,7 +149,7 @@ def multiply_joined(
     casts = [*_pair(x_casts[0]), *_pair(x_casts[1]), *joined]
     for q in w_KN:
         casts += _pair(q)
-    # Views, because `_needed_gradients` can ask the engine about inner nodes of the graph only, not leaves.
+    # Views, because `needed_gradients` can ask the engine about inner nodes of the graph only, not leaves.
     made = JoinedMatmul.apply(spec, x.view_as(x), *[w.view_as(w) for w in weights], *casts)
     n = spec.weights
     if not spec.maxima:

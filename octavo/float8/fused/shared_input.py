@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from octavo.float8.casts.input_cache import Casts
 from octavo.float8.compiled.bias import add_bias
 from octavo.float8.compiled.pin_saved import pin_saved
 from octavo.float8.distributed.unsharded_weight import UnshardedWeight
 from octavo.float8.fused.producer_maxima import Maxima, kernels_support, quantize_with_maxima
 from octavo.float8.fused.product import HIGH_PRECISION, Product, ProductSpec, multiply_joined
-from octavo.float8.linear import DTYPES, Float8Linear, cast_input, cast_weight
-from octavo.float8.quantize import Quantized
+from octavo.float8.linear import DTYPES, Float8Linear, cast_input, cast_weight, only_casts, weight_operands
+from octavo.float8.quantize import Casts, Quantized
 from octavo.float8.recipe import FULL, Cast, Recipe
 
 
@@ -146,9 +145,7 @@ class SharedInput:
         if maxima is None:
             casts = cast_input(x_MK.detach(), recipe, for_grad_weight=for_grad_weight)
         else:
-            pair = quantize_with_maxima(x_MK, row, col, maxima)
-            one, two = (q if isinstance(q, Quantized) else None for q in pair)
-            casts = one, two
+            casts = only_casts(*quantize_with_maxima(x_MK, row, col, maxima))
         wanted = any(isinstance(linear, Float8Linear) and linear.keep_input for linear in self.linears)
         if torch.compiler.is_compiling() and (wanted or x_MK.dtype == torch.float32):
             return pin_saved(casts, one_cast=row == col and row is not None and row.square)
@@ -168,7 +165,7 @@ class SharedInput:
             whole, _ = cast_weight(together, recipe, for_grad_input=False)
             assert whole is not None
             return whole, nothing
-        casts = [_casts_of(linear.weight, recipe) for linear in self.linears]
+        casts = [weight_operands(linear.weight.detach(), recipe) for linear in self.linears]
         return join([casts_[0] for casts_ in casts]), [casts_[1] for casts_ in casts]
 
     def join_weight_casts(self) -> None:
@@ -204,12 +201,6 @@ def _second(first: Quantized, second: Quantized | None, new: Quantized) -> Quant
     if second is None or second.data.data_ptr() != first.data.data_ptr():
         return second
     return Quantized(new.data.t(), new.scale.t())
-
-
-def _casts_of(weight: Tensor, recipe: Recipe) -> Casts:
-    if isinstance(weight, UnshardedWeight):
-        return weight.casts()
-    return cast_weight(weight.detach(), recipe, for_grad_input=False)
 
 
 def _joined_plain(weights: Sequence[Tensor]) -> Tensor:

@@ -83,7 +83,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 def test_only_one_float32_scale_a_tensor_can_be_the_previous_steps() -> None:
     with pytest.raises(ValueError, match=r"blocks of 1 x FULL .* use When.JUST_IN_TIME"):
         Cast(torch.float8_e4m3fn, (1, FULL), when=When.PREVIOUS_STEP)
-    with pytest.raises(ValueError, match="one float32 scale a tensor only"):
+    with pytest.raises(ValueError, match="one float32 scale per tensor only"):
         Cast(torch.float8_e4m3fn, (FULL, FULL), ScaleFormat.E8M0, when=When.PREVIOUS_STEP)
     with pytest.raises(ValueError, match=r"bound = 2: a share"):
         DelayedScaling(build(), bound=2)

@@ -43,8 +43,8 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
-        if name.startswith("c10d::"):
-            self.calls[name.removeprefix("c10d::").strip("_")] += 1
+        if name.startswith(("c10d::", "_c10d_functional::")):
+            self.calls[name.split("::")[1].strip("_").replace("all_reduce", "allreduce")] += 1
         if name == "c10d::_allgather_base_":
             self.gathered_bytes += args[0].nbytes
         out = func(*args, **(kwargs or {}))
