@@ -278,7 +278,7 @@ class Float8Linear(nn.Linear):
         self._cast_weight: tuple[weakref.ref[Tensor], int] | None = None  # whose casts those are
         self._optimizer_casts: tuple[Casts, weakref.ref[Tensor], int] | None = None
         self.watch: Callable[[Tensor, Tensor], Tensor] | None = None  # set on steps that `health` measures
-        # Set by tensor parallel styles: whether one was applied, and the placement of an output that is a sum.
+        # Set by tensor parallel styles: whether one applies, and the placement of an output that is a sum.
         self.tensor_parallel = False
         self.output_placement: Placement | None = None
         self.keep_input = True
@@ -369,7 +369,7 @@ class Float8Linear(nn.Linear):
         if w_casts is None:
             with torch.no_grad():
                 w_casts = weight_operands(weight, self.recipe, sharding.weight if sharding else None)
-        # Views, because `needed_gradients` can ask the engine about inner nodes of the graph only, not leaves.
+        # Views: `needed_gradients` can ask the engine about inner nodes of the graph only, not leaves.
         return Float8Matmul.apply(
             x_MK.view_as(x_MK),
             weight.view_as(weight),

@@ -149,7 +149,7 @@ def multiply_joined(
     casts = [*_pair(x_casts[0]), *_pair(x_casts[1]), *joined]
     for q in w_KN:
         casts += _pair(q)
-    # Views, because `needed_gradients` can ask the engine about inner nodes of the graph only, not leaves.
+    # Views: `needed_gradients` can ask the engine about inner nodes of the graph only, not leaves.
     made = JoinedMatmul.apply(spec, x.view_as(x), *[w.view_as(w) for w in weights], *casts)
     n = spec.weights
     if not spec.maxima:
