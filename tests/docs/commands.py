@@ -1,4 +1,4 @@
-"""The shell commands of a Markdown page, and a folder in which they can be run as a reader would run them."""
+"""Reads the shell commands of a Markdown page, and runs them in a folder that looks like a checkout."""
 
 import os
 import re
@@ -19,17 +19,17 @@ SMALL = (
 
 
 def commands_of(page: Path) -> list[str]:
-    """The commands in the page's blocks of bash, one line each, without comments and without prompts."""
-    found: list[str] = []
+    """The commands in the page's bash blocks, one line each, without comments."""
+    commands: list[str] = []
     for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL):
-        whole = block.replace("\\\n", " ")
-        lines = (re.sub(r"(^|\s)#.*$", "", line).strip() for line in whole.splitlines())
-        found += [re.sub(r"\s+", " ", line) for line in lines if line]
-    return found
+        joined = block.replace("\\\n", " ")
+        lines = (re.sub(r"(^|\s)#.*$", "", line).strip() for line in joined.splitlines())
+        commands += [re.sub(r"\s+", " ", line) for line in lines if line]
+    return commands
 
 
 def files_of(page: Path) -> dict[str, str]:
-    """The files that the page shows whole, by name: blocks with a title."""
+    """File name -> content, for each code block with a title."""
     blocks = re.findall(
         r'^```\w+ title="([^"]+)"\n(.*?)^```', page.read_text(), flags=re.MULTILINE | re.DOTALL
     )
@@ -37,9 +37,10 @@ def files_of(page: Path) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Shrunk:
-    """How a command is made small: texts to replace, then what to append; and whether Python itself starts it
-    (`tests.helpers.warm` otherwise).
+class Reduced:
+    """A command run with less work: `replaced` texts, then `appended` flags.
+
+    cold: start a new Python; otherwise fork one that has imported torch already (`tests.helpers.warm`).
     """
 
     replaced: tuple[tuple[str, str], ...] = ()
@@ -55,14 +56,14 @@ class Shrunk:
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """A command that is not run here; `why`, and the file whose tests run it, or run it with a stand-in."""
+    """A command that is not run here because of `reason`; `tests` is the file that runs it or a stand-in."""
 
-    why: str
+    reason: str
     tests: str
 
 
 def checkout(folder: Path) -> Path:
-    """`folder` made to look like a checkout whose set-up is done: the scripts, the package, `.venv/bin`."""
+    """Make `folder` look like a checkout after set-up: scripts, package, `.venv/bin`, and texts in `data`."""
     for name in ("run_train.sh", "run_tests.sh", "octavo", "examples", "benchmarks", "scripts"):
         (folder / name).symlink_to(ROOT / name)
     programs = folder / ".venv" / "bin"
@@ -73,7 +74,7 @@ def checkout(folder: Path) -> Path:
     texts = folder / "data" / "texts"
     texts.mkdir(parents=True)
     corpus = small_corpus().read_text()
-    for part in range(20):  # each file is a document, and some are to be held out
+    for part in range(20):  # each file is a document; some are held out for validation
         size = len(corpus) // 20
         (texts / f"{part}.txt").write_text(corpus[part * size : (part + 1) * size])
     (folder / "data" / "other.txt").write_text(corpus[:60_000])
@@ -81,7 +82,7 @@ def checkout(folder: Path) -> Path:
 
 
 def run(command: str, folder: Path, variables: dict[str, str], python: str) -> None:
-    """Run `command` by bash in `folder`; an assignment alone is kept in `variables` for the next ones."""
+    """Run `command` by bash in `folder`. An assignment alone goes to `variables`, for later commands."""
     assignment = re.fullmatch(r"(\w+)=(\S+)", command)
     if assignment:
         variables[assignment[1]] = assignment[2]
