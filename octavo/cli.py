@@ -68,11 +68,11 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "octavo.commands.import_", "make a checkpoint from a Hugging Face or an original Llama model"
         ),
         "estimate": Command(
-            "octavo.commands.estimate.main", "memory, messages and time of a job, without running it"
+            "octavo.commands.estimate.main", "predict memory, messages and time of a job, without running it"
         ),
         "generate": Command("octavo.commands.generate", "continue a text with a trained model"),
         "doctor": Command(
-            "octavo.commands.doctor.main", "look whether training works here, and with a config"
+            "octavo.commands.doctor.main", "check whether this machine, and a job, are ready to train"
         ),
         "download": Command("octavo.commands.download", "fetch a tokenizer from Hugging Face"),
     }

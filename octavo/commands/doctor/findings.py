@@ -1,12 +1,12 @@
-"""What was found: plain data, and how it is shown."""
+"""The results of checks."""
 
 from dataclasses import dataclass
 from enum import Enum
 
 
 class Level(Enum):
-    """How much a finding matters. NOTE: works, but know it. WARN: starts, but is not expected to get far.
-    FAIL: training would not start, or be wrong.
+    """NOTE: works, with a limitation. WARN: training starts, but is expected to fail. FAIL: training would
+    not start, or would be wrong.
     """
 
     OK = "ok"
@@ -17,32 +17,36 @@ class Level(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at. `remedy` is a command or a sentence, empty where nothing need be done."""
+    """The result of one check. `remedy` is a command or a sentence, empty if nothing needs to be done."""
 
     level: Level
-    what: str
-    told: str
+    subject: str
+    message: str
     remedy: str = ""
 
     def __str__(self) -> str:
-        first, *rest = self.told.splitlines() or [""]
-        lines = [f"  {self.level.value:<5} {self.what:<12} {first}", *(f"{'':21}{line}" for line in rest)]
+        first, *rest = self.message.splitlines() or [""]
+        lines = [f"  {self.level.value:<5} {self.subject:<12} {first}", *(f"{'':21}{line}" for line in rest)]
         if self.remedy:
             lines.append(f"{'':21}-> {self.remedy}")
         return "\n".join(lines)
 
-
-def ok(what: str, told: str) -> Finding:
-    return Finding(Level.OK, what, told)
-
-
-def note(what: str, told: str, remedy: str = "") -> Finding:
-    return Finding(Level.NOTE, what, told, remedy)
-
-
-def warn(what: str, told: str, remedy: str = "") -> Finding:
-    return Finding(Level.WARN, what, told, remedy)
+    def as_json(self) -> dict[str, str]:
+        return {
+            "level": self.level.value,
+            "what": self.subject,
+            "told": self.message,
+            "remedy": self.remedy,
+        }
 
 
-def fail(what: str, told: str, remedy: str = "") -> Finding:
-    return Finding(Level.FAIL, what, told, remedy)
+def ok(subject: str, message: str) -> Finding:
+    return Finding(Level.OK, subject, message)
+
+
+def note(subject: str, message: str, remedy: str = "") -> Finding:
+    return Finding(Level.NOTE, subject, message, remedy)
+
+
+def fail(subject: str, message: str, remedy: str = "") -> Finding:
+    return Finding(Level.FAIL, subject, message, remedy)

@@ -1,5 +1,6 @@
-"""The machine: Python, torch, triton, the driver and its GPUs, a compiler, packages, memory. No torch is
-needed to look at them, since it may be what is missing.
+"""Checks the machine: Python, torch, triton, the driver and its GPUs, a compiler, packages, memory.
+
+This module does not need torch, which may be missing.
 """
 
 import importlib
@@ -15,9 +16,10 @@ from collections.abc import Iterator
 
 from octavo.commands.doctor.findings import Finding, fail, note, ok
 from octavo.config.programs import missing_cxx
+from octavo.launch.launcher import usable_cores
 
 LEAST_PYTHON, LEAST_TORCH, LEAST_TRITON = (3, 11), (2, 11), (3, 6)
-_NEEDED = ("tyro", "tokenizers", "numpy")
+_REQUIRED = ("tyro", "tokenizers", "numpy")
 _OPTIONAL = {
     "safetensors": "Hugging Face export and import",
     "datasets": "streaming c4",
@@ -27,15 +29,15 @@ _OPTIONAL = {
 _GPU_QUERY = "name,driver_version,memory.total,compute_cap"
 
 
-def look() -> Iterator[Finding]:
-    """Everything about the machine, in the order in which one thing needs another."""
-    yield _python()
-    yield from _torch()
-    yield from _gpus()
-    yield _torchrun()
-    yield _compiler()
-    yield from _packages()
-    yield _memory()
+def check_machine() -> Iterator[Finding]:
+    """Check everything about the machine; each check may need what the ones before it checked."""
+    yield _check_python()
+    yield from _check_torch()
+    yield from _check_gpus()
+    yield _check_torchrun()
+    yield _check_compiler()
+    yield from _check_packages()
+    yield ok("CPU", f"{usable_cores()} cores, {host_memory() / 2**30:.0f} GiB of memory")
 
 
 def version(package: str) -> str | None:
@@ -46,8 +48,13 @@ def version(package: str) -> str | None:
         return None
 
 
+def host_memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def numbers(text: str) -> tuple[int, ...]:
-    """The first two numbers of a version: (2, 13) for 2.13.0+cpu."""
+    """Return the first two numbers of a version: (2, 13) for 2.13.0+cpu."""
     return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
 
 
@@ -55,52 +62,52 @@ def _dotted(least: tuple[int, ...]) -> str:
     return ".".join(map(str, least))
 
 
-def _python() -> Finding:
-    told = f"{platform.python_version()} at {sys.executable}"
+def _check_python() -> Finding:
+    message = f"{platform.python_version()} at {sys.executable}"
     if sys.version_info[:2] < LEAST_PYTHON:
-        return fail("Python", told, f"use Python {_dotted(LEAST_PYTHON)} or later")
-    return ok("Python", told)
+        return fail("Python", message, f"use Python {_dotted(LEAST_PYTHON)} or later")
+    return ok("Python", message)
 
 
-def _torch() -> Iterator[Finding]:
-    wanted = f"pip install 'torch>={_dotted(LEAST_TORCH)}'"
+def _check_torch() -> Iterator[Finding]:
+    install = f"pip install 'torch>={_dotted(LEAST_TORCH)}'"
     try:
         torch = importlib.import_module("torch")
     except ModuleNotFoundError:
-        yield fail("torch", "is not installed", wanted)
+        yield fail("torch", "is not installed", install)
         return
-    except Exception as error:  # a broken installation raises what it likes
-        yield fail("torch", f"is installed, but cannot be imported: {error}", f"{wanted}, after removing it")
+    except Exception as error:  # a broken installation can raise anything
+        yield fail("torch", f"is installed, but cannot be imported: {error}", f"{install}, after removing it")
         return
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     if torch.version.hip:
         build = f"ROCm {torch.version.hip}"
-    told = f"{torch.__version__} ({build})"
+    message = f"{torch.__version__} ({build})"
     if numbers(torch.__version__) < LEAST_TORCH:
-        yield fail("torch", told, wanted)
+        yield fail("torch", message, install)
     else:
-        yield ok("torch", told)
-    yield _triton(cuda=bool(torch.version.cuda))
+        yield ok("torch", message)
+    yield _check_triton(cuda=bool(torch.version.cuda))
 
 
-def _triton(*, cuda: bool) -> Finding:
-    found = version("triton")
-    if found is None:
-        if cuda:
-            return note(
-                "triton",
-                "is not installed: float8 casts on a GPU run in plain PyTorch, with more passes over memory, "
-                "and torch.compile has no GPU code",
-                f"pip install 'triton>={_dotted(LEAST_TRITON)}'",
-            )
+def _check_triton(*, cuda: bool) -> Finding:
+    installed, install = version("triton"), f"pip install 'triton>={_dotted(LEAST_TRITON)}'"
+    if installed is None and not cuda:
         return ok("triton", "not installed, and not needed without a GPU")
-    if numbers(found) < LEAST_TRITON:
-        return note("triton", found, f"pip install 'triton>={_dotted(LEAST_TRITON)}'")
-    return ok("triton", found)
+    if installed is None:
+        return note(
+            "triton",
+            "is not installed: float8 casts on a GPU run in plain PyTorch, with more passes over memory, "
+            "and torch.compile has no GPU code",
+            install,
+        )
+    return (
+        ok("triton", installed) if numbers(installed) >= LEAST_TRITON else note("triton", installed, install)
+    )
 
 
 def nvidia_smi() -> list[str]:
-    """One line a GPU, as the driver tells it: name, driver, MiB, compute capability; empty without one."""
+    """Return the driver's line per GPU: name, driver, MiB, compute capability; empty without a driver."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader,nounits"]
@@ -111,66 +118,59 @@ def nvidia_smi() -> list[str]:
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 
-def _gpus() -> Iterator[Finding]:
+def _check_gpus() -> Iterator[Finding]:
     lines = nvidia_smi()
     try:
         torch = importlib.import_module("torch")
-        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    except Exception:  # told by _torch already
-        seen = 0
+        visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    except Exception:  # reported by _check_torch
+        visible = 0
     for number, line in enumerate(lines):
         fields = [part.strip() for part in line.split(",")]
         name, driver, mebibytes, capability = (*fields, "?", "?", "?", "?")[:4]
         size = f"{int(mebibytes) / 1024:.0f} GiB" if mebibytes.isdecimal() else "memory unknown"
         yield ok(f"GPU {number}", f"{name}, {size}, compute capability {capability}, driver {driver}")
-    if lines and not seen:
+    if lines and not visible:
         yield fail(
             "CUDA",
             f"the driver shows {len(lines)} GPU(s), but torch sees none",
-            "install a CUDA build of torch that this driver supports, and look at CUDA_VISIBLE_DEVICES",
+            "install a CUDA build of torch that this driver supports, and check CUDA_VISIBLE_DEVICES",
         )
-    elif seen and not lines:
-        torch = importlib.import_module("torch")
-        for number in range(seen):
+    elif visible and not lines:
+        for number in range(visible):
             yield ok(f"GPU {number}", torch.cuda.get_device_name(number))
-    elif not seen:
-        yield note("GPU", "none: training runs on the CPU, and float8 is emulated (the same numbers, slower)")
+    elif not visible:
+        yield note("GPU", "none: training runs on the CPU, and float8 is emulated (same numbers, slower)")
 
 
-def _torchrun() -> Finding:
+def _check_torchrun() -> Finding:
     try:
-        there = importlib.util.find_spec("torch.distributed.run") is not None
-        distributed = there and importlib.import_module("torch.distributed").is_available()
+        spec = importlib.util.find_spec("torch.distributed.run")
+        available = spec is not None and importlib.import_module("torch.distributed").is_available()
     except Exception:  # no torch, or a broken one
-        there = distributed = False
-    if not distributed:
-        return fail("torchrun", "torch.distributed is not there", "install torch with distributed support")
-    return ok("torchrun", "there (python -m torch.distributed.run)")
+        available = False
+    if not available:
+        return fail("torchrun", "torch.distributed is missing", "install torch with distributed support")
+    return ok("torchrun", "available (python -m torch.distributed.run)")
 
 
-def _compiler() -> Finding:
+def _check_compiler() -> Finding:
     missing = missing_cxx()
     if missing is None:
         return ok("C++", "a compiler starts, for --training.compile on a CPU")
     return note(
         "C++",
         f"{missing!r} does not start, so --training.compile has no CPU code",
-        "apt install g++ (macOS: xcode-select --install), or name another one in CXX",
+        "apt install g++ (macOS: xcode-select --install), or set CXX to another compiler",
     )
 
 
-def _packages() -> Iterator[Finding]:
-    lacking = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if lacking:
-        yield fail("packages", f"not installed: {', '.join(lacking)}", "pip install 'octavo[train]'")
+def _check_packages() -> Iterator[Finding]:
+    missing = [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
+    if missing:
+        yield fail("packages", f"not installed: {', '.join(missing)}", "pip install 'octavo[train]'")
     else:
-        yield ok("packages", ", ".join(f"{name} {version(name)}" for name in _NEEDED))
+        yield ok("packages", ", ".join(f"{name} {version(name)}" for name in _REQUIRED))
     for name, use in _OPTIONAL.items():
         if importlib.util.find_spec(name) is None:
             yield note("packages", f"{name} is not installed ({use})", f"pip install {name}")
-
-
-def _memory() -> Finding:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ok("CPU", f"{cores} cores, {total / 2**30:.0f} GiB of memory")

@@ -1,4 +1,4 @@
-"""The memory that a job would take, as `octavo estimate` says, beside what this machine has."""
+"""Compares a job's memory, as `octavo estimate` predicts it, with this machine's."""
 
 from __future__ import annotations
 
@@ -12,89 +12,92 @@ import time
 from collections.abc import Sequence
 
 from octavo import config
-from octavo.commands.doctor.findings import Finding, note, ok, warn
+from octavo.commands.doctor.findings import Finding, Level, note, ok
+from octavo.commands.doctor.machine_checks import host_memory
 from octavo.config import ConfigError
 from octavo.config.programs import octavo_command
 from octavo.launch import launcher
 
-_SECONDS = 11.5  # since it was begun: a large model's trace takes longer, and the whole of doctor should not
+_SECONDS = 11.5  # since the start of the estimate; tracing a large model takes longer than doctor should
 
 
 class MemoryEstimate:
-    """An `octavo estimate` at work in a process of its own, which takes neither a GPU nor the memory that it
-    tells: it is begun before everything else is looked at, and asked last.
+    """An `octavo estimate` in a separate process, which uses neither a GPU nor the estimated memory. It
+    starts before all other checks, and its result is read last.
     """
 
     def __init__(self, options: Sequence[str], processes: int, gpus: int) -> None:
-        self.asked = ["estimate", *options, f"--ngpu={processes}", f"--device={'h100' if gpus else 'cpu'}"]
-        self._begun = time.monotonic()
+        device = "h100" if gpus else "cpu"
+        self.arguments = ["estimate", *options, f"--ngpu={processes}", f"--device={device}"]
+        self._start = time.monotonic()
         try:
             self._process: subprocess.Popen[str] | None = subprocess.Popen(
-                [sys.executable, "-P", "-m", "octavo.cli", *self.asked, "--json"],
+                [sys.executable, "-P", "-m", "octavo.cli", *self.arguments, "--json"],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
-                start_new_session=True,  # a group of its own, with what it forks
-                preexec_fn=lambda: os.nice(10),  # what is looked at meanwhile comes first
+                start_new_session=True,  # a process group of its own, with its forked workers
+                preexec_fn=lambda: os.nice(10),  # the other checks have priority
             )
         except OSError:
             self._process = None
 
     def peak_bytes(self) -> float | None:
-        """The peak of one process; None if it is not told in time."""
+        """Wait for the peak of one process; None if the estimate takes too long or fails."""
         if self._process is None:
             return None
-        rest = self._begun + _SECONDS - time.monotonic()
+        remaining = self._start + _SECONDS - time.monotonic()
         try:
-            told, _ = self._process.communicate(timeout=max(0.01, rest))
-            return float(json.loads(told)["peak_bytes"])
+            output, _ = self._process.communicate(timeout=max(0.01, remaining))
+            return float(json.loads(output)["peak_bytes"])
         except (subprocess.SubprocessError, ValueError, LookupError, TypeError):
             return None
         finally:
-            self.end()
+            self.kill()
 
-    def end(self) -> None:
-        """Leave no process behind; also of Ctrl-C, which a group of its own does not get."""
+    def kill(self) -> None:
+        """Kill the whole process group, which a Ctrl-C does not reach."""
         if self._process is not None and self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.communicate()
 
 
-def begin(options: Sequence[str], gpus: int) -> MemoryEstimate | None:
-    """Begin to estimate the job of `options`; None if it is none, or runs somebody's code."""
+def start_estimate(options: Sequence[str], gpus: int) -> MemoryEstimate | None:
+    """Start an estimate of the job of `options`; None if they are invalid or import user code."""
     try:
         planned = launcher.plan(options, os.environ, gpus=gpus, cores=os.cpu_count() or 1)
         job = config.load(planned.options)
-    except (ConfigError, ImportError):  # of what is told where it is looked at
+    except (ConfigError, ImportError):  # reported by the check of the job
         return None
-    return (
-        None if job.experimental.custom_import else MemoryEstimate(planned.options, planned.processes, gpus)
-    )
+    if job.experimental.custom_import:
+        return None
+    return MemoryEstimate(planned.options, planned.processes, gpus)
 
 
-def look(estimate: MemoryEstimate, *, here: int, gpus: int) -> Finding:
-    """Of a job with `here` processes on this machine."""
-    each = estimate.peak_bytes()
-    if each is None:
-        by_hand = f"{octavo_command()} {shlex.join(estimate.asked)}"
-        return note("memory", "what the job takes is not known: no estimate in a few seconds", by_hand)
+def check_memory(estimate: MemoryEstimate, *, processes: int, gpus: int) -> Finding:
+    """Compare the estimate with this machine's memory. processes: how many run on this machine."""
+    peak = estimate.peak_bytes()
+    if peak is None:
+        by_hand = f"{octavo_command()} {shlex.join(estimate.arguments)}"
+        return note("memory", f"the job's memory is not known: no estimate within {_SECONDS:g} s", by_hand)
     if gpus:
         import torch
 
-        have = torch.cuda.get_device_properties(0).total_memory
-        told = f"estimated {each / 1e9:,.1f} GB a process, and a GPU has {have / 1e9:,.1f} GB"
-        needed = each
+        available, needed = torch.cuda.get_device_properties(0).total_memory, peak
+        message = f"estimated {peak / 1e9:,.1f} GB per process, and a GPU has {available / 1e9:,.1f} GB"
     else:
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        needed = each * here
-        told = f"estimated {needed / 1e9:,.1f} GB of tensors here, and the machine has {have / 1e9:,.1f} GB"
-    if needed <= have:
-        return ok("memory", told)
-    return warn(
+        available, needed = host_memory(), peak * processes
+        message = (
+            f"estimated {needed / 1e9:,.1f} GB of tensors here, and the machine has {available / 1e9:,.1f} GB"
+        )
+    if needed <= available:
+        return ok("memory", message)
+    return Finding(
+        Level.WARN,
         "memory",
-        f"{told}: it will not fit",
+        f"{message}: it will not fit",
         "lower training.local_batch_size or training.seq_len, recompute more (activation_checkpoint.mode = "
         "full), or shard over more processes",
     )
