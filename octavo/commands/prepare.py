@@ -37,7 +37,7 @@ def _parser() -> Parser:
     parser = Parser(
         "octavo prepare",
         "Tokenise text into a folder that training.dataset can name. Sources are files, or folders of them:\n"
-        ".txt (one document per file), .jsonl and .json (one per line), .parquet (one per row); also .gz.",
+        ".txt (one document per file), .jsonl and .json (one per line), .parquet (one per row); .gz and .zst of these.",
         "Rerun the same command to continue an interrupted run.",
     )
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="a file, a folder, or a shipped corpus")
@@ -194,10 +194,11 @@ def _files(sources: Sequence[str]) -> list[Path]:
         if shard_format.is_prepared(root):
             raise ConfigError(f"{root}: is already a prepared folder")
         files += find_files(root)
-    resolved = [file.resolve() for file in files]
-    for number, file in enumerate(resolved):
-        if file in resolved[:number]:
-            raise ConfigError(f"{files[number]}: is named twice among the sources")
+    seen: set[Path] = set()
+    for file in files:
+        if (resolved := file.resolve()) in seen:
+            raise ConfigError(f"{file}: is named twice among the sources")
+        seen.add(resolved)
     return files
 
 

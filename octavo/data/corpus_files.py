@@ -2,7 +2,7 @@
 
 A `.txt` file is one document. `.jsonl` (or `.json` with one object per line, like C4) has one document per
 line, under the key `text`; `.parquet` has one per row, in the column `text`. The text formats may be
-compressed, with `.gz` appended to the name.
+compressed, with `.gz` or `.zst` appended to the name. What the first bytes of a file contradict is an error.
 
 Reading has two stages, so that the second can run in another process: `read_records` splits a file into
 records without decoding them, and `parse` turns a record into a document. A record that is not a document is
@@ -13,33 +13,43 @@ reading.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
+import stat
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from octavo.core.errors import ConfigError
+from octavo.core.logging import logger
 
-FORMATS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+COMPRESSIONS = (".gz", ".zst")
+FORMATS = (
+    *(f"{kind}{end}" for kind in (".txt", ".jsonl", ".json") for end in ("", *COMPRESSIONS)),
+    ".parquet",
+)
 TEXT_KEY = "text"
 
 
 def find_files(root: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
     """The readable files at or below `root`, sorted by path so that the corpus is the same on every machine.
 
-    Hidden files and folders are skipped.
+    Hidden files and folders are skipped, files of other formats reported in the log. A symbolic link counts
+    only where what it points to is not below `root` itself.
 
     Raises:
-        ConfigError: `root` does not exist, or contains no file of a known format.
+        ConfigError: `root` does not exist, or contains no file of a known format, or one that is a dead link
+            or no regular file, such as a pipe.
     """
     if root.is_file():
         if not root.name.lower().endswith(formats):
             raise ConfigError(f"{root}: not a supported format; supported are {', '.join(formats)}")
         return [root]
     if not root.is_dir():
+        _check_regular(root)
         raise ConfigError(
             f"{root}: no such file or folder; give the path of a folder of {', '.join(formats)} files"
         )
@@ -55,14 +65,31 @@ def find_files(root: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
                 continue
             if name.lower().endswith(formats):
                 found.append(Path(folder, name))
+                _check_regular(found[-1])
             else:
                 others[Path(name).suffix or "no suffix"] += 1
+    listed = ", ".join(f"{count} x {suffix}" for suffix, count in others.most_common(5))
     if not found:
-        listed = (
-            ", ".join(f"{count} x {suffix}" for suffix, count in others.most_common(5)) or "no files at all"
-        )
+        listed = listed or "no files at all"
         raise ConfigError(f"{root}: no file of a supported format ({', '.join(formats)}); found {listed}")
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+    if others:
+        logger.info("%s: files of other formats are not read: %s", root, listed)
+    found.sort(key=lambda path: (path.is_symlink(), path.relative_to(root).as_posix()))
+    once = {os.path.realpath(path): path for path in reversed(found)}
+    return sorted(once.values(), key=lambda path: path.relative_to(root).as_posix())
+
+
+def _check_regular(path: Path) -> None:
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        if not path.is_symlink():
+            return
+        raise ConfigError(
+            f"{path}: links to {os.readlink(path)}, which does not exist; remove the link"
+        ) from None
+    if not regular:
+        raise ConfigError(f"{path}: not a regular file; remove it")
 
 
 class Record(NamedTuple):
@@ -160,11 +187,11 @@ def read_records(path: Path, key: str = TEXT_KEY, *, after: Record | None = None
         ConfigError: the file cannot be read, is truncated, or has no column `key`.
     """
     try:
-        name = path.name.lower().removesuffix(".gz")
+        name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
         if name.endswith(".txt"):
             if after is None:
                 with _open(path) as stream:
-                    yield Record(str(path), "text", 0, 0, stream.read())
+                    yield Record(str(path), "text", 0, 0, stream.read().removeprefix(UTF8_MARK))
         elif name.endswith(".parquet"):
             yield from _read_rows(path, key, -1 if after is None else after.number)
         else:
@@ -177,21 +204,70 @@ def read_records(path: Path, key: str = TEXT_KEY, *, after: Record | None = None
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
+UTF8_MARK = b"\xef\xbb\xbf"
+_MISNAMED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
 def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb")
+    """The text in `path`, decompressed, from the beginning.
+
+    Raises:
+        ConfigError: it begins like another kind of file.
+    """
+    if path.name.lower().endswith(".gz"):
+        stream: Any = gzip.open(path)  # noqa: SIM115 - the caller closes it
+    elif path.name.lower().endswith(".zst"):
+        stream = io.BufferedReader(_decompressed(path))
+    else:
+        stream = path.open("rb")
+    try:
+        _check_first_bytes(path, stream.peek(1024)[:1024])
+    except BaseException:
+        stream.close()
+        raise
+    return cast(BinaryIO, stream)
+
+
+def _decompressed(path: Path) -> Any:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ConfigError(f"{path}: .zst needs the package `pyarrow`: pip install 'octavo[train]'") from error
+    return pyarrow.input_stream(str(path), compression="zstd")
+
+
+def _check_first_bytes(path: Path, first: bytes) -> None:
+    for magic, suffix in _MISNAMED.items():
+        if first.startswith(magic):
+            raise ConfigError(f"{path}: holds compressed data; rename it to {path.name}{suffix}")
+    if first.startswith(_UTF16_MARKS) or b"\0" in first:
+        kind = "UTF-16 text" if first.startswith(_UTF16_MARKS) else "text with zero bytes: UTF-16, or no text"
+        raise ConfigError(
+            f"{path}: holds {kind}; convert it, `iconv -f utf-16 -t utf-8 {path.name} > NEW`, or remove it"
+        )
 
 
 def _read_lines(path: Path, after: Record | None) -> Iterator[Record]:
     name, number, offset = str(path), 0, 0
     with _open(path) as stream:
         if after is not None:
-            stream.seek(after.offset)
+            _skip(stream, after.offset)
             number, offset = after.number, after.offset + len(stream.readline())
         for line in stream:
             number += 1
+            if not offset and line.startswith(UTF8_MARK):
+                line, offset = line[len(UTF8_MARK) :], len(UTF8_MARK)
             if not line.isspace():
                 yield Record(name, "json", number, offset, line)
             offset += len(line)
+
+
+def _skip(stream: BinaryIO, size: int) -> None:
+    if stream.seekable():
+        stream.seek(size)
+    while size and not stream.seekable():
+        size -= len(stream.read(min(size, 1 << 20))) or size
 
 
 def _read_rows(path: Path, key: str, after: int) -> Iterator[Record]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from octavo.core.errors import ConfigError
-from octavo.data.corpus_files import TEXT_KEY, BadRecords, find_files, read_documents
+from octavo.data.corpus_files import FORMATS, TEXT_KEY, BadRecords, find_files, read_documents
 from octavo.data.shuffle import mix64, permute
 from octavo.tokenizer import Tokenizer
 
@@ -181,7 +181,7 @@ class StreamedCorpus:
 
 def open_local_files(root: Path, bad: BadRecords | None = None) -> list[OpenFile]:
     """Openers of the `.json`, `.jsonl` (compressed or not) and `.parquet` files at or below `root`."""
-    formats = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
+    formats = tuple(kind for kind in FORMATS if not kind.startswith(".txt"))
 
     def opener(path: Path) -> OpenFile:
         return lambda start: islice(read_documents(path, bad, skip_empty=True), start, None)

@@ -2,11 +2,14 @@
 
 import gzip
 import json
+import logging
+import os
+import re
 
 import pytest
 
 from octavo.core.errors import ConfigError
-from octavo.data.corpus_files import find_files, read_documents
+from octavo.data.corpus_files import BadRecords, find_files, parse, read_documents, read_records
 
 DOCUMENTS = ["Who's there?\r\n\tNay, answer me.\n", "naïve 漢字 🙂", "x", "line one\nline two"]
 
@@ -138,3 +141,86 @@ def test_says_what_is_there_instead(tmp_path):
         find_files(tmp_path / "c.csv")
     with pytest.raises(ConfigError, match=r"gone: no such file or folder"):
         find_files(tmp_path / "gone")
+
+
+@pytest.fixture
+def zstd(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+
+    def write(name, content):
+        with pyarrow.output_stream(str(tmp_path / name), compression="zstd") as file:
+            file.write(content)
+        return tmp_path / name
+
+    return write
+
+
+def test_zstd_files_are_read_and_resumed(zstd):
+    path = zstd("a.jsonl.zst", json_lines())
+    records = list(read_records(path))
+    assert [parse(record) for record in records] == DOCUMENTS
+    assert list(read_records(path, after=records[1])) == records[2:]
+    assert list(read_documents(zstd("b.txt.zst", b"one"))) == ["one"]
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ConfigError, match=r"a\.jsonl\.zst: cannot be read \(Truncated"):
+        list(read_documents(path))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    content = b"Who's there?" if name == "a.txt" else json_lines()
+    path = write(tmp_path, name, b"\xef\xbb\xbf" + content)
+    assert list(read_documents(path)) == (["Who's there?"] if name == "a.txt" else DOCUMENTS)
+    if name == "a.jsonl":
+        records = list(read_records(path))
+        assert list(read_records(path, after=records[0])) == records[1:]
+        assert path.read_bytes()[records[0].offset :].startswith(records[0].content)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("naïve".encode("utf-16"), r"holds UTF-16 text; convert it, `iconv -f utf-16 -t utf-8 {name} > NEW`"),
+        ("naïve".encode("utf-16-be"), "text with zero bytes"),
+        (gzip.compress(b"naive"), r"holds compressed data; rename it to {name}\.gz"),
+        (b"\x28\xb5\x2f\xfd\x00", r"rename it to {name}\.zst"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_file_that_is_no_utf8_text_is_an_error_and_no_bad_record(tmp_path, name, content, message):
+    path = write(tmp_path, name, content)
+    with pytest.raises(ConfigError, match=message.format(name=re.escape(name))):
+        list(read_documents(path, BadRecords(limit=10)))
+
+
+def test_links_within_a_folder_count_once_and_dead_ones_are_errors(tmp_path):
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    corpus.mkdir()
+    elsewhere.mkdir()
+    (corpus / "b.txt").write_text("b")
+    (elsewhere / "c.txt").write_text("c")
+    (corpus / "a.txt").symlink_to(corpus / "b.txt")
+    (corpus / "c.txt").symlink_to(elsewhere / "c.txt")
+    (corpus / "d.txt").symlink_to(elsewhere / "c.txt")
+    assert [path.name for path in find_files(corpus)] == ["b.txt", "c.txt"]
+    (corpus / "e.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigError, match=r"e\.txt: links to .*gone, which does not exist"):
+        find_files(corpus)
+    with pytest.raises(ConfigError, match=r"e\.txt: links to"):
+        find_files(corpus / "e.txt")
+
+
+def test_pipes_are_errors_where_they_would_be_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    for root in (tmp_path, tmp_path / "a.txt"):
+        with pytest.raises(ConfigError, match=r"a\.txt: not a regular file"):
+            find_files(root)
+
+
+def test_files_of_other_formats_are_reported(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("octavo"), "propagate", True)
+    for name in ("a.jsonl", "b.bz2", "c.bz2", "d.arrow"):
+        (tmp_path / name).touch()
+    with caplog.at_level(logging.INFO, "octavo"):
+        find_files(tmp_path)
+    assert caplog.messages == [f"{tmp_path}: files of other formats are not read: 2 x .bz2, 1 x .arrow"]
