@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from octavo import models
+from octavo.config import ConfigError
+from octavo.distributed.ddp import replicate_model
 from octavo.distributed.fsdp import shard
 from octavo.distributed.parallelize_plan import Parallelize
 from octavo.models.init import InitRule, Normal
@@ -40,10 +42,14 @@ def configure(args: BigramArgs, vocab_size: int, seq_len: int) -> BigramArgs:
 
 def parallelize(model: nn.Module, plan: Parallelize) -> None:
     """Compile and shard the model in place, in this order."""
+    if plan.tensor is not None or plan.context is not None:
+        raise ConfigError("bigram supports neither tensor nor context parallelism; set both degrees to 1")
     if plan.compile_model:
         model.hidden.compile(fullgraph=True)
     if plan.sharding is not None:
         shard(model, [[model.hidden]], plan.sharding)
+    elif plan.replicas is not None:
+        replicate_model(model, plan.replicas)
 
 
 def flops_per_token(args: BigramArgs, model: nn.Module, seq_len: int) -> float:
