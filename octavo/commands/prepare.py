@@ -37,7 +37,8 @@ def _parser() -> Parser:
     parser = Parser(
         "octavo prepare",
         "Tokenise text into a folder that training.dataset can name. Sources are files, or folders of them:\n"
-        ".txt (one document per file), .jsonl and .json (one per line), .parquet (one per row); .gz and .zst of these.",
+        ".txt (one document per file), .jsonl and .json (one per line), .parquet (one per row); .gz and .zst "
+        "of these.",
         "Rerun the same command to continue an interrupted run.",
     )
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="a file, a folder, or a shipped corpus")
