@@ -1,7 +1,8 @@
-"""Checkpoints: how they are written, verified, read and kept. `docs/reliability.md` tells the whole.
+"""Checkpoints: writing, verifying, reading and deleting them. `docs/reliability.md` describes their
+guarantees.
 
-`reader.py` has what other programs read by: `read_model(step_folder)` and `read_state(step_folder)`. Nothing
-here imports torch.
+Other programs read a checkpoint with `reader.read_model(step_folder)` and `reader.read_state(step_folder)`.
+Importing this package does not import torch.
 """
 
 from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint, NoCheckpointVerifies, RefusedCheckpoint

@@ -1,16 +1,15 @@
-"""What the trainer calls: when to save, saving, and going on from what was saved.
+"""Saves and loads checkpoints; this is the interface of the trainer.
 
     <folder>/step-20/                a checkpoint: DCP's shards and .metadata, tensors only
-    <folder>/step-20/state.json      what is not a tensor: step, tokens, data position, config, versions
+    <folder>/step-20/state.json      step, tokens, data position, config, versions: all that is not a tensor
     <folder>/step-20/manifest.json   sizes and hashes of all files; see `manifest.py`
 
-Tensors go by their plain parameter names, so a checkpoint does not depend on compile, activation
-checkpointing, float8 or the number of processes. `store.py` has the protocol that makes a checkpoint whole or
-absent, `saving.py` one save, `loading.py` what the ranks do together to load, `reader.py` how a checkpoint is
-read without running anything of it.
+Tensors have their plain parameter names, so a checkpoint is independent of compile, activation checkpointing,
+float8 and the number of processes. `store.py` publishes atomically, `saving.py` does one save, `loading.py`
+the collective steps of loading, and `reader.py` reads a checkpoint without running code from it.
 
-An asynchronous save copies the tensors and does the rest, by the same code, in a thread with a process group
-of its own, so that its collectives and training's never wait for each other.
+An asynchronous save copies the tensors and writes them with the same code in a thread. The thread has its own
+process group, so that its collectives and training's never wait for each other.
 """
 
 import time
@@ -32,12 +31,19 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from octavo.checkpoint import disk_space, failpoints, rng
+from octavo.checkpoint import failpoints, rng
 from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint, SavesFailed
-from octavo.checkpoint.loading import check_fit, open_by_ranks, problems_by_ranks, restore_rng
-from octavo.checkpoint.resume import without
-from octavo.checkpoint.saving import Outcome, Pending, Save, from_rank_0, write
-from octavo.checkpoint.store import Store, none_verifies, path_of, published, told
+from octavo.checkpoint.loading import check_fit, exclude_parts, open_by_ranks, restore_rng, verify_by_ranks
+from octavo.checkpoint.saving import (
+    PendingSave,
+    SaveResult,
+    Snapshot,
+    broadcast_from_rank_0,
+    describe_failure,
+    format_bytes,
+    write_checkpoint,
+)
+from octavo.checkpoint.store import Store, none_verifies, published_steps, step_folder, summarize
 from octavo.config import ConfigError
 from octavo.config.schema import Checkpoint
 from octavo.core.logging import logger
@@ -47,8 +53,8 @@ from octavo.distributed.mesh import disk_group
 class Checkpointer:
     """Saves `model` and `optimizer` into `folder` and loads them back.
 
-    What else a run needs is passed as `state`, a dict that JSON can hold, the same on every process. A
-    checkpoint whose state lacks one of `needs` does not verify.
+    Other state of a run is passed as `state`, a JSON-able dict that is equal on all processes. A checkpoint
+    verifies only if its state has the fields in `needs`.
     """
 
     def __init__(
@@ -66,231 +72,230 @@ class Checkpointer:
         self._optimizer = optimizer
         self._store = Store(folder, keep=settings.keep_latest_k, algorithm=settings.hash)
         self._stagers: dict[str, BlockingAsyncStager] = {}
-        self._pending: Pending | None = None
-        self._failed = 0
-        self._lost = 0.0
-        self._entered = 0.0
+        self._pending: PendingSave | None = None
+        self._failures = 0  # in a row
+        self._paused = 0.0
+        self._pause_began = 0.0
         self._last_step: int | None = None
         self.last_saved: int | None = None
-        """The step that was published last by this process, None before the first."""
-        self.found = False
-        """Whether `load` found checkpoints in the folder."""
+        """The last step that this process published, None before the first."""
+        self.found_checkpoints = False
+        """Whether `load` found checkpoints in the folder, damaged or not."""
         if dist.is_initialized():
             self._control = disk_group()
             self._writing = disk_group()
 
     def due(self, step: int, last_step: int) -> bool:
-        """Whether `step` ends with a save: at the interval, and at the end of the run."""
+        """Whether to save after `step`: at the interval, and at the end of the run."""
         saves = self._settings.enable and not self._settings.load_only
         return saves and (step % self._settings.interval == 0 or step == last_step)
 
     def save(self, step: int, last_step: int, state: dict[str, Any]) -> None:
-        """Write step `step`. An asynchronous one returns when the tensors are copied; see `poll`.
+        """Save `step`. An asynchronous save returns when the tensors are copied; see `poll`.
 
-        Raises `SavesFailed` after `checkpoint.max_failed_saves` failures in a row, or if the last step's save
-        failed. A failure before that is logged.
+        A failed save is logged. Raises `SavesFailed` after `checkpoint.max_failed_saves` failures in a row,
+        or if the save of the last step fails.
         """
-        with self._losing_time():
-            self._await_pending()
-            save = self._collect(step, last_step, state)
+        with self._pausing_training():
+            self._finish_pending()
+            snapshot = self._take_snapshot(step, last_step, state)
             final = step == last_step
             if self._settings.async_mode == "disabled":
-                self._conclude(step, final, write(save, self._store, self._writing))
+                self._report(step, final, write_checkpoint(snapshot, self._store, self._writing))
             else:
-                staged = self._staged(save)
-                seconds = time.perf_counter() - self._entered
-                self._pending = Pending(staged, final, seconds, self._store, self._writing)
+                staged = self._stage(snapshot)
+                seconds = time.perf_counter() - self._pause_began
+                self._pending = PendingSave(staged, final, seconds, self._store, self._writing)
 
     def poll(self) -> None:
-        """Conclude an asynchronous save if it is through on every process. Raises as `save` does."""
+        """Report an asynchronous save if all processes have finished it. Raises as `save` does."""
         if self._pending is None:
             return
-        with self._losing_time():
+        with self._pausing_training():
             done = torch.tensor(int(self._pending.done()))
             dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self._control)
             if done.item():
-                self._await_pending()
+                self._finish_pending()
 
     def wait(self) -> None:
-        """Finish a save that is under way. Raises as `save` does."""
+        """Wait for an asynchronous save to finish. Raises as `save` does."""
         if self._pending is None:
             return
-        with self._losing_time():
-            self._await_pending()
+        with self._pausing_training():
+            self._finish_pending()
 
-    def take_lost_seconds(self) -> float:
-        """The seconds that training stood still for saves since this was last asked."""
-        lost, self._lost = self._lost, 0.0
-        return lost
+    def take_paused_seconds(self) -> float:
+        """The seconds that training paused for saves since the last call."""
+        paused, self._paused = self._paused, 0.0
+        return paused
 
     @contextmanager
-    def _losing_time(self) -> Iterator[None]:
-        self._entered = time.perf_counter()
+    def _pausing_training(self) -> Iterator[None]:
+        self._pause_began = time.perf_counter()
         try:
             yield
         finally:
-            self._lost += time.perf_counter() - self._entered
+            self._paused += time.perf_counter() - self._pause_began
 
-    def _collect(self, step: int, last_step: int, state: dict[str, Any]) -> Save:
+    def _take_snapshot(self, step: int, last_step: int, state: dict[str, Any]) -> Snapshot:
         model_only = step == last_step and self._settings.last_save_model_only
         tensors: dict[str, Any] = {"model": get_model_state_dict(self._model)}
         if not model_only:
-            if step > 0:  # before its first step an optimizer has no state, and asking would make it some
+            if step > 0:  # before its first step an optimizer has no state, and this call would create it
                 tensors["optimizer"] = get_optimizer_state_dict(self._model, self._optimizer)["state"]
             tensors["rng"] = {str(dist.get_rank()): rng.capture()}
         state = {"step": step, "model_only": model_only, "world_size": dist.get_world_size(), **state}
-        return Save(step, tensors, state)
+        return Snapshot(step, tensors, state)
 
-    def _staged(self, save: Save) -> Save:
+    def _stage(self, snapshot: Snapshot) -> Snapshot:
+        """Copy the tensors of `snapshot`."""
         pinned = self._settings.async_mode == "async_with_pinned_mem"
         staged = {}
-        for part, tensors in save.tensors.items():
+        for part, tensors in snapshot.tensors.items():
             stager = self._stagers.setdefault(part, BlockingAsyncStager(cache_staged_state_dict=pinned))
             staged[part] = stager.stage(tensors)
             failpoints.reach("during staging")
-        return Save(save.step, staged, save.state)
+        return Snapshot(snapshot.step, staged, snapshot.state)
 
-    def _await_pending(self) -> None:
+    def _finish_pending(self) -> None:
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            self._conclude(pending.step, pending.final, pending.outcome(), pending.lost)
+            self._report(pending.step, pending.final, pending.result(), pending.paused)
 
-    def _conclude(self, step: int, final: bool, outcome: Outcome, lost: float = 0.0) -> None:
-        """Tell how a save ended, and count failures; the same on every rank.
+    def _report(self, step: int, final: bool, result: SaveResult, paused: float = 0.0) -> None:
+        """Log the result of a save and count failures; the same on every rank.
 
-        `lost`: seconds that training stood still for it in earlier calls.
+        `paused`: seconds that training paused for it in earlier calls.
         """
-        path = path_of(self._folder, step)
-        if outcome.problem is None:
-            self._failed, self.last_saved = 0, step
+        path = step_folder(self._folder, step)
+        if result.problem is None:
+            self._failures, self.last_saved = 0, step
             if dist.get_rank() == 0:
                 logger.info(
-                    "Saved checkpoint %s: %s in %.2f s, for which training stood still %.2f s",
+                    "Saved checkpoint %s: %s in %.2f s, training paused for %.2f s",
                     path,
-                    disk_space.size(outcome.bytes),
-                    outcome.seconds,
-                    lost + time.perf_counter() - self._entered,
+                    format_bytes(result.bytes),
+                    result.seconds,
+                    paused + time.perf_counter() - self._pause_began,
                 )
-                for note in outcome.notes:
+                for note in result.notes:
                     logger.info("Checkpoints: %s", note)
             return
-        self._failed += 1
+        self._failures += 1
         limit = self._settings.max_failed_saves
-        message = f"{path} was not saved: {outcome.problem}"
+        message = f"{path} was not saved: {result.problem}"
         if final:
+            raise SavesFailed(f"{message}. It was the last save; the steps since the one before are lost")
+        if self._failures >= limit:
             raise SavesFailed(
-                f"{message}. It was the last of this run; the steps since the one before are lost"
-            )
-        if self._failed >= limit:
-            raise SavesFailed(
-                f"{message}. That is failure {self._failed} in a row (checkpoint.max_failed_saves)"
+                f"{message}. That is failure {self._failures} in a row (checkpoint.max_failed_saves)"
             )
         if dist.get_rank() == 0:
             logger.warning(
-                "%s. Training goes on; %d more in a row end the run (checkpoint.max_failed_saves = %d)",
+                "%s. Training continues; %d more in a row end the run (checkpoint.max_failed_saves = %d)",
                 message,
-                limit - self._failed,
+                limit - self._failures,
                 limit,
             )
 
     def load(self, last_step: int | None = None) -> dict[str, Any] | None:
-        """Go on from `checkpoint.load_step`, or where it is -1 from the newest step that verifies. A run that
-        has saved since goes back to what it saved last.
+        """Load the step of `checkpoint.load_step`, or for -1 the newest step that verifies.
 
-        Model, optimizer and random numbers are set in place. Returns the state that was saved, with
-        "not_exact": what of this process is not as it was then, and why. None where there is no checkpoint,
-        or `checkpoint.enable` is false. A checkpoint of the model alone will do for a run that is over, with
-        `last_step` done.
+        After this run has saved, `load_step` no longer applies: its last save is loaded. Model, optimizer and
+        random number generators are set in place. A checkpoint of the model only is accepted if the run is
+        over, that is if its step is `last_step` or later.
+
+        Returns:
+            The saved state, with "not_exact": part -> why it differs from the saved one. None if there is no
+            checkpoint, or `checkpoint.enable` is false.
 
         Raises:
-            NoCheckpointVerifies: there are checkpoints, and none can be relied on.
-            ConfigError: the step asked for is not there, does not verify, cannot be continued, or does not
-                fit the model.
+            NoCheckpointVerifies: there are checkpoints, and none verifies.
+            ConfigError: the requested step is missing or does not verify, the checkpoint cannot be continued,
+                or it does not fit the model.
         """
         if not self._settings.enable:
             return None
         self.wait()
         self._last_step = last_step
-        steps = from_rank_0(self._look(), self._control)
-        self.found = bool(steps)
-        wanted = self._settings.load_step
-        if wanted >= 0 and self.last_saved is not None:  # this run has gone on from there
-            wanted = self.last_saved
-        if wanted >= 0:
-            return self._load_step(
-                wanted, steps, self._excluded() if self.last_saved is None else frozenset()
-            )
-        wrong: dict[int, list[str]] = {}
+        steps = broadcast_from_rank_0(self._list_steps(), self._control)
+        self.found_checkpoints = bool(steps)
+        if self._settings.load_step >= 0:
+            if self.last_saved is not None:
+                return self._load_step(self.last_saved, steps)
+            return self._load_step(self._settings.load_step, steps, self._excluded())
+        problems: dict[int, list[str]] = {}
         for step in reversed(steps):
-            state, wrong[step] = self._try(path_of(self._folder, step), step)
+            path = step_folder(self._folder, step)
+            state, problems[step] = self._load_if_valid(path, step)
             if state is not None:
                 return state
             if dist.get_rank() == 0:
-                logger.warning(
-                    "%s does not verify and is passed over: %s",
-                    path_of(self._folder, step),
-                    told(wrong[step]),
-                )
-        if wrong:
-            raise none_verifies(self._folder, wrong)
+                logger.warning("%s does not verify and is skipped: %s", path, summarize(problems[step]))
+        if problems:
+            raise none_verifies(self._folder, problems)
         return None
 
-    def _look(self) -> list[int]:
-        """On rank 0: clean up after an ended run; the steps that are there."""
+    def _list_steps(self) -> list[int]:
+        """On rank 0: remove unfinished checkpoints of an earlier run; the published steps."""
         if dist.get_rank() != 0:
             return []
-        for name in self._store.clean():
+        for name in self._store.remove_unfinished():
             logger.info("Removed %s, which an earlier run left unfinished", self._folder / name)
-        return published(self._folder)
+        return published_steps(self._folder)
 
     def load_initial(self, path: Path) -> dict[str, Any]:
-        """Go on from the checkpoint in `path`, of another run, but for `checkpoint.exclude_from_loading`; see
-        `load`.
-        """
-        state, wrong = self._try(path, None, self._excluded())
+        """Load another run's checkpoint, without the parts in `checkpoint.exclude_from_loading`; see `load`."""
+        state, problems = self._load_if_valid(path, None, self._excluded())
         if state is None:
-            raise DamagedCheckpoint(f"checkpoint.initial_load_path: {path} does not verify: {told(wrong)}")
+            raise DamagedCheckpoint(
+                f"checkpoint.initial_load_path: {path} does not verify: {summarize(problems)}"
+            )
         return state
 
     def _excluded(self) -> frozenset[str]:
         return frozenset(self._settings.exclude_from_loading)
 
-    def _load_step(self, step: int, steps: list[int], excluded: frozenset[str]) -> dict[str, Any]:
+    def _load_step(
+        self, step: int, steps: list[int], excluded: frozenset[str] = frozenset()
+    ) -> dict[str, Any]:
         if step not in steps:
             raise ConfigError(f"checkpoint.load_step = {step}: {self._folder} has steps {steps}")
-        state, wrong = self._try(path_of(self._folder, step), step, excluded)
+        path = step_folder(self._folder, step)
+        state, problems = self._load_if_valid(path, step, excluded)
         if state is None:
             raise DamagedCheckpoint(
-                f"checkpoint.load_step = {step}: {path_of(self._folder, step)} does not verify: {told(wrong)}"
+                f"checkpoint.load_step = {step}: {path} does not verify: {summarize(problems)}"
             )
         return state
 
-    def _try(
+    def _load_if_valid(
         self, path: Path, step: int | None, excluded: frozenset[str] = frozenset()
     ) -> tuple[dict[str, Any] | None, list[str]]:
-        """Load a checkpoint if it verifies; else what is wrong with it. The same on every rank. `step`: of
-        this run's own.
+        """Load a checkpoint if it verifies: its state, or None and its problems. The same on every rank.
+
+        `step`: that of a checkpoint of this run, None for another run's.
         """
-        wrong = problems_by_ranks(path, step, self._control)
-        if wrong:
-            return None, wrong
+        problems = verify_by_ranks(path, step, self._control)
+        if problems:
+            return None, problems
         try:
             state = self._load(path, excluded)
         except CheckpointException as error:
-            return None, [disk_space.why(error, self._folder, 0)]
+            return None, [describe_failure(error, self._folder, 0)]
         except DamagedCheckpoint as error:
             return None, [str(error)]
         if step is not None:
-            self._store.good.add(step)
+            self._store.verified.add(step)
         return state, []
 
     def _load(self, path: Path, excluded: frozenset[str]) -> dict[str, Any]:
         opened = open_by_ranks(path, self._control, self._needs)
         state = opened.state
-        over = self._last_step is not None and state["step"] >= self._last_step
-        if state["model_only"] and not over:
+        run_is_over = self._last_step is not None and state["step"] >= self._last_step
+        if state["model_only"] and not run_is_over:
             raise ConfigError(
-                f"{path} holds the model only (checkpoint.last_save_model_only): training cannot go on "
+                f"{path} contains only the model (checkpoint.last_save_model_only): training cannot continue "
                 "from it; set checkpoint.load_step to an earlier step, or checkpoint.folder to a new folder"
             )
         tensors: dict[str, Any] = {"model": get_model_state_dict(self._model)}
@@ -303,4 +308,4 @@ class Checkpointer:
         set_model_state_dict(self._model, tensors["model"])
         if optimizer_state:
             set_optimizer_state_dict(self._model, self._optimizer, optimizer_state)
-        return without({**state, "not_exact": restore_rng(opened)}, excluded)
+        return exclude_parts({**state, "not_exact": restore_rng(opened)}, excluded)

@@ -1,9 +1,9 @@
-"""What the ranks do together to load a checkpoint: verify it, open it, see whether it fits the model.
+"""Steps of loading that all ranks do together: verify a checkpoint, open it, check that it fits the model.
 
-What one rank finds wrong is wrong for all of them, so that none goes on alone.
+An error on one rank is raised on all, so that none continues alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,54 +14,56 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from octavo.checkpoint import manifest, rng
 from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint
-from octavo.checkpoint.hashing import differences
-from octavo.checkpoint.reader import Reader, read_state
-from octavo.checkpoint.saving import from_rank_0
+from octavo.checkpoint.reader import CheckpointReader, read_state
+from octavo.checkpoint.saving import broadcast_from_rank_0
+from octavo.checkpoint.store import summarize
 from octavo.config import ConfigError
 
 
-def problems_by_ranks(path: Path, step: int | None, group: dist.ProcessGroup) -> list[str]:
-    """What is wrong with a checkpoint. Each rank reads its share of the files."""
-    found: dict[str, Any] | str = ""
+def verify_by_ranks(path: Path, step: int | None, group: dist.ProcessGroup) -> list[str]:
+    """The problems of a checkpoint, on every rank. Each rank reads its share of the files."""
+    fields: dict[str, Any] | str = ""
     if dist.get_rank() == 0:
         try:
-            found = manifest.read(path, step)
+            fields = manifest.read(path, step)
         except DamagedCheckpoint as error:
-            found = str(error)
-    found = from_rank_0(found, group)
-    if isinstance(found, str):
-        return [found]
+            fields = str(error)
+    fields = broadcast_from_rank_0(fields, group)
+    if isinstance(fields, str):
+        return [fields]
     rank, world = dist.get_rank(), dist.get_world_size()
-    mine = sorted(found["files"])[rank::world]
-    wrong: list[Any] = [None] * world
-    share = differences(path, {name: found["files"][name] for name in mine}, found["hash"])
-    dist.all_gather_object(wrong, share, group=group)
-    return [problem for share in wrong for problem in share]
+    own_files = {name: fields["files"][name] for name in sorted(fields["files"])[rank::world]}
+    problems: list[Any] = [None] * world
+    dist.all_gather_object(problems, manifest.verify_files(path, own_files, fields["hash"]), group=group)
+    return [problem for of_rank in problems for problem in of_rank]
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A checkpoint of which all but the shards is read. random: the generators' states of this rank."""
+class OpenedCheckpoint:
+    """A checkpoint before its shards are loaded. rng_states: of this rank's generators."""
 
-    reader: Reader
+    reader: CheckpointReader
     state: dict[str, Any]
-    random: dict[str, Tensor]
+    rng_states: dict[str, Tensor]
 
 
-_OWN = ("step", "world_size", "model_only")  # of a state, what loading itself needs
+_REQUIRED = ("step", "world_size", "model_only")  # fields of the state that loading itself reads
 
 
-def open_by_ranks(path: Path, group: dist.ProcessGroup, needs: Sequence[str] = ()) -> Opened:
-    """What each rank reads by itself; an error on one rank is one on all. needs: what the state must hold."""
+def open_by_ranks(path: Path, group: dist.ProcessGroup, needs: Sequence[str] = ()) -> OpenedCheckpoint:
+    """Read everything but the shards. `needs`: fields that the state must have, besides those of loading.
+
+    Raises `DamagedCheckpoint` on all ranks if one rank cannot read it.
+    """
     opened, problem = None, None
     try:
-        reader, state = Reader(path), read_state(path)
-        if missing := sorted({*_OWN, *needs} - state.keys()):
+        reader, state = CheckpointReader(path), read_state(path)
+        if missing := sorted({*_REQUIRED, *needs} - state.keys()):
             raise DamagedCheckpoint(f"{path}: state.json lacks {', '.join(missing)}")
         prefix = f"rng.{dist.get_rank()}."
         names = [name for name in reader.metadata.state_dict_metadata if name.startswith(prefix)]
-        random = {name.removeprefix(prefix): reader.whole(name) for name in names}
-        opened = Opened(reader, state, random)
+        rng_states = {name.removeprefix(prefix): reader.read_tensor(name) for name in names}
+        opened = OpenedCheckpoint(reader, state, rng_states)
     except DamagedCheckpoint as error:
         problem = str(error)
     problems: list[str | None] = [None] * dist.get_world_size()
@@ -73,28 +75,47 @@ def open_by_ranks(path: Path, group: dist.ProcessGroup, needs: Sequence[str] = (
     return opened
 
 
-def restore_rng(opened: Opened) -> dict[str, str]:
-    """Set the generators as they were; why they are not, if they are not."""
-    now, then = dist.get_world_size(), opened.state["world_size"]
-    if now != then:
-        return {"RNG": f"{then} processes then, {now} now"}
-    missing = rng.restore(opened.random)
-    return {"RNG": f"nothing was saved of {', '.join(missing)}"} if missing else {}
+def restore_rng(opened: OpenedCheckpoint) -> dict[str, str]:
+    """Restore this rank's generators; returns {"RNG": reason} if that is not possible."""
+    now, saved = dist.get_world_size(), opened.state["world_size"]
+    if now != saved:
+        return {"RNG": f"{saved} processes then, {now} now"}
+    missing = rng.restore(opened.rng_states)
+    return {"RNG": f"not saved: {', '.join(missing)}"} if missing else {}
 
 
-def check_fit(reader: Reader, model_state: dict[str, Any]) -> None:
-    """`ConfigError` that names the first parameters which the checkpoint lacks or has in another shape."""
-    saved = reader.metadata.state_dict_metadata
-    wrong = []
+def check_fit(reader: CheckpointReader, model_state: Mapping[str, Any]) -> None:
+    """`ConfigError` if the checkpoint lacks parameters of `model_state` or has them in other shapes."""
+    problems = []
     for name, tensor in model_state.items():
-        found = saved.get(f"model.{name}")
-        if found is None:
-            wrong.append(f"{name} is not in it")
-        elif isinstance(found, TensorStorageMetadata) and tuple(found.size) != tuple(tensor.shape):
-            wrong.append(f"{name} is {tuple(found.size)} in it and {tuple(tensor.shape)} in the model")
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        saved = reader.metadata.state_dict_metadata.get(f"model.{name}")
+        if saved is None:
+            problems.append(f"{name} is not in it")
+        elif isinstance(saved, TensorStorageMetadata) and tuple(saved.size) != tuple(tensor.shape):
+            problems.append(f"{name} is {tuple(saved.size)} in it and {tuple(tensor.shape)} in the model")
+    if problems:
         raise ConfigError(
-            f"{reader.folder} does not fit this model: {'; '.join(wrong[:3])}{more}. "
-            "Set model.flavor and model.hf_assets_path as they were, or checkpoint.folder to a new folder"
+            f"{reader.folder} does not fit this model: {summarize(problems)}. Set model.flavor and "
+            "model.hf_assets_path as they were, or checkpoint.folder to a new folder"
         )
+
+
+def exclude_parts(state: Mapping[str, Any], excluded: Set[str]) -> dict[str, Any]:
+    """`state` without the parts in `checkpoint.exclude_from_loading`, which "not_exact" then lists.
+
+    Without train_state the run starts at step 0; without dataloader, at the start of the data.
+    """
+    kept = {**state, "not_exact": {**state["not_exact"], **dict.fromkeys(sorted(excluded), "excluded")}}
+    if "dataloader" in excluded:
+        del kept["data"]
+    if "train_state" in excluded:
+        kept |= {"step": 0, "tokens_seen": 0}
+        kept.pop("guard", None)
+    return kept
+
+
+def resume_message(step: int, tokens: int, not_exact: Mapping[str, str | None]) -> str:
+    """The log line of a resumed run; `not_exact`: part -> why it differs from the saved one, or None."""
+    parts = {"data position": None, "RNG": None, **not_exact}
+    words = [f"{part} not exact ({why})" if why else f"{part} exact" for part, why in parts.items()]
+    return f"resumed step {step}, tokens {tokens}, {', '.join(words)}"

@@ -1,15 +1,14 @@
-"""DCP's `.metadata`, read without running what it says.
+"""Reads DCP's `.metadata`, a pickle, without running code from it.
 
-The file is a pickle, and a pickle is a program: `pickle.load` calls whatever it names. Here an unpickler
-knows the dozen names that DCP writes and refuses every other one by name, before anything is called. The
-names it knows do not give the real classes either, for a pickle can also set attributes of a class that it is
-given: they give stand-ins made for this one reading, which hold what they are given and do nothing. The real
-objects are then built from those, each field checked for its type, each file name for staying in the folder.
+`pickle.load` calls whatever the file names. This unpickler accepts the dozen names that DCP writes and
+refuses every other one before anything is called. Even those names do not resolve to the real classes,
+because a pickle can set attributes of a class: they resolve to stand-ins that only store their arguments. The
+real objects are built from the stand-ins afterwards, with the type of each field checked, and each file name
+confined to the folder.
 """
 
 import io
 import pickle
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,23 +50,23 @@ class _Unpickler(pickle.Unpickler):
         self._unused: tuple[str, str] | None = None
 
     def load(self) -> Any:
-        found = super().load()
+        loaded = super().load()
         if self._unused is not None:
             raise self._refused(*self._unused)
-        return found
+        return loaded
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         if (module, name) == _GETATTR:
             self._unused = _GETATTR
-            return self._member
+            return self._enum_member
         if (module, name) not in _KNOWN:
             raise self._refused(module, name)
         return self._stand_ins.setdefault((module, name), _stand_in(name))
 
-    def _member(self, owner: Any, name: Any) -> Any:
-        """In place of getattr, by which Python before 3.11.4 pickles a member of an enumeration."""
+    def _enum_member(self, owner: Any, name: Any) -> Any:
+        """Replaces getattr, with which Python before 3.11.4 pickles members of an enumeration."""
         if getattr(owner, "stands_for", None) != _ENUMERATION:
             raise self._refused(*_GETATTR)
         self._unused = None
@@ -84,13 +83,12 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _stand_in(name: str) -> type:
-    def init(self: Any, *args: Any) -> None:
-        self.args, self.state = args, {}
-
     def new(cls: type, *args: Any) -> Any:
-        made: Any = object.__new__(cls)
-        init(made, *args)
-        return made
+        instance: Any = object.__new__(cls)
+        instance.args, instance.state = args, {}
+        return instance
+
+    def init(self: Any, *args: Any) -> None: ...
 
     def set_state(self: Any, state: Any) -> None:
         self.state = state
@@ -99,60 +97,63 @@ def _stand_in(name: str) -> type:
     return type(name, (), members)
 
 
-class _Wrong(Exception):
-    """The pickle holds something else than DCP writes."""
+class _InvalidMetadata(Exception):
+    """The pickle contains something that DCP does not write."""
 
 
 def read_metadata(folder: Path) -> Metadata:
     """The metadata of the checkpoint in `folder`.
 
     Raises:
-        RefusedCheckpoint: it names anything that DCP's metadata has no need of.
-        DamagedCheckpoint: it is missing, cut short, or no metadata.
+        RefusedCheckpoint: it names anything that DCP's metadata does not need.
+        DamagedCheckpoint: it is missing, truncated, or not DCP's metadata.
     """
     path = folder / FILE
     try:
         with path.open("rb") as file:
-            found = _Unpickler(file, path).load()
-        return _metadata(found)
+            return _metadata(_Unpickler(file, path).load())
     except RefusedCheckpoint:
         raise
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: {error.strerror or error}") from None
-    except Exception as error:  # of any kind: the bytes are anyone's
-        raise DamagedCheckpoint(f"{path}: no metadata of DCP ({type(error).__name__}: {error})") from None
+    except Exception as error:  # arbitrary bytes can raise any type
+        raise DamagedCheckpoint(f"{path}: not DCP's metadata ({type(error).__name__}: {error})") from None
 
 
-def _state(value: Any, name: str) -> dict[str, Any]:
-    if getattr(type(value), "stands_for", None) != name or not isinstance(value.state, dict):
-        raise _Wrong(f"a {name} was expected, and there is a {type(value).__name__}")
+def _stands_for(value: Any) -> str | None:
+    return getattr(type(value), "stands_for", None)
+
+
+def _fields(value: Any, name: str) -> dict[str, Any]:
+    if _stands_for(value) != name or not isinstance(value.state, dict):
+        raise _InvalidMetadata(f"expected a {name}, found a {type(value).__name__}")
     return value.state
 
 
-def _of(value: Any, kind: type, what: str) -> Any:
-    if type(value) is not kind:
-        raise _Wrong(f"{what} must be {kind.__name__}, and is {type(value).__name__}")
+def _typed(value: Any, expected: type, what: str) -> Any:
+    if type(value) is not expected:
+        raise _InvalidMetadata(f"{what} must be {expected.__name__}, not {type(value).__name__}")
     return value
 
 
 def _size(value: Any) -> torch.Size:
-    if getattr(type(value), "stands_for", None) != "Size" or len(value.args) != 1:
-        raise _Wrong(f"a size was expected, and there is a {type(value).__name__}")
-    numbers = [_of(number, int, "a size") for number in _of(value.args[0], tuple, "a size")]
+    if _stands_for(value) != "Size" or len(value.args) != 1:
+        raise _InvalidMetadata(f"expected a size, found a {type(value).__name__}")
+    numbers = [_typed(number, int, "a size") for number in _typed(value.args[0], tuple, "a size")]
     if any(number < 0 for number in numbers):
-        raise _Wrong(f"a size is negative: {numbers}")
+        raise _InvalidMetadata(f"a size is negative: {numbers}")
     return torch.Size(numbers)
 
 
 def _tensor(value: Any) -> TensorStorageMetadata | BytesStorageMetadata:
-    if getattr(type(value), "stands_for", None) == "BytesStorageMetadata":
+    if _stands_for(value) == "BytesStorageMetadata":
         return BytesStorageMetadata()
-    fields = _state(value, "TensorStorageMetadata")
+    fields = _fields(value, "TensorStorageMetadata")
     properties = fields["properties"]
-    if getattr(type(properties), "stands_for", None) != "TensorProperties":
-        raise _Wrong("a tensor has no properties")
-    dtype = _of(_of(properties.state, tuple, "properties")[0], torch.dtype, "a dtype")
-    chunks = [_state(chunk, "ChunkStorageMetadata") for chunk in _of(fields["chunks"], list, "chunks")]
+    if _stands_for(properties) != "TensorProperties":
+        raise _InvalidMetadata("a tensor has no properties")
+    dtype = _typed(_typed(properties.state, tuple, "properties")[0], torch.dtype, "a dtype")
+    chunks = [_fields(chunk, "ChunkStorageMetadata") for chunk in _typed(fields["chunks"], list, "chunks")]
     return TensorStorageMetadata(
         properties=TensorProperties(dtype=dtype),
         size=_size(fields["size"]),
@@ -160,54 +161,45 @@ def _tensor(value: Any) -> TensorStorageMetadata | BytesStorageMetadata:
     )
 
 
-def _place(value: Any) -> _StorageInfo:
-    fields = _state(value, "_StorageInfo")
-    name = _of(fields["relative_path"], str, "a file name")
+def _storage_info(value: Any) -> _StorageInfo:
+    fields = _fields(value, "_StorageInfo")
+    name = _typed(fields["relative_path"], str, "a file name")
     if not name or Path(name).name != name or "\0" in name or name == "..":
-        raise _Wrong(f"{name!r} is not the name of a file in the folder")
+        raise _InvalidMetadata(f"{name!r} is not the name of a file in the folder")
     if fields.get("transform_descriptors"):
-        raise _Wrong(f"{name} is transformed by {fields['transform_descriptors']!r}")
-    offset, length = (_of(fields[key], int, key) for key in ("offset", "length"))
+        raise _InvalidMetadata(f"{name} is transformed by {fields['transform_descriptors']!r}")
+    offset, length = (_typed(fields[key], int, key) for key in ("offset", "length"))
     if offset < 0 or length < 0:
-        raise _Wrong(f"{name}: offset {offset}, length {length}")
+        raise _InvalidMetadata(f"{name}: offset {offset}, length {length}")
     return _StorageInfo(name, offset, length)
 
 
 def _index(value: Any) -> MetadataIndex:
-    fields = _state(value, "MetadataIndex")
+    fields = _fields(value, "MetadataIndex")
     offset, number = fields.get("offset"), fields.get("index")
     return MetadataIndex(
-        _of(fields["fqn"], str, "a name"),
+        _typed(fields["fqn"], str, "a name"),
         None if offset is None else _size(offset),
-        None if number is None else _of(number, int, "a chunk's number"),
+        None if number is None else _typed(number, int, "a chunk's number"),
     )
 
 
-def _way(value: Any) -> tuple[str | int, ...]:
-    """The keys that lead to an entry in the nested dict that was saved."""
-    for key in _of(value, tuple, "a way"):
+def _key_path(value: Any) -> tuple[str | int, ...]:
+    """The keys that lead to an entry in the saved nested dict."""
+    for key in _typed(value, tuple, "a key path"):
         if type(key) not in (str, int):
-            raise _Wrong(f"a key is a {type(key).__name__}")
+            raise _InvalidMetadata(f"a key is a {type(key).__name__}")
     return value
 
 
-def _dict(value: Any, what: str) -> Mapping[Any, Any]:
-    return _of(value, dict, what)
-
-
-def _metadata(found: Any) -> Metadata:
-    fields = _state(found, "Metadata")
+def _metadata(loaded: Any) -> Metadata:
+    fields = _fields(loaded, "Metadata")
+    entries, key_paths, places = (
+        _typed(fields[key], dict, key) for key in ("state_dict_metadata", "planner_data", "storage_data")
+    )
     return Metadata(
-        state_dict_metadata={
-            _of(name, str, "a name"): _tensor(entry)
-            for name, entry in _dict(fields["state_dict_metadata"], "the entries").items()
-        },
-        planner_data={
-            _of(name, str, "a name"): _way(way)
-            for name, way in _dict(fields["planner_data"], "the ways").items()
-        },
-        storage_data={
-            _index(key): _place(place) for key, place in _dict(fields["storage_data"], "the places").items()
-        },
+        state_dict_metadata={_typed(name, str, "a name"): _tensor(entry) for name, entry in entries.items()},
+        planner_data={_typed(name, str, "a name"): _key_path(keys) for name, keys in key_paths.items()},
+        storage_data={_index(key): _storage_info(place) for key, place in places.items()},
         storage_meta=StorageMeta(),
     )

@@ -1,12 +1,12 @@
-"""Reads a checkpoint's tensors and state, and runs nothing that stands in it.
+"""Reads a checkpoint's tensors and state without running code from it.
 
-    read_state(folder)    the JSON state: step, tokens seen, the run's config, …
-    read_model(folder)    the whole model on the CPU, by plain parameter names, on one process
-    Reader(folder)        for `dcp.load(..., storage_reader=…)`: the shards that each rank needs
+    read_state(folder)          the JSON state: step, tokens seen, the run's config, …
+    read_model(folder)          the unsharded model on the CPU, by plain parameter names, in one process
+    CheckpointReader(folder)    for `dcp.load(..., storage_reader=…)`: the shards that each rank needs
 
-DCP's own reader unpickles the metadata, and its planner unpickles every entry that is not a tensor. Here the
-metadata is read by `metadata.py`; a tensor by `torch.load(weights_only=True)`, which builds tensors and
-refuses the rest; and an entry that is not a tensor is refused: octavo writes none.
+DCP's own reader unpickles the metadata, and its planner unpickles every entry that is not a tensor. Here
+`metadata.py` reads the metadata; `torch.load(weights_only=True)`, which builds only tensors, reads tensors;
+any other entry is refused, because octavo writes none.
 """
 
 import io
@@ -14,7 +14,7 @@ import json
 import pickle
 import re
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint, RefusedCheckp
 from octavo.checkpoint.metadata import read_metadata
 
 STATE = "state.json"
-_KINDS = {
+_STATE_TYPES = {
     "step": int,
     "tokens_seen": int,
     "world_size": int,
@@ -38,13 +38,13 @@ _KINDS = {
     "data": dict,
     "schedule": dict,
 }
-"""What a state holds, where it holds it."""
+"""The types of fields of the state; a state may lack any of them."""
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What is not a tensor: "step", "tokens_seen", "config" (the job's `to_dict()`), and more.
+    """Everything but the tensors: "step", "tokens_seen", "config" (the job's `to_dict()`), and more.
 
-    Raises `DamagedCheckpoint` if it is not there or is no JSON object.
+    Raises `DamagedCheckpoint` if it is missing or not a JSON object.
     """
     path = folder / STATE
     try:
@@ -52,30 +52,30 @@ def read_state(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path}: no JSON ({error})") from None
+        raise DamagedCheckpoint(f"{path}: not JSON ({error})") from None
     if not isinstance(state, dict):
-        raise DamagedCheckpoint(f"{path}: no JSON object")
-    for key, kind in _KINDS.items():
-        if key in state and type(state[key]) is not kind:
-            raise DamagedCheckpoint(f"{path}: {key} is {str(state[key])[:50]!r}, and no {kind.__name__}")
+        raise DamagedCheckpoint(f"{path}: not a JSON object")
+    for key, expected in _STATE_TYPES.items():
+        if key in state and type(state[key]) is not expected:
+            raise DamagedCheckpoint(f"{path}: {key} is {str(state[key])[:50]!r}, not {expected.__name__}")
     return state
 
 
 def read_model(folder: Path) -> dict[str, Tensor]:
-    """The parameters and buffers, whole, on the CPU, by plain name; of a checkpoint of any layout.
+    """The unsharded parameters and buffers on the CPU, by plain name, of a checkpoint of any layout.
 
     Raises:
         DamagedCheckpoint: it cannot be read.
-        RefusedCheckpoint: it holds something else than tensors.
+        RefusedCheckpoint: it contains something other than tensors.
     """
     return read_tensors(folder, "model.")
 
 
 def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """The entries whose names begin with `prefix`, without it; see `read_model`."""
-    reader = Reader(folder)
+    """The entries whose names begin with `prefix`, by name without it; see `read_model`."""
+    reader = CheckpointReader(folder)
     return {
-        name.removeprefix(prefix): reader.whole(name)
+        name.removeprefix(prefix): reader.read_tensor(name)
         for name in reader.metadata.state_dict_metadata
         if name.startswith(prefix)
     }
@@ -84,11 +84,11 @@ def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
 def load_tensors(
     file: Path | IO[bytes], *, where: str = "", map_location: MAP_LOCATION = "cpu", mmap: bool = False
 ) -> Any:
-    """What `torch.save` wrote, if it is tensors in plain containers.
+    """Load a file of `torch.save` that contains only tensors in plain containers.
 
     Raises:
-        RefusedCheckpoint: it asks for anything else; the message names what.
-        DamagedCheckpoint: it is missing, cut short, or no such file.
+        RefusedCheckpoint: it needs anything else; the message names it.
+        DamagedCheckpoint: it is missing, truncated, or not such a file.
     """
     where = where or str(file)
     try:
@@ -99,22 +99,21 @@ def load_tensors(
             mmap=mmap and isinstance(file, Path),
         )
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it asks for {found[1]}" if found else str(error).strip().splitlines()[-1][:200]
-        raise RefusedCheckpoint(f"{where}: refused, nothing of it was run: {why}") from None
+        needed = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {needed[1]}" if needed else str(error).strip().splitlines()[-1][:200]
+        raise RefusedCheckpoint(f"{where}: refused, nothing of it was run: {reason}") from None
     except OSError as error:
         raise DamagedCheckpoint(f"{where}: {error.strerror or error}") from None
-    except Exception as error:  # of any kind: the bytes are anyone's
+    except Exception as error:  # arbitrary bytes can raise any type
         raise DamagedCheckpoint(
             f"{where}: cannot be read ({type(error).__name__}: {str(error)[:200]})"
         ) from None
 
 
-class Reader(FileSystemReader):
-    """DCP's reader of a folder, without its pickles. The metadata is read at once.
+class CheckpointReader(FileSystemReader):
+    """DCP's reader of a folder, without unpickling. The constructor reads the metadata.
 
-    Raises `DamagedCheckpoint` or `RefusedCheckpoint`; out of `dcp.load` they come within a
-    `CheckpointException`.
+    Raises `DamagedCheckpoint` or `RefusedCheckpoint`, which `dcp.load` wraps in a `CheckpointException`.
     """
 
     def __init__(self, folder: Path):
@@ -124,24 +123,23 @@ class Reader(FileSystemReader):
         self.storage_data = self.metadata.storage_data
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The metadata that the constructor read."""
         return self.metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy each wanted part of a tensor to where `planner` wants it."""
+        """Copy the parts of tensors in `plan` into the planner's tensors."""
         files: dict[str, IO[bytes]] = {}
         try:
             for item in plan.items:
                 if item.type == LoadItemType.BYTE_IO:
                     self._refuse_bytes(item.storage_index)
                 part = narrow_tensor_by_index(
-                    self._chunk(item.storage_index, files), item.storage_offsets, item.lengths
+                    self._read_chunk(item.storage_index, files), item.storage_offsets, item.lengths
                 )
                 target = planner.resolve_tensor(item).detach()
                 if target.size() != part.size():
                     raise DamagedCheckpoint(
                         f"{self.folder}: {item.storage_index.fqn} is {tuple(part.size())} in its file, "
-                        f"and {tuple(target.size())} was expected"
+                        f"expected {tuple(target.size())}"
                     )
                 target.copy_(part)
                 planner.commit_tensor(item, target)
@@ -152,33 +150,32 @@ class Reader(FileSystemReader):
         done.set_result(None)
         return done
 
-    def whole(self, name: str) -> Tensor:
-        """One tensor put together from all its chunks, on the CPU."""
+    def read_tensor(self, name: str) -> Tensor:
+        """One unsharded tensor, assembled from its chunks, on the CPU."""
         entry = self.metadata.state_dict_metadata[name]
         if not isinstance(entry, TensorStorageMetadata):
             self._refuse_bytes(MetadataIndex(name))
-        assert isinstance(entry, TensorStorageMetadata)
         if sum(chunk.sizes.numel() for chunk in entry.chunks) < entry.size.numel():
-            raise DamagedCheckpoint(f"{self.folder}: {name}: parts of it are missing")
+            raise DamagedCheckpoint(f"{self.folder}: {name}: chunks are missing")
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
         files: dict[str, IO[bytes]] = {}
         try:
             for chunk in entry.chunks:
-                part = self._chunk(MetadataIndex(name, chunk.offsets), files)
-                place = narrow_tensor_by_index(tensor, chunk.offsets, chunk.sizes)
-                if part.shape != place.shape:
-                    raise DamagedCheckpoint(f"{self.folder}: {name} is {tuple(part.shape)} in its file")
-                place.copy_(part)
+                stored = self._read_chunk(MetadataIndex(name, chunk.offsets), files)
+                target = narrow_tensor_by_index(tensor, chunk.offsets, chunk.sizes)
+                if stored.shape != target.shape:
+                    raise DamagedCheckpoint(f"{self.folder}: {name} is {tuple(stored.shape)} in its file")
+                target.copy_(stored)
         finally:
             for file in files.values():
                 file.close()
         return tensor
 
-    def _chunk(self, index: MetadataIndex, files: dict[str, IO[bytes]]) -> Tensor:
-        """A stored chunk; `files` keeps files open between calls."""
+    def _read_chunk(self, index: MetadataIndex, files: dict[str, IO[bytes]]) -> Tensor:
+        """One stored chunk; `files` caches open files between calls."""
         place: _StorageInfo | None = self.storage_data.get(index)
         if place is None:
-            raise DamagedCheckpoint(f"{self.folder}: {index.fqn}: no file holds its part at {index.offset}")
+            raise DamagedCheckpoint(f"{self.folder}: {index.fqn}: no file has the chunk at {index.offset}")
         where = f"{self.folder / place.relative_path}: {index.fqn}"
         try:
             if place.relative_path not in files:
@@ -186,15 +183,15 @@ class Reader(FileSystemReader):
             part = self._slice_file(files[place.relative_path], place)
         except OSError as error:
             raise DamagedCheckpoint(f"{where}: {error.strerror or error}") from None
-        found = load_tensors(part, where=where)
-        if not isinstance(found, Tensor):
-            raise DamagedCheckpoint(f"{where}: a {type(found).__name__} and no tensor")
-        return found
+        tensor = load_tensors(part, where=where)
+        if not isinstance(tensor, Tensor):
+            raise DamagedCheckpoint(f"{where}: a {type(tensor).__name__}, not a tensor")
+        return tensor
 
-    def _refuse_bytes(self, index: MetadataIndex) -> None:
-        """Say what an entry of pickled bytes would have called."""
+    def _refuse_bytes(self, index: MetadataIndex) -> NoReturn:
+        """Raise `RefusedCheckpoint` for an entry of pickled bytes, with the name that it would have called."""
         place: _StorageInfo | None = self.storage_data.get(index)
-        why = "it is a pickle, and octavo saves tensors only"
+        reason = "it is a pickle, and octavo saves tensors only"
         if place is not None:
             path = self.folder / place.relative_path
             with path.open("rb") as file:
@@ -203,5 +200,5 @@ class Reader(FileSystemReader):
             try:
                 load_tensors(content, where=path.name)
             except DamagedCheckpoint as error:
-                why = f"{why}; {error}"
-        raise RefusedCheckpoint(f"{self.folder}: {index.fqn}: refused: {why}")
+                reason = f"{reason}; {error}"
+        raise RefusedCheckpoint(f"{self.folder}: {index.fqn}: refused: {reason}")

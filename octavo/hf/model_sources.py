@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from octavo import models
 from octavo.checkpoint import DamagedCheckpoint, latest
-from octavo.checkpoint.reader import STATE, Reader, read_state
-from octavo.checkpoint.store import problems, published, told
+from octavo.checkpoint.reader import STATE, CheckpointReader, read_state
+from octavo.checkpoint.store import find_problems, published_steps, summarize
 from octavo.config import ConfigError
 from octavo.hf import safetensors_folder
 from octavo.hf.stored_weights import Weights, check_fit, shapes_of
@@ -82,11 +82,11 @@ def open_source(path: Path, *, tokenizer: str | None = None, custom_import: str 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint in `path`: `path` itself, or the newest that verifies in it or in its `checkpoint`."""
     if (path / STATE).is_file():
-        if wrong := problems(path):
-            raise DamagedCheckpoint(f"{path} does not verify: {told(wrong)}")
+        if problems := find_problems(path):
+            raise DamagedCheckpoint(f"{path} does not verify: {summarize(problems)}")
         return path
     for folder in (path, path / _checkpoint_folder(path)):
-        if published(folder):
+        if published_steps(folder):
             return latest(folder)
     raise ConfigError(
         f"{path}: neither a checkpoint (step-N), nor a folder with some, nor a Hugging Face folder; runs "
@@ -139,13 +139,13 @@ def _open_checkpoint(path: Path, tokenizer: str | None, custom_import: str) -> M
 
 def checkpoint_weights(path: Path) -> Weights:
     """The parameters in a checkpoint."""
-    reader = Reader(path)
+    reader = CheckpointReader(path)
     shapes = {
         name.removeprefix("model."): tuple(entry.size)
         for name, entry in reader.metadata.state_dict_metadata.items()
         if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
     }
-    return Weights(str(path), shapes, lambda name: reader.whole(f"model.{name}"))
+    return Weights(str(path), shapes, lambda name: reader.read_tensor(f"model.{name}"))
 
 
 def open_tokenizer(path: str, whose: str) -> Tokenizer:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from octavo import models
 from octavo.checkpoint.reader import read_state
-from octavo.checkpoint.store import published
+from octavo.checkpoint.store import published_steps
 from octavo.config import ConfigError
 from octavo.config.schema import Checkpoint, Model
 from octavo.core.logging import logger
@@ -94,7 +94,7 @@ def open_initial(settings: Checkpoint, checkpoints: Path, which: Model, args: An
 
 
 def _find(path: Path, settings: Checkpoint, checkpoints: Path) -> Path | None:
-    if settings.enable and published(checkpoints):
+    if settings.enable and published_steps(checkpoints):
         return None
     return path if settings.initial_load_in_hf else find_checkpoint(path)
 

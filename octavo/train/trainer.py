@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 import octavo
 from octavo import config, models
 from octavo.checkpoint.checkpointer import Checkpointer
-from octavo.checkpoint.resume import resumed
+from octavo.checkpoint.loading import resume_message
 from octavo.config import ConfigError, JobConfig
 from octavo.config.pipeline_plan import PipelinePlan
 from octavo.core.logging import init_logger, logger, wants_color
@@ -267,7 +267,7 @@ class Trainer:
                     self.checkpointer.save(step, last, self._state())
                 self.checkpointer.poll()
                 self.guard.saved(self.checkpointer.last_saved)
-                self.metrics.add_saving(self.checkpointer.take_lost_seconds())
+                self.metrics.add_saving(self.checkpointer.take_paused_seconds())
                 if timeout != self.job.comm.train_timeout_seconds:
                     timeout = self.job.comm.train_timeout_seconds
                     mesh.set_timeout(timeout)
@@ -470,7 +470,7 @@ class Trainer:
         if "guard" in state:
             self.guard.load_state_dict(state["guard"])
         not_exact |= self.scales.load_state_dict(state.get("scales"))
-        logger.info("%s", resumed(state["step"], self.tokens_seen, not_exact))
+        logger.info("%s", resume_message(state["step"], self.tokens_seen, not_exact))
         if state["schedule"] != self.schedule:
             logger.warning(
                 "The optimizer goes on otherwise than the checkpoint's run would have: %s then, %s now",
@@ -493,7 +493,7 @@ class Trainer:
     def _save_seed(self) -> None:
         """Write step 0, which runs on any number of processes can start from."""
         folder = self.folder.path / self.job.checkpoint.folder
-        if self._resume() or self.checkpointer.found:
+        if self._resume() or self.checkpointer.found_checkpoints:
             raise ConfigError(
                 f"checkpoint.create_seed_checkpoint = true: {folder} holds checkpoints; name another folder, "
                 "or leave it out"

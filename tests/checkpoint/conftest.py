@@ -1,9 +1,13 @@
-"""What tests of checkpoints share."""
+"""Fixtures of the tests of checkpoints."""
 
 import pytest
+
+from tests.helpers.hostile import sentinel
+
+__all__ = ["sentinel"]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Where a run's checkpoints go."""
+    """The folder of a run's checkpoints."""
     return tmp_path / "checkpoint"

@@ -1,4 +1,4 @@
-"""Runs that are killed at a named point, and what must be true of what they leave."""
+"""Runs that are killed at a failpoint or at a random time."""
 
 import contextlib
 import hashlib
@@ -14,7 +14,7 @@ from octavo.checkpoint import failpoints, latest
 from octavo.checkpoint.reader import read_tensors
 from tests.helpers import launching
 
-# A small model that the package does not know: 0.3 MiB a checkpoint, 10 ms a step.
+# A small custom model: 0.3 MiB per checkpoint, 10 ms per step.
 FLAGS = {
     "experimental.custom_import": "tests.models.custom_model",
     "model.name": "bigram",
@@ -31,9 +31,7 @@ _killed = multiprocessing.get_context("fork").Value("i", 0)
 
 
 def kill_at(point: str, *, visit: int, rank: int | None = None) -> Any:
-    """A hook for `points`: SIGKILL at the `visit`-th time that a process is at `point`; on `rank` only, or
-    on any.
-    """
+    """A failpoint hook: SIGKILL when a process reaches `point` for the `visit`-th time; None: on any rank."""
     visits = 0
     lock = threading.Lock()
 
@@ -51,12 +49,12 @@ def kill_at(point: str, *, visit: int, rank: int | None = None) -> Any:
 
 
 def crashes(folder: Path, flags: dict[str, Any], world: int, hook: Any) -> bool:
-    """Train with `hook` at the points; whether a process was killed."""
+    """Train with a failpoint hook; whether a process was killed."""
     failpoints.hook, _killed.value = hook, 0
     try:
         launching.train(folder, flags, world=world)
     except AssertionError:
-        if not _killed.value:  # it ended for another reason
+        if not _killed.value:  # another failure
             raise
         return True
     finally:
@@ -77,9 +75,7 @@ def final_hash(folder: Path) -> str:
 def crashes_after(
     folder: Path, flags: dict[str, Any], world: int, seconds: float, victim: int | None
 ) -> bool:
-    """Train, and SIGKILL one process (or all: None) `seconds` after the first step began; whether that came
-    before the end.
-    """
+    """Train, and SIGKILL one process (None: all) `seconds` after the start; whether it was still running."""
     killed = []
     over = threading.Event()
 
@@ -107,7 +103,7 @@ def crashes_after(
 
 
 def last_step(folder: Path) -> int:
-    """The last step that a run told of."""
+    """The last step that a run logged."""
     file = folder / "metrics.jsonl"
     steps = [0]
     for line in file.read_text().splitlines() if file.exists() else []:

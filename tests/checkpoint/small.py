@@ -1,4 +1,4 @@
-"""A model of two layers, saved and loaded by every rank, for tests of checkpoints."""
+"""A two-layer model that every rank saves and loads."""
 
 import torch
 import torch.distributed as dist

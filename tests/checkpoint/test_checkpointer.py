@@ -1,4 +1,4 @@
-"""Save and load give back every bit, on the ranks that saved and on others; what is not saved is told."""
+"""Save and load restore every bit, on any number of ranks; a failed save is reported."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from torch import nn
 from octavo.checkpoint import failpoints, saving
 from octavo.checkpoint.checkpoint_errors import SavesFailed
 from octavo.checkpoint.checkpointer import Checkpointer
-from octavo.checkpoint.store import Store, problems
-from octavo.checkpoint.store import published as saved_steps
+from octavo.checkpoint.store import Store, find_problems
+from octavo.checkpoint.store import published_steps as saved_steps
 from octavo.config import ConfigError
 from octavo.config.schema import Checkpoint
 from octavo.distributed import mesh
@@ -26,7 +26,7 @@ from tests.helpers import ranks
 
 @pytest.mark.parametrize(("saved", "loaded"), [(1, 1), (2, 2), (2, 1), (1, 3)])
 @pytest.mark.parametrize("mode", ["disabled", "async"])
-def test_load_gives_back_every_bit(folder, saved, loaded, mode):
+def test_load_restores_every_bit(folder, saved, loaded, mode):
     expected = ranks.run(saved, save, folder, Checkpoint(enable=True, async_mode=mode))[0]
     for state, values in ranks.run(loaded, load, folder, ON):
         assert state["step"] == 3
@@ -34,7 +34,7 @@ def test_load_gives_back_every_bit(folder, saved, loaded, mode):
         assert values == expected
 
 
-def test_newest_step_unless_another_is_asked_for(folder):
+def test_the_newest_step_unless_another_is_requested(folder):
     ranks.run(1, save, folder, ON, (2, 9, 10))
     assert saved_steps(folder) == [2, 9, 10]
     (newest, _), (second, _) = (
@@ -78,8 +78,7 @@ def test_another_model_is_refused_by_name_and_shape(folder):
     assert "0.weight is (6, 5) in it and (7, 5) in the model" in message
 
 
-def test_what_stands_in_the_way_is_set_aside_or_the_save_failed(folder, monkeypatch):
-    """Never is a save told as done that is not there."""
+def test_a_file_in_the_way_is_set_aside_or_the_save_fails(folder, monkeypatch):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "step-3").write_text("a file")
     ranks.run(1, save, folder, ON)
@@ -88,7 +87,7 @@ def test_what_stands_in_the_way_is_set_aside_or_the_save_failed(folder, monkeypa
     monkeypatch.setattr(Store, "_set_aside", _busy)
     (message,) = ranks.run(1, _fails_to_save, folder)
     assert "step-3 was not saved" in message
-    assert problems(folder / "step-3") == []
+    assert find_problems(folder / "step-3") == []
 
 
 def _busy(store, step):
@@ -102,13 +101,13 @@ def _fails_to_save(folder):
         return str(error)
 
 
-def test_last_save_of_the_model_alone(folder):
+def test_last_save_of_the_model_only(folder):
     settings = Checkpoint(enable=True, last_save_model_only=True)
     ranks.run(1, save, folder, settings, (1, 2))
     assert json.loads((folder / "step-2" / "state.json").read_text())["model_only"]
-    assert "model only" in ranks.run(1, load, folder, settings)[0]
-    assert "model only" in ranks.run(1, load, folder, settings, 6, 3)[0]  # a run that is to go on
-    assert ranks.run(1, load, folder, settings, 6, 2)[0][0]["step"] == 2  # and one that is over
+    assert "only the model" in ranks.run(1, load, folder, settings)[0]
+    assert "only the model" in ranks.run(1, load, folder, settings, 6, 3)[0]  # a run with steps left
+    assert ranks.run(1, load, folder, settings, 6, 2)[0][0]["step"] == 2  # a run that is over
     assert ranks.run(1, load, folder, Checkpoint(enable=True, load_step=1))[0][0]["step"] == 1
 
 
@@ -128,15 +127,15 @@ def _timeouts(folder):
     return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
 
 
-def test_a_slow_disk_is_no_hang(folder):
-    """Training's timeout, which finds hung ranks in seconds, is not that of a save."""
+def test_a_slow_disk_is_not_a_hang(folder):
+    """Saves do not use training's timeout, which detects hung ranks in seconds."""
     default, *ours = ranks.run(1, _timeouts, folder)[0]
     assert default == 7
     assert min(ours) >= 3600
 
 
 class _Elsewhere(saving.HashingWriter):
-    """Writes into a folder of the same name on this rank's own disk."""
+    """Writes into a folder of the same name on a disk of this rank."""
 
     def __init__(self, partial, algorithm):
         super().__init__(partial.parents[1] / f"disk{dist.get_rank()}" / partial.name, algorithm)
@@ -147,7 +146,7 @@ def _cut(path):
 
 
 def _save_unseen(folder, how):
-    saving._SEEN_WITHIN = 0.5
+    saving._VISIBLE_WITHIN = 0.5
     model, optimizer = build()
     checkpointer = Checkpointer(ON, folder, model, optimizer)
     checkpointer.save(1, 3, {})
@@ -173,24 +172,24 @@ def _appears_later(path):
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "message"),
     [
         ("elsewhere", "__1_0.distcp: No such file or directory"),
         ("cut", r"__1_0.distcp: \d+ bytes, of \d+"),
         ("late", None),
     ],
 )
-def test_what_rank_0_does_not_see_is_not_published(folder, how, told):
-    """A rank whose files are on a disk of its own, or in a cache that is not written back yet."""
+def test_files_that_rank_0_does_not_see_are_not_published(folder, how, message):
+    """A rank's files are on its own disk, or in a cache that is not written back yet."""
     errors = ranks.run(2, _save_unseen, folder, how)
-    if told is None:
+    if message is None:
         assert errors == [None, None]
         assert saved_steps(folder) == [1, 2, 3]
         return
     for error in errors:
         assert re.search(
             "step-3 was not saved: files of rank 1 are not visible to rank 0: job.dump_folder must be on a "
-            rf"file system that all machines share \(.*{told}\)",
+            rf"file system that all machines share \(.*{message}\)",
             error,
         )
     assert saved_steps(folder) == [1]

@@ -1,7 +1,7 @@
-"""A run that is killed and started again by the same command ends as if it had never been killed.
+"""A run that is killed and restarted by the same command ends bitwise like an uninterrupted run.
 
-The last losses and the last parameters are compared bit for bit; see `crashes.py` for the runs. The sweep
-over random times is slow: `pytest -m slow tests/checkpoint/test_crashes.py`.
+Losses, parameters and optimizer state are compared. The sweep over random times is slow:
+`pytest -m slow tests/checkpoint/test_crashes.py`.
 """
 
 import random
@@ -11,7 +11,7 @@ import shutil
 import pytest
 
 from octavo.checkpoint import latest
-from octavo.checkpoint.store import published
+from octavo.checkpoint.store import published_steps
 from tests.checkpoint.crashes import FLAGS, crashes, crashes_after, final_hash, kill_at, last_step
 from tests.helpers import launching
 
@@ -20,13 +20,13 @@ ASYNC = {"checkpoint.async_mode": "async"}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     """The uninterrupted runs, by the number of processes."""
     made = {}
 
     def get(world):
         if world not in made:
-            folder = tmp_path_factory.mktemp(f"whole-{world}")
+            folder = tmp_path_factory.mktemp(f"uninterrupted-{world}")
             run = launching.train(folder, FLAGS, world=world)
             assert len(run.losses) == 26
             made[world] = run.losses, final_hash(folder)
@@ -35,18 +35,18 @@ def whole(tmp_path_factory):
     return get
 
 
-def goes_on_as_if_nothing_had_been(folder, flags, world, whole, at_least):
+def assert_resumed_run_equals_uninterrupted(folder, flags, world, uninterrupted, at_least):
     run = launching.train(folder, flags, world=world)
     assert run.exit_codes == [0] * world
     assert f"resumed step {at_least}, " in run.log
     assert "data position exact, RNG exact" in run.log
-    assert (run.losses, final_hash(folder)) == whole(world)
+    assert (run.losses, final_hash(folder)) == uninterrupted(world)
     assert not list((folder / "checkpoint").glob("*.tmp*"))
-    assert len(published(folder / "checkpoint")) == 2
+    assert len(published_steps(folder / "checkpoint")) == 2
 
 
-# The second save is killed, of step 6: until it has its name the run goes on from step 3.
-# (point, step to go on from, rank to kill, visits of the point by then)
+# The second save, of step 6, is killed: until it is published the run resumes from step 3.
+# (failpoint, step to resume from, rank to kill, visits of the failpoint by then)
 SYNC_POINTS = [
     ("before write", 3, 0, 2),
     ("during write", 3, 0, 3),  # rank 0 writes a shard and .metadata each time
@@ -61,19 +61,19 @@ SYNC_POINTS = [
 
 
 @pytest.mark.parametrize(("point", "step", "rank", "visit"), SYNC_POINTS)
-def test_killed_while_saving(point, step, rank, visit, whole, tmp_path):
+def test_killed_while_saving(point, step, rank, visit, uninterrupted, tmp_path):
     assert crashes(tmp_path, FLAGS, 1, kill_at(point, visit=visit, rank=rank))
-    goes_on_as_if_nothing_had_been(tmp_path, FLAGS, 1, whole, step)
+    assert_resumed_run_equals_uninterrupted(tmp_path, FLAGS, 1, uninterrupted, step)
 
 
 @pytest.mark.parametrize(
     ("point", "step", "visit"),
     [("during staging", 3, 4), ("during write", 3, 3), ("after shard", 3, 2), ("after rename", 6, 2)],
 )
-def test_killed_while_saving_asynchronously(point, step, visit, whole, tmp_path):
+def test_killed_while_saving_asynchronously(point, step, visit, uninterrupted, tmp_path):
     flags = {**FLAGS, **ASYNC}
     assert crashes(tmp_path, flags, 1, kill_at(point, visit=visit, rank=0))
-    goes_on_as_if_nothing_had_been(tmp_path, flags, 1, whole, step)
+    assert_resumed_run_equals_uninterrupted(tmp_path, flags, 1, uninterrupted, step)
 
 
 @pytest.mark.parametrize(
@@ -87,14 +87,14 @@ def test_killed_while_saving_asynchronously(point, step, visit, whole, tmp_path)
         (ASYNC, "during staging", 3, 1, 5),
     ],
 )
-def test_one_of_two_is_killed(mode, point, step, rank, visit, whole, tmp_path):
+def test_one_of_two_is_killed(mode, point, step, rank, visit, uninterrupted, tmp_path):
     flags = {**FLAGS, **mode}
     assert crashes(tmp_path, flags, 2, kill_at(point, visit=visit, rank=rank))
-    goes_on_as_if_nothing_had_been(tmp_path, flags, 2, whole, step)
+    assert_resumed_run_equals_uninterrupted(tmp_path, flags, 2, uninterrupted, step)
 
 
-def test_five_crashes_in_a_row_leave_one_that_verifies_at_every_instant(whole, tmp_path):
-    """Looked at by the process that saves, at each point, and from outside after each crash."""
+def test_five_crashes_in_a_row_leave_one_that_verifies_at_every_instant(uninterrupted, tmp_path):
+    """Checked by the saving process at each failpoint, and from outside after each crash."""
     folder, bad = tmp_path / "checkpoint", tmp_path / "bad"
 
     def watching(hook, since):
@@ -110,20 +110,20 @@ def test_five_crashes_in_a_row_leave_one_that_verifies_at_every_instant(whole, t
 
     crashed_at = ["during purge", "before rename", "after rename", "after manifest", "during purge"]
     for number, point in enumerate(crashed_at):
-        visit = 3 if point == "during purge" and number else 2  # files of one that is deleted, or saves
+        visit = 3 if point == "during purge" and number else 2  # files of a deleted checkpoint, or saves
         hook = watching(kill_at(point, visit=visit), since=number > 0)
         assert crashes(tmp_path, FLAGS, 1, hook), (number, point)
         assert not bad.exists(), bad.read_text()
         assert latest(folder)
     run = launching.train(tmp_path, FLAGS)
-    assert (run.losses, final_hash(tmp_path)) == whole(1)
+    assert (run.losses, final_hash(tmp_path)) == uninterrupted(1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [SYNC, ASYNC], ids=["sync", "async"])
 @pytest.mark.parametrize("world", [1, 2])
-def test_killed_at_random_times(world, mode, whole, tmp_path):
-    """Fifty kills; each run is started again by the same command. Prints how many steps each lost."""
+def test_killed_at_random_times(world, mode, uninterrupted, tmp_path):
+    """Fifty kills, each followed by the same command. Prints how many steps each lost."""
     flags = {**FLAGS, **mode}
     dice = random.Random(17 * world + len(mode))
     launching.train(tmp_path / "timed", flags, world=world)
@@ -139,7 +139,7 @@ def test_killed_at_random_times(world, mode, whole, tmp_path):
             shutil.rmtree(folder)
         done = last_step(folder)
         run = launching.train(folder, flags, world=world)
-        assert (run.losses, final_hash(folder)) == whole(world), number
+        assert (run.losses, final_hash(folder)) == uninterrupted(world), number
         resumed = re.search(r"resumed step (\d+), .* data position exact, RNG exact", run.log)
         lost.append(done - (int(resumed[1]) if resumed else 0))
         killed.append(done)

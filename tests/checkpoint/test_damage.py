@@ -1,7 +1,6 @@
-"""Damaged, forged and foreign checkpoints are named and passed over."""
+"""Damaged, forged and foreign checkpoints are named and skipped."""
 
 import logging
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -10,17 +9,18 @@ import pytest
 
 from octavo.checkpoint import manifest
 from octavo.checkpoint.checkpointer import Checkpointer
-from octavo.checkpoint.hashing import write_synced
-from octavo.checkpoint.store import problems
+from octavo.checkpoint.manifest import write_synced
+from octavo.checkpoint.store import find_problems
 from octavo.config import ConfigError
 from octavo.config.schema import Checkpoint
 from octavo.core.logging import logger
 from tests.checkpoint.small import ON, build, everything, save
 from tests.helpers import ranks
+from tests.helpers.hostile import Touch
 
 
 def _load_and_listen(folder, settings):
-    """What `load` gives, or the class of its error; and all that was logged or raised."""
+    """(step or error class, values or message, the log) of `load`."""
     heard = []
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())
@@ -44,15 +44,15 @@ def _truncate(path):
 
 
 DAMAGE = {
-    "truncated": (_truncate, ("truncated", "no JSON", "hash differs")),
+    "truncated": (_truncate, ("truncated", "not JSON", "hash differs")),
     "deleted": (Path.unlink, ("missing",)),
-    "bit flipped": (_flip_a_bit, ("hash differs", "no JSON")),
+    "bit flipped": (_flip_a_bit, ("hash differs", "not JSON")),
 }
 
 
 @pytest.mark.parametrize(("world", "damage"), [*((1, damage) for damage in DAMAGE), (2, "bit flipped")])
-def test_every_damaged_file_is_named_and_walked_back_from(folder, world, damage):
-    """All in one group: files are damaged and mended between loads."""
+def test_every_damaged_file_is_named_and_its_step_skipped(folder, world, damage):
+    """All in one process group, with one copy of the folder per damaged file."""
     apply, words = DAMAGE[damage]
     expected = ranks.run(world, save, folder, ON, (1,))[0]
     ranks.run(world, save, folder, ON, (1, 2))
@@ -68,8 +68,8 @@ def test_every_damaged_file_is_named_and_walked_back_from(folder, world, damage)
         for victim, (step, values, heard) in zip(victims, answers, strict=True):
             assert step == 1
             assert values == expected
-            if heard:  # rank 0 tells
-                assert "step-2 does not verify and is passed over" in heard
+            if heard:  # rank 0 logs
+                assert "step-2 does not verify and is skipped" in heard
                 assert any(f"{victim}: {word}" in heard for word in words), heard
         assert len(answers) == len(victims)
 
@@ -78,7 +78,7 @@ def _load_all(folders):
     return [_load_and_listen(folder, ON) for folder in folders]
 
 
-def test_none_that_verifies_is_an_error_that_names_all(folder):
+def test_if_none_verifies_the_error_names_all(folder):
     ranks.run(1, save, folder, ON, (1, 2))
     (folder / "step-1" / "state.json").unlink()
     _flip_a_bit(folder / "step-2" / "__0_0.distcp")
@@ -90,7 +90,7 @@ def test_none_that_verifies_is_an_error_that_names_all(folder):
     assert "step-7: manifest.json: missing" in message
 
 
-def test_a_step_asked_for_that_does_not_verify_is_an_error(folder):
+def test_a_requested_step_that_does_not_verify_is_an_error(folder):
     ranks.run(1, save, folder, ON, (1, 2))
     _truncate(folder / "step-2" / "__0_0.distcp")
     kind, message, _ = ranks.run(1, _load_and_listen, folder, Checkpoint(enable=True, load_step=2))[0]
@@ -107,48 +107,37 @@ def test_a_checkpoint_of_another_step_is_foreign(folder):
     assert "manifest.json: foreign: it is of step 2" in heard
 
 
-class Touch:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
-def test_a_hostile_checkpoint_with_a_right_manifest_is_passed_over(folder, tmp_path):
-    """Whoever can write the files can write a manifest that fits."""
+def test_a_hostile_checkpoint_with_a_valid_manifest_is_skipped(folder, sentinel):
+    """Whoever can write the files can write a matching manifest."""
     ranks.run(1, save, folder, ON, (1, 2))
-    hostile = pickle.dumps(Touch(tmp_path / "sentinel"))
+    hostile = pickle.dumps(Touch(sentinel))
     _forge(folder / "step-2", ".metadata", hostile)
     step, _, heard = ranks.run(1, _load_and_listen, folder, ON)[0]
     assert step == 1
     assert "step-2/.metadata: refused: it asks for posix.system" in heard
-    assert not (tmp_path / "sentinel").exists()
 
 
 NESTED = b"[" * 200_000
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
-        ("state.json", NESTED, "no JSON"),
+        ("state.json", NESTED, "not JSON"),
         ("state.json", b"{}", "state.json lacks model_only, step, world_size"),
-        ("state.json", b'{"step": "x", "model_only": false, "world_size": 1}', "step is 'x', and no int"),
+        ("state.json", b'{"step": "x", "model_only": false, "world_size": 1}', "step is 'x', not int"),
     ],
 )
-def test_a_senseless_state_with_a_right_manifest_is_passed_over(name, content, told, folder):
+def test_an_invalid_state_with_a_valid_manifest_is_skipped(name, content, message, folder):
     ranks.run(1, save, folder, ON, (1, 2))
     _forge(folder / "step-2", name, content)
     step, _, heard = ranks.run(1, _load_and_listen, folder, ON)[0]
     assert step == 1
-    assert told in heard
+    assert message in heard
 
 
 @pytest.mark.parametrize("broken", ["nested", "bytes", "outside"])
-def test_a_senseless_manifest_is_passed_over(broken, folder):
+def test_an_invalid_manifest_is_skipped(broken, folder):
     ranks.run(1, save, folder, ON, (1, 2))
     path = folder / "step-2" / "manifest.json"
     fields = manifest.read(path.parent)
@@ -158,10 +147,10 @@ def test_a_senseless_manifest_is_passed_over(broken, folder):
     else:
         entry = files.pop("state.json")
         files |= {"state.json": {**entry, "bytes": "x"}} if broken == "bytes" else {"../state.json": entry}
-        path.write_bytes(manifest._written({**fields, "files": files}))
+        path.write_bytes(manifest._serialize({**fields, "files": files}))
     step, _, heard = ranks.run(1, _load_and_listen, folder, ON)[0]
     assert step == 1
-    assert "step-2 does not verify and is passed over: manifest.json: " in heard
+    assert "step-2 does not verify and is skipped: manifest.json: " in heard
 
 
 def _forge(path, name, content):
@@ -172,4 +161,4 @@ def _forge(path, name, content):
     files[name] = write_synced(path / name, content, fields["hash"])
     about = {key: fields[key] for key in ("world_size", "layout", "config_sha256", "versions")}
     (path / "manifest.json").write_bytes(manifest.render(fields["step"], fields["hash"], files, about))
-    assert problems(path) == []
+    assert find_problems(path) == []

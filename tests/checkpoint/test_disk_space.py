@@ -1,4 +1,4 @@
-"""A disk without room costs a checkpoint, not the run; too many failures end it."""
+"""A full disk costs a checkpoint, not the run; too many failures in a row end the run."""
 
 import contextlib
 import os
@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from octavo.checkpoint import disk_space, failpoints, latest
-from octavo.checkpoint.store import published
+from octavo.checkpoint import failpoints, latest, saving
+from octavo.checkpoint.store import published_steps
 from tests.checkpoint.crashes import FLAGS
 from tests.helpers import launching
 
@@ -21,7 +21,7 @@ MANY = {**FLAGS, "training.steps": 12, "checkpoint.interval": 2, "checkpoint.kee
 
 @pytest.fixture
 def mounted(tmp_path):
-    """Make the folder of the checkpoints a tmpfs of so many MiB."""
+    """Mounts a tmpfs of a number of MiB as the folder of checkpoints."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     done = []
@@ -41,14 +41,14 @@ def mounted(tmp_path):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_tmpfs_of_3_mib(mounted, world, tmp_path):
-    """A checkpoint takes 3.3 MiB: it does not fit, and is known not to before it is begun."""
+    """A checkpoint takes 3.3 MiB, so the save fails before it writes anything."""
     folder = mounted(3)
     flags = {**MANY, "training.steps": 8, "checkpoint.max_failed_saves": 3}
     run = launching.train(tmp_path, flags, world=world)
     assert run.exit_codes == [1] * world
     assert len(run.losses) == 6
     assert "step-2 was not saved: no space: it needs 3." in run.log
-    assert "has 3.0 MiB free. Training goes on; 2 more in a row end the run" in run.log
+    assert "has 3.0 MiB free. Training continues; 2 more in a row end the run" in run.log
     assert "step-6 was not saved" in run.log
     assert "That is failure 3 in a row (checkpoint.max_failed_saves)" in run.log
     assert os.listdir(folder) == []
@@ -58,7 +58,7 @@ def test_what_fits_stays(mounted, tmp_path):
     folder = mounted(8)
     run = launching.train(tmp_path, {**MANY, "training.steps": 8, "checkpoint.max_failed_saves": 2})
     assert run.exit_codes == [1]
-    assert published(folder) == [2, 4]
+    assert published_steps(folder) == [2, 4]
     assert latest(folder).name == "step-4"
     assert "step-6 was not saved: no space" in run.log
     assert sorted(os.listdir(folder)) == ["step-2", "step-4"]
@@ -71,8 +71,8 @@ def _fill(path):
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])
-def test_full_in_the_midst_of_a_save(mounted, mode, tmp_path, monkeypatch):
-    """Something else fills the disk once the save has begun; when that is gone, the next save succeeds."""
+def test_the_disk_fills_up_during_a_save(mounted, mode, tmp_path, monkeypatch):
+    """Another file fills the disk during the save; when it is gone, the next save succeeds."""
     folder = mounted(12)
     ballast = folder / "ballast"
     visits = []
@@ -80,7 +80,7 @@ def test_full_in_the_midst_of_a_save(mounted, mode, tmp_path, monkeypatch):
     def hook(name):
         if name == "during write":
             visits.append(name)
-            if len(visits) == 3:  # two files a save
+            if len(visits) == 3:  # two files per save
                 _fill(ballast)
         if name == "before write":
             ballast.unlink(missing_ok=True)
@@ -97,7 +97,7 @@ def test_full_in_the_midst_of_a_save(mounted, mode, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_file_that_may_not_grow_is_a_full_disk(world, tmp_path, monkeypatch):
-    """The limit on the size of files, which needs no root: one rank cannot write, and all agree."""
+    """One rank exceeds RLIMIT_FSIZE, and all ranks report a full disk."""
 
     def hook(name):
         if name == "during write" and os.environ["RANK"] == str(world - 1):
@@ -112,12 +112,12 @@ def test_a_file_that_may_not_grow_is_a_full_disk(world, tmp_path, monkeypatch):
     assert run.exit_codes == [1] * world
     assert "step-2 was not saved: no space: it needs" in run.log
     assert "step-4 was not saved: no space" in run.log
-    assert "It was the last of this run" in run.log
+    assert "It was the last save" in run.log
     assert os.listdir(tmp_path / "checkpoint") == []
 
 
-def test_room_that_deleting_would_make_is_not_counted(tmp_path, monkeypatch):
-    """Two checkpoints are there, one may be deleted, and there is room for half of one."""
+def test_space_of_old_checkpoints_does_not_count_as_free(tmp_path, monkeypatch):
+    """Two checkpoints exist, one of which would be deleted, and half of one is free."""
     run = launching.train(tmp_path, {**FLAGS, "training.steps": 6, "checkpoint.keep_latest_k": 2})
     assert run.exit_codes == [0]
     (found,) = {
@@ -128,8 +128,8 @@ def test_room_that_deleting_would_make_is_not_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=half))
     run = launching.train(tmp_path, {**FLAGS, "training.steps": 8})
     assert run.exit_codes == [1]
-    assert f"has {disk_space.size(half)} free" in run.log
-    assert published(tmp_path / "checkpoint") == [3, 6]
+    assert f"has {saving.format_bytes(half)} free" in run.log
+    assert published_steps(tmp_path / "checkpoint") == [3, 6]
 
 
 def test_estimate_is_enough_and_not_twice_as_much(tmp_path):
@@ -139,11 +139,11 @@ def test_estimate_is_enough_and_not_twice_as_much(tmp_path):
     from octavo.checkpoint.reader import read_tensors
 
     tensors = {prefix: read_tensors(path, f"{prefix}.") for prefix in ("model", "optimizer", "rng")}
-    assert taken <= disk_space.estimate(tensors, 2) < 2 * taken
+    assert taken <= saving.estimate_bytes(tensors, 2) < 2 * taken
 
 
 def test_sizes_in_words():
-    assert [disk_space.size(n) for n in (0, 1023, 1024, 3 * 2**20, 5 * 2**40)] == [
+    assert [saving.format_bytes(n) for n in (0, 1023, 1024, 3 * 2**20, 5 * 2**40)] == [
         "0 bytes",
         "1023 bytes",
         "1.0 KiB",
@@ -152,20 +152,20 @@ def test_sizes_in_words():
     ]
 
 
-def test_why_names_the_rank_and_the_error(tmp_path):
+def test_a_failure_names_the_rank_and_the_error(tmp_path):
     from torch.distributed.checkpoint.api import CheckpointException
 
     error = CheckpointException("x", {1: (RuntimeError("broken"), None)})
-    assert disk_space.why(error, tmp_path, 5) == "rank 1: RuntimeError: broken"
+    assert saving.describe_failure(error, tmp_path, 5) == "rank 1: RuntimeError: broken"
     full = OSError(28, "No space left on device")
-    assert disk_space.why(full, tmp_path, 2**20).startswith("no space: it needs 1.0 MiB")
+    assert saving.describe_failure(full, tmp_path, 2**20).startswith("no space: it needs 1.0 MiB")
     wrapped = CheckpointException("x", {0: (ValueError("y"), None), 1: (full, None)})
-    assert disk_space.why(wrapped, tmp_path, 5).startswith("no space: it needs 5 bytes")
+    assert saving.describe_failure(wrapped, tmp_path, 5).startswith("no space: it needs 5 bytes")
     with pytest.raises(KeyboardInterrupt):
-        disk_space.why(CheckpointException("x", {0: (KeyboardInterrupt(), None)}), tmp_path, 5)
+        saving.describe_failure(CheckpointException("x", {0: (KeyboardInterrupt(), None)}), tmp_path, 5)
 
 
 def test_estimate_counts_nested_tensors():
     tensors = {"a": {"b": torch.zeros(1000)}, "c": torch.zeros(2, dtype=torch.int64)}
-    assert disk_space.estimate(tensors, 3) == 4000 + 16 + 2 * 3 * 4096
-    assert disk_space.estimate(SimpleNamespace(), 1) == 0
+    assert saving.estimate_bytes(tensors, 3) == 4000 + 16 + 2 * 3 * 4096
+    assert saving.estimate_bytes(SimpleNamespace(), 1) == 0

@@ -1,8 +1,7 @@
-"""The reader gives back what was saved, from any layout; and a hostile checkpoint runs nothing."""
+"""The reader restores what was saved, from any layout; and runs no code of a hostile checkpoint."""
 
 import copyreg
 import io
-import os
 import pickle
 import zipfile
 
@@ -17,38 +16,15 @@ from torch.distributed.fsdp import fully_shard
 
 from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint, RefusedCheckpoint
 from octavo.checkpoint.metadata import read_metadata
-from octavo.checkpoint.reader import Reader, load_tensors, read_model, read_state
+from octavo.checkpoint.reader import CheckpointReader, load_tensors, read_model, read_state
 from tests.helpers import ranks
+from tests.helpers.hostile import Touch
 
 WEIGHTS = {
     "layer.weight": torch.arange(35.0).reshape(7, 5),
     "layer.bias": torch.tensor([1.5, -2.0, 3.0], dtype=torch.bfloat16),
     "count": torch.tensor(7, dtype=torch.int64),
 }
-
-
-class Touch:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
-@pytest.fixture
-def sentinel(tmp_path):
-    path = tmp_path / "sentinel"
-    pickle.loads(pickle.dumps(Touch(path)))
-    assert path.exists(), "the attack itself must work"
-    path.unlink()
-    yield path
-    assert not path.exists(), "code of the checkpoint was run"
-
-
-def save(folder, tensors):
-    dcp.save(tensors, checkpoint_id=folder, no_dist=True)
 
 
 @pytest.fixture
@@ -95,7 +71,7 @@ def test_metadata_is_what_dcp_reads(folder):
 def test_state(tmp_path):
     (tmp_path / "state.json").write_text('{"step": 3, "tokens_seen": 4}')
     assert read_state(tmp_path) == {"step": 3, "tokens_seen": 4}
-    for content, message in ((b"", "no JSON"), (b"[1]", "no JSON object"), (b"\xff\xfe{", "no JSON")):
+    for content, message in ((b"", "not JSON"), (b"[1]", "not a JSON object"), (b"\xff\xfe{", "not JSON")):
         (tmp_path / "state.json").write_bytes(content)
         with pytest.raises(DamagedCheckpoint, match=f"state.json: {message}"):
             read_state(tmp_path)
@@ -190,7 +166,7 @@ def test_metadata_cannot_name_files_outside_the_folder(folder):
 
 
 def _with_bytes_entry(folder, content):
-    """Make layer.bias an entry of pickled bytes, as DCP stores what is not a tensor."""
+    """Make layer.bias an entry of pickled bytes, as DCP stores objects that are not tensors."""
     found = pickle.loads((folder / ".metadata").read_bytes())
     found.state_dict_metadata["model.layer.bias"] = BytesStorageMetadata()
     (index,) = [index for index in found.storage_data if index.fqn == "model.layer.bias"]
@@ -209,7 +185,7 @@ def _torch_save(value, path, *, legacy):
 def load_by_dcp(folder):
     tensors = {"model": {name: torch.zeros_like(tensor) for name, tensor in WEIGHTS.items()}}
     try:
-        dcp.load(tensors, storage_reader=Reader(folder))
+        dcp.load(tensors, storage_reader=CheckpointReader(folder))
     except BaseException as error:
         return str(error)
     return all(torch.equal(tensors["model"][name], tensor) for name, tensor in WEIGHTS.items())
@@ -258,9 +234,9 @@ def test_hostile_pt_file(sentinel, tmp_path, legacy):
     assert torch.equal(load_tensors(path)["weight"], torch.ones(2))
 
 
-def test_what_is_no_checkpoint_is_named(folder):
+def test_invalid_metadata_is_named(folder):
     (folder / ".metadata").write_bytes(b"")
-    with pytest.raises(DamagedCheckpoint, match=r"\.metadata: no metadata"):
+    with pytest.raises(DamagedCheckpoint, match=r"\.metadata: not DCP's metadata"):
         read_model(folder)
     (folder / ".metadata").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(DamagedCheckpoint, match="a Metadata was expected, and there is a dict"):

@@ -1,14 +1,12 @@
-"""Where a run starts: from another run's checkpoint, from a seed, from a step that is named; and what it
-says.
-"""
+"""The start of a run: from its own or another run's checkpoint, or from a seed checkpoint; and its log line."""
 
 import json
 import shutil
 
 import pytest
 
-from octavo.checkpoint.resume import resumed
-from octavo.checkpoint.store import published
+from octavo.checkpoint.loading import resume_message
+from octavo.checkpoint.store import published_steps
 from tests.checkpoint.crashes import FLAGS, final_hash
 from tests.helpers import launching
 
@@ -22,16 +20,18 @@ def six(tmp_path_factory):
     return folder, launching.train(folder, SHORT)
 
 
-def test_the_line_says_what_is_exact():
-    assert resumed(3, 96, {}) == "resumed step 3, tokens 96, data position exact, RNG exact"
-    told = resumed(3, 96, {"data position": None, "RNG": "2 processes then, 1 now", "optimizer": "excluded"})
-    assert told == (
+def test_the_resume_line_lists_what_is_exact():
+    assert resume_message(3, 96, {}) == "resumed step 3, tokens 96, data position exact, RNG exact"
+    message = resume_message(
+        3, 96, {"data position": None, "RNG": "2 processes then, 1 now", "optimizer": "excluded"}
+    )
+    assert message == (
         "resumed step 3, tokens 96, data position exact, RNG not exact (2 processes then, 1 now), "
         "optimizer not exact (excluded)"
     )
 
 
-def test_another_number_of_processes_is_told(six, tmp_path):
+def test_another_number_of_processes_is_reported(six, tmp_path):
     shutil.copytree(six[0] / "checkpoint" / "step-3", tmp_path / "checkpoint" / "step-3")
     run = launching.train(
         tmp_path, {**SHORT, "training.global_batch_size": 2, "training.local_batch_size": 1}, world=2
@@ -53,18 +53,18 @@ def test_no_checkpoint_that_verifies_ends_with_3(six, tmp_path):
     assert "Traceback" not in run.log
 
 
-def test_a_run_goes_on_from_before_the_damage_and_ends_the_same(six, tmp_path):
+def test_a_run_resumes_from_before_the_damage_and_ends_the_same(six, tmp_path):
     shutil.copytree(six[0] / "checkpoint", tmp_path / "checkpoint")
     (tmp_path / "checkpoint" / "step-6" / "__0_0.distcp").write_bytes(b"")
     run = launching.train(tmp_path, SHORT)
-    assert "step-6 does not verify and is passed over: __0_0.distcp: truncated" in run.log
+    assert "step-6 does not verify and is skipped: __0_0.distcp: truncated" in run.log
     assert "resumed step 3, " in run.log
     assert run.losses == six[1].losses[3:]
     assert final_hash(tmp_path) == final_hash(six[0])
     assert "step-6.aside-0" in {path.name for path in (tmp_path / "checkpoint").iterdir()}
 
 
-def test_going_on_from_another_runs_checkpoint(six, tmp_path):
+def test_continuing_another_runs_checkpoint(six, tmp_path):
     flags = {**SHORT, "checkpoint.initial_load_path": six[0] / "checkpoint" / "step-3"}
     whole = launching.train(tmp_path / "whole", {**flags, "checkpoint.initial_load_model_only": "false"})
     assert whole.losses == six[1].losses[3:]
@@ -75,14 +75,14 @@ def test_going_on_from_another_runs_checkpoint(six, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("excluded", "losses", "told"),
+    ("excluded", "losses", "message"),
     [
         ("optimizer", 3, "optimizer not exact (excluded)"),
         ("dataloader", 3, "data position not exact (it starts anew)"),
         ("optimizer,dataloader,train_state", 6, "resumed step 0, tokens 0"),
     ],
 )
-def test_exclude_from_loading(six, tmp_path, excluded, losses, told):
+def test_exclude_from_loading(six, tmp_path, excluded, losses, message):
     path = six[0] / "checkpoint" / "step-3"
     flags = {
         **SHORT,
@@ -91,10 +91,10 @@ def test_exclude_from_loading(six, tmp_path, excluded, losses, told):
         "checkpoint.exclude_from_loading": excluded,
     }
     run = launching.train(tmp_path, flags)
-    assert told in run.log
+    assert message in run.log
     assert len(run.losses) == losses
     assert run.losses != six[1].losses[-losses:]
-    if losses == 6:  # the same as to take the weights alone
+    if losses == 6:  # the same as loading only the weights
         weights = {**SHORT, "checkpoint.initial_load_path": path}
         assert run.losses == launching.train(tmp_path / "weights", weights).losses
 
@@ -106,11 +106,11 @@ def test_excluding_from_a_resumed_run_is_refused(tmp_path):
     assert "would have no effect: a run that resumes takes up everything" in run.log
 
 
-def test_a_seed_is_the_start_of_a_run_that_had_none(six, tmp_path):
+def test_a_run_from_a_seed_checkpoint_equals_one_without(six, tmp_path):
     seed = launching.train(tmp_path, {**SHORT, "checkpoint.create_seed_checkpoint": "true"})
     assert seed.exit_codes == [0]
     assert seed.losses == []
-    assert published(tmp_path / "checkpoint") == [0]
+    assert published_steps(tmp_path / "checkpoint") == [0]
     assert json.loads((tmp_path / "checkpoint" / "step-0" / "state.json").read_text())["step"] == 0
     again = launching.train(tmp_path, {**SHORT, "checkpoint.create_seed_checkpoint": "true"})
     assert again.exit_codes == [2]
@@ -127,18 +127,11 @@ def test_load_only_saves_nothing(six, tmp_path):
     del flags["checkpoint.keep_latest_k"]
     run = launching.train(tmp_path, {**flags, "checkpoint.load_only": "true"})
     assert run.losses == six[1].losses[3:]
-    assert published(tmp_path / "checkpoint") == [3]
+    assert published_steps(tmp_path / "checkpoint") == [3]
 
 
 def test_time_for_saves_is_in_the_metrics_and_the_log(six):
     run = six[1]
     lost = [line["saving_seconds"] for line in run.metrics]
-    assert [value > 0 for value in lost] == [
-        False,
-        False,
-        False,
-        True,
-        False,
-        False,
-    ]  # told with the next step
-    assert run.log.count("for which training stood still") == 2
+    assert [step for step, value in enumerate(lost, 1) if value > 0] == [4]  # logged with the next step
+    assert run.log.count("training paused for") == 2

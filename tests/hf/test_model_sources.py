@@ -162,7 +162,7 @@ def test_a_run_that_kept_its_checkpoints_elsewhere(run_folder, tmp_path):
 @pytest.fixture
 def step(run_folder, tmp_path, monkeypatch):
     """A checkpoint that a test may change, and nothing tells that it did."""
-    monkeypatch.setattr("octavo.hf.model_sources.problems", lambda path: [])
+    monkeypatch.setattr("octavo.hf.model_sources.find_problems", lambda path: [])
     return shutil.copytree(run_folder / "checkpoint" / "step-0", tmp_path / "step-0")
 
 

@@ -1,4 +1,4 @@
-"""Random numbers of torch, Python and NumPy go on where they were."""
+"""Loading restores the random number generators of torch, Python and NumPy."""
 
 import random
 
@@ -13,7 +13,7 @@ from tests.helpers import ranks
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_random_numbers_go_on(folder, world):
+def test_random_numbers_continue(folder, world):
     drawn = ranks.run(world, _save_and_draw, folder)
     assert ranks.run(world, _load_and_draw, folder) == [(numbers, {}) for numbers in drawn]
     assert len({tuple(numbers) for numbers in drawn}) == world
@@ -22,13 +22,13 @@ def test_random_numbers_go_on(folder, world):
         assert not_exact == {"RNG": f"{world} processes then, {3 - world} now"}
 
 
-# NumPy's global generator is the one that a run has to carry over.
+# NumPy's global generator is the one that a checkpoint saves.
 # ruff: noqa: NPY002
 def _seed(seed):
     torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed)
-    random.gauss(0, 1)  # leaves a second number behind
+    random.gauss(0, 1)  # leaves a spare number
     numpy.random.normal()
 
 
