@@ -245,7 +245,7 @@ class Checkpointer:
         return published_steps(self._folder)
 
     def load_initial(self, path: Path) -> dict[str, Any]:
-        """Load another run's checkpoint, without the parts in `checkpoint.exclude_from_loading`; see `load`."""
+        """Load another run's checkpoint without `checkpoint.exclude_from_loading`; see `load`."""
         state, problems = self._load_if_valid(path, None, self._excluded())
         if state is None:
             raise DamagedCheckpoint(

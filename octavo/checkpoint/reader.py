@@ -189,7 +189,7 @@ class CheckpointReader(FileSystemReader):
         return tensor
 
     def _refuse_bytes(self, index: MetadataIndex) -> NoReturn:
-        """Raise `RefusedCheckpoint` for an entry of pickled bytes, with the name that it would have called."""
+        """Raise `RefusedCheckpoint` for an entry of pickled bytes; names what it would have called."""
         place: _StorageInfo | None = self.storage_data.get(index)
         reason = "it is a pickle, and octavo saves tensors only"
         if place is not None:

@@ -113,7 +113,7 @@ def _create_folder(step: int, store: Store, need: int) -> tuple[Path | None, str
 
 
 def _find_invisible_files(partial: Path, written: Sequence[Mapping[str, FileDigest]]) -> str | None:
-    """On rank 0: an error that names the ranks whose files are not in `partial` in full; `written`: by rank."""
+    """On rank 0: an error if files that the ranks have `written` are not complete in `partial`."""
     end = time.monotonic() + _VISIBLE_WITHIN
     while True:
         wrong = {

@@ -239,7 +239,7 @@ def test_invalid_metadata_is_named(folder):
     with pytest.raises(DamagedCheckpoint, match=r"\.metadata: not DCP's metadata"):
         read_model(folder)
     (folder / ".metadata").write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(DamagedCheckpoint, match="a Metadata was expected, and there is a dict"):
+    with pytest.raises(DamagedCheckpoint, match="expected a Metadata, found a dict"):
         read_model(folder)
     (folder / ".metadata").unlink()
     with pytest.raises(DamagedCheckpoint, match=r"\.metadata: No such file"):
