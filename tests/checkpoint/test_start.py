@@ -1,4 +1,4 @@
-"""The start of a run: from its own or another run's checkpoint or from a seed checkpoint; and its log line."""
+"""The start of a run: from its own or another run's checkpoint or from a seed checkpoint; its log line."""
 
 import json
 import shutil
