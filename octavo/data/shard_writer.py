@@ -23,6 +23,7 @@ import numpy as np
 
 from octavo.core.errors import ConfigError
 from octavo.core.file_lock import open_lock, try_lock
+from octavo.core.fs import sync, write_file
 from octavo.data import shard_format
 from octavo.data.shard_format import File, Index, Shard, Vocabulary, shard_from_json
 
@@ -198,9 +199,9 @@ class ShardWriter:
         self._replace(shard_format.INDEX, shard_format.to_json(index))
         (self._folder / _PROGRESS).unlink()
         (self._folder / ".lock").unlink()
-        _sync_folder(self._folder)
+        sync(self._folder)
         os.rename(self._folder, self._out)
-        _sync_folder(self._out.parent)
+        sync(self._out.parent)
         self._lock.close()
         return index
 
@@ -217,18 +218,4 @@ class ShardWriter:
         shutil.rmtree(self._folder)
 
     def _replace(self, name: str, text: str) -> None:
-        temporary = self._folder / (name + _TEMPORARY)
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._folder / name)
-        _sync_folder(self._folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        write_file(self._folder / name, text, durable=True)

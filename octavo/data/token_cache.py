@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from octavo.core.cache_dir import cache_folder
+from octavo.core.fs import replacing
 from octavo.core.logging import logger
 from octavo.data.corpus import Tokens, tokenize
 from octavo.data.corpus_files import BadRecords, read_documents
@@ -74,17 +74,12 @@ def _load(path: Path) -> Tokens | None:
 def _save(path: Path, tokens: Tokens) -> None:
     if tokens.ids_N.nbytes > _LIMIT:
         return
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = file.name
+        with replacing(path) as file:
             np.savez(file, ids_N=tokens.ids_N, documents=np.array(tokens.documents))
-        os.replace(temporary, path)
     except OSError as error:
         logger.info("Tokens are not cached for the next run: %s: %s", path.parent, error.strerror or error)
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
     else:
         with suppress(OSError):  # another process may evict the same entry
             _evict(path.parent)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from octavo import models
 from octavo.config import ConfigError
+from octavo.core.fs import sync
 from octavo.hf import safetensors_folder
 from octavo.hf.stored_weights import Weights
 from octavo.tokenizer import Tokenizer
@@ -86,11 +87,11 @@ def write_folder(
             partial / "generation_config.json", {key: id_ for key, id_ in ends.items() if id_ is not None}
         )
         write_tokenizer(partial, tokenizer)
-        safetensors_folder.flush(partial)
+        sync(partial)
         if out.exists():
             out.rmdir()  # it was found empty
         partial.rename(out)
-        safetensors_folder.flush(out.parent)
+        sync(out.parent)
     except OSError as error:
         raise ConfigError(
             f"{error.filename or out}: {error.strerror or error}; nothing was written"
@@ -106,11 +107,11 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         shutil.copyfile(source, folder / "tokenizer.json")
     else:
         (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    safetensors_folder.flush(folder / "tokenizer.json")
+    sync(folder / "tokenizer.json")
     for name in _TOKENIZER_FILES:
         if source.with_name(name).is_file():
             shutil.copyfile(source.with_name(name), folder / name)
-            safetensors_folder.flush(folder / name)
+            sync(folder / name)
     config = folder / "tokenizer_config.json"
     told = json.loads(config.read_bytes()) if config.exists() else {}
     ends = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}

@@ -9,7 +9,6 @@ that is asked for, writing no more than one file's tensors, at most `shard_bytes
 """
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from octavo.config import ConfigError
+from octavo.core.fs import sync, write_file
 from octavo.hf.stored_weights import Shape
 
 INDEX = "model.safetensors.index.json"
@@ -145,7 +145,7 @@ def write(
         )  # what the umask gives; the library makes files that only their owner reads
         save(group, file, metadata={"format": "pt"})
         file.chmod(mode)
-        flush(file)
+        sync(file)
         total += sum(tensor.numel() * tensor.element_size() for tensor in group.values())
         where |= dict.fromkeys(names, file.name)
         del group
@@ -154,18 +154,8 @@ def write(
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write, and see it to the disk."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    flush(path)
-
-
-def flush(path: Path) -> None:
-    """Have the system put a file, or a folder's list of names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Write `value` to disk as `path`."""
+    write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", durable=True)
 
 
 def bytes_of(text: str) -> int:

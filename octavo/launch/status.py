@@ -12,6 +12,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from octavo.core.fs import write_file
+
 _BYTES = 64
 
 
@@ -67,9 +69,7 @@ def stacks_path(folder: Path, rank: int) -> Path:
 
 def ask_to_stop(folder: Path, number: int) -> None:
     """Leave signal `number` for processes that cannot be sent it yet."""
-    partial = folder / "stop.tmp"
-    partial.write_text(str(number))
-    partial.replace(folder / "stop")
+    write_file(folder / "stop", str(number))
 
 
 def asked_to_stop(folder: Path) -> int | None:

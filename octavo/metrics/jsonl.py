@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from octavo.core.fs import write_file
 from octavo.core.logging import logger
 
 
@@ -36,15 +37,14 @@ class Jsonl:
         put aside.
         """
         if not self._path.exists():
+            self._path.unlink(missing_ok=True)  # a link to nothing: lines would be written where it points
             return
         kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
         if not kept:
             aside = datetime.fromtimestamp(self._path.stat().st_mtime).strftime("%Y%m%d-%H%M%S-%f")
             self._path.rename(self._path.with_name(f"{self._path.stem}.{aside}.jsonl"))
             return
-        partial = self._path.with_suffix(".tmp")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        partial.replace(self._path)
+        write_file(self._path, "".join(f"{line}\n" for line in kept))
 
     def write(self, *rows: Mapping[str, Any]) -> None:
         """Append a line for each of `rows`. A full disk costs the lines, not the run."""

@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from octavo.core.fs import write_file
+
 LARGEST = 400_000_000
 _PIECE = 1 << 20
 _TOP = 12
@@ -284,7 +286,7 @@ def write_summary(trace: Path) -> Path:
     """Write the page beside `trace`, as `…_summary.txt`."""
     name = trace.name.removesuffix(".gz").removesuffix(".json").removesuffix("_trace")
     out = trace.with_name(f"{name}_summary.txt")
-    out.write_text(summarise_file(trace))
+    write_file(out, summarise_file(trace))
     return out
 
 

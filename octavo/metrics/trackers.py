@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from octavo.config import ConfigError
+from octavo.core.fs import write_file
 from octavo.core.logging import logger
 from octavo.core.secrets import redact
 
@@ -68,7 +69,7 @@ def _run_id(folder: Path, package: str, *, resumed: bool) -> str:
     """The name that a run keeps when it is resumed: made when it begins, kept in its folder."""
     path = folder / _ID_FILE.format(package)
     if not (resumed and path.exists()):
-        path.write_text(f"{folder.resolve().name}-{os.urandom(4).hex()}\n")
+        write_file(path, f"{folder.resolve().name}-{os.urandom(4).hex()}\n")
     return path.read_text().strip()
 
 

@@ -121,8 +121,8 @@ class AdamW(torch.optim.Optimizer):
         if _in_one_kernel(whole[0]):
             numbers = self._step_numbers(group, step, whole[0].device)
             update = one_kernel.compiled_update()
-            for piece, tensors in enumerate(zip(*(_pieces(t) for t in whole), strict=True)):
-                update(*tensors, numbers, one_kernel.seed_of(step, place, piece))
+            for piece, (w, g, m, v) in enumerate(zip(*(_pieces(t) for t in whole), strict=True)):
+                update(w, g, m, v, numbers, one_kernel.seed_of(step, place, piece))
             return
         generator = self._generator(whole[0].device, step, place)
         for w, g, m, v in zip(*(_pieces(t) for t in whole), strict=True):

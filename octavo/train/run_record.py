@@ -10,6 +10,7 @@ import torch
 
 import octavo
 from octavo.config import ConfigError, JobConfig
+from octavo.core.fs import write_file
 from octavo.core.logging import logger
 
 
@@ -40,7 +41,7 @@ def write_run_record(
         "config": job.to_dict(),
     }
     try:
-        (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_file(folder / "run.json", json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise ConfigError(
             f"job.dump_folder: {folder / 'run.json'} cannot be written: {error.strerror}; name another "

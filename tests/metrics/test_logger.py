@@ -11,6 +11,7 @@ import torch
 from octavo.config.schema import Metrics
 from octavo.metrics import logger as metrics
 from octavo.metrics.device import DeviceMemory, Peak
+from octavo.metrics.jsonl import Jsonl
 from octavo.metrics.logger import MetricsLogger, StepReport, _Colors, format_line
 from octavo.metrics.mfu import Work
 from octavo.train.validate import ValidationReport
@@ -283,3 +284,17 @@ def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, clock, caplog):
     (tmp_path / "metrics.jsonl").unlink()
     step(logger, clock, 2)
     assert [line["step"] for line in lines(tmp_path)] == [2]
+
+
+def test_metrics_are_never_written_through_a_link(tmp_path):
+    (tmp_path / "old").write_text('{"step": 1}\n{"step": 5}\n')
+    for target, step in (("missing", 0), ("old", 3), ("old", 0)):
+        path = tmp_path / "metrics.jsonl"
+        path.unlink(missing_ok=True)
+        path.symlink_to(tmp_path / target)
+        rows = Jsonl(path)
+        rows.start(step)
+        rows.write({"step": step + 1})
+        assert not path.is_symlink()
+    assert (tmp_path / "old").read_text() == '{"step": 1}\n{"step": 5}\n'
+    assert not (tmp_path / "missing").exists()

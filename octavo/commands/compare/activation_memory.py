@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from octavo import config, models
 from octavo.commands.compare.report.run_data import SAVED_FILE
 from octavo.commands.compare.runs import read_plan
+from octavo.core.fs import write_file
 from octavo.tokenizer import build_tokenizer
 from octavo.train import quantization
 from octavo.train.build_model import model_args
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run["kind"] in ("baseline", "recipe") and not path.exists():
             record = json.loads((path.parent / "run.json").read_text())
             dtype = getattr(torch, record["high_precision_dtype"])
-            path.write_text(json.dumps({"bytes": saved_bytes(run["flags"], dtype)}) + "\n")
+            write_file(path, json.dumps({"bytes": saved_bytes(run["flags"], dtype)}) + "\n")
     return 0
 
 

@@ -27,6 +27,7 @@ from octavo.commands.compare.runs import CHECKPOINTS, Plan, Run
 from octavo.commands.compare.runs_progress import RunsProgress
 from octavo.core import exit_codes
 from octavo.core.file_lock import open_lock, try_lock
+from octavo.core.fs import write_file
 from octavo.train.run_dir import LOCK
 
 FINISHED_FILE = "finished.json"
@@ -185,9 +186,7 @@ def exit_code(folder: Path) -> int | None:
 
 
 def _write_over(folder: Path, code: int) -> None:
-    partial = folder / f"{FINISHED_FILE}.tmp"
-    partial.write_text(json.dumps({"exit_code": code}) + "\n")
-    os.replace(partial, folder / FINISHED_FILE)
+    write_file(folder / FINISHED_FILE, json.dumps({"exit_code": code}) + "\n")
 
 
 def measure_saved(plan: Plan) -> bool:

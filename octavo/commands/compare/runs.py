@@ -11,7 +11,6 @@ added to it, and anything else that changes what is computed is an error.
 """
 
 import json
-import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from octavo import __version__, config
 from octavo.config import ConfigError, JobConfig, flags, names
 from octavo.config.ranges import get, named, shown
 from octavo.core.errors import did_you_mean
+from octavo.core.fs import write_file
 from octavo.launch import launcher
 
 BASELINE = "bf16"
@@ -282,13 +282,11 @@ def remember(plan: Plan) -> None:
                 f"{plan.out} holds a comparison of another configuration: {'; '.join(changed)}. Name another "
                 "--out, or go on with the one that is there"
             )
-    partial = path.with_suffix(".tmp")
     made = plan.to_json()
     if there is not None:  # runs that this command leaves out stay in the report
         told = {run["name"] for run in made["runs"]}
         made["runs"] += [run for run in there["runs"] if run["name"] not in told]
-    partial.write_text(json.dumps(made, indent=1) + "\n")
-    os.replace(partial, path)
+    write_file(path, json.dumps(made, indent=1) + "\n")
 
 
 def read_plan(out: Path) -> dict[str, Any] | None:

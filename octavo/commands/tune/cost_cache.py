@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +20,7 @@ import octavo
 from octavo.commands.tune.linear_sizes import Size
 from octavo.commands.tune.recipe_costs import CostParts, Costs
 from octavo.core.cache_dir import cache_folder
+from octavo.core.fs import write_file
 
 FORMAT = 1
 
@@ -76,9 +75,7 @@ class Cache:
         whole = {"format": FORMAT, "machines": self._whole() | {self._machine: self._known}}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False) as file:
-                json.dump(whole, file, indent=1)
-            os.replace(file.name, self._path)
+            write_file(self._path, json.dumps(whole, indent=1))
         except OSError as error:
             return f"{self._path}: {error.strerror or error}"
         return None

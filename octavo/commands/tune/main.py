@@ -32,6 +32,7 @@ from octavo.commands.tune.recipe_costs import CANDIDATES, HIGH_PRECISION, Costs
 from octavo.config import ConfigError, JobConfig, names
 from octavo.config.parallel_dims import ParallelDims, parallel_dims_of
 from octavo.config.ranges import out_of_range
+from octavo.core.fs import write_file
 from octavo.float8 import RECIPES
 from octavo.metrics.device import pick_device
 from octavo.roofline import GPUS, Gpu, find_gpu
@@ -107,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
     ]
     text = fragment(choices, comments)
     try:
-        options.out.write_text(text)
+        write_file(options.out, text)
     except OSError as error:
         raise ConfigError(f"--out={options.out}: {error.strerror or error}") from None
     _print(choices, groups)

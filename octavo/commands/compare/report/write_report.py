@@ -1,7 +1,6 @@
 """A report's files: report.html, report.md with its drawings, and report.json with all figures."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from octavo.commands.compare.report.html_page import html_page
 from octavo.commands.compare.report.markdown import markdown_page
 from octavo.commands.compare.report.run_data import RunData
 from octavo.commands.compare.report.svg import stand_alone
+from octavo.core.fs import write_file
 
 
 def environment_of(base: RunData) -> dict[str, Any]:
@@ -42,14 +42,8 @@ def write_report(out: Path, figures: Mapping[str, Any]) -> Path:
     drawings = drawings_of(figures)
     out.mkdir(parents=True, exist_ok=True)
     for name, drawing in drawings.items():
-        _write(out / f"{name}.svg", stand_alone(drawing) + "\n")
-    _write(out / "report.json", json.dumps(figures, indent=1) + "\n")
-    _write(out / "report.md", markdown_page(figures, drawings))
-    _write(out / "report.html", html_page(figures, drawings))
+        write_file(out / f"{name}.svg", stand_alone(drawing) + "\n")
+    write_file(out / "report.json", json.dumps(figures, indent=1) + "\n")
+    write_file(out / "report.md", markdown_page(figures, drawings))
+    write_file(out / "report.html", html_page(figures, drawings))
     return out / "report.html"
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text)
-    os.replace(partial, path)

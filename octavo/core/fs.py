@@ -1,0 +1,49 @@
+"""Writing files so that a reader sees the old content or the new, never a part, whatever ends the process."""
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when the block ends, and is removed if it raises.
+
+    A symbolic link at `path` is replaced, not followed. `durable`: the content is on disk before the rename,
+    and the rename before this returns, so that a power failure loses neither. Raises OSError.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync(path.parent)
+
+
+def write_file(path: Path, text: str, *, durable: bool = False) -> None:
+    """Replace `path` by a file that holds `text` in UTF-8, as `replacing` does."""
+    with replacing(path, durable=durable) as file:
+        file.write(text.encode())
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,43 @@
+"""A file is replaced whole, or not at all, and no link is followed."""
+
+import os
+
+import pytest
+
+from octavo.core import fs
+
+
+def test_a_file_gets_new_content_and_the_folder_no_other(tmp_path):
+    path = tmp_path / "run.json"
+    for text in ("one", "zwei ü"):
+        fs.write_file(path, text, durable=text == "one")
+        assert path.read_text("utf-8") == text
+    assert os.listdir(tmp_path) == ["run.json"]
+    os.umask(old := os.umask(0))
+    assert path.stat().st_mode & 0o777 == 0o666 & ~old
+
+
+def test_an_error_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "tokens"
+    path.write_text("old")
+    with pytest.raises(TypeError), fs.replacing(path) as file:
+        file.writelines([b"half", None])
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["tokens"]
+
+
+def test_links_are_replaced_and_never_written_through(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("precious")
+    link.symlink_to(target)
+    fs.write_file(link, "new")
+    assert (target.read_text(), link.read_text(), link.is_symlink()) == ("precious", "new", False)
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path / "link", tmp_path):
+        with pytest.raises(OSError, match="not a regular file"):
+            fs.write_file(path, "x")
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
