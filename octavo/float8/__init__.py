@@ -3,7 +3,26 @@
     from octavo.float8 import convert_to_float8_training
     convert_to_float8_training(model, config="rowwise")
 
-`recipe.py` is the file to read first; docs/float8.md explains the rest.
+The story is in six files, in this order:
+
+    recipe.py      a recipe: which of the six operands of a linear layer are cast, and how, as plain data
+    config.py      torchao's options, translated to a recipe
+    quantize.py    a cast: scales and float8 codes, in plain PyTorch
+    matmul.py      a product of float8 operands, in hardware or in emulation
+    linear.py      `Float8Linear`: an autograd function of three such products
+    convert.py     swaps a model's `nn.Linear`s for `Float8Linear`s, and filters them
+
+The rest makes it fast, distributed and observable:
+
+    casts/         when operands are cast, by which kernel, and how casts are reused; delayed scaling
+    kernels/       Triton kernels that cast, bit for bit as quantize.py does
+    fused/         norm, SwiGLU and linears with one input, with fewer passes over memory
+    compiled/      so that compiled code saves and rounds as eager code does
+    distributed/   float8 communication under FSDP2 and tensor parallelism
+    health/        measures what casts do to the values of each layer
+    checks/        a self-check for a device, and tracing the GPU path without a GPU
+
+docs/float8.md is the user's guide.
 """
 
 from octavo.float8.casts.casting_adamw import Float8AdamW

@@ -1,4 +1,9 @@
-"""Turning a model's `nn.Linear`s into float8 linears, and choosing which."""
+"""Swaps a model's `nn.Linear`s for float8 linears, and filters which.
+
+Swapping keeps the parameters as they are, so that optimizers, checkpoints and state dicts keep working. Which
+layers gain is a trade-off: float8 products are faster, but casts cost memory traffic, so small layers lose
+time. The automatic filters use torchao's measured thresholds.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ _CALLED_NAMES = ("fqn", "name", "module_name", "path")
 
 
 def _swap(module: nn.Module, fqn: str, replace: Callable[[nn.Linear, str], nn.Module | None]) -> nn.Module:
-    """`module` with `replace(linear, fqn)` in place of its linears where that is not None. Children first."""
+    """`module` with each linear replaced by `replace(linear, fqn)` unless that is None; children first."""
     for name, child in list(module._modules.items()):  # named_children would skip a module's second place
         if child is None:
             continue
@@ -37,7 +42,7 @@ def _swap(module: nn.Module, fqn: str, replace: Callable[[nn.Linear, str], nn.Mo
 
 
 def _why_unable(linear: nn.Linear) -> str | None:
-    """Why `linear` cannot become a Float8Linear without losing what it does; None if it can."""
+    """Why `linear` cannot become a Float8Linear without changing what it computes, or None."""
     kind = type(linear).__name__
     if isinstance(linear, LazyModuleMixin):
         return "has no sizes yet: run one forward pass before converting"
@@ -87,11 +92,10 @@ def _accepts(module_filter_fn: ModuleFilter, linear: nn.Linear, fqn: str) -> boo
 
 
 def _ends_feed_forward(linear: nn.Linear, siblings: Sequence[nn.Linear]) -> bool:
-    """Whether `linear` takes a feed-forward's wide layer back to the narrow one.
+    """Whether `linear` maps a feed-forward's wide layer back to the narrow one.
 
-    Its input is made elementwise of the outputs of the layers before it, which their own backward keeps
-    anyway. So compiled code saves memory by making it again, and a block keeps 0.74 of bfloat16's bytes
-    instead of 0.82.
+    Its input is computed elementwise from outputs that are saved for backward anyway. So compiled code saves
+    memory by recomputing the cast: a block saves 0.74 of bfloat16's bytes instead of 0.82.
     """
     narrows = linear.in_features > linear.out_features
     shape = (linear.out_features, linear.in_features)
@@ -104,25 +108,27 @@ def convert_to_float8_training(
     module_filter_fn: ModuleFilter | None = None,
     config: Options | None = None,
 ) -> nn.Module:
-    """Swap the `nn.Linear`s in `module` for `Float8Linear`s, in place; a root that is one is returned
-    swapped.
+    """Swap the `nn.Linear`s in `module` for `Float8Linear`s, in place; if `module` is one, return its
+    replacement.
 
-    module_filter_fn(module, fqn): whether to convert that linear; None converts all. config: a
-    `Float8LinearConfig`, a `Recipe`, or a recipe's name; None is `Float8LinearConfig()`, which is tensorwise.
+    module_filter_fn(module, fqn): whether to convert that linear; None converts all.
 
-    Parameters stay the same objects, so an optimizer made before keeps working; a linear that appears in two
-    places stays one; hooks and buffers go along. Warns if nothing was converted, and names linears that
-    cannot be: those with a forward of their own, with a computed weight, without sizes yet, and
-    nn.MultiheadAttention's. Raises TypeError if `module` is not a module or the filter does not return a
-    bool, ValueError after `fully_shard`.
+    config: a `Float8LinearConfig`, a `Recipe`, or a recipe's name; None means `Float8LinearConfig()`,
+    tensorwise.
+
+    Parameters remain the same objects, so an existing optimizer keeps working; a linear in two places remains
+    one; hooks, buffers and attributes are kept. Warns if nothing was converted, and about linears that cannot
+    be: those with a forward of their own, a computed weight, or no sizes yet, and nn.MultiheadAttention's.
+    Raises TypeError if `module` is not a module or the filter does not return a bool, ValueError after
+    `fully_shard`.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"convert_to_float8_training takes a torch.nn.Module, not a {type(module).__name__}")
     if module_filter_fn is not None:
         _check_filter(module_filter_fn)
-    options = resolve(config)[1]  # a bad configuration fails even where nothing is converted
+    options = resolve(config)[1]  # a bad configuration fails even if nothing is converted
     linears = {fqn: m for fqn, m in module.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
-    # The filter is asked about all before any is swapped: one that raises leaves the model as it was.
+    # Filter all before swapping any: a filter that raises leaves the model unchanged.
     wanted = [
         fqn
         for fqn, linear in linears.items()
@@ -180,7 +186,7 @@ def convert_to_float8_training(
 
 @dataclass(frozen=True)
 class Threshold:
-    """Linears no larger than `K` input and `N` output features lose time in float8 (None: any size)."""
+    """Linears with at most `K` input and `N` output features lose time in float8 (None: any number)."""
 
     K: int | None
     N: int | None
@@ -195,7 +201,7 @@ TOO_SMALL: dict[str, tuple[Threshold, ...]] = {
     "tensorwise": (Threshold(4096, 1024),),
     "tensorwise_previous_step": (Threshold(4096, 1024),),
     "rowwise": _ROWWISE,
-    # These cast as rowwise does, or more finely, and their products are no faster: the same limits.
+    # The casts are rowwise's or finer, and the products no faster: the same limits.
     "rowwise_with_gw_hp": _ROWWISE,
     "blockwise": _ROWWISE,
     "mxfp8": _ROWWISE,
@@ -204,7 +210,7 @@ TOO_SMALL: dict[str, tuple[Threshold, ...]] = {
 
 @dataclass(frozen=True)
 class AutoFilter:
-    """A `module_filter_fn` that leaves out what float8 would not speed up. `why_not` gives the reason."""
+    """A `module_filter_fn` that excludes linears that float8 would not speed up; `why_not` says why."""
 
     recipe: str
     filter_fqns: tuple[str, ...] = ()
@@ -213,7 +219,7 @@ class AutoFilter:
         return self.why_not(module, fqn) is None
 
     def why_not(self, module: nn.Module, fqn: str) -> str | None:
-        """Why the module called `fqn` stays in high precision, or None if it is to be converted."""
+        """Why the module named `fqn` stays in high precision, or None if it is converted."""
         if not isinstance(module, nn.Linear):
             return f"{fqn} is a {type(module).__name__}, not an nn.Linear"
         for part in self.filter_fqns:

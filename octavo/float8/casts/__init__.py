@@ -1,1 +1,1 @@
-"""Who casts a tensor to float8, when, and how casts are reused."""
+"""When operands are cast to float8, by which kernel, and how casts are reused."""

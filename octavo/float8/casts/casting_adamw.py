@@ -1,19 +1,19 @@
-"""AdamW whose step also makes the float8 weights of the next step.
+"""AdamW whose step also casts the weights for the next step.
 
     optimizer = Float8AdamW(model.parameters(), model=model, lr=3e-4)
     for step in steps:
         with cast_weights_once(model):
-            ...                       # casts no weight: the last step made the casts
+            ...                       # casts no weight: the last optimizer step made the casts
         optimizer.step()
 
-An optimizer's step reads and writes every weight, and casting them reads them again. On a GPU the kernels of
-`kernels/adamw_cast.py` update and cast in one pass for 128 x 128 blocks, and for one scale a tensor or a row
-note the maxima on the way, after which one pass casts. Elsewhere the step is torch.optim.AdamW's own, and the
-weights are cast after it: the same bits as casting them in the next step.
+An optimizer step reads and writes every weight; casting the weights reads them again. On a GPU the kernels of
+`kernels/adamw_cast.py` update and cast in one pass for 128 x 128 blocks. For one scale per tensor or per row
+they compute the maxima on the way, and one more pass casts. Elsewhere the step is torch.optim.AdamW's, and
+the weights are cast after it, with the same bits as casting them in the next step.
 
-It is a torch.optim.AdamW: the same options, state and state dict, so that checkpoints of both load into each
-other. Only weights that lie whole and plain in one process are cast; sharded ones (FSDP, tensor parallelism)
-and all other parameters take torch's step. Kernels and torch's own step differ by float32 rounding.
+It is a torch.optim.AdamW with the same options, state and state dict, so that checkpoints of both are
+interchangeable. Only whole, unsharded weights are cast; sharded ones (FSDP, tensor parallelism) and all other
+parameters take torch's step. The kernels differ from torch's step by float32 rounding.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from octavo.float8.recipe import FULL, Cast
 
 
 def _kernel_casts(row: Cast | None, col: Cast | None) -> bool:
-    """Whether one kernel's step makes both casts of a weight."""
+    """Whether one kernel makes both casts of a weight as it steps."""
     return row is not None and row == col and row.block in ((FULL, FULL), (1, FULL), (128, 128))
 
 
 class Float8AdamW(torch.optim.AdamW):
     """torch.optim.AdamW that casts the weights of the `Float8Linear`s in `model` as it steps.
 
-    Options as there. Raises ValueError if `model` has no such layer.
+    Options are AdamW's. Raises ValueError if `model` has no such layer.
     """
 
     def __init__(self, params: ParamsT, *, model: nn.Module, **options: Any) -> None:
@@ -51,48 +51,46 @@ class Float8AdamW(torch.optim.AdamW):
                 "convert_to_float8_training first, or use torch.optim.AdamW"
             )
         self._linears = linears
-        self._steps: dict[Tensor, int] = {}  # as in `state`, where a GPU may hold them: reading them waits
+        self._steps: dict[Tensor, int] = {}  # copies of those in `state`: reading a GPU's would synchronize
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of every parameter with a gradient; then each of those weights has its casts."""
+        """Step every parameter that has a gradient, and cast the weights among them."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        mine = {id(m.weight): m for m in self._linears if type(m.weight) is nn.Parameter}
-        stepped = [m for m in mine.values() if m.weight.grad is not None]
-        aside: dict[Tensor, Tensor] = {}
+        linears = {id(m.weight): m for m in self._linears if type(m.weight) is nn.Parameter}
+        stepped = [m for m in linears.values() if m.weight.grad is not None]
+        kernel_stepped: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
             for p in group["params"]:
-                linear = mine.get(id(p))
+                linear = linears.get(id(p))
                 if linear is not None and p.grad is not None and self._kernel_can_step(p, linear, group):
                     linear.set_optimizer_casts(self._step_and_cast(p, linear, group))
-                    aside[p], p.grad = p.grad, None
+                    kernel_stepped[p], p.grad = p.grad, None
                 else:
                     self._steps.pop(p, None)  # torch steps it
         super().step()
-        for p, grad in aside.items():
+        for p, grad in kernel_stepped.items():
             p.grad = grad
         for linear in stepped:
-            if linear.weight not in aside:
+            if linear.weight not in kernel_stepped:
                 linear.set_optimizer_casts(
                     cast_weight(linear.weight.detach(), linear.recipe, for_grad_input=True)
                 )
         return loss
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """As torch's."""
         super().load_state_dict(state_dict)
         self._steps.clear()
 
     def _kernel_can_step(self, p: Tensor, linear: Float8Linear, group: dict[str, Any]) -> bool:
         row, col = linear.recipe.output.b, linear.recipe.grad_input.b
-        odd = any(group[name] for name in ("amsgrad", "maximize", "capturable", "differentiable"))
-        numbers = isinstance(group["lr"], float | int)
+        unsupported = any(group[name] for name in ("amsgrad", "maximize", "capturable", "differentiable"))
         return (
-            not odd
-            and numbers
+            not unsupported
+            and isinstance(group["lr"], float | int)
             and p.is_contiguous()
             and p.grad is not None
             and p.grad.is_contiguous()
@@ -105,9 +103,9 @@ class Float8AdamW(torch.optim.AdamW):
         from octavo.float8.kernels.adamw_cast import Step
 
         state = self.state[p]
-        if not state:  # as torch makes it
-            on = p.device if group["fused"] else "cpu"
-            state["step"] = torch.zeros((), dtype=torch.float32, device=on)
+        if not state:  # as torch.optim.AdamW creates it
+            device = p.device if group["fused"] else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         if p not in self._steps:
             self._steps[p] = int(state["step"])

@@ -1,14 +1,15 @@
-"""An operand whose scale is taken from the step before: what is known of it, and its cast.
+"""Delayed scaling, within a step: an operand's statistics, and its cast with the previous step's maximum.
 
-A scale needs the maximum of the tensor before the first element can be cast: a read for the maximum, and one
-for the cast. The maximum of a layer's input, or of its output's gradient, changes little from one step to the
-next, so the last step's will do, and the one read notes the maximum for the next step. What lies beyond the
-old maximum saturates and is counted; what is no finite number becomes NaN.
+A scale needs the tensor's maximum before the first element can be cast: one read for the maximum, one for the
+cast. The maximum of a layer's input, or of its output's gradient, changes little between steps, so the
+previous step's can be used, and the only read also computes the maximum for the next step. The price:
+elements beyond the old maximum saturate. They are counted. Non-finite elements become NaN.
 
-A step may run a layer many times, by microbatches, recomputation, and pipeline passes. The maximum of all of
-them is what it is however often one is repeated; saturated elements are counted where a tensor is met for the
-first time. Within a step the scale stays, so recomputation casts as the first pass did. `previous_step.py`
-decides between steps; until it does, and for tensors in inference, everything is cast just in time.
+A step may run a layer many times, for microbatches, recomputation and pipeline passes. The maximum over all
+of them does not change if one is repeated; saturated elements are counted only when a tensor is first met.
+The scale is constant within a step, so recomputation casts as the first pass did. `delayed_scaling.py`
+updates the statistics between steps. Before its first update, and in inference, operands are cast just in
+time.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from octavo.float8.recipe import Cast, When
 
 @dataclass(eq=False)
 class OperandStatistics:
-    """Of one operand of one layer, or of several layers that read one tensor; tensors on its device.
+    """Statistics of one operand of one layer, or of several layers with the same input; tensors on its
+    device.
 
-    amax: the maximum that scales come from, float32 [1, 1]. known: whether that is the last step's; if not,
-    operands are cast just in time. seen: the maximum of this step so far. counts: this step's elements, int64
-    [2], the saturated ones and all.
+    previous_amax: the maximum that determines the scale, float32 [1, 1]. valid: whether that is the previous
+    step's; if not, operands are cast just in time. current_amax: this step's maximum so far. counts: this
+    step's saturated and total elements, int64 [2].
     """
 
     previous_amax: Tensor
@@ -47,23 +49,23 @@ class OperandStatistics:
         )
 
     def record(self, amax: Tensor, saturated: Tensor | None, elements: int) -> None:
-        """Add what a tensor showed. `saturated` is None where it was cast just in time, or met before."""
+        """Add a tensor's statistics. `saturated` is None if it was cast just in time or recorded before."""
         self.current_amax.copy_(torch.maximum(self.current_amax, amax.to(self.current_amax.dtype)))
         if saturated is not None:
             self.counts.add_(torch.stack([saturated, saturated.new_full((), elements)]))
 
 
 class LayerStatistics(NamedTuple):
-    """A layer's. None: always just in time."""
+    """The statistics of a layer's two operands; None for one that is always cast just in time."""
 
     input: OperandStatistics | None = None
     grad_output: OperandStatistics | None = None
 
 
 def is_recomputing() -> bool:
-    """Whether this is a forward pass inside a backward pass, as activation checkpointing runs it.
+    """Whether this forward pass runs inside a backward pass, as activation checkpointing does.
 
-    Compiled code never asks: what it recomputes, it does without the notes.
+    Always False in compiled code, whose recomputation does not record.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
@@ -78,10 +80,10 @@ def quantize_operand(
     record: bool = True,
     count_saturated: bool = True,
 ) -> tuple[Quantized | Tensor, Quantized | Tensor]:
-    """`quantize_both`, with the scale of `operand` if it is known.
+    """`quantize_both`, with the previous step's scale if `statistics` has one.
 
-    `notes`: whether this step's maximum is to be noted; `counts`: and the saturated elements counted. Of a
-    tensor that ranks share, each notes its part; `DelayedScaling` puts them together.
+    `record`: whether to record this tensor's maximum; `count_saturated`: and its saturated elements. Each
+    rank records its shard of a sharded tensor; `DelayedScaling` combines them.
     """
     cast = row or col
     if statistics is None or cast is None or cast.when is When.JUST_IN_TIME or x.numel() == 0:

@@ -1,16 +1,16 @@
-"""Which kernel casts a tensor on a GPU.
+"""Chooses the kernel that casts a tensor on a GPU.
 
-`quantize.py` is the definition of a cast, and what runs on a CPU. On a GPU of compute capability 8.9 or later
-it hands tensors to the kernels here, which give the same bits with fewer passes over memory:
+`quantize.py` defines a cast and runs on a CPU. On a GPU of compute capability 8.9 or later it calls the
+kernels here, which give the same bits with fewer passes over memory:
 
     block of the cast          kernel
-    (FULL, FULL)               one scale a tensor
-    (1, FULL)                  one scale a row
-    (1, 128), (1, 32)          lines
-    (128, 128)                 squares
+    (FULL, FULL)               cast_tensor.py: one scale per tensor
+    (1, FULL)                  cast_rows_columns.py: one scale per row
+    (1, 128), (1, 32)          cast_lines.py
+    (128, 128)                 cast_tiles.py
 
-Other blocks, casts without scales, tensors whose scales need another rank's maxima, and everything under
-`use_kernels(False)` or with OCTAVO_KERNELS=0 in the environment, go on in plain PyTorch.
+Plain PyTorch handles the rest: other blocks, casts without scales, tensors whose scales need another rank's
+maxima, and everything under `use_kernels(False)` or with OCTAVO_KERNELS=0 in the environment.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from torch import Tensor
 from octavo.float8.distributed.tp_scales import ShardedAxis
 from octavo.float8.recipe import FULL, Cast
 
-LEAST_CAPABILITY = (8, 9)  # the first to convert to float8
+LEAST_CAPABILITY = (8, 9)  # the first with a conversion to float8
 GROUPS = (32, 128)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_PLAIN = (Tensor, torch.nn.Parameter)  # what kernels can take, not what only behaves like a tensor
+_PLAIN = (Tensor, torch.nn.Parameter)  # kernels cannot take other subclasses
 _HAVE_TRITON = importlib.util.find_spec("triton") is not None
 _enabled = os.environ.get("OCTAVO_KERNELS", "1") != "0"
 
 
 @contextmanager
 def use_kernels(enabled: bool) -> Iterator[None]:
-    """Whether kernels may cast, within the scope: to compare them with plain PyTorch, or to do without."""
+    """Scope in which kernels may or may not cast, e.g. to compare them with plain PyTorch."""
     global _enabled
     before, _enabled = _enabled, enabled
     try:
@@ -47,7 +47,7 @@ def use_kernels(enabled: bool) -> Iterator[None]:
 
 def _device_supported(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.cuda is None or not _HAVE_TRITON:
-        return False  # a CPU build of torch knows fake tensors of CUDA, too
+        return False  # a CPU build of torch has fake CUDA tensors, too
     properties = torch.cuda.get_device_properties(device)  # a constant to the compiler
     return (properties.major, properties.minor) >= LEAST_CAPABILITY
 
@@ -62,14 +62,14 @@ def _has_kernel(cast: Cast) -> bool:
 
 
 def supports(x: Tensor, cast: Cast | None, sharded: ShardedAxis | None = None) -> bool:
-    """Whether a kernel makes `cast` (None: nothing to make) of `x[R, C]`. `sharded` as in `quantize`."""
+    """Whether a kernel makes `cast` of `x[R, C]`; None means no cast. `sharded` as in `quantize`."""
     if not _enabled or not _device_supported(x.device) or type(x) not in _PLAIN:
         return False
     if x.dtype not in _DTYPES or x.numel() == 0:
         return False
     if cast is None:
         return True
-    # Scales that span the axis along which ranks share an operand take a collective call for the maxima.
+    # Scales that span the sharded axis need a collective for the maxima.
     return _has_kernel(cast) and (sharded is None or cast.block[sharded.axis] != FULL)
 
 
@@ -77,9 +77,10 @@ Pair = tuple[Tensor, Tensor]
 
 
 def cast_both(x: Tensor, row: Cast | None, col: Cast | None) -> tuple[Pair | None, Pair | None]:
-    """`(data[R, C], scale)` as `row` says, and `(data[C, R], scale)` of the transpose as `col` says.
+    """`(data[R, C], scale)` for the cast `row`, and `(data[C, R], scale)` of the transpose for `col`,
+    contiguous.
 
-    All contiguous. Casts that are the same are made together; `None` where none is asked for.
+    Equal casts are made together. None for a cast of None.
     """
     if row is not None and col is not None and row != col:
         return cast_both(x, row, None)[0], cast_both(x, None, col)[1]
@@ -92,8 +93,8 @@ def cast_both(x: Tensor, row: Cast | None, col: Cast | None) -> tuple[Pair | Non
 def cast_with_amax(
     x: Tensor, amax: Tensor, cast: Cast, rows: bool, columns: bool
 ) -> tuple[Pair, Pair, Tensor, Tensor]:
-    """As `cast_both`, with one scale, that of `amax[1, 1]`; then x's own maximum, float32 `[1, 1]`, and how
-    many of its elements saturated, int64.
+    """`cast_both` with the one scale of `amax[1, 1]`; then x's own maximum, float32 `[1, 1]`, and the number
+    of its saturated elements, int64.
     """
     from octavo.float8.kernels import ops  # triton, at its first use
 

@@ -1,15 +1,15 @@
-"""Linears that read the same input share its float8 casts, and what was measured of it.
+"""Linears that read the same input share its float8 casts, and its health measurements.
 
-wq, wk and wv read one tensor, and so do w1 and w3. Each would cast it again and keep its own float8 copy for
-backward: three casts and three bytes an element where one of each will do. Linears with one input are called
-one after the other, so the casts of the last input are remembered, and of no other: what is remembered never
-costs more than one layer's input, and ends with it.
+wq, wk and wv read one tensor, and so do w1 and w3. Each would cast it again and save its own float8 copy for
+backward: three casts and three bytes per element instead of one. Linears with one input are called one after
+the other, so only the casts of the last input are cached. The cache never costs more than one layer's input,
+and is freed with it.
 
-Only the result of an operation is remembered, never a tensor from outside: a pipeline's receive buffer, or
-memory shared with numpy, gets new values without a new version. An in-place edit of a result does make a new
-version, and with it new casts; an edit through `.data` does not.
+Only results of operations are cached, never a tensor from outside, whose values can change without a new
+version (a pipeline's receive buffer, memory shared with numpy). An in-place edit of a result advances its
+version and so invalidates the cache; an edit through `.data` does not.
 
-This serves eager mode. A compiled graph shares equal casts by itself.
+This is for eager mode. A compiled graph merges equal casts by itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass
 class _LastInput:
-    """What was made of one tensor, by key it was made. `tensor` is dead once the tensor is."""
+    """Results computed from one tensor, by key. `tensor` is a weak reference."""
 
     tensor: weakref.ref[Tensor]
     version: int
@@ -44,7 +44,7 @@ def _forget(tensor: weakref.ref[Tensor]) -> None:
 
 
 def compute_once(x: Tensor, key: Hashable, compute: Callable[[], T]) -> T:
-    """`compute()`, or what it gave for the same tensor, unchanged since, and the same `key`."""
+    """`compute()`, or its cached result for the same unmodified tensor `x` and the same `key`."""
     global _last
     if torch.compiler.is_compiling() or x.grad_fn is None or x.is_inference():
         return compute()

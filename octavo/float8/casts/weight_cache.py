@@ -1,21 +1,21 @@
 """Weights change once per optimizer step, so they are cast once per optimizer step.
 
 Without this, every microbatch casts every weight, and activation checkpointing casts it again.
-`cast_weights_once` is a scope around all microbatches of a step, forward and backward, with the optimizer's
-step outside:
+`cast_weights_once` is a scope around all microbatches of a step, forward and backward, but not the
+optimizer's step:
 
     with cast_weights_once(model):
         for microbatch in step:
             loss(model(microbatch)).backward()
     optimizer.step()
 
-Inside, each float8 linear holds its weight's casts: one byte a parameter for square casts (tensorwise,
-blockwise), two for the others. A scope says when weights may change, which a version check cannot: fused
-optimizers and FSDP2 change weights without a new version. Compiled code takes the casts as inputs, so
-entering the scope costs one more graph.
+Inside, each float8 linear keeps its weight's casts: one byte per parameter for square casts (tensorwise,
+blockwise), two for the others. A scope states when weights may change, which a version check cannot: fused
+optimizers and FSDP2 change weights without advancing the version. Compiled code takes the casts as inputs, so
+entering the scope compiles one more graph.
 
 Under FSDP2, weights gathered in float8 keep the cast of the local shard. Weights gathered in high precision
-are cast at every use, since keeping them would hold the whole model on every rank.
+are cast at every use, since their casts would keep the whole model on every rank.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from octavo.float8.linear import Float8Linear
 def cast_weights_once(model: nn.Module, *, enabled: bool = True) -> Iterator[None]:
     """Cast each float8 weight of `model` now, and use that cast until the scope ends.
 
-    An optimizer step on one of these weights inside the scope raises RuntimeError: the casts would be out of
-    date. Editing a weight by hand inside it is not noticed. `enabled=False` does nothing, which gives the
-    same numbers.
+    Raises RuntimeError for an optimizer step on one of these weights inside the scope, which would make the
+    casts stale. Editing a weight by hand inside it may go unnoticed. `enabled=False` does nothing, with the
+    same results.
     """
     linears = [m for m in model.modules() if isinstance(m, Float8Linear)] if enabled else []
     if any(linear.weight_casts is not None for linear in linears):
@@ -60,7 +60,7 @@ def cast_weights_once(model: nn.Module, *, enabled: bool = True) -> Iterator[Non
             stack.callback(setattr, linear, "weight_casts", None)
             with torch.no_grad():
                 linear.cast_weight_for_step()
-        # Those that are multiplied as one hold one buffer.
+        # Linears that are multiplied as one share one buffer.
         for group in {id(m.shared_input): m.shared_input for m in linears if m.shared_input}.values():
             stack.callback(group.release_weight_casts)
             with torch.no_grad():

@@ -1,1 +1,1 @@
-"""Trying float8 out: a self-check on this device, and tracing the GPU path without a GPU."""
+"""A self-check of float8 on this device, and tracing the GPU path without a GPU."""

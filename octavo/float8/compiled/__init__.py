@@ -1,1 +1,1 @@
-"""What compiled code needs, so that it saves and rounds as eager code does."""
+"""What compiled code needs in order to save and round as eager code does."""

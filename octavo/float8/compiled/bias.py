@@ -1,9 +1,9 @@
-"""Adding a bias so that compiled code rounds as eager code does.
+"""Adds a bias so that compiled code rounds as eager code does.
 
-The compiler fuses the addition with the product's rounding to bfloat16 and skips the rounding between them,
-and it sums the bias's gradient in its own order. On a CPU, where float8 is emulated to be checked, both are
-kept out of its hands, so that a layer gives the same bits compiled and eager. On a GPU fusing is worth more
-than that.
+The compiler fuses the addition with the product's rounding to bfloat16 and skips the rounding in between, and
+it sums the bias's gradient in its own order. On a CPU, where float8 is emulated for checking, both are opaque
+operators, so that a layer gives the same bits compiled and eager. On a GPU speed matters more, and they are
+fused.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Float8 under FSDP2 and tensor parallelism: weights and activations that travel as float8."""
+"""Float8 communication of weights (FSDP2) and activations (tensor parallelism)."""

@@ -31,14 +31,15 @@ from octavo.float8.recipe import Recipe
 
 
 def tensor_parallel_spec(weight: DTensor, recipe: Recipe) -> TensorParallelSpec:
-    """How `weight[N, K]` is sharded. Raises ValueError for what no tensor parallel style makes, and for
-    blocks that straddle ranks.
+    """The sharding of `weight[N, K]`.
+
+    Raises ValueError if no tensor parallel style makes it, or if blocks would straddle ranks.
     """
     mesh, placements = weight.device_mesh, weight.placements
     if mesh.ndim != 1 or not (placements[0].is_shard(0) or placements[0].is_shard(1)):
         raise ValueError(
-            f"a Float8Linear multiplies with a weight that is {placements} over a mesh of {mesh.ndim} "
-            "dimensions; it needs one that is Shard(0) or Shard(1) over one. Shard it with "
+            f"the weight of a Float8Linear has placements {placements} over a mesh of {mesh.ndim} "
+            "dimensions; it must be Shard(0) or Shard(1) over one dimension. Shard it with "
             "Float8ColwiseParallel or Float8RowwiseParallel; if FSDP shards it too, call the model that "
             "fully_shard was applied to, which gathers it"
         )
@@ -55,8 +56,8 @@ def group_name(mesh: DeviceMesh) -> str:
 def scatter_output(
     sharding: TensorParallelSpec, recipe: Recipe, tokens: torch.Size, output: Placement | None
 ) -> TensorParallelSpec:
-    """`sharding`, scattering its output inside the product if `output` asks for a sharding of `tokens` that
-    can be gathered in float8 on the way back.
+    """`sharding`, with the output scattered inside the product if possible: `output` shards `tokens` so that
+    the gradient can be gathered in float8.
     """
     if sharding.axis == 0 or not isinstance(output, Shard):
         return sharding
@@ -73,12 +74,12 @@ def scatter_output(
 def local_input(
     x: Tensor | GatheredInput, sharding: TensorParallelSpec
 ) -> tuple[Tensor, Tensor, Casts | None]:
-    """This rank's `x_MK`; the tensor that owns its memory; and its casts, where they came along."""
+    """This rank's `x_MK`, the tensor under which its casts are cached, and its casts if they exist."""
     if isinstance(x, GatheredInput):
         if sharding.axis == 1:
             raise ValueError(
-                "an input that was gathered whole, in float8, reached a Float8Linear whose weight is sharded "
-                "by input features: prepare the inputs of column-wise linears only"
+                "an input gathered in float8 reached a Float8Linear whose weight is sharded by input "
+                "features: apply PrepareFloat8ModuleInput to modules with column-wise linears only"
             )
         return x.edge, x.edge, x.casts
     if not isinstance(x, DTensor):
@@ -91,7 +92,7 @@ def local_input(
     needed: Placement = Replicate() if sharding.axis == 0 else last
     if x.placements != (needed,):
         x = x.redistribute(placements=[needed])
-    # Of a whole input every rank's features give a part of the gradient's sum.
+    # Each rank's output features contribute one term of the gradient of a whole input.
     local = x.to_local(grad_placements=[Partial() if sharding.axis == 0 else last])
     with torch.no_grad():
         owner = x.to_local()
@@ -120,10 +121,10 @@ def output_dtensor(
     sharding: TensorParallelSpec,
     output: Placement | None,
 ) -> DTensor:
-    """This rank's part of the product, and the bias, as the DTensor `y[*tokens, N]`.
+    """This rank's product `y_MN`, plus the bias, as the DTensor `y[*tokens, N]`.
 
-    Sharded by N if the weight is. A sum becomes `output` (None: Partial, or Replicate where a bias must be
-    added to it).
+    Sharded by N if the weight is. A sum over ranks is redistributed to `output` (None: stays Partial, or
+    becomes Replicate if there is a bias to add).
     """
     local_bias = bias.to_local() if isinstance(bias, DTensor) else bias
     if sharding.axis == 0:

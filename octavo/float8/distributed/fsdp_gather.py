@@ -1,25 +1,23 @@
 """FSDP2's all-gather of weights in float8: a quarter of float32's bytes, half of bfloat16's.
 
-Each rank casts its shard and gathers bytes, where it would have gathered high precision and cast the whole
-weight. That gives the same bits as the ungathered cast if three things hold:
+Each rank casts its shard and gathers bytes, instead of gathering high precision and casting the whole weight.
+The bits equal those of the ungathered cast under three conditions:
 
-* A block's scale comes from the maximum of the whole block. Shards cut tensors, and 128-blocks, anywhere;
-  so each rank writes its maxima into the grid of the whole weight's blocks, and one all-reduce(MAX)
-  completes the grids. Magnitudes are compared as integers, which orders float32 numbers rightly and carries
-  a NaN through.
-* The cast starts from the dtype that the gathered weight would have had, `mp_policy.param_dtype`. Rounding
-  to it is monotonic, so a maximum can be taken first and rounded afterwards.
-* One float8 weight serves the output and grad_input, that is, `Recipe.gatherable`.
+* A block's scale comes from the maximum of the whole block. Shards cut tensors, and 128-blocks, at any row;
+  so each rank writes its maxima into the grid of the whole weight's blocks, and one all-reduce(MAX) completes
+  the grids (`amax_reduction.py`).
+* The cast starts from the dtype that the gathered weight would have had, `mp_policy.param_dtype`. Rounding to
+  it is monotonic, so the maximum can be taken first and rounded afterwards.
+* One float8 weight serves the output and grad_input: `Recipe.gatherable`.
 
-FSDP2 asks the local tensor of its sharded parameter for two hooks. So that tensor is a `ShardedWeight`: the
-plain tensor (same storage), the cast, and a `ShardCache` of maxima and casts. `Float8Linear` wraps it when
-FSDP2 hands the sharded parameter over; before that, and in state dicts and optimizer states, everything is
-plain.
+FSDP2 calls two hooks on the local tensor of its sharded parameter. So that tensor is a `ShardedWeight`: the
+plain tensor (same storage), the cast, and a `ShardCache` of maxima and casts. `Float8Linear` creates it when
+FSDP2 sets the sharded parameter. Before that, and in state dicts and optimizer states, tensors are plain.
 
-What is known must not outlive the values. The tensor itself sees every operation that writes to it, by an
-optimizer, a load, or a hand, and forgets; no version counter could say as much, since fused optimizers do not
-advance it. What a write through an alias would slip past, the version counter catches, and that is an error:
-to notice it on some ranks only and reduce again there would hang the others.
+The cache must not outlive the values. The tensor subclass sees every operation that writes to it, by an
+optimizer, a load, or by hand, and clears the cache; a version counter is not enough, since fused optimizers
+do not advance it. A write through an alias bypasses the subclass, but advances the version; that is an error,
+because noticing it on some ranks only and reducing again there would hang the others.
 """
 
 from __future__ import annotations
@@ -49,10 +47,11 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass
 class ShardCache:
-    """What is known about a shard's present values. Shared by a `ShardedWeight` and its views.
+    """The maxima and casts of a shard's current values. Shared by a `ShardedWeight` and its views.
 
-    amax: the whole weight's block maxima. casts: by dtype, what `cast_shard` gave; kept while `hold` is set.
-    layout: as FSDP2 last told it, for weights that are sharded along two mesh axes.
+    amax: the whole weight's block maxima. version: the tensor's version when they were computed. casts:
+    results of `cast_shard` by dtype, kept while `keep_casts`. layout: from FSDP2's last gather, for weights
+    sharded along two mesh axes.
     """
 
     amax: Tensor | None = None
@@ -88,11 +87,11 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
 
 
 HOOKS = "float8_gather_hooks"
-"""Attribute of a shard whose hooks are an object of their own, as where none can be its class."""
+"""Attribute for the hooks of a shard that cannot be a `ShardedWeight`, e.g. a fake tensor."""
 
 
 class Float8GatherHooks:
-    """What FSDP2 calls to gather the shard `plain` in float8 as `cast` says; `known` is of its values."""
+    """The hooks that FSDP2 calls to gather the shard `plain` in float8, cast by `cast`."""
 
     plain: Tensor
     cast: Cast
@@ -106,13 +105,13 @@ class Float8GatherHooks:
         module: nn.Module,
         mp_policy: Any,
     ) -> tuple[tuple[Tensor], Any]:
-        """This rank's bytes to gather, and what `fsdp_post_all_gather` needs beside them."""
+        """This rank's bytes to gather, and metadata for `fsdp_post_all_gather`."""
         N, K = outer_size
         dim = int(self.plain.shape[1] != K)
         layout = ShardLayout(N, K, dim, mesh.size(), mesh.get_local_rank())
         dtype = mp_policy.param_dtype or self.plain.dtype
         if not getattr(module, "gathers_float8", False):
-            # A weight shared with another module, which FSDP2 hands over in that module's name.
+            # A weight shared with another module, under whose name FSDP2 gathers it.
             padded = self.plain.new_zeros(layout.padded, dtype=dtype)
             rows, cols = self.plain.shape
             padded.narrow(0, 0, rows).narrow(1, 0, cols).copy_(self.plain)
@@ -143,16 +142,16 @@ class Float8GatherHooks:
         *,
         out: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """The whole weight over the gathered bytes, which FSDP2 frees and fills again under it."""
+        """The whole weight, a view of the gathered bytes; FSDP2 frees and refills their storage."""
         layout, scale = metadata
         if scale is not None and scale.is_cuda:  # made in FSDP2's stream, read in this one
             scale.record_stream(torch.cuda.current_stream())
         if out is not None:
             if scale is not None:
-                # Not written in place: what autograd saved in forward is read in backward, after this.
-                carrier = out._local_tensor if isinstance(out, DTensor) else out
-                assert isinstance(carrier, UnshardedWeight)
-                carrier.scale = scale
+                # Not written in place: autograd saved the old scale in forward for backward.
+                weight = out._local_tensor if isinstance(out, DTensor) else out
+                assert isinstance(weight, UnshardedWeight)
+                weight.scale = scale
             return None
         (gathered,) = outputs
         if scale is not None:
@@ -161,7 +160,7 @@ class Float8GatherHooks:
         return (whole if scale is None else UnshardedWeight(whole, scale, param_dtype, self.cast)), ()
 
     def check_unwritten(self) -> None:
-        """Raise RuntimeError if what is known was outdated without this tensor noticing."""
+        """Raise RuntimeError if the shard was written to without clearing the cache."""
         cache = self.cache
         if (cache.amax is not None or cache.casts) and cache.version != _version(self.plain):
             raise RuntimeError(
@@ -172,11 +171,11 @@ class Float8GatherHooks:
 
 
 class ShardedWeight(Float8GatherHooks, Tensor):
-    """One rank's part of a weight that FSDP2 is to gather in float8 as `cast` says.
+    """One rank's shard of a weight that FSDP2 gathers in float8, cast by `cast`.
 
-    It has the storage of the plain tensor `plain`. Operations give plain tensors, but for those by which
-    FSDP2 and `nn.Module` lay the parameter out anew (padding, slicing, moving to a device, `to_empty`). Its
-    pickle is that of `plain`.
+    It shares the storage of the plain tensor `plain`. Operations return plain tensors, except those with
+    which FSDP2 and `nn.Module` create new shards (padding, slicing, moving to a device, `to_empty`). It
+    pickles as `plain`.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -212,34 +211,34 @@ class ShardedWeight(Float8GatherHooks, Tensor):
         weight = args[0]
         if out is weight.plain:  # written in place
             return weight
-        if isinstance(out, FakeTensor):  # which has a class of its own; see `pretend.py`
+        if isinstance(out, FakeTensor):  # cannot be a subclass; see `checks/fake_gpu.py`
             return out
-        if out.dim() == 2 and func in _LAID_OUT_AGAIN:
+        if out.dim() == 2 and func in _RELAYOUTS:
             return ShardedWeight(out, weight.cast, weight.cache)
-        if out.dim() == 2 and func in _MADE_LIKE:
+        if out.dim() == 2 and func in _COPIES:
             same_values = func is _aten._to_copy.default and out.dtype == weight.dtype
             return ShardedWeight(out, weight.cast, weight.cache if same_values else None)
         return out
 
 
-def fsdp_parameters(mine: Container[nn.Module]) -> Iterator[tuple[Any, Any]]:
-    """FSDP2's own records of the parameters of the modules in `mine`: (parameter group, parameter).
+def fsdp_parameters(modules: Container[nn.Module]) -> Iterator[tuple[Any, Any]]:
+    """FSDP2's records of the parameters of `modules`: (parameter group, parameter).
 
-    They are private to PyTorch: where they look otherwise than known, there are none.
+    They are private to PyTorch: if their structure is not the expected one, nothing is returned.
     """
     for reference in list(_module_state_mapping.values()):
         state = reference()
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
         for group in groups:
             for parameter in getattr(group, "fsdp_params", ()):
-                if parameter._module_info.module in mine:
+                if parameter._module_info.module in modules:
                     yield group, parameter
 
 
 def _refuse_smaller_groups(module: nn.Module) -> None:
-    """Raise ValueError if FSDP2 is to reshard `module` to a part of its ranks after forward.
+    """Raise ValueError if FSDP2 would reshard `module` to a subset of its ranks after forward.
 
-    It would fail there with a message about dtypes; where its records do not tell, that has to do.
+    FSDP2 would fail later, with a message about dtypes.
     """
     if any(getattr(group, "_use_post_forward_mesh", False) for group, _ in fsdp_parameters([module])):
         raise ValueError(
@@ -249,7 +248,7 @@ def _refuse_smaller_groups(module: nn.Module) -> None:
         )
 
 
-_LAID_OUT_AGAIN = frozenset(
+_RELAYOUTS = frozenset(
     {
         _aten.detach.default,
         _aten.alias.default,
@@ -258,7 +257,7 @@ _LAID_OUT_AGAIN = frozenset(
         _aten.as_strided.default,
     }
 )
-_MADE_LIKE = frozenset(
+_COPIES = frozenset(
     {
         _aten.new_zeros.default,
         _aten.empty_like.default,
@@ -273,15 +272,13 @@ def _is_whole(placement: Any) -> bool:
 
 
 def _tensor_parallel_groups(weight: Any, cast: Cast, mesh: DeviceMesh) -> list[dist.ProcessGroup]:
-    """The groups, beside that of FSDP2's `mesh`, over which one block of the sharded `weight` is spread.
+    """The groups, besides that of FSDP2's `mesh`, over which one block of the sharded `weight` is spread.
 
-    A 128-block is one of the tensor-parallel part that the module multiplies with, and ends where it ends.
+    A 128-block does not cross from one tensor parallel shard to another.
     """
     if not isinstance(weight, DTensor) or cast.block[0] != FULL:
         return []
-    mine = mesh.get_group()
-    groups = _sharding_groups(weight)
-    return [group for group in groups if group is not mine]
+    return [group for group in _sharding_groups(weight) if group is not mesh.get_group()]
 
 
 def _sharding_groups(weight: DTensor) -> list[dist.ProcessGroup]:
@@ -292,8 +289,8 @@ def _sharding_groups(weight: DTensor) -> list[dist.ProcessGroup]:
 def shard_in_float8(parameter: DTensor, cast: Cast, *, previous: Any) -> None:
     """Make the local tensor of FSDP2's sharded `parameter` a `ShardedWeight`.
 
-    A parameter that has one, or that holds the gathered weight, is left as it is; and so is one on the mesh
-    of the `previous` parameter, which is tensor parallel's alone.
+    Does nothing if it already is one, if it is the gathered weight, or if the parameter is on the mesh of the
+    `previous` parameter, which is then sharded by tensor parallelism only.
     """
     if type(parameter._local_tensor) is not Tensor or parameter.dtype not in _DTYPES:
         return
@@ -304,7 +301,7 @@ def shard_in_float8(parameter: DTensor, cast: Cast, *, previous: Any) -> None:
 
 
 def plain_parameter(tensor: Any) -> Any:
-    """`tensor`, with the plain tensor in place of a `ShardedWeight`, for a state dict."""
+    """`tensor` with the plain tensor in place of a `ShardedWeight`, for a state dict."""
     if isinstance(tensor, DTensor) and isinstance(tensor._local_tensor, ShardedWeight):
         return DTensor.from_local(
             tensor._local_tensor.plain,
@@ -321,14 +318,14 @@ def plain_parameter(tensor: Any) -> Any:
 
 
 def sharded_weights(module: nn.Module) -> list[tuple[DTensor, Float8GatherHooks]]:
-    """The parameters in `module` that FSDP2 gathers in float8 and holds sharded now, and their hooks."""
+    """The parameters in `module` that FSDP2 gathers in float8 and that are sharded now, with their hooks."""
     locals_ = [(p, p._local_tensor) for p in module.parameters() if isinstance(p, DTensor)]
     found = [(p, t if isinstance(t, Float8GatherHooks) else getattr(t, HOOKS, None)) for p, t in locals_]
     return [(p, hooks) for p, hooks in found if hooks is not None]
 
 
 def _layout_of(parameter: DTensor, weight: Float8GatherHooks) -> ShardLayout | None:
-    """The layout that FSDP2 told, or that a parameter sharded along one mesh axis at most must have."""
+    """The layout of FSDP2's last gather, or that of a parameter sharded along at most one mesh axis."""
     if weight.cache.layout is not None:
         return weight.cache.layout
     axes = [axis for axis, placement in enumerate(parameter.placements) if not _is_whole(placement)]
@@ -346,12 +343,12 @@ def _layout_of(parameter: DTensor, weight: Float8GatherHooks) -> ShardLayout | N
 def precompute_float8_dynamic_scale_for_fsdp(module: nn.Module) -> None:
     """Compute the scales of all weights in `module` that FSDP2 gathers in float8, in one all-reduce.
 
-    Call it on every rank after `optimizer.step()`. Gathers then need no reduction of their own; the numbers
-    are the same with and without. The scales serve until the weights are next written to, by whatever means;
-    gathers after that compute their own again, so a call left out costs time and nothing else. Writing behind
-    the parameters' back, through an alias of their storage, raises RuntimeError at the next gather.
+    Call it on every rank after `optimizer.step()`. Gathers then need no reduction of their own; results are
+    the same with and without. The scales are valid until the weights are next written to. Later gathers
+    compute their own, so a missing call costs only time. Writing through an alias of a parameter's storage
+    raises RuntimeError at the next gather.
 
-    Weights sharded over different meshes, or tensor-parallel ones, take one all-reduce for each set of
+    Weights sharded over different meshes, or by tensor parallelism too, take one all-reduce per set of
     meshes. Does nothing for a module without such weights.
     """
     by_groups: dict[tuple[int, ...], tuple[list[dist.ProcessGroup], list[Any]]] = {}
@@ -372,9 +369,7 @@ def precompute_float8_dynamic_scale_for_fsdp(module: nn.Module) -> None:
 
 
 class cast_shards_once:
-    """A scope in which each shard in `module` is cast once, at its first gather, after one all-reduce for
-    all.
-    """
+    """Scope in which each shard in `module` is cast once, when first gathered, after one all-reduce."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

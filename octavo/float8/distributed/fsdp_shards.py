@@ -1,9 +1,9 @@
-"""The arithmetic of one shard of a float8 weight: its blocks' maxima, and its bytes, as the whole weight's
-cast gives them.
+"""The arithmetic of one shard of a float8 weight: its blocks' maxima, and its bytes, equal to the whole
+weight's.
 
-Shards cut tensors, and 128-blocks, anywhere. So a shard writes its maxima into the grid of the whole weight's
-blocks, a reduction over the ranks completes the grid, and the shard is cast with its own part of the
-completed one.
+FSDP2 cuts tensors at any row, so 128-blocks too. A shard writes its maxima into the grid of the whole
+weight's blocks, a reduction over the ranks completes the grid, and the shard is cast with its part of the
+grid.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from octavo.float8.recipe import FULL, Cast
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Where a shard lies: whole weight `[N, K]`, cut along `dim` (0: rows) into `world` parts; this is part
-    `rank`.
+    """The position of a shard: part `rank` of `world` parts of the weight `[N, K]`, cut along `dim` (0:
+    rows).
 
-    As FSDP2 cuts: ceil(size / world) to each part, the last ones shorter or empty.
+    As in FSDP2, each part has ceil(size / world) rows or columns; the last ones are shorter or empty.
     """
 
     N: int
@@ -38,7 +38,7 @@ class ShardLayout:
 
     @property
     def padded(self) -> tuple[int, int]:
-        """The shape of the longest part, which is what every rank gathers."""
+        """The shape of the longest part, which every rank gathers."""
         size = [self.N, self.K]
         size[self.dim] = -(-size[self.dim] // self.world)
         return size[0], size[1]
@@ -50,7 +50,7 @@ class ShardLayout:
         return (at, 0) if self.dim == 0 else (0, at)
 
     def grid(self, cast: Cast) -> tuple[int, int]:
-        """How many blocks the whole weight has."""
+        """The number of blocks of the whole weight along each axis."""
         rows, cols = (
             1 if b == FULL else -(-n // b) for b, n in zip(cast.block, (self.N, self.K), strict=True)
         )
@@ -58,7 +58,7 @@ class ShardLayout:
 
 
 class _Cut(NamedTuple):
-    """A shard grown to begin at a block's edge: its blocks' place in the grid, and the zeros put in front."""
+    """A shard extended to a block's edge: the grid index of its first block, and the zeros in front."""
 
     first: tuple[int, int]
     lead: tuple[int, int]
@@ -84,8 +84,7 @@ def shard_amax(shard: Tensor, layout: ShardLayout, cast: Cast) -> Tensor:
 
 
 def cast_shard(shard: Tensor, amax: Tensor, layout: ShardLayout, cast: Cast) -> tuple[Tensor, Tensor]:
-    """The shard's float8 bytes, padded with zeros to `layout.padded` (uint8), and the scale of the whole
-    weight.
+    """The shard's float8 bytes, zero-padded to `layout.padded` (uint8), and the scale of the whole weight.
 
     `shard` has the dtype to cast from; `amax` are the whole weight's block maxima.
     """
@@ -103,9 +102,7 @@ def cast_shard(shard: Tensor, amax: Tensor, layout: ShardLayout, cast: Cast) -> 
 
 
 def reduce_maxima(grids: Sequence[Tensor], groups: Sequence[dist.ProcessGroup]) -> list[Tensor]:
-    """The element-wise maximum over all `groups` of each of `grids` (float32, not negative), in one all-
-    reduce a group.
-    """
+    """The element-wise maximum of each of `grids` over all `groups`, in one all-reduce per group."""
     flat = torch.cat([grid.flatten() for grid in grids])
     parts = all_reduce_amax(flat, [group.group_name for group in groups if group.size() > 1]).split(
         [grid.numel() for grid in grids]

@@ -1,13 +1,13 @@
-"""Tensor parallel styles whose activations travel in float8.
+"""Tensor parallel styles that communicate activations in float8.
 
 `torch.distributed.tensor.parallel` shards a linear's weight over a group of ranks: column-wise by output
-features, row-wise by input features. Under sequence parallel the tokens between such pairs are sharded too:
-they are gathered in front of the column-wise linears, and the row-wise linear's sum is scattered. The styles
+features, row-wise by input features. Under sequence parallelism the tokens between such pairs are sharded
+too: they are gathered before the column-wise linears, and the row-wise linear's sum is scattered. The styles
 here are used as torch's are, on `Float8Linear`s, and compute what one process would:
 
     PrepareFloat8ModuleInput   one gather, in float8, for all column-wise linears of a module (wq, wk, wv)
-    Float8ColwiseParallel      gathers its own input in float8, where nobody did before
-    Float8RowwiseParallel      scatters its output; the gradient is gathered in float8 on the way back
+    Float8ColwiseParallel      gathers its input in float8, unless it was gathered before
+    Float8RowwiseParallel      scatters its output; its gradient is gathered in float8
 
     plan = {
         "attention_norm": SequenceParallel(),
@@ -19,14 +19,14 @@ here are used as torch's are, on `Float8Linear`s, and compute what one process w
     }
     parallelize_module(block, mesh, plan)
 
-What travels is the bytes that the products read: one an element where one scale serves the tensor, and two,
-as in bfloat16, where rows and columns are scaled apart and the weight is trained. Torch's own styles work on
-Float8Linears too, with the same numbers, and gather in high precision; so do these, silently, where float8
-cannot be gathered: a recipe with a product in high precision that needs the tensor itself, blocks of tokens
-that would straddle ranks, or tokens that do not divide evenly.
+The bytes sent are those that the products read: one per element with one scale per tensor; two, as in
+bfloat16, if rows and columns are scaled separately and the weight is trained. Torch's own styles work on
+Float8Linears too, with the same results, and gather in high precision. So do these, silently, where float8
+cannot be gathered: if a product in high precision needs the tensor itself, if blocks of tokens would straddle
+ranks, or if tokens do not divide evenly.
 
-The scales are those of the whole tensor (`split.py`), so the results are one process's but for the order of
-sums. Parameters are DTensors under their ordinary names.
+Scales are those of the whole tensor (`tp_scales.py`), so results equal one process's up to the order of sums.
+Parameters are DTensors under their usual names.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from octavo.float8.distributed.tp_gather import (
     can_gather,
     cast_and_gather,
     count_pieces,
-    gather,
+    gathered_input,
 )
 from octavo.float8.distributed.tp_scales import TensorParallelSpec
 from octavo.float8.linear import Float8Linear
@@ -69,8 +69,8 @@ def _linear(module: nn.Module, style: str) -> Float8Linear:
 def _gather(
     x: Any, layout: Placement, linear: Float8Linear, *, for_grad_weight: bool, mesh: DeviceMesh
 ) -> Any:
-    """`x[..., K]`, of which this rank holds the part that `layout` says, gathered whole in float8 as `linear`
-    casts its input; or None where that cannot be.
+    """`x[..., K]`, of which this rank has the shard `layout`, gathered whole in float8 as `linear` casts its
+    input; None if that is impossible.
     """
     recipe = linear.recipe
     statistics = None if linear.statistics is None else linear.statistics.input
@@ -111,7 +111,7 @@ def _gather(
             ),
         )
     shape = torch.Size((*x.shape[:dim], x.shape[dim] * size, *x.shape[dim + 1 :]))
-    return gather(x_MK, casts, shape, pieces=pieces, size=size, group=group)
+    return gathered_input(x_MK, casts, shape, pieces=pieces, size=size, group=group)
 
 
 def _trains(linears: list[Float8Linear]) -> bool:
@@ -119,12 +119,12 @@ def _trains(linears: list[Float8Linear]) -> bool:
 
 
 class Float8ColwiseParallel(ColwiseParallel):
-    """`ColwiseParallel` of a `Float8Linear`, with its input gathered in float8.
+    """`ColwiseParallel` for a `Float8Linear`, with its input gathered in float8.
 
-    Arguments as there: `input_layouts` (default Replicate()) is how the input is sharded, `output_layouts`
-    (default Shard(-1)) how the output is to be, `use_local_output` (default True) whether that is an ordinary
-    tensor. Takes what PrepareFloat8ModuleInput gathered, too. Raises ValueError for a module that is no
-    Float8Linear, and where out_features does not divide into whole blocks for every rank.
+    Arguments are ColwiseParallel's: `input_layouts` (default Replicate()), `output_layouts` (default
+    Shard(-1)), `use_local_output` (default True). Also takes the input that PrepareFloat8ModuleInput
+    gathered. Raises ValueError for a module that is not a Float8Linear, and if out_features does not divide
+    into whole blocks per rank.
     """
 
     @staticmethod
@@ -154,11 +154,11 @@ class Float8ColwiseParallel(ColwiseParallel):
 
 
 class Float8RowwiseParallel(RowwiseParallel):
-    """`RowwiseParallel` of a `Float8Linear`, whose output's gradient is gathered in float8.
+    """`RowwiseParallel` for a `Float8Linear`, with its output's gradient gathered in float8.
 
-    Arguments as there: `input_layouts` (default Shard(-1)), `output_layouts` (default Replicate()),
-    `use_local_output` (default True). Raises ValueError for a module that is no Float8Linear, and where
-    in_features does not divide into whole blocks for every rank.
+    Arguments are RowwiseParallel's: `input_layouts` (default Shard(-1)), `output_layouts` (default
+    Replicate()), `use_local_output` (default True). Raises ValueError for a module that is not a
+    Float8Linear, and if in_features does not divide into whole blocks per rank.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -170,19 +170,18 @@ class Float8RowwiseParallel(RowwiseParallel):
 
 
 class PrepareFloat8ModuleInput(PrepareModuleInput):
-    """`PrepareModuleInput` for a module that hands its input to column-wise `Float8Linear`s: inputs that are
-    sharded by tokens and wanted whole are gathered once, in float8.
+    """`PrepareModuleInput` for a module that passes its input to column-wise `Float8Linear`s: inputs that are
+    sharded by tokens and needed whole are gathered once, in float8.
 
     input_layouts, desired_input_layouts, input_kwarg_layouts, desired_input_kwarg_layouts: how each input is
-        sharded, and is wanted; None for one to leave alone.
-    use_local_output: whether inputs that were not gathered in float8 become ordinary tensors (default
-        False).
+        sharded, and should be; None leaves it unchanged.
+    use_local_output: whether inputs that were not gathered in float8 become ordinary tensors (default False).
     float8_dtype: the float8 type of those linears' input.
-    fwd_config_submodule_fqn: the name, below the module, of a linear that reads the input; its recipe says
-        how to cast. Without it all Float8Linears below the module must have one recipe.
+    fwd_config_submodule_fqn: the name, relative to the module, of a linear that reads the input; its recipe
+        defines the cast. Without it, all Float8Linears in the module must have one recipe.
 
-    What the module gets can be handed to Float8Linears, and nothing else: any other operation raises
-    TypeError. Raises ValueError where the recipe is not clear or does not cast the input to `float8_dtype`.
+    The module may pass a gathered input to Float8Linears only: any other operation raises TypeError. Raises
+    ValueError if the recipe is ambiguous or does not cast the input to `float8_dtype`.
     """
 
     def __init__(
@@ -208,7 +207,7 @@ class PrepareFloat8ModuleInput(PrepareModuleInput):
         self.readers: list[Float8Linear] = []
 
     def _readers(self, module: nn.Module) -> list[Float8Linear]:
-        """The linears whose recipe says how to cast the input."""
+        """The linears whose recipe defines the cast of the input."""
         name = self.fwd_config_submodule_fqn
         if name is not None:
             return [_linear(module.get_submodule(name), "PrepareFloat8ModuleInput.fwd_config_submodule_fqn")]
@@ -234,9 +233,9 @@ class PrepareFloat8ModuleInput(PrepareModuleInput):
                 f"PrepareFloat8ModuleInput has float8_dtype={self.float8_dtype}, and recipe "
                 f"{readers[0].recipe.name!r} casts inputs to {cast.dtype}: pass float8_dtype={cast.dtype}"
             )
-        one = copy.copy(self)  # a plan may apply one style to many modules
-        one.readers = readers
-        return super(PrepareFloat8ModuleInput, one)._apply(module, device_mesh)
+        style = copy.copy(self)  # a plan may apply one style to many modules
+        style.readers = readers
+        return super(PrepareFloat8ModuleInput, style)._apply(module, device_mesh)
 
     def _prepare_input_arg(
         self,

@@ -1,21 +1,19 @@
-"""Tokens that are spread over a group of ranks, gathered in float8.
+"""All-gather of an activation in float8, for tokens that are sharded over ranks (sequence parallelism).
 
-Under sequence parallelism every rank holds some of the tokens, and a product needs all of them. What the
-product reads is float8, so that is what travels: each rank casts its own tokens, with the scales that the
-whole tensor would get, and one all-gather carries the bytes of both forms of the operand and of such scales
-as differ from token to token. Bytes, because not every backend knows float8.
+Every rank has some of the tokens, and a product needs all of them. The product reads float8, so float8 is
+sent: each rank casts its own tokens with the scales of the whole tensor, and one all-gather carries the bytes
+of both casts and of scales that differ between tokens. Bytes, because not every backend supports float8.
 
-    one scale a tensor    one form serves both products    1 byte an element, and a maximum reduced before
-    one scale a row       x_MK and x_KM differ             2 bytes, 1 where the weight needs no gradient
+    one scale per tensor    one cast serves both products    1 byte per element, after reducing a maximum
+    one scale per row       x_MK and x_KM differ             2 bytes, or 1 if the weight needs no gradient
 
-The way back is a sum over the ranks of which each keeps its own tokens: a reduce-scatter in high precision.
+Backward sums over the ranks, and each keeps its own tokens: a reduce-scatter in high precision.
 
-`GatheredInput` is what several linears with one input (wq, wk and wv) are handed after one gather: the float8
-forms, and a stand-in through which the gradient flows. It is no tensor, so nothing can mistake it for one:
-any operation but a `Float8Linear` on it raises.
+`GatheredInput` is the result of one gather for several linears (wq, wk and wv): the casts, and a stand-in
+tensor for autograd. It is not a tensor, so any operation on it except a `Float8Linear` raises.
 
-Flattened, tokens of `[batch, sequence, K]` that are sharded by sequence are not one run of rows but `pieces`
-of them, one a batch entry: the rows of all ranks are `[pieces, ranks, rows a piece]`.
+The tokens of `[batch, sequence, K]` sharded by sequence, when flattened, are not one run of rows but
+`pieces`, one per batch entry: the rows of all ranks are `[pieces, ranks, rows per piece]`.
 """
 
 from __future__ import annotations
@@ -33,13 +31,15 @@ from octavo.float8.recipe import FULL, Cast
 
 
 def count_pieces(shape: torch.Size, dim: int) -> int:
-    """How many runs of rows the tokens of one rank are, if `dim` of `shape[..., features]` is sharded."""
+    """The number of runs of rows that a rank's tokens consist of if `dim` of `shape[..., features]` is
+    sharded.
+    """
     return prod(shape[:dim])
 
 
 def can_gather(rows: int, pieces: int, row: Cast | None, col: Cast | None) -> bool:
-    """Whether `rows` rows a rank cast as `row` (and, if given, as `col`) give the whole tensor's casts: not
-    where blocks of tokens would straddle ranks.
+    """Whether casting `rows` rows per rank by `row` (and `col`, if given) gives the whole tensor's casts:
+    False if blocks of tokens would straddle ranks.
     """
     if row is None or pieces == 0:
         return False
@@ -67,15 +67,15 @@ def gather_rows(tensors: list[Tensor], pieces: int, size: int, group: str) -> li
     got = _gather_bytes(torch.cat(sent) if len(sent) > 1 else sent[0], size, group)
     whole, start = [], 0
     for t, piece in zip(tensors, sent, strict=True):
-        mine = got.narrow(1, start, piece.numel()).contiguous()
-        rows = mine.view(t.dtype).view(size, t.shape[0], t.shape[1])
+        part = got.narrow(1, start, piece.numel()).contiguous()
+        rows = part.view(t.dtype).view(size, t.shape[0], t.shape[1])
         whole.append(_merge(rows, pieces))
         start += piece.numel()
     return whole
 
 
 def scatter_rows(x: Tensor, pieces: int, size: int, group: str) -> Tensor:
-    """The sum over all ranks of `x[all rows, C]`, of which this rank keeps its own rows."""
+    """This rank's rows of the sum over all ranks of `x[all rows, C]`."""
     parts = x.unflatten(0, (pieces, size, -1)).transpose(0, 1).contiguous()
     out = torch.ops._c10d_functional.reduce_scatter_tensor(parts.flatten(0, 2), "sum", size, group)
     return torch.ops._c10d_functional.wait_tensor(out)
@@ -95,7 +95,7 @@ def cast_and_gather(
 ) -> Casts:
     """The casts of the whole `x[M, K]`, as `[M, K]` and `[K, M]`, given this rank's rows of it.
 
-    `operand`, `notes`, `counts` as in `quantize_operand`.
+    `statistics`, `record` and `count_saturated` as in `quantize_operand`.
     """
     first, second = quantize_operand(
         x, row, col, ShardedAxis(0, group), statistics, record=record, count_saturated=count_saturated
@@ -103,7 +103,7 @@ def cast_and_gather(
     assert isinstance(first, Quantized)
     shared = col == row and row.square
     sent: list[Tensor] = []
-    # Scales first: a scale of four bytes must start at a multiple of four.
+    # Scales first, because a four-byte scale must start at a multiple of four bytes.
     if row.block[0] != FULL:
         sent.append(first.scale)
     if col is not None and not shared and col.block[1] != FULL:
@@ -129,12 +129,12 @@ def cast_and_gather(
     return x_MK, Quantized(next(got).t(), col_scale)
 
 
-# ------------------------------------------------------------------------------- what linears are handed
+# ------------------------------------------------------------------------------- ----- inputs of linears
 
 
 class _GradientStandIn(torch.autograd.Function):
-    """The way of the gradient: a stand-in for the whole `x[M, K]`, whose gradient is summed over the ranks
-    and scattered. It is one element, expanded, and nothing reads it.
+    """A stand-in for the whole `x[M, K]` in autograd, whose gradient is reduce-scattered over the ranks. It
+    is one expanded element, which nothing reads.
     """
 
     @staticmethod
@@ -148,16 +148,16 @@ class _GradientStandIn(torch.autograd.Function):
 
 
 _REMEDY = (
-    "this input was gathered in float8, and only a Float8Linear reads those. Where a module prepared by "
-    "PrepareFloat8ModuleInput does more with its input, gather in high precision with torch's "
+    "this input was gathered in float8, which only a Float8Linear can read. If a module prepared by "
+    "PrepareFloat8ModuleInput uses its input otherwise, gather in high precision with torch's "
     "PrepareModuleInput"
 )
 
 
 class GatheredInput:
-    """A linear's input `[..., K]` of which only the float8 casts exist, to be handed to `Float8Linear`s.
+    """A linear's input `[..., K]` of which only the float8 casts exist, for `Float8Linear`s.
 
-    Has the shape, dtype and device of a tensor. Anything else that a tensor can do raises TypeError.
+    It has the shape, dtype and device of a tensor; any other tensor operation raises TypeError.
     """
 
     def __init__(self, edge: Tensor, casts: Casts, shape: torch.Size) -> None:
@@ -172,11 +172,11 @@ class GatheredInput:
 
     def to(self, dtype: torch.dtype) -> GatheredInput:
         if dtype != self.dtype:
-            raise TypeError(f"a conversion from {self.dtype} to {dtype}: {_REMEDY}")
+            raise TypeError(f"conversion from {self.dtype} to {dtype}: {_REMEDY}")
         return self
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what Python itself asks for
+        if name.startswith("__"):  # protocols of Python
             raise AttributeError(name)
         raise TypeError(f".{name}: {_REMEDY}")
 
@@ -188,10 +188,10 @@ class GatheredInput:
         return f"GatheredInput(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
-def gather(
+def gathered_input(
     x: Tensor, casts: Casts, shape: torch.Size, *, pieces: int, size: int, group: str
 ) -> GatheredInput:
-    """What linears are handed of the gathered tensor of `shape[..., K]`, given this rank's rows `x[M, K]` and
-    the gathered casts.
+    """The input for linears of the gathered `shape[..., K]`, given this rank's rows `x[M, K]` and the
+    gathered casts.
     """
     return GatheredInput(_GradientStandIn.apply(x, pieces, size, group), casts, shape)

@@ -1,4 +1,4 @@
-"""SwiGLU, cast and the linear behind it (arXiv:2002.05202)."""
+"""SwiGLU (arXiv:2002.05202), cast, and the linear that follows, in one read and one write of each tensor."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from octavo.float8.fused.shared_input import SharedInput
 
 
 class _SwiGLU(torch.autograd.Function):
-    """`a[M, K], b[M, K] -> silu(a) * b, maxima of its rows and columns`. The gradients of the four arguments
-    after b are the maxima of a's and of b's gradients.
+    """`a[M, K], b[M, K] -> silu(a) * b, maxima of its rows and columns`.
+
+    The other four arguments receive, as gradients, the maxima of a's and b's gradients
+    (`producer_maxima.py`).
     """
 
     @staticmethod
@@ -34,7 +36,7 @@ class _SwiGLU(torch.autograd.Function):
         h, rows, columns = ops.silu_mul_with_maxima(a, b)
         ctx.save_for_backward(a, b)
         ctx.mark_non_differentiable(rows, columns)
-        ctx.noted = a_rows is not None, b_rows is not None
+        ctx.wants_maxima = a_rows is not None, b_rows is not None
         return h, rows, columns
 
     @staticmethod
@@ -43,18 +45,16 @@ class _SwiGLU(torch.autograd.Function):
 
         a, b = ctx.saved_tensors
         made = ops.silu_mul_backward_with_maxima(grads[0].contiguous(), a, b)
-        of_a = maxima_as_gradients((made[1], made[2])) if ctx.noted[0] else (None, None)
-        of_b = maxima_as_gradients((made[4], made[5])) if ctx.noted[1] else (None, None)
+        of_a = maxima_as_gradients((made[1], made[2])) if ctx.wants_maxima[0] else (None, None)
+        of_b = maxima_as_gradients((made[4], made[5])) if ctx.wants_maxima[1] else (None, None)
         return made[0], made[3], *of_a, *of_b
 
 
 def _rows_of(*tensors: Tensor) -> list[Tensor]:
-    """Each `x[..., K]` as `[M, K]` whose rows are contiguous and equally far apart in all; views where that
-    is so already.
-    """
+    """Each `x[..., K]` as `[M, K]` with contiguous rows and one stride for all: views if possible."""
     flat = [x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in tensors]
-    as_they_are = all(x.stride(1) == 1 and x.stride(0) >= x.shape[1] for x in flat)
-    if as_they_are and len({x.stride() for x in flat}) == 1:
+    are_rows = all(x.stride(1) == 1 and x.stride(0) >= x.shape[1] for x in flat)
+    if are_rows and len({x.stride() for x in flat}) == 1:
         return flat
     return [x.contiguous() for x in flat]
 
@@ -66,10 +66,10 @@ class GatedLinear:
         self.shared = SharedInput([linear])
 
     def __call__(self, gate: Tensor | Product, up: Tensor | Product, *, note_maxima: bool = False) -> Product:
-        """The linear's output of `gate[..., K]` and `up[..., K]`."""
+        """The linear's output for `gate[..., K]` and `up[..., K]`."""
         a, b = (x if isinstance(x, Product) else Product(x) for x in (gate, up))
-        alike = (a.value.dtype, a.value.shape) == (b.value.dtype, b.value.shape)
-        if not kernels_support(a.value) or not alike:
+        same = (a.value.dtype, a.value.shape) == (b.value.dtype, b.value.shape)
+        if not kernels_support(a.value) or not same:
             (made,) = self.shared(F.silu(a.value) * b.value, note_maxima=note_maxima)
             return made
         h, rows, columns = _SwiGLU.apply(*_rows_of(a.value, b.value), a.rows, a.columns, b.rows, b.columns)

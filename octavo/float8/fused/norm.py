@@ -1,4 +1,4 @@
-"""Residual, RMSNorm, cast and the linears behind them."""
+"""Residual addition, RMSNorm, cast, and the linears that follow, in one read and one write of each tensor."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from octavo.float8.fused.product import Product
 from octavo.float8.fused.shared_input import SharedInput, has_hooks
 
 WIDEST = 8192
-"""Features of a row that the kernel holds."""
+"""The longest row that the kernel can hold."""
 
 
 class _AddNorm(torch.autograd.Function):
-    """`x[M, K], residual[M, K], w[K] -> h, y, maxima of y's rows and columns`. The gradients of `rows` and
-    `columns` are the maxima of x's gradient.
+    """`x[M, K], residual[M, K], w[K] -> h, y, maxima of y's rows and columns`.
+
+    `rows` and `columns` receive, as gradients, the maxima of x's gradient (`producer_maxima.py`).
     """
 
     @staticmethod
@@ -38,7 +39,7 @@ class _AddNorm(torch.autograd.Function):
         h, rms, y, y_rows, y_columns = ops.add_rms_norm_with_maxima(x, residual, w, eps)
         ctx.save_for_backward(h, rms, w)
         ctx.mark_non_differentiable(y_rows, y_columns)
-        ctx.noted = rows is not None
+        ctx.wants_maxima = rows is not None
         return h, y, y_rows, y_columns
 
     @staticmethod
@@ -48,8 +49,8 @@ class _AddNorm(torch.autograd.Function):
         h, rms, w = ctx.saved_tensors
         dh, dy = (grad.contiguous() for grad in grads[:2])
         dx, rows, columns, dw = ops.add_rms_norm_backward_with_maxima(dy, dh, h, rms, w)
-        noted = maxima_as_gradients((rows, columns)) if ctx.noted else (None, None)
-        return dx, dx, dw.to(w.dtype), *noted, None
+        maxima = maxima_as_gradients((rows, columns)) if ctx.wants_maxima else (None, None)
+        return dx, dx, dw.to(w.dtype), *maxima, None
 
 
 class _Norm(torch.autograd.Function):
@@ -114,7 +115,7 @@ class NormedInput:
             return False
         if isinstance(norm.weight, DTensor) or not kernels_support(x):
             return False
-        if norm.eps is None and x.dtype != torch.float32:  # what it means then is up to PyTorch's version
+        if norm.eps is None and x.dtype != torch.float32:  # its meaning depends on PyTorch's version
             return False
         same = residual is None or (residual.dtype == x.dtype and residual.shape == x.shape)
         return same and norm.normalized_shape == x.shape[-1:] and x.shape[-1] <= WIDEST

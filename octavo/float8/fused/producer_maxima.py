@@ -1,10 +1,10 @@
-"""Casting what a kernel has just written, by the maxima that it noted: one read where a cast takes two.
+"""Casts what a kernel has just written with the maxima that it computed: one read where a cast takes two.
 
-Maxima are `(rows[any, M], columns[any, K])`, the int32 bits of float32 magnitudes. Forward, a producer hands
-them to the cast. Backward they must travel against the graph, from the function that makes a gradient to the
-one that casts it, and all that travels there are gradients. So a product has two more outputs, `rows[1, M]`
-and `columns[1, N]` of zeros, which its consumer takes and does nothing with; their gradients are the maxima.
-It costs M + N numbers, and compiled code sees nothing special in it.
+Maxima are `(rows[any, M], columns[any, K])`, the int32 bits of float32 magnitudes. In forward, the producer
+passes them to the cast. In backward they must go from the function that produces a gradient to the one that
+casts it, and autograd passes only gradients. So a product has two more outputs, `rows[1, M]` and `columns[1,
+N]` of zeros, which its consumer takes as inputs and ignores; their gradients are the maxima. This costs M + N
+numbers, and compiled code needs no special support.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ Maxima = tuple[Tensor, Tensor]
 
 
 def kernels_support(x: Tensor) -> bool:
-    """Whether kernels run on the device of `x`, and take its dtype."""
+    """Whether kernels run on the device of `x` and support its dtype."""
     return gpu_cast.supports(x, None)
 
 
 def maxima_as_gradients(maxima: Maxima) -> Maxima:
-    """Maxima as gradients of a product's `rows` and `columns`."""
+    """Maxima as the gradients of a product's `rows` and `columns`."""
     rows, columns = (bits.amax(dim=0, keepdim=True).view(torch.float32) for bits in maxima)
     return rows, columns
 
 
 def maxima_from_gradients(rows: Tensor | None, columns: Tensor | None) -> Maxima | None:
-    """Back from `maxima_as_gradients`; None where there came none."""
+    """The inverse of `maxima_as_gradients`; None if there are none."""
     if rows is None or columns is None:
         return None
     return rows.view(torch.int32), columns.view(torch.int32)
@@ -40,12 +40,12 @@ def maxima_from_gradients(rows: Tensor | None, columns: Tensor | None) -> Maxima
 def quantize_with_maxima(
     x: Tensor, row: Cast | None, col: Cast | None, maxima: Maxima | None
 ) -> tuple[Quantized | Tensor, Quantized | Tensor]:
-    """`quantize_both(x[M, K], row, col)`, with the maxima of x where they save a pass."""
-    given = None if maxima is None else _given(x, row, col, maxima)
+    """`quantize_both(x[M, K], row, col)`, using the maxima of x if they save a pass."""
+    given = None if maxima is None else _quantize_by_kernel(x, row, col, maxima)
     return quantize_both(x, row, col) if given is None else given
 
 
-def _given(
+def _quantize_by_kernel(
     x: Tensor, row: Cast | None, col: Cast | None, maxima: Maxima
 ) -> tuple[Quantized | Tensor, Quantized | Tensor] | None:
     cast = row or col

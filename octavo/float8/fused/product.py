@@ -1,15 +1,15 @@
-"""The autograd function behind every fused product: several weights, one input, one product forward.
+"""The autograd function of every fused product: several weights, one input, one product in forward.
 
     forward     x[M, K] . (w_1 | w_2 | ...)[N, K]^T  ->  y_1[M, N_1], y_2[M, N_2], ...
     backward    dx = sum_i dy_i . w_i,   dw_i = dy_i^T . x
 
-Rows of a weight are scaled by rows or by blocks of rows, so the casts of several weights one below the other
-are the cast of the whole, bit for bit, as long as no block straddles two of them. With one scale a tensor
-they are not: then one scale for all is a choice of the user's (`shared_scales`).
+A weight's scales are per row or per block of rows, so concatenated casts of several weights equal the cast of
+the concatenation, bit for bit, unless a block straddles two weights. With one scale per tensor they do not;
+then the user may choose one scale for all (`shared_scales`).
 
-dy's contraction runs over N, along which its scales do differ from those of the joined gradient, so gradients
-are multiplied one by one, in the order in which autograd would have added them. What is kept for backward is
-what separate linears would keep: the input's cast once, and the weights.
+dy's contraction runs over N, along which the scales of separate gradients differ from those of the joined
+one. So gradients are multiplied one by one, in the order in which autograd would add them. Saved for backward
+is what separate linears would save: one cast of the input, and the weights.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ HIGH_PRECISION = Recipe("high_precision", Gemm(None, None), Gemm(None, None), Ge
 
 
 class Product(NamedTuple):
-    """A linear's output `value[..., N]`, and two outputs more whose gradients are the maxima of value's
-    gradient (see `maxima.py`), if its consumer knows them.
+    """A linear's output `value[..., N]`, and two more outputs whose gradients are the maxima of value's
+    gradient, if its consumer computes them (`producer_maxima.py`).
     """
 
     value: Tensor
@@ -41,9 +41,7 @@ class Product(NamedTuple):
 
 @dataclass(frozen=True)
 class ProductSpec:
-    """What a product is told: the recipe, `matmul`'s emulate, spec many weights, and whether it has outputs
-    for maxima.
-    """
+    """The arguments of a product that are not tensors; `maxima`: whether it has outputs for maxima."""
 
     recipe: Recipe
     emulate: bool | None
@@ -141,9 +139,9 @@ def multiply_joined(
     w_NK: Quantized | Tensor,
     w_KN: list[Quantized | None],
 ) -> list[Product]:
-    """`x[M, K]` times each of `weights[N_i, K]`. `w_NK`: the weights joined, cast where the recipe says so.
+    """`x[M, K]` times each of `weights[N_i, K]`. `w_NK`: the weights joined, cast if the recipe says so.
 
-    The values are parts of one tensor `[M, N]`.
+    The values are slices of one tensor `[M, N]`.
     """
     joined = w_NK if isinstance(w_NK, Quantized) else (w_NK, None)
     casts = [*_pair(x_casts[0]), *_pair(x_casts[1]), *joined]

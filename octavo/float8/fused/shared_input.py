@@ -1,4 +1,8 @@
-"""Linears that read one input, as one product: see `product.py`."""
+"""Linears with one input as one product (`product.py`).
+
+One product reads the input once and runs faster than several narrow ones. The trade-off is memory layout: the
+weights' casts are concatenated, and the outputs are slices of one tensor.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +34,11 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def why_not_joined(cast: Cast | None, rows: Sequence[int]) -> str | None:
-    """Why concatenated casts of weights with `rows` differ from the cast of the concatenation; or None."""
+    """Why the joined casts of weights with `rows` differ from the cast of the joined weights; or None."""
     if cast is None or cast.block[0] == 1:
         return None
     if cast.block[0] == FULL:
-        return "each has one scale: shared_scales=True gives them one together, at other numerics"
+        return "each has one scale (shared_scales=True uses one for all, which changes numerics)"
     if any(n % cast.block[0] for n in rows[:-1]):
         return f"blocks of {cast.block[0]} rows would straddle two of them ({', '.join(map(str, rows))} rows)"
     return None
@@ -44,12 +48,12 @@ class SharedInput:
     """Computes `[linear(x) for linear in linears]` by one product.
 
     The linears are all `Float8Linear`s of one recipe, or all plain `nn.Linear`s, with the same in_features.
-    They may also be what cannot be joined (see `why_separate`): those are then called one by one, in which
-    case this object changes nothing.
+    Linears that cannot be joined (see `why_separate`) are called one by one; then this object changes
+    nothing.
 
-    shared_scales: for recipes with one scale a tensor (tensorwise), cast the joined weights with one scale.
-    It changes numerics: a weight much smaller than its neighbours keeps fewer bits. Raises ValueError where
-    the recipe has no such scale.
+    shared_scales: for recipes with one scale per tensor (tensorwise), cast the joined weights with one scale.
+    This changes numerics: a weight much smaller than the others keeps fewer bits. Raises ValueError if the
+    recipe has no such scale.
     """
 
     def __init__(self, linears: Sequence[nn.Linear], *, shared_scales: bool = False) -> None:
@@ -58,15 +62,13 @@ class SharedInput:
             raise ValueError("SharedInput needs at least one linear layer")
         widths = {linear.in_features for linear in self.linears}
         if len(widths) > 1:
-            raise ValueError(f"linears of one input have one in_features; these have {sorted(widths)}")
+            raise ValueError(f"linears of one input must have one in_features; these have {sorted(widths)}")
         self.shared_scales = shared_scales
         self.joined_casts: Quantized | None = None  # the joined weights, within `cast_weights_once`
         first = self.linears[0]
         cast = first.recipe.output.b if isinstance(first, Float8Linear) else None
         if shared_scales and (cast is None or cast.block != (FULL, FULL)):
-            raise ValueError(
-                "shared_scales is for linears whose weights have one scale each, as in the recipe tensorwise"
-            )
+            raise ValueError("shared_scales requires a recipe with one scale per weight, as tensorwise")
         for linear in self.linears:
             if isinstance(linear, Float8Linear):
                 linear.shared_input = self
@@ -81,7 +83,7 @@ class SharedInput:
         if len({linear.recipe if isinstance(linear, Float8Linear) else None for linear in self.linears}) > 1:
             return "they have different recipes"
         if len({linear.emulate for linear in self.linears if isinstance(linear, Float8Linear)}) > 1:
-            return "some are to be emulated and some are not"
+            return "some are emulated and some are not"
         for linear in self.linears:
             if type(linear).forward is not _FORWARD[isinstance(linear, Float8Linear)]:
                 return "one has a forward of its own"
@@ -89,22 +91,22 @@ class SharedInput:
                 return "their weights are sharded"
             if has_hooks(linear):
                 return "one has hooks"
-            if getattr(linear, "statistics", None) is not None:  # its forward keeps the books
-                return "one takes its scales from the step before"
+            if getattr(linear, "statistics", None) is not None:  # its forward records statistics
+                return "one uses delayed scaling"
         if len(self.linears) == 1:
             return None
         if self.shared_scales:
             gathered = any(isinstance(linear.weight, UnshardedWeight) for linear in self.linears)
-            return "weights gathered in float8 have a scale each" if gathered else None
+            return "weights gathered in float8 have one scale each" if gathered else None
         return why_not_joined(self.recipe.output.b, [linear.out_features for linear in self.linears])
 
     def __call__(
         self, x: Tensor, *, maxima: Maxima | None = None, note_maxima: bool = False
     ) -> tuple[Product, ...]:
-        """The linears' outputs of `x[..., K]`. `maxima` are those of x's rows and columns, if known.
+        """The linears' outputs for `x[..., K]`. `maxima`: those of x's rows and columns, if known.
 
-        note_maxima: what consumes the outputs knows the maxima of their gradients, and is given all of
-        `Product`. Values are parts of one tensor: not contiguous, and keeping one keeps all.
+        note_maxima: the consumer of the outputs computes the maxima of their gradients, and receives the full
+        `Product`. Values are slices of one tensor: not contiguous, and keeping one keeps all.
         """
         if self.why_separate() is not None:
             return tuple(Product(linear(x)) for linear in self.linears)
@@ -112,8 +114,8 @@ class SharedInput:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if x.dtype not in DTYPES or x.shape[-1] != self.linears[0].in_features:
             raise ValueError(
-                f"linears of {self.linears[0].in_features} input features take bfloat16, float16 or float32 "
-                f"of that width; the input is {tuple(x.shape)} in {x.dtype}"
+                f"linears of {self.linears[0].in_features} input features take that width in bfloat16, "
+                f"float16 or float32; the input is {tuple(x.shape)} in {x.dtype}"
             )
         recipe, lead = self.recipe, x.shape[:-1]
         x_MK = x.reshape(math.prod(lead), x.shape[-1])
@@ -146,30 +148,32 @@ class SharedInput:
             casts = cast_input(x_MK.detach(), recipe, for_grad_weight=for_grad_weight)
         else:
             casts = only_casts(*quantize_with_maxima(x_MK, row, col, maxima))
-        wanted = any(isinstance(linear, Float8Linear) and linear.keep_input for linear in self.linears)
-        if torch.compiler.is_compiling() and (wanted or x_MK.dtype == torch.float32):
+        must_pin = any(isinstance(linear, Float8Linear) and linear.keep_input for linear in self.linears)
+        if torch.compiler.is_compiling() and (must_pin or x_MK.dtype == torch.float32):
             return pin_saved(casts, one_cast=row == col and row is not None and row.square)
         return casts
 
     def _operands(self, dtype: torch.dtype) -> tuple[Quantized | Tensor, list[Quantized | None]]:
-        """The joined weights for the output, and each one's cast for grad_input where there is one."""
+        """The joined weights for the output, and each weight's cast for grad_input, if there is one."""
         recipe = self.recipe
-        nothing: list[Quantized | None] = [None] * len(self.linears)
+        no_casts: list[Quantized | None] = [None] * len(self.linears)
         if recipe.output.b is None:
-            return _joined_plain([linear.weight.to(dtype) for linear in self.linears]), nothing
-        held = [linear.current_weight_casts() for linear in self.linears if isinstance(linear, Float8Linear)]
-        if self.joined_casts is not None and all(casts is not None for casts in held):
-            return self.joined_casts, [casts[1] for casts in held if casts is not None]
+            return _joined_plain([linear.weight.to(dtype) for linear in self.linears]), no_casts
+        cached = [
+            linear.current_weight_casts() for linear in self.linears if isinstance(linear, Float8Linear)
+        ]
+        if self.joined_casts is not None and all(casts is not None for casts in cached):
+            return self.joined_casts, [casts[1] for casts in cached if casts is not None]
         if self.shared_scales and len(self.linears) > 1:
-            together = _joined_plain([linear.weight for linear in self.linears])
-            whole, _ = cast_weight(together, recipe, for_grad_input=False)
+            joined = _joined_plain([linear.weight for linear in self.linears])
+            whole, _ = cast_weight(joined, recipe, for_grad_input=False)
             assert whole is not None
-            return whole, nothing
+            return whole, no_casts
         casts = [weight_operands(linear.weight.detach(), recipe) for linear in self.linears]
         return join([casts_[0] for casts_ in casts]), [casts_[1] for casts_ in casts]
 
     def join_weight_casts(self) -> None:
-        """Join the casts that the linears hold, which become parts of the joined one: `cast_weights_once`."""
+        """Join the linears' cached casts; these become slices of the joined one (`cast_weights_once`)."""
         members = [linear for linear in self.linears if isinstance(linear, Float8Linear)]
         casts = [linear.weight_casts for linear in members]
         if self.why_separate() is not None or not casts or any(c is None or c[0] is None for c in casts):
@@ -197,7 +201,7 @@ _FORWARD = {False: nn.Linear.forward, True: Float8Linear.forward}
 
 
 def _second(first: Quantized, second: Quantized | None, new: Quantized) -> Quantized | None:
-    """`second`, seen in `new` where it was the transpose of `first` in the same memory."""
+    """`second`, as a view of `new` if it was the transpose of `first` in the same memory."""
     if second is None or second.data.data_ptr() != first.data.data_ptr():
         return second
     return Quantized(new.data.t(), new.scale.t())
@@ -208,7 +212,7 @@ def _joined_plain(weights: Sequence[Tensor]) -> Tensor:
 
 
 def join(casts: Sequence[Quantized | None]) -> Quantized:
-    """Casts of weights `[N_i, K]` as that of all, one below the other."""
+    """Casts of weights `[N_i, K]`, concatenated along N."""
     present = [q for q in casts if q is not None]
     if len(present) == 1:
         return present[0]

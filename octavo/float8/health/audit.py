@@ -1,4 +1,4 @@
-"""Health in one call."""
+"""Float8 health of a model in one call."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def audit(
     group: dist.ProcessGroup | None = None,
     forward: Callable[..., Any] | None = None,
 ) -> Table:
-    """What casting does to every operand of every linear layer, in one forward and backward of `batch`.
+    """Measure what casting does to every operand of every linear layer, in one forward and backward of
+    `batch`.
 
     batch: a tensor, a tuple or list of arguments, or a mapping of keyword arguments, for the model.
-    loss(output): a scalar to differentiate. None takes the output's `loss`, the output itself if it is a
-    scalar, or else the mean of its squares, whose gradients have the real loss's place but not its values.
-    recipes: names, `Recipe`s or `Float8LinearConfig`s to try on the same tensors, beside each layer's own;
-    with them, linears that were not converted are measured too. filter_fn(module, fqn): whether to measure
-    that layer; None measures all. group: ranks that each have a batch of their own, and all get the numbers
-    of all. forward: what to call with the batch; None calls the model.
+    loss(output): a scalar to differentiate; None uses the output's `loss`, the output itself if it is a
+    scalar, or else the mean of its squares, whose gradients have the right shapes but not the real loss's
+    values. recipes: names, `Recipe`s or `Float8LinearConfig`s to try on the same tensors, besides each
+    layer's own; with them, linears that were not converted are measured too. filter_fn(module, fqn): whether
+    to measure that layer; None measures all. group: ranks that each have their own batch, and all receive the
+    numbers over all batches. forward: what to call with the batch; None calls the model.
 
-    Every value is measured, in eager mode, as though no parameter were frozen. Layers that the loss does not
-    depend on are left out. Parameters, buffers, gradients, modes and the state of random number generators
-    are as before.
+    Every value is measured, in eager mode, frozen parameters included. Layers that the loss does not depend
+    on are left out. Parameters, buffers, gradients, modes and random number generators are left as they were.
 
     Raises ValueError if there is nothing to measure, the loss is not a scalar, or a layer is sharded by
     tensor parallelism.
@@ -69,7 +69,7 @@ def audit(
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.enable_grad())
         for watch in watches:
-            if isinstance(watch.linear, Float8Linear):  # whose forward need not be called: see `fused`
+            if isinstance(watch.linear, Float8Linear):  # `fused` may bypass its forward
                 stack.callback(setattr, watch.linear, "watch", watch.linear.watch)
                 setattr(watch.linear, "watch", watch)  # noqa: B010
             else:
@@ -85,7 +85,7 @@ def audit(
         value = _default_loss(output) if loss is None else loss(output)
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ValueError(f"the loss is {_describe(value)}; it must be one number: give loss=")
-        # Only the probes' gradients, so that no parameter's is touched and none of its hooks runs.
+        # Only the probes' gradients: parameters' gradients are unchanged, and their hooks do not run.
         probes = [probe for watch in watches for probe in watch.probes]
         if probes and value.requires_grad:
             value.backward(inputs=probes)
@@ -116,7 +116,7 @@ def _describe(value: Any) -> str:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Puts the model's buffers and the random number generators back."""
+    """Scope that restores the model's buffers and the random number generators."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:

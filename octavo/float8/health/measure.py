@@ -1,4 +1,4 @@
-"""Measuring what one cast does to one tensor."""
+"""Measures what one cast does to one tensor; `octavo.float8.health` defines the numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from octavo.float8.recipe import FULL, Cast, Recipe
 
 @dataclass(frozen=True)
 class Slot:
-    """One cast to measure. `transposed`: the operand is the transpose of the tensor at hand."""
+    """One cast to measure. `transposed`: the operand is the transpose of the measured tensor."""
 
     recipe: str
     operand: str
@@ -46,7 +46,7 @@ NUMBERS = 7  # amax, values, and how many are nonfinite, flushed, saturated; sig
 
 
 def _spread(blocks: Tensor, block: tuple[int, int], rows: Tensor, cols: int) -> Tensor:
-    """`blocks[R / r, C / c]` at rows `rows[n]`: one number an element, `[n, C]`, or `[n, 1]` if a block is a
+    """`blocks[R / r, C / c]` at rows `rows[n]`, one number per element: `[n, C]`, or `[n, 1]` if a block is a
     whole row.
     """
     blocks = blocks[:1] if block[0] == FULL else blocks.index_select(0, rows // block[0])
@@ -59,32 +59,32 @@ def _energy(x: Tensor) -> Tensor:
 
 
 def measure(x: Tensor, slots: Sequence[Slot], sample: int | None) -> Tensor:
-    """What each of `slots` does to `x[R, C]`: float64, `NUMBERS` for each in a row.
+    """What each of `slots` does to `x[R, C]`: float64, `NUMBERS` for each, concatenated.
 
     Scales and amax are those of all of x; the rest is counted in at most `sample` evenly spaced rows (None:
     all).
     """
-    # An odd step, so that it does not visit the same few positions of every sequence.
+    # An odd step, so that it does not sample the same few positions of every sequence.
     step = 1 if sample is None else -(-x.shape[0] // sample)
     step = max(step + 1 - step % 2, 1)
     rows = torch.arange(0, x.shape[0], step, device=x.device)
-    some = x[::step].float()
-    not_zero = some != 0
-    nonfinite = torch.count_nonzero(~some.isfinite()).double()
-    values = torch.full_like(nonfinite, some.numel())
-    signal = _energy(some)
+    sampled = x[::step].float()
+    not_zero = sampled != 0
+    nonfinite = torch.count_nonzero(~sampled.isfinite()).double()
+    values = torch.full_like(nonfinite, sampled.numel())
+    signal = _energy(sampled)
     numbers = []
     for slot in slots:
         cast, limit = slot.cast, torch.finfo(slot.cast.dtype).max
         block = (cast.block[1], cast.block[0]) if slot.transposed else cast.block
         amax = block_amax(x, block)
         s, scale = scales_from_amax(amax, cast)
-        scaled = some * _spread(s, block, rows, x.shape[1])
+        scaled = sampled * _spread(s, block, rows, x.shape[1])
         data = to_float32(scaled.clamp(-limit, limit).to(cast.dtype))
         back = data * _spread(scale_values(scale), block, rows, x.shape[1])
-        # Neither counts a value of a block that a NaN or an infinity took with it: those come back as NaN.
+        # Neither counts values of a block with a NaN or an infinity: those come back as NaN.
         flushed = torch.count_nonzero((back == 0) & not_zero).double()
         saturated = torch.count_nonzero(scaled.abs() > limit).double()
         largest = amax.amax().double() if amax.numel() else torch.zeros_like(values)
-        numbers += [largest, values, nonfinite, flushed, saturated, signal, _energy(back - some)]
+        numbers += [largest, values, nonfinite, flushed, saturated, signal, _energy(back - sampled)]
     return torch.stack(numbers) if numbers else x.new_zeros(0, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What was measured, as plain data."""
+"""Health measurements as plain data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class Measurement:
-    """One operand of one layer under one recipe. The module's docstring defines the numbers.
+    """The numbers of one cast of one layer's operand; `octavo.float8.health` defines them.
 
     layer: fully qualified name. operand: "input", "weight" or "grad_output". gemms: the products that read
     this cast, of "output", "grad_input" and "grad_weight". values: how many were measured; amax is that of
@@ -29,16 +29,16 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows as plain data; `str` aligns them in columns."""
+    """A table of measurements; `str` aligns it in columns."""
 
     rows: tuple[Measurement, ...]
 
     def worst(self, count: int = 5, by: str = "flushed") -> Table:
-        """The `count` rows that lose most `by` "flushed", "saturated", "nonfinite" or "sqnr"; those with NaN
-        or infinite values before all.
+        """The `count` rows with the largest loss by "flushed", "saturated", "nonfinite" or "sqnr"; rows with
+        NaN or infinite values come first.
 
-        An outlier shows in "flushed": it takes the range of its block, so that the others become zero, while
-        the outlier itself, which the SQNR is mostly made of, is cast well.
+        "flushed" shows an outlier: it takes up the range of its block, so that the other values become zero,
+        while the outlier itself, which dominates the SQNR, is cast well.
         """
         if by not in ("flushed", "saturated", "nonfinite", "sqnr"):
             raise ValueError(f"by={by!r} must be flushed, saturated, nonfinite or sqnr")
@@ -64,10 +64,10 @@ class Table:
             shares = [f"{share:.3%}" for share in (row.flushed, row.saturated, row.nonfinite)]
             lines.append([*texts, *shares, f"{row.sqnr:.1f}"])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        names = 4  # the columns of words; numbers are aligned to the right
+        text_columns = 4  # aligned to the left; numbers are aligned to the right
         return "\n".join(
             "  ".join(
-                text.ljust(width) if i < names else text.rjust(width)
+                text.ljust(width) if i < text_columns else text.rjust(width)
                 for i, (text, width) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in lines

@@ -1,4 +1,4 @@
-"""Health while training."""
+"""Float8 health during training, every k-th step."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class Monitor:
             if measuring:
                 print(monitor.table.worst())
 
-    filter_fn(module, fqn): whether to measure that layer; None measures all. sample: how many evenly spaced
-    tokens (rows of a weight) are counted, None for all; scales and amax are always those of the whole tensor.
+    filter_fn(module, fqn): whether to measure that layer; None measures all. sample: the number of evenly
+    spaced tokens (rows of a weight) to count, None for all; scales and amax are those of the whole tensor.
 
-    Compiled code compiles once more on the first measured step. On several ranks each measures its own
-    tokens, or, with `group`, all get the numbers of all its ranks' tokens; weights sharded by FSDP are
-    gathered one at a time, so all ranks must take the same steps. A layer that compiled code calls several
-    times for one batch shows the sum of those calls' amaxes.
+    Compiled code compiles once more on the first measured step. Each rank measures its own tokens, or, with
+    `group`, all receive the numbers over all its ranks' tokens. Weights sharded by FSDP are gathered one at a
+    time, so all ranks must measure the same steps. A layer that compiled code calls several times for one
+    batch shows the sum of those calls' amaxes.
 
     Raises ValueError if no layer is chosen, `every` or `sample` is less than 1, or a chosen layer is sharded
     by tensor parallelism.
     """
 
     table: Table
-    """What the last measured step gave; empty before."""
+    """The numbers of the last measured step; empty before."""
 
     def __init__(
         self,
@@ -49,13 +49,13 @@ class Monitor:
     ) -> None:
         for name, value in (("every", every), ("sample", 1 if sample is None else sample)):
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
         linears = named_linears(model, Float8Linear)
         chosen = {n: m for n, m in linears.items() if filter_fn is None or filter_fn(m, n)}
         if not chosen:
-            some = ", ".join(list(linears)[:3])
+            examples = ", ".join(list(linears)[:3])
             raise ValueError(
-                f"filter_fn chose none of the {len(linears)} Float8Linears ({some}, ...)"
+                f"filter_fn chose none of the {len(linears)} Float8Linears ({examples}, ...)"
                 if linears
                 else "the model has no Float8Linear: convert it first"
             )
@@ -69,20 +69,21 @@ class Monitor:
 
     @contextmanager
     def step(self) -> Iterator[bool]:
-        """A scope around all forwards and backwards of one step; gives whether it is measured. The first is.
+        """Scope of all forwards and backwards of one step; yields whether it is measured, as the first one
+        is.
 
-        Raises RuntimeError if a layer is being measured already, and at its end if it was to be measured and
-        no layer ran backward.
+        Raises RuntimeError if a layer is already being measured, and at its end if a measured step ran no
+        layer backward.
         """
         measuring = self.steps % self.every == 0
         self.steps += 1
         if not measuring:
             yield False
             return
-        taken = next((w.layer for w in self._watches if w.linear.watch is not None), None)
-        if taken is not None:
+        busy = next((w.layer for w in self._watches if w.linear.watch is not None), None)
+        if busy is not None:
             raise RuntimeError(
-                f"{taken} is being measured already: another Monitor's step, or this one's, is still open"
+                f"{busy} is already being measured: another Monitor's step, or this one's, is still open"
             )
         with ExitStack() as stack:
             for watch in self._watches:

@@ -1,4 +1,6 @@
-"""Watching one layer: its numbers leave a compiled graph as the gradient of a probe (see `health`)."""
+"""Measures one layer: its numbers leave a compiled graph as the gradient of a probe (see
+`octavo.float8.health`).
+"""
 
 from __future__ import annotations
 
@@ -29,15 +31,17 @@ LayerFilter = Callable[[nn.Module, str], bool]
 _SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 
 
-def _unseen() -> AbstractContextManager[Any]:
-    """Where selective checkpointing does not look at each operation, which takes longer than it."""
+def _hidden_from_checkpointing() -> AbstractContextManager[Any]:
+    """Scope hidden from selective checkpointing, whose look at each operation takes longer than the
+    operation.
+    """
     if not torch.compiler.is_compiling() and isinstance(_get_current_dispatch_mode(), _SELECTIVE):
         return _pop_mode_temporarily()
     return nullcontext()
 
 
 class _Tap(torch.autograd.Function):
-    """Identity on y. The gradient of the probe is the statistics of the input, then those of grad_output."""
+    """Identity on y. The gradient of `probe` is the statistics of the input, then those of grad_output."""
 
     @staticmethod
     def forward(
@@ -45,7 +49,7 @@ class _Tap(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(of_input)
         ctx.slots, ctx.sample = slots, sample
-        # Not a view, which may not be changed in place, and about which FSDP2 warns.
+        # Not a view: views cannot be changed in place here, and FSDP2 warns about them.
         return torch.ops.aten._unsafe_view.default(y, y.shape)
 
     @staticmethod
@@ -58,15 +62,15 @@ class _Tap(torch.autograd.Function):
 
 
 class Watch:
-    """Measures one layer, called with its input and output."""
+    """Measures one layer; call it with the layer's input and output."""
 
     def __init__(
         self, layer: str, linear: nn.Linear, recipes: Sequence[Recipe], sample: int | None, *, frozen: bool
     ) -> None:
         if isinstance(linear, Float8Linear) and linear.tensor_parallel:
             raise ValueError(
-                f"{layer} is sharded by tensor parallelism: one rank sees a part of its operands "
-                "only. Measure the layer before parallelize_module, or leave it out with filter_fn"
+                f"{layer} is sharded by tensor parallelism, so a rank has only a part of its operands. "
+                "Measure the layer before parallelize_module, or exclude it with filter_fn"
             )
         self.layer, self.linear, self.sample = layer, linear, sample
         slots = [slot for recipe in recipes for slot in cast_slots(recipe)]
@@ -74,7 +78,7 @@ class Watch:
             tuple(slot for slot in slots if slot.operand == operand)
             for operand in ("input", "weight", "grad_output")
         )
-        self.frozen = frozen  # whether to measure where no gradient is asked for
+        self.frozen = frozen  # whether to measure layers whose output needs no gradient
         self.probe = self.new_probe(linear.weight.device)
         self.probes: list[Tensor] = []  # of an audit
         self.seen: list[Tensor] = []
@@ -100,13 +104,13 @@ class Watch:
             return y
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        with torch.no_grad(), _unseen():
+        with torch.no_grad(), _hidden_from_checkpointing():
             of_input = compute_once(
                 x,
                 (self.input, self.sample),
                 lambda: measure(x.detach().reshape(-1, x.shape[-1]), self.input, self.sample),
             )
-        # The gradients of one probe are added up; maxima should not be. A graph has one probe a layer.
+        # Gradients of one probe are summed, but maxima must not be: eager code has a probe per call.
         probe = self.probe if torch.compiler.is_compiling() else self.new_probe(y.device)
         if self.frozen:
             self.probes.append(probe)
@@ -122,7 +126,7 @@ class Watch:
 
 
 def collect_rows(watches: Sequence[Watch], group: dist.ProcessGroup | None = None) -> tuple[Measurement, ...]:
-    """What `watches` saw, brought from the device in one piece; over all ranks of `group`, whose inputs
+    """The measurements of `watches`, in one copy from the device; over all ranks of `group`, whose inputs
     differ.
     """
     watches = [watch for watch in watches if watch.seen]
@@ -136,21 +140,23 @@ def collect_rows(watches: Sequence[Watch], group: dist.ProcessGroup | None = Non
     def take(slots: Sequence[Slot]) -> list[list[float]]:
         return [[next(numbers) for _ in range(NUMBERS)] for _ in slots]
 
-    found: list[tuple[str, Slot, list[float]]] = []
+    measured: list[tuple[str, Slot, list[float]]] = []
     for watch in watches:
         has_weight = not isinstance(watch.linear.weight, UnshardedWeight)
         of_weight = list(zip(watch.weight, take(watch.weight), strict=True)) if has_weight else []
-        moving = watch.input + watch.grad_output
-        calls = [take(moving) for _ in watch.seen]
-        of_moving = [(slot, _combine_calls([call[i] for call in calls])) for i, slot in enumerate(moving)]
+        slots = watch.input + watch.grad_output
+        calls = [take(slots) for _ in watch.seen]
+        combined = [(slot, _combine_calls([call[i] for call in calls])) for i, slot in enumerate(slots)]
         k = len(watch.input)
-        ordered = [*of_moving[:k], *of_weight, *of_moving[k:]]
-        found += [(watch.layer, slot, seen) for slot, seen in ordered]
+        ordered = [*combined[:k], *of_weight, *combined[k:]]
+        measured += [(watch.layer, slot, seen) for slot, seen in ordered]
     if group is not None:
-        moved = [seen for _, slot, seen in found if slot.operand != "weight"]  # a weight is the same on all
-        for seen, whole in zip(moved, _combine_ranks(moved, device, group), strict=True):
+        by_rank = [
+            seen for _, slot, seen in measured if slot.operand != "weight"
+        ]  # a weight is the same on all
+        for seen, whole in zip(by_rank, _combine_ranks(by_rank, device, group), strict=True):
             seen[:] = whole
-    return tuple(_row(layer, slot, seen) for layer, slot, seen in found)
+    return tuple(_row(layer, slot, seen) for layer, slot, seen in measured)
 
 
 def _combine_calls(seen: Sequence[Sequence[float]]) -> list[float]:
@@ -166,8 +172,8 @@ def _combine_calls(seen: Sequence[Sequence[float]]) -> list[float]:
 def _combine_ranks(
     seen: Sequence[Sequence[float]], device: torch.device, group: dist.ProcessGroup
 ) -> list[list[float]]:
-    """`_combine_calls` over the ranks of `group`; a NaN among their amaxes counts as infinite, because not
-    every backend's maximum keeps it.
+    """`_combine_calls` over the ranks of `group`; a NaN amax counts as infinite, because not every backend's
+    maximum keeps NaN.
     """
     numbers = torch.tensor(seen, dtype=torch.float64, device=device)
     amax = torch.nan_to_num(numbers[:, 0], nan=math.inf, posinf=math.inf).contiguous()
@@ -183,7 +189,7 @@ def named_linears(model: nn.Module, kind: type[nn.Linear]) -> dict[str, nn.Linea
 
 
 def _row(layer: str, slot: Slot, seen: Sequence[float]) -> Measurement:
-    """The row of the numbers of one cast."""
+    """The measurement of one cast from its numbers."""
     amax, values, nonfinite, flushed, saturated, signal, noise = seen
     share = 1 / values if values else 0.0
     return Measurement(

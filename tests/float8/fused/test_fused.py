@@ -108,7 +108,7 @@ def test_scales_of_the_step_before_are_used_and_noted() -> None:
     plain = make("tensorwise_previous_step")
     fused = fuse(copy.deepcopy(plain))
     one, other = DelayedScaling(plain), DelayedScaling(fused)
-    assert "the step before" in fused.down.shared.why_separate()
+    assert "delayed scaling" in fused.down.shared.why_separate()
     for seed in range(2):
         x = (1 + seed) * data()  # the second step's saturates
         assert_near(gradients(fused, fused, x), gradients(plain, plain, x), 1e-6)
@@ -139,7 +139,7 @@ def test_what_cannot_be_joined_is_called_one_by_one() -> None:
     assert len(seen) == 1
     kept = fuse(make("rowwise"))
     kept.attention.wq.statistics = ()
-    assert "step before" in kept.enter.shared.why_separate()
+    assert "delayed scaling" in kept.enter.shared.why_separate()
     mixed = make(None)
     convert_to_float8_training(
         mixed, config="rowwise", module_filter_fn=lambda module, fqn: not fqn.endswith("wk")
@@ -148,7 +148,7 @@ def test_what_cannot_be_joined_is_called_one_by_one() -> None:
     fused = fuse(mixed)
     assert "different recipes" in fused.enter.shared.why_separate()
     assert_near(gradients(fused, fused, data()), want, 1e-6)
-    with pytest.raises(ValueError, match="one scale each"):
+    with pytest.raises(ValueError, match="one scale per weight"):
         fuse(make("rowwise"), shared_scales=True)
     with pytest.raises(ValueError, match="one in_features"):
         SharedInput([nn.Linear(4, 4), nn.Linear(5, 4)])

@@ -478,7 +478,7 @@ def test_a_layer_is_measured_by_one_monitor_at_a_time() -> None:
     model = convert_to_float8_training(nn.Sequential(nn.Linear(32, 16)), config="rowwise")
     first, second = Monitor(model, every=1), Monitor(model, every=1)
     with first.step():
-        with pytest.raises(RuntimeError, match="0 is being measured already"), second.step():
+        with pytest.raises(RuntimeError, match="0 is already being measured"), second.step():
             pass
         model(torch.randn(4, 32)).sum().backward()
     assert first.table.rows

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from octavo.float8 import Float8LinearConfig, convert_to_float8_training
 from octavo.float8.casts import gpu_cast
 from octavo.float8.casts.gpu_cast import use_kernels
-from octavo.float8.fused import GatedLinear, NormedInput, SharedInput
-from octavo.float8.fused import producer_maxima as known
+from octavo.float8.fused import GatedLinear, NormedInput, SharedInput, producer_maxima
 from octavo.float8.kernels import ops
 from tests.float8.graphs import FLOAT8, compile_and_capture, compiles, saved_bytes
 
@@ -82,7 +81,7 @@ def test_a_block(recipe: str | None, limit: float) -> None:
 def test_maxima_arrive_where_gradients_are_cast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of wo, w1 and w3 in backward, and of all inputs but wo's in forward; each is what the tensor has."""
     told: list[bool] = []
-    cast = known.quantize_with_maxima
+    cast = producer_maxima.quantize_with_maxima
 
     def spy(x, row, col, maxima):
         told.append(maxima is not None)
@@ -103,7 +102,7 @@ def test_maxima_arrive_where_gradients_are_cast(monkeypatch: pytest.MonkeyPatch)
 def test_maxima_change_no_bit(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     block = Block(recipe).to(torch.bfloat16)
     got = gradients(block, block, torch.bfloat16)
-    monkeypatch.setattr(known, "_given", lambda *args: None)
+    monkeypatch.setattr(producer_maxima, "_quantize_by_kernel", lambda *args: None)
     for one, other in zip(got, gradients(block, block, torch.bfloat16), strict=True):
         assert torch.equal(one, other)
 
