@@ -40,12 +40,12 @@ from octavo.checkpoint.saving import (
     Snapshot,
     broadcast_from_rank_0,
     describe_failure,
-    format_bytes,
     write_checkpoint,
 )
 from octavo.checkpoint.store import Store, none_verifies, published_steps, step_folder, summarize
 from octavo.config import ConfigError
 from octavo.config.schema import Checkpoint
+from octavo.core.format import format_bytes
 from octavo.core.logging import logger
 from octavo.distributed.mesh import disk_group
 

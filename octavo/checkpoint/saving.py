@@ -33,6 +33,7 @@ from octavo.checkpoint import failpoints, manifest
 from octavo.checkpoint.manifest import FileDigest, HashingFile, write_synced
 from octavo.checkpoint.reader import STATE
 from octavo.checkpoint.store import Store
+from octavo.core.format import format_bytes
 
 _T = TypeVar("_T")
 
@@ -289,16 +290,6 @@ def free_bytes(folder: Path) -> int:
     """Free space on the disk of `folder`, which need not exist yet."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
-
-
-def format_bytes(count: int) -> str:
-    """A number of bytes with a binary unit: "3.0 MiB"."""
-    value, unit = float(count), "bytes"
-    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
 
 
 def _no_space(folder: Path, need: int, free: int) -> str:

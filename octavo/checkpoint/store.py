@@ -23,6 +23,7 @@ from octavo.checkpoint import failpoints, manifest
 from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint, NoCheckpointVerifies
 from octavo.checkpoint.manifest import FileDigest, verify_files, write_synced
 from octavo.core.errors import ConfigError
+from octavo.core.fs import sync
 
 _STEP = re.compile(r"step-(0|[1-9]\d*)")
 _PARTIAL = re.compile(r"step-\d+\.tmp(-\w+)?")
@@ -84,15 +85,6 @@ def summarize(problems: list[str]) -> str:
     return "; ".join(problems[:3]) + more
 
 
-def sync_folder(folder: Path) -> None:
-    """Put the names in `folder` on disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class Store:
     """Publishes and deletes checkpoints in `folder`; only one process of a job (rank 0) uses it.
 
@@ -145,7 +137,7 @@ class Store:
         failpoints.reach("before manifest")
         write_synced(partial / manifest.FILE, manifest.render(step, self.algorithm, files, about))
         failpoints.reach("after manifest")
-        sync_folder(partial)
+        sync(partial)
         failpoints.reach("before rename")
         outdated = {other for other in published_steps(self.folder) if other >= step}
         if os.path.lexists(step_folder(self.folder, step)):  # may also be a file
@@ -153,7 +145,7 @@ class Store:
         notes = [self._set_aside(other) for other in sorted(outdated)]
         partial.rename(step_folder(self.folder, step))
         failpoints.reach("after rename")
-        sync_folder(self.folder)
+        sync(self.folder)
         self.verified.add(step)
         return notes
 
@@ -185,7 +177,7 @@ class Store:
     def _delete(self, step: int) -> None:
         doomed = step_folder(self.folder, step).rename(self._temporary_name(step))
         self.verified.discard(step)
-        sync_folder(self.folder)
+        sync(self.folder)
         for path in sorted(doomed.iterdir()):
             if path.is_file():
                 path.unlink()

@@ -25,7 +25,8 @@ from types import MappingProxyType
 
 from octavo.commands.argparser import Parser, given_flags
 from octavo.config import ConfigError
-from octavo.hf.hub import DownloadError, Hub, RemoteFile, amount, fetch, shown
+from octavo.core.format import format_bytes
+from octavo.hf.hub import DownloadError, Hub, RemoteFile, fetch, shown
 
 PUBLIC_HUB = "https://huggingface.co"
 
@@ -142,7 +143,8 @@ def _check_space(files: Sequence[RemoteFile], folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DownloadError(
-            f"{folder}: {amount(needed)} are needed and {amount(free)} are free; name another --local_dir"
+            f"{folder}: {format_bytes(needed)} are needed and {format_bytes(free)} are free; "
+            "name another --local_dir"
         )
 
 

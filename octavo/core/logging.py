@@ -26,12 +26,6 @@ def init_logger() -> None:
     logger.propagate = False
 
 
-def count(number: int, noun: str) -> str:
-    """`number` of what `noun` names, as in "1 step" and "2 processes"."""
-    plural = noun + ("es" if noun.endswith("s") else "s")
-    return f"{number} {noun if number == 1 else plural}"
-
-
 def wants_color() -> bool:
     """Colours on a terminal; training processes have none, so the launcher sets FORCE_COLOR for them."""
     wanted = sys.stderr.isatty() or bool(os.environ.get("FORCE_COLOR"))

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from types import TracebackType
 
+from octavo.core.format import format_clock
+
 _BAR = 30
 _SECONDS_PER_LINE = 10.0
 _SECONDS_PER_BAR = 0.2
@@ -63,7 +65,7 @@ class FileProgress:
         left = ""
         if share > first_share:
             rest = seconds * (1 - share) / (share - first_share)
-            left = f", {_clock(rest)} left"
+            left = f", {format_clock(rest)} left"
         skipped = f", {bad:,} bad records" if bad else ""
         rate = (tokens - first_tokens) / seconds if seconds else 0.0
         plural = "es" if self._workers > 1 else ""
@@ -71,9 +73,3 @@ class FileProgress:
             f"{bar}{share:.0%}, {tokens:,} tokens, {rate:,.0f} per second on {self._workers} process{plural}"
             f"{left}{skipped}"
         )
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -35,6 +35,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
 from octavo import __version__
+from octavo.core.format import format_bytes
 
 T = TypeVar("T")
 
@@ -301,19 +302,12 @@ class DownloadProgress:
         self._first = done if self._first < 0 else self._first
         if end or now - self._shown_at > self._every:
             self._shown_at = now
-            speed = (done - self._first) / max(now - self._began, 1e-3) / 1e6
+            speed = round((done - self._first) / max(now - self._began, 1e-3))
             share = 100 * done // self._file.size if self._file.size else 100
-            so_far = f"{amount(done)} of {amount(self._file.size)}"
-            line = f"{self._file.path}  {share:3d}%  {so_far}  {speed:.1f} MB/s"
+            so_far = f"{format_bytes(done)} of {format_bytes(self._file.size)}"
+            line = f"{self._file.path}  {share:3d}%  {so_far}  {format_bytes(speed)}/s"
             start, stop = ("\r\033[K", "\n" if end else "") if self._live else ("", "\n")
             print(f"{start}{line}", end=stop, file=self._stream, flush=True)
-
-
-def amount(size: int) -> str:
-    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
-        if size >= 10**power:
-            return f"{size / 10**power:.1f} {unit}"
-    return f"{size} B"
 
 
 def fetch(hub: Hub, file: RemoteFile, folder: Path, stream: IO[str]) -> bool:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from octavo import config
 from octavo.config import ConfigError, config_file, flags
 from octavo.config.ranges import shown
-from octavo.core.logging import count
+from octavo.core.format import count
 from octavo.launch.elastic import Launch, run
 from octavo.launch.heartbeat import Meeting
 from octavo.launch.supervisor import PIPELINE_VARIABLE

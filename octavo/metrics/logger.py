@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from octavo.config.schema import Metrics
-from octavo.core.logging import count, logger
+from octavo.core.format import count
+from octavo.core.logging import logger
 from octavo.metrics.device import Peak, memory_in_use
 from octavo.metrics.jsonl import Jsonl
 from octavo.metrics.mfu import Utilization, Work, utilization

@@ -23,7 +23,8 @@ from octavo.config import ConfigError, JobConfig, names
 from octavo.config.effects import casts_weights_again, fuses
 from octavo.config.layer_recipes import LayerRecipe, layer_recipes, matching, recipes_named
 from octavo.config.schema import Float8
-from octavo.core.logging import count, logger
+from octavo.core.format import count
+from octavo.core.logging import logger
 from octavo.distributed.parallelize_plan import Fusion, TensorParallel
 from octavo.float8 import (
     RECIPES,

@@ -13,6 +13,7 @@ import torch
 
 from octavo.checkpoint import failpoints, latest, saving
 from octavo.checkpoint.store import published_steps
+from octavo.core.format import format_bytes
 from tests.checkpoint.crashes import FLAGS
 from tests.helpers import launching
 
@@ -128,7 +129,7 @@ def test_space_of_old_checkpoints_does_not_count_as_free(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=half))
     run = launching.train(tmp_path, {**FLAGS, "training.steps": 8})
     assert run.exit_codes == [1]
-    assert f"has {saving.format_bytes(half)} free" in run.log
+    assert f"has {format_bytes(half)} free" in run.log
     assert published_steps(tmp_path / "checkpoint") == [3, 6]
 
 
@@ -143,7 +144,7 @@ def test_estimate_is_enough_and_not_twice_as_much(tmp_path):
 
 
 def test_sizes_in_words():
-    assert [saving.format_bytes(n) for n in (0, 1023, 1024, 3 * 2**20, 5 * 2**40)] == [
+    assert [format_bytes(n) for n in (0, 1023, 1024, 3 * 2**20, 5 * 2**40)] == [
         "0 bytes",
         "1023 bytes",
         "1.0 KiB",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.commands.compare.runs import Plan, Run
+from octavo.core.format import format_clock
 
 _BAR = 24
 _SECONDS_PER_LINE = 30.0
@@ -61,7 +62,7 @@ class RunsProgress:
         done, total = self._done(), self._total
         left = ""
         if done > self._before:
-            left = f", {_clock((now - self._start) * (total - done) / (done - self._before))} left"
+            left = f", {format_clock((now - self._start) * (total - done) / (done - self._before))} left"
         reports = {run.name: last_report(self._plan.folder(run)) for run in active}
         runs = ", ".join(f"{name} {last.get('step', 0)} ({_loss(last)})" for name, last in reports.items())
         text = f"{done / total:.0%} of {total:,} steps{left}: {runs}"
@@ -103,9 +104,3 @@ def last_report(folder: Path) -> dict[str, Any]:
 
 def _loss(report: dict[str, Any]) -> str:
     return "n/a" if report.get("loss") is None else f"{report['loss']:.4f}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"

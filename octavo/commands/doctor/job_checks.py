@@ -12,7 +12,7 @@ from octavo.commands.doctor import memory_checks
 from octavo.commands.doctor.findings import Finding, Level, fail, note, ok
 from octavo.config import ConfigError, JobConfig, names
 from octavo.config.programs import download_command
-from octavo.core.logging import count
+from octavo.core.format import count
 from octavo.launch import launcher
 from octavo.tokenizer import Tokenizer, build_tokenizer
 from octavo.train import quantization

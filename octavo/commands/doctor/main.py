@@ -15,7 +15,7 @@ from octavo.commands.doctor.findings import Finding, Level, fail
 from octavo.config import ConfigError, config_file, flags
 from octavo.config.programs import octavo_command
 from octavo.core import exit_codes
-from octavo.core.logging import count
+from octavo.core.format import count
 from octavo.launch import launcher
 
 _EPILOG = """\

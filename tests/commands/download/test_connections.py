@@ -124,7 +124,7 @@ def test_a_full_disk(call: Any, world: World, monkeypatch: pytest.MonkeyPatch) -
     usage = download.shutil.disk_usage(".")
     monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
     code, _, err = call("--assets", "safetensors")
-    assert (code, "6.1 MB are needed and 1.0 MB are free" in err) == (1, True)
+    assert (code, "5.9 MiB are needed and 976.6 KiB are free" in err) == (1, True)
     assert not world.seen("store")
 
 
