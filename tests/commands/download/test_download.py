@@ -88,7 +88,7 @@ def test_progress_is_rewritten_on_a_terminal_and_plain_elsewhere(
     assert "model-00001-of-00002.safetensors  100%  2.9 MiB of 2.9 MiB" in plain
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     _, live, _ = call("--assets", "config")
-    assert "\r\x1b[Kconfig.json  100%  23 B of 23 B" in live
+    assert "\r\x1b[Kconfig.json  100%  23 bytes of 23 bytes" in live
 
 
 def test_ctrl_c(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
