@@ -1,6 +1,4 @@
-"""Version flags under the import path that users of torchao know. octavo needs torch 2.11, so they are all
-true.
-"""
+"""torchao's version flags, under the same import path. octavo needs torch 2.11, so all are true."""
 
 TORCH_VERSION_AT_LEAST_2_5 = True
 TORCH_VERSION_AT_LEAST_2_6 = True

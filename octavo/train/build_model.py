@@ -106,7 +106,7 @@ def build_model(
     logger.info("Model %s %s size: %s total parameters", spec.name, job.model.flavor, f"{size:,}")
     work = _work(job, spec, args, model, device, param_dtype)
 
-    fusion = quantization.fusion(job, recipe, device) if spec.fuses else None
+    fusion = quantization.build_fusion(job, recipe, device) if spec.fuses else None
     if job.model.fuse == "on" and fusion is None:
         raise ConfigError(f"model.fuse = on: the model {spec.name} cannot be fused; leave it out")
 
@@ -145,7 +145,7 @@ def _chunk_loss(job: JobConfig, spec: models.ModelSpec, model: nn.Module) -> Non
         )
     compiled = job.compile.enable and "loss" in job.compile.components
     softmax = torch.compile(loss_and_gradient) if compiled else loss_and_gradient
-    spec.chunk_loss(model, ChunkedLoss(tokens, softmax, quantization.casts_once))
+    spec.chunk_loss(model, ChunkedLoss(tokens, softmax, quantization.cast_head_once))
     logger.info("The loss is computed by chunks of %d tokens: logits never exist whole", tokens)
 
 
@@ -159,7 +159,7 @@ def _work(
 ) -> Work:
     """What a token costs, from the whole model's own shapes."""
     seq_len, high = job.training.seq_len, str(param_dtype).removeprefix("torch.")
-    precisions = quantization.precisions(model, device, high)
+    precisions = quantization.product_precisions(model, device, high)
     compiled = job.compile.enable and "model" in job.compile.components
     return work_of(
         model,
@@ -168,7 +168,7 @@ def _work(
         high,
         job.activation_checkpoint,
         spec.layer_products and spec.layer_products(args, seq_len),
-        to_the_end=not compiled and quantization.converted(model),
+        to_the_end=not compiled and quantization.has_float8_layers(model),
     )
 
 
@@ -200,7 +200,7 @@ def _plan(job: JobConfig, param_dtype: torch.dtype, world: World) -> Parallelize
         )
     tensor = None
     if world.tensor is not None:
-        tensor = quantization.tensor_parallel(
+        tensor = quantization.tensor_parallel_styles(
             world.tensor,
             loss_parallel=world.loss_parallel,
             asynchronous=job.parallelism.enable_async_tensor_parallel,

@@ -1,4 +1,6 @@
-"""The trainer's one door to `octavo.float8`: convert the model as the config says, and tell what was done."""
+"""The only place where the trainer uses `octavo.float8`: it converts the model as the config says, and logs
+what it did.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +53,7 @@ from octavo.models.init import plain_name
 
 DEFAULT_RECIPE = "tensorwise"
 REMEDIES = ("rowwise", "blockwise")
-"""Recipes with finer scales, which a layer that loses much is tried in; the first that helps is named."""
+"""Recipes with finer scales, to try on a layer that loses much; the first that helps is recommended."""
 
 CONTROLS = MappingProxyType(
     {
@@ -60,18 +62,19 @@ CONTROLS = MappingProxyType(
         )
     }
 )
-"""Recipes known to train badly, by name: a comparison that does not find them out proves nothing. Gradients
-of a mean over a batch's tokens lie below what an unscaled e5m2 holds, and become zero.
+"""Negative controls: recipes known to train badly, by name. A comparison that does not flag them is too
+insensitive to judge any. The gradients of a mean over a batch's tokens are below the range of unscaled e5m2,
+and become zero.
 """
 
 
 def describe_recipes(device: torch.device) -> dict[str, str]:
-    """Recipe -> one line on whether `device` computes it in hardware, and by what."""
+    """One line per recipe on whether and how `device` computes it in hardware."""
     return {name: describe_backend(recipe, device, None) for name, recipe in RECIPES.items()}
 
 
 def check_products(device: torch.device) -> Iterator[Check]:
-    """Try each way of multiplying float8 on `device` once."""
+    """Check every product of every recipe on `device` once."""
     return check_device(device)
 
 
@@ -83,11 +86,11 @@ def recipe_name(converters: Sequence[str], settings: Float8) -> str | None:
 
 
 def keep_casts_under_compile() -> None:
-    """Make compiled layers round to bfloat16 where eager ones do.
+    """Make compiled layers round to bfloat16 where eager layers do.
 
-    Without that, the value that is cast to float8 in forward and the one recomputed in backward can differ,
-    and rowwise training went to NaN (pytorch issue 150859). Later torch does by itself what is needed of it,
-    for the tensors that are saved; before, the general switch is the remedy.
+    Otherwise the value cast to float8 in forward and the one recomputed in backward can differ, and rowwise
+    training went to NaN (pytorch issue 150859). Later versions of torch do so themselves for saved tensors;
+    earlier ones need the general option.
     """
     import torch._inductor.config as inductor
 
@@ -96,10 +99,10 @@ def keep_casts_under_compile() -> None:
 
 
 def keep_traces_of_compiled_layers() -> None:
-    """Let torch keep what it traced of float8 layers for the next start, as it does with other layers.
+    """Let torch cache the traces of float8 layers for the next start, as it does for other layers.
 
-    It leaves out autograd functions unless told that they may be kept. Ours may: what it looks a graph up by
-    has the operations of their forward and backward in it, and they do nothing else.
+    By default it excludes custom autograd functions. Ours are safe to cache: the cache key includes the
+    operations of their forward and backward, and they have no other effects.
     """
     import torch._functorch.config as functorch
 
@@ -107,8 +110,8 @@ def keep_traces_of_compiled_layers() -> None:
 
 
 def build_monitor(model: nn.Module, settings: Float8) -> Monitor | None:
-    """What measures the float8 layers of `model`, over all processes' tokens; None if nothing is to be."""
-    if settings.health_every == 0 or not converted(model):
+    """A monitor of the float8 layers of `model`, over all processes' tokens; None if health is off."""
+    if settings.health_every == 0 or not has_float8_layers(model):
         return None
     return Monitor(model, every=1, sample=settings.health_tokens or None, group=_world_group())
 
@@ -117,17 +120,18 @@ def _world_group() -> dist.ProcessGroup | None:
     return dist.group.WORLD if dist.get_world_size() > 1 else None
 
 
-def measured(monitor: Monitor | None) -> AbstractContextManager[object]:
-    """The scope of all forwards and backwards of a step that `monitor`, if there is one, measures."""
+def measure_step(monitor: Monitor | None) -> AbstractContextManager[object]:
+    """Scope of all forwards and backwards of a step, measured by `monitor` if there is one."""
     return nullcontext() if monitor is None else monitor.step()
 
 
 def try_recipes(
     model: nn.Module, layer: str, settings: Float8, loss: Callable[[], Tensor]
 ) -> tuple[Sequence[Measurement], Sequence[str]]:
-    """What other recipes would do to the operands of `layer`, in one more forward and backward, which leaves
-    no gradient: its rows in its own recipe and in the others, and the others' names, by preference. Nothing
-    where a layer cannot be watched so. `loss` runs the model.
+    """What other recipes would do to the operands of `layer`, in one more forward and backward of `loss`.
+
+    Returns its measurements in its own recipe and in the others, and the others' names in order of
+    preference; nothing if the layer cannot be measured. Leaves no gradients.
     """
     own = {
         module.recipe.name
@@ -151,21 +155,23 @@ def try_recipes(
     return table.rows, others
 
 
-def converted(model: nn.Module) -> bool:
+def has_float8_layers(model: nn.Module) -> bool:
     """Whether any layer of `model` is a float8 one."""
     return any(isinstance(module, Float8Linear) for module in model.modules())
 
 
-def precisions(model: nn.Module, device: torch.device, high: str) -> dict[str, tuple[str, str, str]]:
-    """The precision in which each linear layer of `model` multiplies on `device`, by name: of its products
-    output, grad_input and grad_weight. Emulated float8 multiplies in float32; `high` is what others do.
+def product_precisions(model: nn.Module, device: torch.device, high: str) -> dict[str, tuple[str, str, str]]:
+    """The precision in which `device` computes output, grad_input and grad_weight of each linear layer, by
+    name.
+
+    Emulated float8 multiplies in float32; `high` is the precision of other layers.
     """
-    found: dict[str, tuple[str, str, str]] = {}
+    by_layer: dict[str, tuple[str, str, str]] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
         if not isinstance(module, Float8Linear):
-            found[name] = (high, high, high)
+            by_layer[name] = (high, high, high)
             continue
         by_product = {
             product: high
@@ -173,27 +179,28 @@ def precisions(model: nn.Module, device: torch.device, high: str) -> dict[str, t
             else ("float8" if choose_backend(gemm, device, module.emulate) else "float32")
             for product, gemm in module.recipe.gemms.items()
         }
-        found[name] = (by_product["output"], by_product["grad_input"], by_product["grad_weight"])
-    return found
+        by_layer[name] = (by_product["output"], by_product["grad_input"], by_product["grad_weight"])
+    return by_layer
 
 
-def weights_cast_once(model: nn.Module, job: JobConfig, world_size: int) -> AbstractContextManager[None]:
-    """The scope of one step's microbatches, in which float8 weights are cast once if that saves a cast.
-
-    It changes no bit.
+def cast_weights_in_step(model: nn.Module, job: JobConfig, world_size: int) -> AbstractContextManager[None]:
+    """Scope of one step's microbatches in which float8 weights are cast once, if that saves a cast. Changes
+    no bit.
     """
     return cast_weights_once(
         model, enabled=job.float8.cast_weights_once and casts_weights_again(job, world_size)
     )
 
 
-def casts_once(head: nn.Module) -> AbstractContextManager[None]:
-    """The scope in which `head`, a linear layer, is called several times with one weight."""
+def cast_head_once(head: nn.Module) -> AbstractContextManager[None]:
+    """Scope in which `head`, a linear layer, is called several times with one weight."""
     return cast_weights_once(head, enabled=getattr(head, "weight_casts", None) is None)
 
 
-def tensor_parallel(mesh: DeviceMesh, *, loss_parallel: bool, asynchronous: bool = False) -> TensorParallel:
-    """The styles for a model whose products are shared over `mesh`: float8 layers send float8."""
+def tensor_parallel_styles(
+    mesh: DeviceMesh, *, loss_parallel: bool, asynchronous: bool = False
+) -> TensorParallel:
+    """The styles for a model whose products are sharded over `mesh`; float8 layers communicate float8."""
     return TensorParallel(mesh, loss_parallel, _colwise_style, _rowwise_style, _gather_style, asynchronous)
 
 
@@ -214,21 +221,20 @@ def _gather_style(
     before, after = (given, *rest), (wanted, *rest)
     recipes = {linear.recipe if isinstance(linear, Float8Linear) else None for linear in linears}
     recipe = recipes.pop()
-    if recipes or recipe is None or recipe.output.a is None:  # somebody needs the tensor itself
+    if recipes or recipe is None or recipe.output.a is None:  # one of them reads the tensor itself
         return PrepareModuleInput(input_layouts=before, desired_input_layouts=after)
     return PrepareFloat8ModuleInput(
         input_layouts=before, desired_input_layouts=after, float8_dtype=recipe.output.a.dtype
     )
 
 
-def fusion(job: JobConfig, recipe: str | None, device: torch.device) -> Fusion | None:
-    """What computes fused layers; None where modules are called one by one."""
+def build_fusion(job: JobConfig, recipe: str | None, device: torch.device) -> Fusion | None:
+    """The implementation of fused layers; None if modules are called one by one."""
     kernels = recipe is not None and device.type == "cuda"
     if not fuses(job):
         if kernels and job.model.fuse == "auto":
             logger.info(
-                "Layers are not fused: tensor parallel weights, and scales from the step before, need them "
-                "called one by one"
+                "Layers are not fused: tensor parallel weights and delayed scaling need separate calls"
             )
         return None
     if job.model.fuse == "auto" and not kernels:
@@ -242,12 +248,12 @@ def fusion(job: JobConfig, recipe: str | None, device: torch.device) -> Fusion |
     logged: set[str] = set()
 
     def normed_input(norm: nn.Module, linears: Sequence[Any]) -> NormedInput:
-        ours = all(isinstance(linear, Float8Linear) and linear.recipe.name == recipe for linear in linears)
-        made = NormedInput(norm, linears, shared_scales=share and ours)
+        same_recipe = all(isinstance(m, Float8Linear) and m.recipe.name == recipe for m in linears)
+        made = NormedInput(norm, linears, shared_scales=share and same_recipe)
         why = made.shared.why_separate()
         if why is not None and why not in logged:
             logged.add(why)
-            logger.info("Some layers of one input stay products of their own: %s", why)
+            logger.info("Some layers with one input remain separate products: %s", why)
         return made
 
     return Fusion(normed_input=normed_input, gated_linear=GatedLinear, shared_input=SharedInput)
@@ -260,22 +266,20 @@ def _options(recipe: str) -> Float8LinearConfig:
 
 
 def after_optimizer_step(model: nn.Module, settings: Float8) -> None:
-    """Compute the scales of weights that FSDP gathers in float8 in one reduction, if that is asked for."""
+    """Compute the scales of weights that FSDP gathers in float8 in one reduction, if configured."""
     if settings.enable_fsdp_float8_all_gather and settings.precompute_float8_dynamic_scale_for_fsdp:
         precompute_float8_dynamic_scale_for_fsdp(model)
 
 
 class DelayedScalingSteps:
-    """What the trainer does about scales that are the previous step's: ends steps, tells, saves. Does nothing
-    in other recipes.
-    """
+    """Delayed scaling in the trainer: ends steps, logs and saves. Does nothing for other recipes."""
 
     def __init__(self, scales: DelayedScaling | None) -> None:
         self._scales = scales
         self._saturated, self._fallbacks = 0.0, 0
 
     def end_step(self, step: int) -> None:
-        """Make the maxima of `step` the next one's scales. All processes call it, after the gradients."""
+        """Make the maxima of `step` the next step's scales. All processes call it, after the gradients."""
         if self._scales is None:
             return
         report = self._scales.end_step()
@@ -289,22 +293,24 @@ class DelayedScalingSteps:
             )
 
     def take_counts(self) -> dict[str, Any]:
-        """For the report of a step: the worst since the last report, and the fallbacks so far."""
+        """For a step's metrics: the largest saturated share since the last call, and all fallbacks so far."""
         saturated, self._saturated = self._saturated, 0.0
         return {"float8_saturated": saturated, "float8_fallbacks": self._fallbacks}
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What a resumed run needs to cast as this one would; JSON-able, the same on every process."""
+        """What a resumed run needs in order to cast as this one would; JSON-compatible, equal on every
+        process.
+        """
         if self._scales is None:
             return None
         return {**self._scales.state_dict(), "fallbacks": self._fallbacks}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> dict[str, str]:
-        """Go on from `state`; why not exactly, if so."""
+        """Restore `state`. Returns what could not be restored exactly, and why."""
         if self._scales is None:
             return {}
         if state is None:
-            return {"float8 scales": "nothing was saved of the previous step's"}
+            return {"float8 scales": "the checkpoint has no scales of the previous step"}
         self._fallbacks = state["fallbacks"]
         self._scales.load_state_dict(state)
         return {}
@@ -313,7 +319,7 @@ class DelayedScalingSteps:
 def build_delayed_scaling(
     model: nn.Module, recipe: str | None, settings: Float8, device: torch.device
 ) -> DelayedScalingSteps:
-    """The scales of the step before, if `recipe`, or that of single layers, casts with them."""
+    """Delayed scaling, if `recipe` or that of any layer uses it."""
     if recipe is None or not set(recipes_named(settings)) & set(names.PREVIOUS_STEP_RECIPES):
         return DelayedScalingSteps(None)
     return DelayedScalingSteps(DelayedScaling(model, bound=settings.max_saturated, device=device))
@@ -322,12 +328,12 @@ def build_delayed_scaling(
 def convert(
     model: nn.Module, recipe: str, settings: Float8, device: torch.device, *, filters_given_on_cli: bool
 ) -> None:
-    """Swap the linear layers of `model`, in place, for float8 ones in `recipe`, but for those that
-    `filter_fqns` names, and those for which `layer_recipes` has another.
+    """Swap the linear layers of `model`, in place, for float8 ones in `recipe`, except those that
+    `filter_fqns` excludes and those that `layer_recipes` gives another recipe.
 
-    A filter names every layer whose full name contains it. `ConfigError` if no layer is left to convert, if a
-    pattern of `layer_recipes` decides about no layer, or if a filter from the command line matches none; one
-    from a TOML file, which may serve several models, is only logged.
+    A filter excludes every layer whose full name contains it. Raises `ConfigError` if no layer is left to
+    convert, if a pattern of `layer_recipes` decides about no layer, or if a filter from the command line
+    matches none. A filter from a TOML file, which may be for several models, only logs a warning.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for part in settings.filter_fqns:
@@ -356,10 +362,8 @@ def convert(
     )
 
 
-def _recipe_of_each(linears: Sequence[str], rest: str, settings: Float8) -> dict[str, str | None]:
-    """Linear layer -> the recipe it takes, None for high precision. `ConfigError` for a pattern that decides
-    about none.
-    """
+def _recipe_of_each(linears: Sequence[str], default: str, settings: Float8) -> dict[str, str | None]:
+    """The recipe of each linear layer, None for high precision. `ConfigError` for a pattern without effect."""
     patterns = layer_recipes(settings)
     chosen: dict[str, str | None] = {}
     decided: set[LayerRecipe] = set()
@@ -367,16 +371,16 @@ def _recipe_of_each(linears: Sequence[str], rest: str, settings: Float8) -> dict
         if any(part in name for part in settings.filter_fqns):
             chosen[name] = None
             continue
-        found = matching(patterns, name)
-        chosen[name] = rest if found is None else found.recipe
-        decided |= {found} if found is not None else set()
+        pattern = matching(patterns, name)
+        chosen[name] = default if pattern is None else pattern.recipe
+        decided |= {pattern} if pattern is not None else set()
     for pattern in patterns:
         if pattern in decided:
             continue
         if not any(matching([pattern], name) for name in linears):
             why = f"matches none of the model's linear layers, like {', '.join(linears[:3])}"
         else:
-            why = "decides about no layer: float8.filter_fqns, or a later pattern, does about all it matches"
+            why = "decides about no layer: float8.filter_fqns or a later pattern decides about its matches"
         raise ConfigError(f"float8.layer_recipes: {pattern.text!r} {why}")
     return chosen
 
@@ -384,8 +388,8 @@ def _recipe_of_each(linears: Sequence[str], rest: str, settings: Float8) -> dict
 def _convert_to(
     model: nn.Module, recipe: str, layers: Sequence[str], settings: Float8, device: torch.device
 ) -> None:
-    """Convert `layers` to `recipe`, and log it. Their weights are gathered in float8 if that is asked for and
-    the recipe can.
+    """Convert `layers` to `recipe`, and log it. Their weights are gathered in float8 if configured and
+    possible.
     """
     config = _options(recipe)
     gathers = settings.enable_fsdp_float8_all_gather and config.to_recipe().gatherable
@@ -393,7 +397,7 @@ def _convert_to(
         config, emulate=True if settings.emulate else None, enable_fsdp_float8_all_gather=gathers
     )
     names_to_convert = set(layers)
-    warnings.filterwarnings("ignore", category=EmulationWarning)  # the line below tells it
+    warnings.filterwarnings("ignore", category=EmulationWarning)  # the log line below says so
     convert_to_float8_training(
         model, config=config, module_filter_fn=lambda _, name: name in names_to_convert
     )
@@ -404,9 +408,11 @@ def _convert_to(
         describe_backend(config.to_recipe(), device, config.emulate),
     )
     if settings.enable_fsdp_float8_all_gather:
-        how = "float8" if gathers else f"high precision: {recipe} has no one float8 weight"
-        whose = f" of the {count(len(layers), f'{recipe} layer')}" if settings.layer_recipes else ""
-        logger.info("FSDP gathers the weights%s in %s", whose, how)
+        precision = "float8" if gathers else f"high precision: {recipe} has no single float8 weight"
+        layers_in_recipe = (
+            f" of the {count(len(layers), f'{recipe} layer')}" if settings.layer_recipes else ""
+        )
+        logger.info("FSDP gathers the weights%s in %s", layers_in_recipe, precision)
 
 
 def _listed(layers: Sequence[str], most: int = 8) -> str:

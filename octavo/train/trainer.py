@@ -290,7 +290,7 @@ class Trainer:
 
         batches: list[tuple[Tensor, Tensor]] = []  # kept until the step is known to be sound
         monitor = self.monitor if self.health.due(step) else None
-        with quantization.measured(monitor):
+        with quantization.measure_step(monitor):
             local_loss = self._gradients(self._next_batches(batches))
         self.scales.end_step(step)
         norm = clip_gradients(self.model, settings.training.max_norm, self.world.pipeline)
@@ -335,7 +335,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         with (
             computing_in_copies(self.model),
-            quantization.weights_cast_once(self.model, self.job, self.world.size),
+            quantization.cast_weights_in_step(self.model, self.job, self.world.size),
         ):
             for number, (tokens_BS, labels_BS) in enumerate(batches, start=1):
                 reduce_gradients_now(self.model, last=number == self.accumulation)

@@ -22,7 +22,7 @@ def gradients(*, compiled: bool) -> dict[str, object]:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     with torch.device("meta"):
         model = Llama(small(vocab_size=128))
-    apply_tensor_parallel(model, quantization.tensor_parallel(mesh, loss_parallel=True))
+    apply_tensor_parallel(model, quantization.tensor_parallel_styles(mesh, loss_parallel=True))
     for layer in model.layers.values() if compiled else ():
         layer.compile(fullgraph=True, backend="aot_eager")
     model.to_empty(device="cpu")

@@ -127,7 +127,7 @@ def test_emulated_float8_counts_as_what_it_ran_in():
     model = Llama(ARGS)
     quantization.convert(model, "rowwise_with_gw_hp", Float8(filter_fqns=["output"]), torch.device("cpu"),
                          filters_given_on_cli=False)  # fmt: skip
-    found = quantization.precisions(model, torch.device("cpu"), "bfloat16")
+    found = quantization.product_precisions(model, torch.device("cpu"), "bfloat16")
     assert found["layers.0.attention.wq"] == ("float32", "float32", "bfloat16")
     assert found["output"] == ("bfloat16",) * 3
 
