@@ -363,7 +363,7 @@ def convert(
 
 
 def _recipe_of_each(linears: Sequence[str], default: str, settings: Float8) -> dict[str, str | None]:
-    """The recipe of each linear layer, None for high precision. `ConfigError` for a pattern without effect."""
+    """The recipe of each linear layer, or None. `ConfigError` for a pattern that decides about no layer."""
     patterns = layer_recipes(settings)
     chosen: dict[str, str | None] = {}
     decided: set[LayerRecipe] = set()
