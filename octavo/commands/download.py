@@ -26,7 +26,7 @@ from types import MappingProxyType
 from octavo.commands.argparser import Parser, given_flags
 from octavo.config import ConfigError
 from octavo.core.format import format_bytes
-from octavo.hf.hub import DownloadError, Hub, RemoteFile, fetch, shown
+from octavo.hf.hub import DownloadError, Hub, RemoteFile, download_file, redact_url
 
 PUBLIC_HUB = "https://huggingface.co"
 
@@ -113,7 +113,7 @@ def _endpoint(environment: Mapping[str, str]) -> str:
     parts = urllib.parse.urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
         raise DownloadError(
-            f"HF_ENDPOINT={shown(endpoint)}: expected an address such as {PUBLIC_HUB}", code=2
+            f"HF_ENDPOINT={redact_url(endpoint)}: expected an address such as {PUBLIC_HUB}", code=2
         )
     return endpoint
 
@@ -151,15 +151,18 @@ def _check_space(files: Sequence[RemoteFile], folder: Path) -> None:
 def _download(options: argparse.Namespace, endpoint: str, token: str | None) -> None:
     is_local = urllib.parse.urlsplit(endpoint).hostname in ("localhost", "127.0.0.1", "::1")
     if token is not None and endpoint.startswith("http:") and not is_local:
-        print(f"octavo download: no token is sent to {shown(endpoint)}, which is not https", file=sys.stderr)
+        print(
+            f"octavo download: no token is sent to {redact_url(endpoint)}, which is not https",
+            file=sys.stderr,
+        )
         token = None
     hub = Hub(endpoint, options.repo_id, options.revision, token)
-    files = _select(hub.files(), options)
+    files = _select(hub.list_files(), options)
     folder = options.local_dir / options.repo_id.rpartition("/")[2]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_space(files, folder)
-        fetched = sum(fetch(hub, file, folder, sys.stdout) for file in files)
+        fetched = sum(download_file(hub, file, folder, sys.stdout) for file in files)
     except OSError as error:
         raise DownloadError(
             f"{error.filename or folder}: {error.strerror or error}; existing files are unchanged"

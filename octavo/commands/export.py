@@ -15,8 +15,8 @@ import torch
 
 from octavo.commands.argparser import Parser
 from octavo.hf import check_export, safetensors_folder
-from octavo.hf.folder_writer import DEFAULT_SHARD, DTYPES, HfLayout, check_free, write_folder
-from octavo.hf.model_sources import ModelSource, hf_weights, open_source
+from octavo.hf.folder_writer import DEFAULT_SHARD_SIZE, DTYPES, ExportPlan, require_empty, save_pretrained
+from octavo.hf.model_sources import ModelSource, open_hf_weights, open_model
 
 
 def _parser() -> Parser:
@@ -34,10 +34,10 @@ def _parser() -> Parser:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new or empty folder")
     parser.add_argument(
         "--shard_size",
-        type=safetensors_folder.bytes_of,
-        default=DEFAULT_SHARD,
+        type=safetensors_folder.parse_size,
+        default=DEFAULT_SHARD_SIZE,
         metavar="SIZE",
-        help=f"largest size of one file, and of the export's memory (default: {DEFAULT_SHARD})",
+        help=f"largest size of one file, and of the export's memory (default: {DEFAULT_SHARD_SIZE})",
     )
     parser.add_model_source_options(list(DTYPES), "of the weights (default: float32)")
     return parser
@@ -46,12 +46,13 @@ def _parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `octavo export`; returns the exit code. Raises `ConfigError` for a usage error."""
     options = _parser().read(sys.argv[1:] if argv is None else argv)
-    check_free(options.out)
-    source = open_source(options.checkpoint, tokenizer=options.tokenizer, custom_import=options.custom_import)
+    require_empty(options.out)
+    source = open_model(options.checkpoint, tokenizer=options.tokenizer, custom_import=options.custom_import)
     dtype = DTYPES[options.dtype]
-    layout = HfLayout(source.spec, source.args, source.weights, dtype, options.shard_size)
-    print(f"Exporting {source.path} in {options.dtype}, {layout.total:,} bytes in {len(layout.plan)} file(s)")
-    write_folder(options.out, layout, source.tokenizer, lambda file: print(f"  {file.name}", flush=True))
+    plan = ExportPlan(source.spec, source.args, source.weights, dtype, options.shard_size)
+    files = len(plan.shards)
+    print(f"Exporting {source.path} in {options.dtype}, {plan.total_bytes:,} bytes in {files} file(s)")
+    save_pretrained(options.out, plan, source.tokenizer, lambda file: print("  " + file.name, flush=True))
     print(f"Written: {options.out}")
     return 0 if _verify(source, options.out, dtype) else 1
 
@@ -59,19 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _verify(source: ModelSource, out: Path, dtype: torch.dtype) -> bool:
     """Print each comparison of logits; returns whether all are within the tolerance."""
     tokens_BS = check_export.sample_tokens(source)
-    expected = check_export.own_logits(source, source.weights, tokens_BS, dtype)
+    expected = check_export.octavo_logits(source, source.weights, tokens_BS, dtype)
     assert source.spec.hugging_face is not None
-    again = hf_weights(out, source.spec, source.args, model="the exported model")
+    again = open_hf_weights(out, source.spec, source.args, model="the exported model")
     results = {
-        "read back by octavo": check_export.compare(
-            check_export.own_logits(source, again, tokens_BS, dtype), expected
+        "read back by octavo": check_export.compare_logits(
+            check_export.octavo_logits(source, again, tokens_BS, dtype), expected
         )
     }
     theirs = check_export.transformers_logits(out, tokens_BS)
     if isinstance(theirs, str):
         print(f"Logits were not compared with transformers: {theirs}")
     else:
-        results["loaded by transformers"] = check_export.compare(theirs, expected)
+        results["loaded by transformers"] = check_export.compare_logits(theirs, expected)
     for how, result in results.items():
         verdict = "within" if result.within else "BEYOND"
         print(
@@ -79,7 +80,7 @@ def _verify(source: ModelSource, out: Path, dtype: torch.dtype) -> bool:
             f"{verdict} the tolerance of {check_export.TOLERANCE:g}"
         )
     if dtype is not torch.float32:
-        unrounded = check_export.own_logits(source, source.weights, tokens_BS, torch.float32)
+        unrounded = check_export.octavo_logits(source, source.weights, tokens_BS, torch.float32)
         print(f"Rounding the weights alone changes logits by up to {(unrounded - expected).abs().max():.2e}")
     within = all(result.within for result in results.values())
     if not within:

@@ -19,8 +19,8 @@ from octavo.commands.argparser import Parser, bounded_float, bounded_int, given_
 from octavo.commands.sampling import Recompute, Sampling, TextStream, generate
 from octavo.config import ConfigError
 from octavo.hf.folder_writer import DTYPES
-from octavo.hf.model_sources import ModelSource, open_source
-from octavo.hf.stored_weights import load
+from octavo.hf.model_sources import ModelSource, open_model
+from octavo.hf.stored_weights import load_weights
 from octavo.metrics.device import pick_device
 
 _SHOWN = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -121,7 +121,7 @@ def run(source: ModelSource, options: argparse.Namespace, out: TextIO, log: Text
     prompt = encode_prompt(source, options.prompt)
     limit = min(options.max_new_tokens, source.context - len(prompt))
     device = pick_device()
-    model = load(source.build(len(prompt) + limit), source.weights, DTYPES[options.dtype], device)
+    model = load_weights(source.build(len(prompt) + limit), source.weights, DTYPES[options.dtype], device)
     make_decoder = source.spec.decoder
     decode = Recompute(model) if make_decoder is None else make_decoder(model, len(prompt) + limit)
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
@@ -165,7 +165,7 @@ def _writer(out: TextIO) -> Callable[[str], None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `octavo generate`; returns the exit code. Raises `ConfigError` for a usage error."""
     options = _options(sys.argv[1:] if argv is None else argv)
-    source = open_source(options.checkpoint, tokenizer=options.tokenizer, custom_import=options.custom_import)
+    source = open_model(options.checkpoint, tokenizer=options.tokenizer, custom_import=options.custom_import)
     if isinstance(out := sys.stdout, TextIO) or hasattr(out, "reconfigure"):
         out.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     try:

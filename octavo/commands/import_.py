@@ -29,9 +29,15 @@ from octavo.config import ConfigError, JobConfig
 from octavo.config.schema import Checkpoint
 from octavo.core.logging import init_logger
 from octavo.hf import safetensors_folder
-from octavo.hf.folder_writer import check_free
-from octavo.hf.model_sources import build, differences, hf_model, hf_weights, open_tokenizer
-from octavo.hf.stored_weights import Weights, load, shapes_of
+from octavo.hf.folder_writer import require_empty
+from octavo.hf.model_sources import (
+    build_on_meta,
+    compare_args,
+    open_hf_weights,
+    open_tokenizer,
+    read_hf_config,
+)
+from octavo.hf.stored_weights import Weights, load_weights, shapes_of
 from octavo.models.llama3 import meta
 from octavo.tokenizer import Tokenizer
 
@@ -61,12 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `octavo import`; returns the exit code. Raises `ConfigError` for a usage error."""
     options = _parser().read(sys.argv[1:] if argv is None else argv)
     source, out = options.source.expanduser(), options.out.expanduser()
-    check_free(out)
+    require_empty(out)
     if not source.is_dir():
         raise ConfigError(f"{source}: no such folder")
     tokenizer_path = options.tokenizer or str(source)
     tokenizer = open_tokenizer(tokenizer_path, f"{source} should hold the model's tokenizer")
-    if safetensors_folder.is_folder(source):
+    if safetensors_folder.has_safetensors(source):
         spec, flavor, args, weights = _read_hugging_face(source, options.flavor, tokenizer)
     elif (source / meta.PARAMS).is_file():
         spec, flavor, args, weights = _read_meta(source, options.flavor, tokenizer)
@@ -81,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     job.training.seq_len = args.max_seq_len
     print(f"Importing {source} as {spec.name} {flavor}")
-    write_checkpoint(out, load(build(spec, args), weights, torch.float32, "cpu"), job)
+    write_checkpoint(out, load_weights(build_on_meta(spec, args), weights, torch.float32, "cpu"), job)
     print(
         f"Written: {out}. To train from it: --model.flavor {flavor} "
         f"--model.hf_assets_path {job.model.hf_assets_path} --checkpoint.initial_load_path {out}"
@@ -119,7 +125,7 @@ def _read_hugging_face(
     source: Path, requested: str | None, tokenizer: Tokenizer
 ) -> tuple[models.ModelSpec, str, Any, Weights]:
     """The model, its flavor (`requested`, or else the one whose sizes match), its arguments and weights."""
-    spec, source_args = hf_model(source)
+    spec, source_args = read_hf_config(source)
     mismatches: dict[str, list[str]] = {}
     for flavor in [requested] if requested else spec.flavors:
         flavor_args = spec.args(flavor)
@@ -128,9 +134,9 @@ def _read_hugging_face(
         except ConfigError as error:
             mismatches[flavor] = [str(error)]
             continue
-        mismatches[flavor] = differences(source_args, args)
+        mismatches[flavor] = compare_args(source_args, args)
         if not mismatches[flavor]:
-            return spec, flavor, args, hf_weights(source, spec, args, model=f"{spec.name} {flavor}")
+            return spec, flavor, args, open_hf_weights(source, spec, args, model=f"{spec.name} {flavor}")
     nearest = min(mismatches, key=lambda flavor: len(mismatches[flavor]))
     remedy = "leave --flavor out" if requested else "register a model of these sizes (docs/your_own_model.md)"
     raise ConfigError(
@@ -150,6 +156,6 @@ def _read_meta(
         )
     flavor_args = spec.args(flavor)
     args = spec.configure(flavor_args, tokenizer.vocab_size, flavor_args.max_seq_len)
-    shapes = shapes_of(build(spec, args))
+    shapes = shapes_of(build_on_meta(spec, args))
     read = meta.open_files(source, shapes, tied=args.tie_embeddings)
     return spec, flavor, args, Weights(str(source), shapes, read)

@@ -1,1 +1,1 @@
-"""Models in and out of Hugging Face's format, and the checkpoints that can be read as models."""
+"""Reads and writes models in Hugging Face's format, opens checkpoints as models, downloads from the hub."""

@@ -1,10 +1,10 @@
-"""Whether an exported model computes what the checkpoint's model computes: logits of both, compared.
+"""Compares the logits of an exported model with those of its checkpoint.
 
-Ours are computed layer by layer: a linear's weight is read when it is called and dropped after, so that a
-model larger than the memory can be checked. transformers holds the whole model; where that cannot fit, it
-is left out and the report says so.
+octavo's logits are computed with one linear weight in memory at a time: it is read when its layer is called
+and dropped afterwards, so models larger than the memory can be checked. transformers needs the whole model in
+memory; if that does not fit, its comparison is skipped and the report says so.
 
-Both sides compute in float32, from the weights in the exported dtype, so what is compared is the export and
+Both sides compute in float32 from the weights in the exported dtype, so the comparison checks the export and
 not the rounding to bfloat16.
 """
 
@@ -17,50 +17,51 @@ import torch
 from torch import Tensor, nn
 
 from octavo.hf.model_sources import ModelSource
-from octavo.hf.stored_weights import Weights, allocate, place
+from octavo.hf.stored_weights import Weights, materialize_buffers, read_parameters
 
 TOLERANCE = 1e-4
-"""Of the largest difference between logits, for logits up to 1; relative to the largest logit beyond."""
+"""Of the largest difference between logits: absolute for logits up to 1, relative to the largest beyond."""
 
 POSITIONS = 64
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The largest absolute difference between two models' logits, and whether it is within the tolerance."""
+class LogitsComparison:
+    """The largest absolute difference of logits, and whether it is within the tolerance."""
 
     difference: float
     within: bool
 
 
 def sample_tokens(source: ModelSource) -> Tensor:
-    """A fixed row of random tokens, int64 [1, S]."""
+    """A fixed sequence of random tokens, int64 [1, S]."""
     generator = torch.Generator().manual_seed(0)
     length = min(POSITIONS, source.context)
     return torch.randint(source.tokenizer.vocab_size, (1, length), generator=generator)
 
 
 @torch.no_grad()
-def own_logits(source: ModelSource, weights: Weights, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logits [B, S, V] of our model with `weights` rounded to `dtype`, in float32 on the CPU."""
+def octavo_logits(source: ModelSource, weights: Weights, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits [B, S, V] of octavo's model with `weights` rounded to `dtype`, in float32 on the CPU."""
 
     def read(name: str) -> Tensor:
         return weights.read(name).to(dtype)
 
     rounded = Weights(weights.where, weights.shapes, read)
     model = source.build(tokens_BS.shape[1]).eval()
-    allocate(model)
+    materialize_buffers(model)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    of_linears = {
+    read_later = {
         f"{name}.{leaf}" for name, module in linears.items() for leaf, _ in module.named_parameters()
     }
-    place(model, rounded, [name for name in weights.shapes if name not in of_linears], torch.float32, "cpu")
+    read_now = [name for name in weights.shapes if name not in read_later]
+    read_parameters(model, rounded, read_now, torch.float32, "cpu")
 
     for name, module in linears.items():
 
         def fill(module: nn.Module, _: object, name: str = name) -> None:
             leaves = [f"{name}.{leaf}" for leaf, _ in module.named_parameters()]
-            place(model, rounded, leaves, torch.float32, "cpu")
+            read_parameters(model, rounded, leaves, torch.float32, "cpu")
 
         def drop(module: nn.Module, *_: object) -> None:
             module.to("meta")
@@ -72,20 +73,18 @@ def own_logits(source: ModelSource, weights: Weights, tokens_BS: Tensor, dtype: 
 
 
 def transformers_logits(folder: Path, tokens_BS: Tensor) -> Tensor | str:
-    """Logits [B, S, V] of transformers with the model in `folder`, in float32; or why there are none."""
+    """transformers' logits [B, S, V] of the model in `folder`, in float32; or why they are not computed."""
     if importlib.util.find_spec("transformers") is None:
         return "it is not installed"
-    need = 4 * sum(
-        file.stat().st_size for file in folder.glob("*.safetensors")
-    )  # float32 from bfloat16, twice
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    if need > have:
-        return f"it would hold the whole model, some {need / 1e9:.1f} GB, and {have / 1e9:.1f} GB are free"
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    need = 4 * stored  # bfloat16 to float32, with two copies while it loads
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if need > free:
+        return f"it would need {need / 1e9:.1f} GB of memory for the model, and {free / 1e9:.1f} GB are free"
     import transformers
 
-    quiet = transformers.utils.logging
-    quiet.set_verbosity_error()
-    quiet.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         str(folder), local_files_only=True, trust_remote_code=False
     )
@@ -94,7 +93,7 @@ def transformers_logits(folder: Path, tokens_BS: Tensor) -> Tensor | str:
     return logits
 
 
-def compare(got: Tensor, expected: Tensor) -> Comparison:
-    """Logits of two models; NaN anywhere is beyond any tolerance."""
+def compare_logits(got: Tensor, expected: Tensor) -> LogitsComparison:
+    """Compare the logits of two models; NaN exceeds any tolerance."""
     difference = (got - expected).abs().max().item()
-    return Comparison(difference, difference <= TOLERANCE * max(1.0, expected.abs().max().item()))
+    return LogitsComparison(difference, difference <= TOLERANCE * max(1.0, expected.abs().max().item()))

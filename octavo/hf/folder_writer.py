@@ -1,7 +1,7 @@
-"""Writes a model as a folder that transformers loads: weights, configs, tokenizer.
+"""Saves a model as a folder that transformers loads: weights, configs, tokenizer.
 
-The folder is written under another name beside its place and renamed when all of it is on the disk, so what
-has the name is whole. A folder that holds anything is never written over.
+The folder is written under a temporary name and renamed when everything is on disk, so it is always complete.
+A folder that is not empty is never overwritten.
 """
 
 import json
@@ -21,75 +21,79 @@ from octavo.hf.stored_weights import Weights
 from octavo.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-DEFAULT_SHARD = "5GB"
+DEFAULT_SHARD_SIZE = "5GB"
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
-def check_free(out: Path) -> None:
-    """`ConfigError` unless `out` is a folder that can be made, or an empty one."""
+def require_empty(out: Path) -> None:
+    """`ConfigError` if `out` exists, unless it is an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is there already, and not empty; name another --out, or remove it first")
+        raise ConfigError(f"{out} already exists and is not empty; name another --out, or remove it first")
 
 
-class HfLayout:
-    """Which of a model's parameters goes where, under which name: the plan of an export."""
+class ExportPlan:
+    """The names, dtype and files of an exported model.
+
+    Attributes:
+        shards: Hugging Face's names, one list per file.
+        total_bytes: of the weights.
+        config: the content of `config.json`, without token ids.
+    """
 
     def __init__(
         self, spec: models.ModelSpec, args: Any, weights: Weights, dtype: torch.dtype, shard_bytes: int
     ):
         if spec.hugging_face is None:
-            raise ConfigError(
-                f"the model {spec.name} has no form in transformers: its ModelSpec has no hugging_face"
-            )
-        self._form, self._args, self._weights, self._dtype = spec.hugging_face, args, weights, dtype
-        self._ours = {}
+            raise ConfigError(f"the model {spec.name} cannot be exported: its ModelSpec has no hugging_face")
+        self._format, self._args, self._weights, self._dtype = spec.hugging_face, args, weights, dtype
+        self._our_names = {}
         sizes = {}
         for name, shape in weights.shapes.items():
-            (theirs,) = self._form.to_names({name: torch.empty(shape, device="meta", dtype=dtype)}, args)
-            self._ours[theirs] = name
-            sizes[theirs] = safetensors_folder.element_size(dtype) * torch.Size(shape).numel()
-        self.plan = safetensors_folder.shards(sizes, shard_bytes)
-        self.total = sum(sizes.values())
-        self.config = {**self._form.to_config(args), "torch_dtype": str(dtype).removeprefix("torch.")}
+            (hf_name,) = self._format.to_names({name: torch.empty(shape, device="meta", dtype=dtype)}, args)
+            self._our_names[hf_name] = name
+            sizes[hf_name] = dtype.itemsize * torch.Size(shape).numel()
+        self.shards = safetensors_folder.split_into_shards(sizes, shard_bytes)
+        self.total_bytes = sum(sizes.values())
+        self.config = {**self._format.to_config(args), "torch_dtype": str(dtype).removeprefix("torch.")}
 
-    def read(self, theirs: str) -> Tensor:
-        """One tensor as it is exported."""
-        name = self._ours[theirs]
+    def read(self, hf_name: str) -> Tensor:
+        """One exported tensor."""
+        name = self._our_names[hf_name]
         tensor = self._weights.read(name).to(self._dtype)
-        (renamed,) = self._form.to_names({name: tensor}, self._args).values()
-        return renamed.contiguous()
+        (converted,) = self._format.to_names({name: tensor}, self._args).values()
+        return converted.contiguous()
 
 
-def write_folder(
-    out: Path, layout: HfLayout, tokenizer: Tokenizer, written: Callable[[Path], None] = lambda file: None
+def save_pretrained(
+    out: Path, plan: ExportPlan, tokenizer: Tokenizer, on_written: Callable[[Path], None] = lambda file: None
 ) -> None:
-    """Write the model into `out`, whole or not at all. `written` is called with each file of weights.
+    """Save the model atomically as the folder `out`. `on_written` is called with each file of weights.
 
     Raises:
-        ConfigError: `out` holds something, or there is no room for the model.
+        ConfigError: `out` is not empty, or the disk has no space for the model.
     """
     out = out.expanduser().absolute()
-    check_free(out)
+    require_empty(out)
     partial = out.with_name(f".{out.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed export
         partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
-        if free < layout.total:
+        if free < plan.total_bytes:
             raise ConfigError(
-                f"{out}: {layout.total:,} bytes are needed, and {free:,} are free; name another folder"
+                f"{out}: {plan.total_bytes:,} bytes are needed and {free:,} are free; name another folder"
             )
-        safetensors_folder.write(partial, layout.plan, layout.read, written)
-        ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        safetensors_folder.write_json(partial / "config.json", {**layout.config, **ends})
+        safetensors_folder.write_shards(partial, plan.shards, plan.read, on_written)
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        safetensors_folder.write_json(partial / "config.json", {**plan.config, **ids})
         safetensors_folder.write_json(
-            partial / "generation_config.json", {key: id_ for key, id_ in ends.items() if id_ is not None}
+            partial / "generation_config.json", {key: id_ for key, id_ in ids.items() if id_ is not None}
         )
-        write_tokenizer(partial, tokenizer)
+        save_tokenizer(partial, tokenizer)
         sync(partial)
         if out.exists():
-            out.rmdir()  # it was found empty
+            out.rmdir()  # it is empty
         partial.rename(out)
         sync(out.parent)
     except OSError as error:
@@ -100,8 +104,8 @@ def write_folder(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """The tokenizer's own files where they are Hugging Face's, else a `tokenizer.json` made from it."""
+def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Copy the tokenizer's files if they are Hugging Face's, else convert them to `tokenizer.json`."""
     source = Path(tokenizer.source)
     if source.suffix == ".json":
         shutil.copyfile(source, folder / "tokenizer.json")
@@ -113,6 +117,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
             shutil.copyfile(source.with_name(name), folder / name)
             sync(folder / name)
     config = folder / "tokenizer_config.json"
-    told = json.loads(config.read_bytes()) if config.exists() else {}
-    ends = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
-    safetensors_folder.write_json(config, {"tokenizer_class": "PreTrainedTokenizerFast", **ends, **told})
+    existing = json.loads(config.read_bytes()) if config.exists() else {}
+    tokens = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
+    safetensors_folder.write_json(
+        config, {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, **existing}
+    )

@@ -1,9 +1,9 @@
-"""Opens what can be read as a trained model: a checkpoint, the folder of a run, a Hugging Face folder.
+"""Opens a trained model from a checkpoint, the folder of a run, or a Hugging Face folder.
 
-A checkpoint tells which model it is of: its state holds the run's whole configuration. Two things of that
-configuration are not followed blindly. A module named by `experimental.custom_import` is imported only where
-the user names it too, for importing runs code. A tokenizer's path was written on another machine, perhaps
-from another folder; where it leads nowhere, the user is asked.
+A checkpoint's state contains the run's configuration, and so its model. Two settings in it are not trusted.
+The module in `experimental.custom_import` is imported only if the user names it too, because importing runs
+code. The tokenizer's path may be from another machine or working directory; if it does not exist, the user
+must give one.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ from octavo.hf.stored_weights import Weights, check_fit, shapes_of
 from octavo.tokenizer import Tokenizer, build_tokenizer
 
 _META_FILE = "params.json"
-_OF_TRAINING = ("max_seq_len", "document_end")
+_TRAINING_ARGS = ("max_seq_len", "document_end")
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on disk that was found to be whole: every parameter of `args`'s model is there, in its shape.
+    """A model on disk that has every parameter of `args`'s model in its shape.
 
-    context: the longest sequence, in tokens, that it was trained on.
+    context: the sequence length of its training, in tokens.
     """
 
     path: Path
@@ -46,23 +46,25 @@ class ModelSource:
 
     def build(self, seq_len: int) -> nn.Module:
         """The model for sequences of `seq_len` tokens, on the meta device."""
-        return build(self.spec, self.spec.configure(self.args, self.tokenizer.vocab_size, seq_len))
+        return build_on_meta(self.spec, self.spec.configure(self.args, self.tokenizer.vocab_size, seq_len))
 
 
-def build(spec: models.ModelSpec, args: Any) -> nn.Module:
-    """The model of `args` on the meta device."""
+def build_on_meta(spec: models.ModelSpec, args: Any) -> nn.Module:
+    """Build the model of `args` on the meta device."""
     with torch.device("meta"):
         return spec.build(args)
 
 
-def open_source(path: Path, *, tokenizer: str | None = None, custom_import: str = "") -> ModelSource:
-    """The model in `path`: a checkpoint's folder, a run's (its newest checkpoint), or a Hugging Face folder.
+def open_model(path: Path, *, tokenizer: str | None = None, custom_import: str = "") -> ModelSource:
+    """Open the model in `path`: a checkpoint, a run's folder (its newest checkpoint), or a Hugging Face
+    folder.
 
-    `tokenizer` is used in place of the one that is named there; `custom_import` registers a model of the
-    user's own.
+    Args:
+        tokenizer: replaces the tokenizer that `path` names.
+        custom_import: module that registers the user's model.
 
     Raises:
-        ConfigError: there is none, it is damaged, or it does not fit the model it says it is of.
+        ConfigError: there is no model, it is damaged, or its weights do not fit its configuration.
     """
     models.import_custom(custom_import)
     path = path.expanduser()
@@ -70,17 +72,17 @@ def open_source(path: Path, *, tokenizer: str | None = None, custom_import: str 
         raise ConfigError(
             f"{path}: no such folder; name a checkpoint, a run's folder or a Hugging Face folder"
         )
-    if safetensors_folder.is_folder(path):
+    if safetensors_folder.has_safetensors(path):
         return _open_hf(path, tokenizer)
     if (path / _META_FILE).is_file():
         raise ConfigError(
-            f"{path} holds Meta's original files: octavo import {path} --out FOLDER, and use that"
+            f"{path} has Meta's original files; convert them first: octavo import {path} --out FOLDER"
         )
     return _open_checkpoint(find_checkpoint(path), tokenizer, custom_import)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint in `path`: `path` itself, or the newest that verifies in it or in its `checkpoint`."""
+    """The checkpoint `path` itself, or the newest that verifies in a folder of checkpoints or of a run."""
     if (path / STATE).is_file():
         if problems := find_problems(path):
             raise DamagedCheckpoint(f"{path} does not verify: {summarize(problems)}")
@@ -89,13 +91,13 @@ def find_checkpoint(path: Path) -> Path:
         if published_steps(folder):
             return latest(folder)
     raise ConfigError(
-        f"{path}: neither a checkpoint (step-N), nor a folder with some, nor a Hugging Face folder; runs "
-        "save checkpoints with --checkpoint.enable"
+        f"{path}: neither a checkpoint (step-N), nor a folder with checkpoints, nor a Hugging Face folder; "
+        "to save checkpoints, train with --checkpoint.enable"
     )
 
 
 def _checkpoint_folder(run: Path) -> str:
-    """Where the run that wrote into `run` keeps its checkpoints."""
+    """The name of the folder of checkpoints in a run's folder."""
     try:
         name = json.loads((run / "run.json").read_bytes())["config"]["checkpoint"]["folder"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -108,37 +110,37 @@ def _open_checkpoint(path: Path, tokenizer: str | None, custom_import: str) -> M
     try:
         assert isinstance(config, dict)
         name, flavor = config["model"]["name"], config["model"]["flavor"]
-        named, needs = config["model"]["hf_assets_path"], config["experimental"]["custom_import"]
+        named, required_import = config["model"]["hf_assets_path"], config["experimental"]["custom_import"]
         context = config["training"]["seq_len"]
-        assert all(isinstance(text, str) for text in (name, flavor, named, needs))
+        assert all(isinstance(text, str) for text in (name, flavor, named, required_import))
         assert isinstance(context, int)
     except (AssertionError, KeyError, TypeError):
         raise ConfigError(
-            f"{path}: its {STATE} has no configuration of the run, so it does not tell which model it is of; "
-            "train on from it with this version, and use the checkpoint that that saves"
+            f"{path}: {STATE} lacks the run's configuration, so its model is unknown; continue training from "
+            "it and use the checkpoint that this saves"
         ) from None
-    if needs and not custom_import:
+    if required_import and not custom_import:
         raise ConfigError(
-            f"{path}: its model comes from the module {needs}. Importing a module runs it, so say that you "
-            f"trust it: --custom_import {needs}"
+            f"{path}: its model is defined in the module {required_import}. Importing it runs its code; if "
+            f"you trust it, add --custom_import {required_import}"
         )
     spec = models.get(name)
-    tokens = open_tokenizer(tokenizer or named, f"{path} was trained with it")
-    args = spec.configure(spec.args(flavor), tokens.vocab_size, context)
-    expected = shapes_of(build(spec, args))
-    weights = checkpoint_weights(path)
+    opened = open_tokenizer(tokenizer or named, f"{path} was trained with it")
+    args = spec.configure(spec.args(flavor), opened.vocab_size, context)
+    expected = shapes_of(build_on_meta(spec, args))
+    weights = open_checkpoint_weights(path)
     check_fit(
         weights.shapes,
         expected,
         where=str(path),
-        model=f"{name} {flavor} with the tokenizer {tokens.source}",
-        remedy="Name the tokenizer that it was trained with: --tokenizer PATH",
+        model=f"{name} {flavor} with the tokenizer {opened.source}",
+        remedy="Give the tokenizer that it was trained with: --tokenizer PATH",
     )
-    return ModelSource(path, spec, args, context, tokens, weights)
+    return ModelSource(path, spec, args, context, opened, weights)
 
 
-def checkpoint_weights(path: Path) -> Weights:
-    """The parameters in a checkpoint."""
+def open_checkpoint_weights(path: Path) -> Weights:
+    """The parameters of a checkpoint's model."""
     reader = CheckpointReader(path)
     shapes = {
         name.removeprefix("model."): tuple(entry.size)
@@ -148,30 +150,32 @@ def checkpoint_weights(path: Path) -> Weights:
     return Weights(str(path), shapes, lambda name: reader.read_tensor(f"model.{name}"))
 
 
-def open_tokenizer(path: str, whose: str) -> Tokenizer:
-    """The tokenizer at `path`, or an error that says whose it is and how to name another."""
+def open_tokenizer(path: str, origin: str) -> Tokenizer:
+    """The tokenizer at `path`; the error adds `origin`, where the path is from, and how to give another."""
     try:
         return build_tokenizer(path)
     except ConfigError as error:
-        raise ConfigError(f"{error}\n  {whose}; if it is elsewhere now: --tokenizer PATH") from None
+        raise ConfigError(
+            f"{error}\n  {origin}; if it has moved, give its new path: --tokenizer PATH"
+        ) from None
 
 
 def _open_hf(path: Path, tokenizer: str | None) -> ModelSource:
-    spec, args = hf_model(path)
-    tokens = open_tokenizer(tokenizer or str(path), "the folder has no other")
-    weights = hf_weights(path, spec, args, model="the model of its config.json")
-    args = spec.configure(args, tokens.vocab_size, args.max_seq_len)
-    return ModelSource(path, spec, args, args.max_seq_len, tokens, weights)
+    spec, args = read_hf_config(path)
+    opened = open_tokenizer(tokenizer or str(path), f"{path} should contain it")
+    weights = open_hf_weights(path, spec, args, model="the model of its config.json")
+    args = spec.configure(args, opened.vocab_size, args.max_seq_len)
+    return ModelSource(path, spec, args, args.max_seq_len, opened, weights)
 
 
-def hf_model(path: Path) -> tuple[models.ModelSpec, Any]:
-    """The family and the sizes that the folder's `config.json` tells."""
+def read_hf_config(path: Path) -> tuple[models.ModelSpec, Any]:
+    """The model family and its args from the folder's `config.json`."""
     config = read_json(path / "config.json")
     known = {spec.hugging_face.model_type: spec for spec in models.registered().values() if spec.hugging_face}
     spec = known.get(config.get("model_type", ""))
     if spec is None:
         raise ConfigError(
-            f"{path / 'config.json'}: model_type is {config.get('model_type')!r}; octavo knows "
+            f"{path / 'config.json'}: model_type is {config.get('model_type')!r}; supported are "
             f"{', '.join(known)}"
         )
     assert spec.hugging_face is not None
@@ -182,57 +186,59 @@ def hf_model(path: Path) -> tuple[models.ModelSpec, Any]:
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
-    """The JSON object in `path`; `ConfigError` if there is none."""
+    """The JSON object in `path`; `ConfigError` if it cannot be read."""
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}; fetch or export the model again") from None
+        raise ConfigError(f"{path}: {error.strerror or error}; download or export the model again") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: no JSON ({error}); fetch or export the model again") from None
+        raise ConfigError(f"{path}: not JSON ({error}); download or export the model again") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: no JSON object; fetch or export the model again")
+        raise ConfigError(f"{path}: not a JSON object; download or export the model again")
     return value
 
 
-def differences(found: Any, expected: Any) -> list[str]:
-    """How two models' args differ, beside what training chooses: `rope_theta is 10000.0, not 500000.0`."""
+def compare_args(found: Any, expected: Any) -> list[str]:
+    """How two models' args differ, apart from those of training: `rope_theta is 10000.0, not 500000.0`."""
     a, b = dataclasses.asdict(found), dataclasses.asdict(expected)
-    return [f"{key} is {a[key]}, not {b[key]}" for key in a if key not in _OF_TRAINING and a[key] != b[key]]
+    return [f"{key} is {a[key]}, not {b[key]}" for key in a if key not in _TRAINING_ARGS and a[key] != b[key]]
 
 
-def hf_weights(path: Path, spec: models.ModelSpec, args: Any, *, model: str, remedy: str = "") -> Weights:
-    """The parameters in a Hugging Face folder, by our names, found to fit the model of `args`.
+def open_hf_weights(
+    path: Path, spec: models.ModelSpec, args: Any, *, model: str, remedy: str = ""
+) -> Weights:
+    """The parameters in a Hugging Face folder, by our names.
 
     Raises:
-        ConfigError: they do not; the message calls `args`'s model `model`, and ends in `remedy`.
+        ConfigError: they do not fit the model of `args`, which the message calls `model`; it ends with
+        `remedy`.
     """
-    form = spec.hugging_face
-    assert form is not None
-    shapes = shapes_of(build(spec, args))
-    theirs, expected = {}, {}
+    hf_format = spec.hugging_face
+    assert hf_format is not None
+    shapes = shapes_of(build_on_meta(spec, args))
+    hf_names, expected = {}, {}
     for name, shape in shapes.items():
-        ((their_name, tensor),) = form.to_names({name: torch.empty(shape, device="meta")}, args).items()
-        theirs[name], expected[their_name] = their_name, tuple(tensor.shape)
-    stored = safetensors_folder.tensors(path)
+        ((hf_name, tensor),) = hf_format.to_names({name: torch.empty(shape, device="meta")}, args).items()
+        hf_names[name], expected[hf_name] = hf_name, tuple(tensor.shape)
+    stored = safetensors_folder.find_tensors(path)
     found = {
-        name: one.shape
-        for name, one in stored.items()
-        if name in expected or not _carries_nothing(form, name, args)
+        name: tensor.shape
+        for name, tensor in stored.items()
+        if name in expected or not _is_dropped(hf_format, name, args)
     }
-    check_fit(
-        found, expected, where=str(path), model=model, remedy=remedy or "Fetch or export the model again"
-    )
+    remedy = remedy or "Download or export the model again"
+    check_fit(found, expected, where=str(path), model=model, remedy=remedy)
 
     def read(name: str) -> torch.Tensor:
-        tensor = safetensors_folder.read(stored[theirs[name]], theirs[name])
-        return form.from_names({theirs[name]: tensor}, args)[name]
+        tensor = safetensors_folder.read_tensor(stored[hf_names[name]], hf_names[name])
+        return hf_format.from_names({hf_names[name]: tensor}, args)[name]
 
     return Weights(str(path), shapes, read)
 
 
-def _carries_nothing(form: models.HuggingFace, name: str, args: Any) -> bool:
-    """Whether the family knows the name and leaves it out: a buffer, or a copy of tied embeddings."""
+def _is_dropped(hf_format: models.HuggingFace, name: str, args: Any) -> bool:
+    """Whether the conversion drops this tensor: a buffer, or a copy of tied embeddings."""
     try:
-        return not form.from_names({name: torch.empty(2 * args.head_dim, 1, device="meta")}, args)
+        return not hf_format.from_names({name: torch.empty(2 * args.head_dim, 1, device="meta")}, args)
     except (AttributeError, RuntimeError, ValueError):
         return False

@@ -1,11 +1,11 @@
-"""Folders of `.safetensors` files: read tensor by tensor, written file by file.
+"""Folders of `.safetensors` files, read one tensor at a time and written one file at a time.
 
     model.safetensors                        one file, or
     model-00001-of-00003.safetensors …       several
-    model.safetensors.index.json             which tensor is in which file
+    model.safetensors.index.json             tensor -> file
 
-The format is a JSON header and raw bytes: nothing in it can run. Reading needs no more memory than the tensor
-that is asked for, writing no more than one file's tensors, at most `shard_bytes` or one tensor.
+A file is a JSON header and raw bytes, so reading it cannot run code. Reading needs memory for one tensor,
+writing for the tensors of one file.
 """
 
 import json
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from octavo.config import ConfigError
@@ -25,11 +24,11 @@ from octavo.hf.stored_weights import Shape
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-_READABLE = {"F64", "F32", "F16", "BF16"}
+_SUPPORTED_DTYPES = {"F64", "F32", "F16", "BF16"}
 
 
-def library() -> Any:
-    """The package `safetensors`; `ConfigError` where it is not installed."""
+def import_safetensors() -> Any:
+    """The package `safetensors`; `ConfigError` if it is not installed."""
     try:
         import safetensors
         import safetensors.torch
@@ -39,127 +38,127 @@ def library() -> Any:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One tensor of a folder: the file that it is in, and its shape."""
+class StoredTensor:
+    """The file and the shape of one tensor."""
 
     file: Path
     shape: Shape
 
 
-def is_folder(path: Path) -> bool:
-    """Whether `path` is a folder with a model in safetensors files."""
+def has_safetensors(path: Path) -> bool:
+    """Whether `path` is a folder with safetensors files."""
     return path.is_dir() and any(path.glob("*.safetensors"))
 
 
-def tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the folder, under the names in its files.
+def find_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the folder, by its name in the files.
 
     Raises:
-        ConfigError: a file is missing, damaged, or stores numbers that are not plain floats.
+        ConfigError: a file is missing or damaged, or a dtype is not supported.
     """
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for file in _files(folder):
         with _open(file) as opened:
-            for name in opened.keys():  # noqa: SIM118  it is no mapping
-                slice_ = opened.get_slice(name)
-                if slice_.get_dtype() not in _READABLE:
+            for name in opened.keys():  # noqa: SIM118  not a mapping
+                tensor = opened.get_slice(name)
+                if tensor.get_dtype() not in _SUPPORTED_DTYPES:
                     raise ConfigError(
-                        f"{file}: {name} is stored as {slice_.get_dtype()}; octavo reads weights in "
-                        f"{', '.join(sorted(_READABLE))}: take the model's unquantised release"
+                        f"{file}: {name} is stored as {tensor.get_dtype()}, but octavo reads only "
+                        f"{', '.join(sorted(_SUPPORTED_DTYPES))}; use the unquantised model"
                     )
                 if name in found:
                     raise ConfigError(
                         f"{folder}: {name} is in {found[name].file.name} and in {file.name}; "
-                        f"keep one model in a folder, with its {INDEX}"
+                        f"keep only one model in the folder, with its {INDEX}"
                     )
-                found[name] = Stored(file, tuple(slice_.get_shape()))
+                found[name] = StoredTensor(file, tuple(tensor.get_shape()))
     return found
 
 
-def read(stored: Stored, name: str) -> Tensor:
-    """One tensor on the CPU, in the dtype that is stored."""
+def read_tensor(stored: StoredTensor, name: str) -> Tensor:
+    """One tensor on the CPU, in its stored dtype."""
     with _open(stored.file) as opened:
         tensor: Tensor = opened.get_tensor(name)
     return tensor
 
 
 def _open(file: Path) -> Any:
-    safetensors = library()
+    safetensors = import_safetensors()
     try:
         return safetensors.safe_open(file, framework="pt", device="cpu")
     except FileNotFoundError:
-        raise ConfigError(f"{file} is missing; fetch or export the model again") from None
+        raise ConfigError(f"{file} is missing; download or export the model again") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise ConfigError(
-            f"{file} is no safetensors file, or damaged ({error}); fetch or export the model again"
+            f"{file} is damaged or not a safetensors file ({error}); download or export the model again"
         ) from None
 
 
 def _files(folder: Path) -> list[Path]:
-    """The model's files: those of the index where there is one, else all."""
+    """The model's files: those in the index if there is one, else all."""
     index = folder / INDEX
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{index}: no index of safetensors files ({error}); fetch it again") from None
+        raise ConfigError(
+            f"{index}: not an index of safetensors files ({error}); download it again"
+        ) from None
     for name in names:
         if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)):
             raise ConfigError(f"{index}: {name!a} is not the name of a file in the folder; refused")
     return [folder / name for name in names]
 
 
-def shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Names in order, cut into files of at most `most` bytes (a larger tensor has its own)."""
-    cut: list[list[str]] = []
+def split_into_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Split tensors, in order, into files of at most `max_bytes`; a larger tensor gets its own file."""
+    shards: list[list[str]] = []
     filled = 0
     for name, size in sizes.items():
-        if not cut or filled + size > most:
-            cut.append([])
+        if not shards or filled + size > max_bytes:
+            shards.append([])
             filled = 0
-        cut[-1].append(name)
+        shards[-1].append(name)
         filled += size
-    return cut
+    return shards
 
 
-def write(
+def write_shards(
     folder: Path,
-    plan: Sequence[Sequence[str]],
+    shards: Sequence[Sequence[str]],
     read: Callable[[str], Tensor],
-    written: Callable[[Path], None] = lambda file: None,
+    on_written: Callable[[Path], None] = lambda file: None,
 ) -> None:
-    """Write the tensors called as `plan` says, one list a file, and the index.
+    """Write one file per list of names in `shards`, and the index.
 
-    `read` is called in that order; `written` with each file when it is on the disk.
+    `read` returns a tensor by name and is called in order; `on_written` is called with each synced file.
     """
-    save = library().torch.save_file
-    where: dict[str, str] = {}
+    save_file = import_safetensors().torch.save_file
+    weight_map: dict[str, str] = {}
     total = 0
-    for number, names in enumerate(plan, 1):
-        file = folder / (SINGLE if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors")
-        group = {name: read(name).contiguous() for name in names}
+    for number, names in enumerate(shards, 1):
+        file = folder / (SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors")
+        tensors = {name: read(name).contiguous() for name in names}
         file.touch()
-        mode = (
-            file.stat().st_mode
-        )  # what the umask gives; the library makes files that only their owner reads
-        save(group, file, metadata={"format": "pt"})
+        mode = file.stat().st_mode  # by the umask; the library creates files that only their owner can read
+        save_file(tensors, file, metadata={"format": "pt"})
         file.chmod(mode)
         sync(file)
-        total += sum(tensor.numel() * tensor.element_size() for tensor in group.values())
-        where |= dict.fromkeys(names, file.name)
-        del group
-        written(file)
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        weight_map |= dict.fromkeys(names, file.name)
+        del tensors
+        on_written(file)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write `value` to disk as `path`."""
+    """Write `value` to `path` and sync the file."""
     write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", durable=True)
 
 
-def bytes_of(text: str) -> int:
-    """`5GB`, `500MB`, `2GiB` or a plain number as bytes; `ConfigError` for anything else."""
+def parse_size(text: str) -> int:
+    """The bytes of `5GB`, `500MB`, `2GiB` or a plain number; `ConfigError` for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|[kMGT]i?B|B)", text.strip(), re.IGNORECASE)
     units = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
     size = 0
@@ -169,8 +168,3 @@ def bytes_of(text: str) -> int:
     if size < 1:
         raise ConfigError(f"--shard_size {text}: expected a size such as 5GB, 500MB or 2GiB")
     return size
-
-
-def element_size(dtype: torch.dtype) -> int:
-    """Bytes of one number."""
-    return torch.empty((), dtype=dtype).element_size()

@@ -1,7 +1,7 @@
-"""The parameters of a model that lie on disk, one at a time.
+"""A lazily read state dict: the shapes of a model's parameters on disk, and a function that reads one.
 
-A model of 70 billion parameters fits a disk and seldom a machine's memory, so what reads, converts and checks
-models holds the list of shapes, and asks for each tensor when it is its turn.
+A model of 70 billion parameters rarely fits a machine's memory, so code that reads, converts or checks models
+has only the shapes in memory and reads one tensor at a time.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.checkpoint.store import summarize
 from octavo.config import ConfigError
 
 Shape = tuple[int, ...]
@@ -20,8 +21,10 @@ Shape = tuple[int, ...]
 class Weights:
     """Parameters by octavo's names.
 
-    where: the file or folder, for messages. shapes: every parameter's. read: name -> the whole tensor on the
-    CPU, in the dtype that is stored.
+    Attributes:
+        where: the file or folder, for messages.
+        shapes: of every parameter.
+        read: name -> the unsharded tensor on the CPU, in its stored dtype.
     """
 
     where: str
@@ -37,21 +40,20 @@ def shapes_of(model: nn.Module) -> dict[str, Shape]:
 def check_fit(
     found: Mapping[str, Shape], expected: Mapping[str, Shape], *, where: str, model: str, remedy: str
 ) -> None:
-    """`ConfigError` that names the first three tensors that are missing, misshapen or of another model."""
-    wrong = [f"{name} is not in it" for name in expected if name not in found]
-    wrong += [
+    """`ConfigError` that names the first tensors that are missing, unknown, or of another shape."""
+    problems = [f"{name} is not in it" for name in expected if name not in found]
+    problems += [
         f"{name} is {found[name]} in it and {shape} in {model}"
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
-    wrong += [f"{name} {found[name]} has no place in {model}" for name in found if name not in expected]
-    if wrong:
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ConfigError(f"{where} does not fit {model}: {'; '.join(wrong[:3])}{more}. {remedy}")
+    problems += [f"{name} {found[name]} is not in {model}" for name in found if name not in expected]
+    if problems:
+        raise ConfigError(f"{where} does not fit {model}: {summarize(problems)}. {remedy}")
 
 
-def allocate(model: Any, device: torch.device | str = "cpu") -> None:
-    """Give the buffers of a model that was built on the meta device their values, on `device`."""
+def materialize_buffers(model: Any, device: torch.device | str = "cpu") -> None:
+    """Allocate and fill the buffers of a model that was built on the meta device, on `device`."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = torch.empty_like(buffer, device=device)
@@ -59,18 +61,20 @@ def allocate(model: Any, device: torch.device | str = "cpu") -> None:
         model.init_buffers()
 
 
-def place(
+def read_parameters(
     model: nn.Module, weights: Weights, names: Iterable[str], dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    """Read the parameters called `names` into a model that was built on the meta device."""
+    """Read the parameters `names` into a model that was built on the meta device."""
     for name in names:
         owner, _, leaf = name.rpartition(".")
         value = weights.read(name).to(device=device, dtype=dtype)
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 
-def load(model: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-    """Read all parameters into a model that was built on the meta device; it is ready to evaluate."""
-    allocate(model, device)
-    place(model, weights, weights.shapes, dtype, device)
+def load_weights(
+    model: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device | str
+) -> nn.Module:
+    """Read all parameters into a model that was built on the meta device, and set it to eval mode."""
+    materialize_buffers(model, device)
+    read_parameters(model, weights, weights.shapes, dtype, device)
     return model.eval()

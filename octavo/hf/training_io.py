@@ -1,11 +1,12 @@
-"""A training run's first and last word with other formats: weights that it starts from, and its final export.
+"""Initial weights of a training run from another checkpoint or format, and its final export.
 
-Both go parameter by parameter. At the start every process reads a whole parameter from the disk and keeps its
-shard; at the end the processes gather one parameter at a time, and the first writes it.
+Both handle one parameter at a time. At the start every process reads an unsharded parameter from disk and
+keeps its shard; at the end the processes gather one parameter, and rank 0 writes it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,49 +24,51 @@ from octavo.config import ConfigError
 from octavo.config.schema import Checkpoint, Model
 from octavo.core.logging import logger
 from octavo.hf import safetensors_folder
-from octavo.hf.folder_writer import DTYPES, HfLayout, write_folder
+from octavo.hf.folder_writer import DTYPES, ExportPlan, save_pretrained
 from octavo.hf.model_sources import (
-    build,
-    checkpoint_weights,
-    differences,
+    build_on_meta,
+    compare_args,
     find_checkpoint,
-    hf_model,
-    hf_weights,
+    open_checkpoint_weights,
+    open_hf_weights,
+    read_hf_config,
 )
 from octavo.hf.stored_weights import Weights, check_fit, shapes_of
 from octavo.models.init import plain_name
 from octavo.tokenizer import Tokenizer
 
 _SHARD_BYTES = 2 * 10**9  # the other processes wait while one file is written
-_REMEDY = "Set model.flavor, and model.hf_assets_path, to that model's own"
+_REMEDY = "Set model.flavor and model.hf_assets_path to those of that model"
 
 
 @dataclass(frozen=True)
-class Initial:
-    """Weights to start from, found to fit the model; and the folder that they are in."""
+class InitialWeights:
+    """Initial weights that fit the model, and their folder."""
 
     folder: Path
     weights: Weights
 
     @torch.no_grad()
     def load(self, model: nn.Module) -> None:
-        """Replace the weights of `model`, sharded or not."""
+        """Copy the weights into `model`, sharded or not."""
         for name, parameter in model.named_parameters():
-            whole = self.weights.read(plain_name(name)).to(device=parameter.device, dtype=parameter.dtype)
+            value = self.weights.read(plain_name(name)).to(device=parameter.device, dtype=parameter.dtype)
             if isinstance(parameter, DTensor):
-                # src_data_rank=None: every process has read the same values, so nothing needs to be sent
+                # src_data_rank=None: every process has read the same values, so nothing is sent.
                 mesh, placements = parameter.device_mesh, parameter.placements
-                whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
-            parameter.copy_(whole)
+                value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+            parameter.copy_(value)
         logger.info("Training starts from the weights in %s", self.folder)
 
 
-def open_initial(settings: Checkpoint, checkpoints: Path, which: Model, args: Any) -> Initial | None:
-    """The weights that `settings.initial_load_path` names; None where it is unset, or where the run has
-    checkpoints of its own in the folder `checkpoints`, from which it resumes. Called by every process.
+def open_initial_weights(
+    settings: Checkpoint, checkpoints: Path, which: Model, args: Any
+) -> InitialWeights | None:
+    """The weights in `settings.initial_load_path`; a collective call.
 
-    `which` and `args` are the run's model. Only shapes are read yet, so that a misfit is told before anything
-    large is built.
+    None if it is unset, or if the run resumes from checkpoints in its own folder `checkpoints`. `which` and
+    `args` are the run's model. Only shapes are read yet, so a mismatch is reported before anything large is
+    built.
 
     Raises:
         ConfigError: the weights are missing, damaged, or of another model.
@@ -73,63 +76,65 @@ def open_initial(settings: Checkpoint, checkpoints: Path, which: Model, args: An
     if settings.initial_load_path is None:
         return None
     path = Path(settings.initial_load_path).expanduser()
-    folder = _decide(lambda: _find(path, settings, checkpoints))
+    folder = _call_on_rank_0(lambda: _find_folder(path, settings, checkpoints))
     if folder is None:
         return None
     spec, flavor = models.get(which.name), which.flavor
     model = f"{spec.name} {flavor}"
     if settings.initial_load_in_hf:
-        found_spec, found = hf_model(folder)
-        wrong = [] if found_spec is spec else [f"it is a {found_spec.name}"]
-        if wrong := wrong or differences(found, args):
-            raise ConfigError(f"{folder} is not {model}: {'; '.join(wrong)}. {_REMEDY}")
-        return Initial(folder, hf_weights(folder, spec, args, model=model, remedy=_REMEDY))
-    weights = checkpoint_weights(folder)
-    expected = shapes_of(build(spec, args))
+        found_spec, found = read_hf_config(folder)
+        problems = compare_args(found, args) if found_spec is spec else [f"it is a {found_spec.name}"]
+        if problems:
+            raise ConfigError(f"{folder} is not {model}: {'; '.join(problems)}. {_REMEDY}")
+        return InitialWeights(folder, open_hf_weights(folder, spec, args, model=model, remedy=_REMEDY))
+    weights = open_checkpoint_weights(folder)
+    expected = shapes_of(build_on_meta(spec, args))
     check_fit(weights.shapes, expected, where=str(folder), model=model, remedy=_REMEDY)
-    theirs = read_state(folder).get("config", {}).get("model", {}).get("flavor", flavor)
-    if theirs != flavor:
-        logger.warning("%s is of flavor %s, and fits %s: only its weights are taken", folder, theirs, flavor)
-    return Initial(folder, weights)
+    saved_flavor = read_state(folder).get("config", {}).get("model", {}).get("flavor", flavor)
+    if saved_flavor != flavor:
+        logger.warning(
+            "%s has flavor %s but fits %s: only its weights are used", folder, saved_flavor, flavor
+        )
+    return InitialWeights(folder, weights)
 
 
-def _find(path: Path, settings: Checkpoint, checkpoints: Path) -> Path | None:
+def _find_folder(path: Path, settings: Checkpoint, checkpoints: Path) -> Path | None:
     if settings.enable and published_steps(checkpoints):
         return None
     return path if settings.initial_load_in_hf else find_checkpoint(path)
 
 
-def _decide(choose: Callable[[], Path | None]) -> Path | None:
-    """What `choose` returns or raises on the first process, which alone calls it: it may read every file."""
+def _call_on_rank_0(find: Callable[[], Path | None]) -> Path | None:
+    """Call `find`, which may read every file, on rank 0 only; its result or `ConfigError` on every rank."""
     box: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            box = [choose()]
+            box = [find()]
         except ConfigError as error:
             box = [error]
     dist.broadcast_object_list(box)
     if isinstance(box[0], ConfigError):
         raise box[0]
-    chosen: Path | None = box[0]
-    return chosen
+    found: Path | None = box[0]
+    return found
 
 
-def export_folder(checkpoints: Path, step: int) -> Path:
-    """Where the final export of a run of `step` steps goes."""
+def final_export_folder(checkpoints: Path, step: int) -> Path:
+    """The folder of the final export of a run of `step` steps."""
     return checkpoints / f"step-{step}-hf"
 
 
-def check_exportable(spec: models.ModelSpec) -> None:
-    """`ConfigError` unless models of `spec` can be exported: better before the training than after it."""
-    safetensors_folder.library()
+def require_exportable(spec: models.ModelSpec) -> None:
+    """`ConfigError` unless models of `spec` can be exported; called before training starts."""
+    safetensors_folder.import_safetensors()
     if spec.hugging_face is None:
         raise ConfigError(
-            f"checkpoint.last_save_in_hf = true: the model {spec.name} has no form in transformers; "
-            "leave it out"
+            f"checkpoint.last_save_in_hf = true: the model {spec.name} cannot be exported, because its "
+            "ModelSpec has no hugging_face; remove the option"
         )
 
 
-def save_final(
+def export_final(
     model: nn.Module,
     out: Path,
     dtype: str,
@@ -139,49 +144,46 @@ def save_final(
     *,
     pipeline: DeviceMesh | None = None,
 ) -> None:
-    """Export `model`, sharded or not, into the folder `out`, in `dtype`; called by every process.
+    """Export `model`, sharded or not, to the folder `out` in `dtype`; a collective call.
 
-    `pipeline`: the processes that have the other stages of the model.
+    `pipeline`: the mesh of the model's other pipeline stages.
     """
     state: dict[str, Any] = get_model_state_dict(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    weights = Weights("the model", shapes, lambda name: _whole(state[name]))
+    weights = Weights("the model", shapes, lambda name: _full_tensor(state[name]))
     if pipeline is not None:
-        weights = _of_all_stages(weights, pipeline)
-    layout = HfLayout(spec, args, weights, DTYPES[dtype], _SHARD_BYTES)
+        weights = _join_stages(weights, pipeline)
+    plan = ExportPlan(spec, args, weights, DTYPES[dtype], _SHARD_BYTES)
     if dist.get_rank() == 0:
-        write_folder(out, layout, tokenizer)
+        save_pretrained(out, plan, tokenizer)
         logger.info("Exported the model, in Hugging Face's format, to %s", out)
     else:
-        for names in layout.plan:
-            for name in names:
-                layout.read(name)  # takes part in the gathering
+        for name in chain.from_iterable(plan.shards):
+            plan.read(name)  # a collective call
     dist.barrier()
 
 
-def _of_all_stages(mine: Weights, pipeline: DeviceMesh) -> Weights:
-    """The weights of every stage; each is read by all processes at the same time, from the one that has
-    it.
-    """
+def _join_stages(local: Weights, pipeline: DeviceMesh) -> Weights:
+    """The weights of all stages. `read` is a collective call: the stage that has the tensor broadcasts it."""
     group = pipeline.get_group()
-    told: list[Any] = [None] * pipeline.size()
-    dist.all_gather_object(told, dict(mine.shapes), group=group)
-    owner = {name: rank for rank, shapes in enumerate(told) for name in shapes}
+    shapes: list[Any] = [None] * pipeline.size()
+    dist.all_gather_object(shapes, dict(local.shapes), group=group)
+    owner = {name: rank for rank, of_stage in enumerate(shapes) for name in of_stage}
 
     def read(name: str) -> Tensor:
         rank = owner[name]
-        here = rank == pipeline.get_local_rank()
-        whole = mine.read(name).float().contiguous() if here else torch.empty(told[rank][name])
-        dist.broadcast(whole, group=group, group_src=rank)
-        return whole
+        is_local = rank == pipeline.get_local_rank()
+        tensor = local.read(name).float().contiguous() if is_local else torch.empty(shapes[rank][name])
+        dist.broadcast(tensor, group=group, group_src=rank)
+        return tensor
 
-    return Weights(mine.where, {name: told[rank][name] for name, rank in owner.items()}, read)
+    return Weights(local.where, {name: shapes[rank][name] for name, rank in owner.items()}, read)
 
 
-def _whole(tensor: Any) -> Tensor:
-    """A parameter as one tensor on the CPU."""
+def _full_tensor(tensor: Any) -> Tensor:
+    """An unsharded copy of a parameter on the CPU."""
     if isinstance(tensor, DTensor):
-        tensor = tensor.to(tensor.device_mesh.device_type)  # parameters that are offloaded are gathered there
+        tensor = tensor.to(tensor.device_mesh.device_type)  # offloaded parameters are gathered on the device
         tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-    whole: Tensor = tensor.detach().cpu()
-    return whole
+    full: Tensor = tensor.detach().cpu()
+    return full

@@ -18,7 +18,7 @@ from octavo.distributed.mesh import World
 from octavo.distributed.mixed_precision import give_copies
 from octavo.distributed.parallelize_plan import FSDPPlan, Parallelize, Replicas
 from octavo.distributed.stages import LocalStages, cut
-from octavo.hf.training_io import check_exportable
+from octavo.hf.training_io import require_exportable
 from octavo.metrics.device import DTYPES
 from octavo.metrics.mfu import Work, work_of
 from octavo.models.init import init_weights
@@ -34,7 +34,7 @@ def model_args(job: JobConfig, tokenizer: Tokenizer) -> Any:
     for problem in undivided(spec.shared_sizes(args), job.parallelism.tensor_parallel_degree):
         raise ConfigError(problem)
     if job.checkpoint.last_save_in_hf:
-        check_exportable(spec)
+        require_exportable(spec)
     if not job.training.document_mask:
         return args
     if spec.mask_documents is None:

@@ -39,7 +39,7 @@ from octavo.distributed.ddp import reduce_gradients_now
 from octavo.distributed.mixed_precision import computing_in_copies
 from octavo.distributed.pipeline_parallel import Activations, Pipeline
 from octavo.distributed.tensor_parallel import loss_context
-from octavo.hf.training_io import export_folder, open_initial, save_final
+from octavo.hf.training_io import export_final, final_export_folder, open_initial_weights
 from octavo.metrics.device import choose_param_dtype, fastest_attention, peak_flops, pick_device
 from octavo.metrics.float8_health import HealthReport, HealthRow, curves
 from octavo.metrics.logger import MetricsLogger
@@ -91,7 +91,7 @@ class Trainer:
         tokenizer = self.tokenizer = build_tokenizer(job.model.hf_assets_path)
         self.model_args = model_args(job, tokenizer)  # before the data: a misfit needn't wait for it
         plan = pipeline_plan(job, self.model_args)
-        self.initial = open_initial(
+        self.initial = open_initial_weights(
             job.checkpoint, self.folder.path / job.checkpoint.folder, job.model, self.model_args
         )
         self.bad_records = BadRecords(job.training.max_bad_records)
@@ -507,12 +507,12 @@ class Trainer:
     def _export(self, step: int) -> None:
         """Write the trained model in Hugging Face's format, unless an earlier run of this job did."""
         settings, spec = self.job.checkpoint, models.get(self.job.model.name)
-        out = export_folder(self.folder.path / settings.folder, step)
+        out = final_export_folder(self.folder.path / settings.folder, step)
         there = torch.tensor(int(out.exists()), device=self.device)
         dist.broadcast(there, 0)  # the first process writes it, and need not share its disk with the others
         if not there.item():
             mesh.set_timeout(self.job.comm.init_timeout_seconds)  # the others wait while one writes
-            save_final(
+            export_final(
                 self.model,
                 out,
                 settings.export_dtype,

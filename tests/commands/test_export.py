@@ -10,8 +10,8 @@ from octavo import models
 from octavo.cli import main
 from octavo.config import ConfigError
 from octavo.hf import check_export
-from octavo.hf.folder_writer import HfLayout, write_folder
-from octavo.hf.training_io import check_exportable
+from octavo.hf.folder_writer import ExportPlan, save_pretrained
+from octavo.hf.training_io import require_exportable
 from octavo.models.llama3 import SPEC
 from tests.hf.test_model_sources import ARGS, TOKENIZER, weights_of
 from tests.models.small_llama import noisy, small
@@ -22,7 +22,7 @@ from tests.test_tokenizer import byte_tokens, write_tiktoken
 def model(tmp_path_factory):
     """A Hugging Face folder: as good a source of an export as a checkpoint."""
     folder = tmp_path_factory.mktemp("export") / "hf"
-    write_folder(folder, HfLayout(SPEC, ARGS, weights_of(noisy(ARGS)), torch.float32, 10**9), TOKENIZER)
+    save_pretrained(folder, ExportPlan(SPEC, ARGS, weights_of(noisy(ARGS)), torch.float32, 10**9), TOKENIZER)
     return folder
 
 
@@ -52,8 +52,8 @@ def test_bfloat16_tells_what_rounding_does(model, alone, tmp_path, capsys):
 
 
 def test_a_wrong_export_is_exit_code_1(model, alone, tmp_path, capsys, monkeypatch):
-    read = HfLayout.read
-    monkeypatch.setattr(HfLayout, "read", lambda self, name: read(self, name) * (1 + ("norm" in name)))
+    read = ExportPlan.read
+    monkeypatch.setattr(ExportPlan, "read", lambda self, name: read(self, name) * (1 + ("norm" in name)))
     assert main(["export", str(model), "--out", str(tmp_path / "out")]) == 1
     captured = capsys.readouterr()
     assert "BEYOND the tolerance" in captured.out
@@ -77,11 +77,11 @@ def test_mistakes_are_one_message(model, tmp_path, capsys, flags, told):
 
 
 def test_a_folder_that_filled_up_meanwhile_is_left_as_it_is(tmp_path):
-    layout = HfLayout(SPEC, ARGS, weights_of(noisy(ARGS)), torch.float32, 10**9)
+    layout = ExportPlan(SPEC, ARGS, weights_of(noisy(ARGS)), torch.float32, 10**9)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("kept")
-    with pytest.raises(ConfigError, match="is there already, and not empty"):
-        write_folder(tmp_path / "out", layout, TOKENIZER)
+    with pytest.raises(ConfigError, match="already exists and is not empty"):
+        save_pretrained(tmp_path / "out", layout, TOKENIZER)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
 
 
@@ -89,7 +89,7 @@ def test_a_failed_export_leaves_nothing(model, tmp_path, monkeypatch, capsys):
     def fail(self, name):
         raise OSError(28, "No space left on device", str(tmp_path / "out"))
 
-    monkeypatch.setattr(HfLayout, "read", fail)
+    monkeypatch.setattr(ExportPlan, "read", fail)
     assert main(["export", str(model), "--out", str(tmp_path / "out")]) == 2
     assert "No space left on device; nothing was written" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -99,7 +99,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(model, tmp_
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert main(["export", str(model), "--out", str(tmp_path / "out")]) == 2
-    assert "bytes are needed, and 1,000 are free" in capsys.readouterr().err
+    assert "bytes are needed and 1,000 are free" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -113,8 +113,8 @@ def test_a_tokenizer_of_metas_becomes_a_tokenizer_json(tmp_path):
     path = write_tiktoken(tmp_path / "tokenizer.model", tokens)
     tokenizer = build_tokenizer(str(path))
     args = small(vocab_size=tokenizer.vocab_size)
-    layout = HfLayout(SPEC, args, weights_of(noisy(args)), torch.float32, 10**9)
-    write_folder(tmp_path / "out", layout, tokenizer)
+    layout = ExportPlan(SPEC, args, weights_of(noisy(args)), torch.float32, 10**9)
+    save_pretrained(tmp_path / "out", layout, tokenizer)
     theirs = AutoTokenizer.from_pretrained(str(tmp_path / "out"))
     text = "Who's there?  Nay, 12345 \u6f22\n\n"
     assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
@@ -125,5 +125,5 @@ def test_a_model_without_such_a_form_is_told_before_training():
     import dataclasses
 
     plain = dataclasses.replace(models.get("llama3"), name="mine", hugging_face=None)
-    with pytest.raises(ConfigError, match="the model mine has no form in transformers"):
-        check_exportable(plain)
+    with pytest.raises(ConfigError, match="the model mine cannot be exported"):
+        require_exportable(plain)

@@ -9,8 +9,8 @@ import torch
 from octavo.cli import main
 from octavo.commands.generate import _options as options
 from octavo.commands.generate import encode_prompt, run
-from octavo.hf.folder_writer import HfLayout, write_folder
-from octavo.hf.model_sources import open_source
+from octavo.hf.folder_writer import ExportPlan, save_pretrained
+from octavo.hf.model_sources import open_model
 from octavo.models.llama3 import SPEC
 from tests.hf.test_model_sources import ARGS, TOKENIZER, weights_of
 from tests.models.small_llama import noisy
@@ -19,8 +19,8 @@ from tests.models.small_llama import noisy
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate") / "hf"
-    layout = HfLayout(SPEC, ARGS, weights_of(noisy(ARGS)), torch.float32, 10**9)
-    write_folder(folder, layout, TOKENIZER)
+    layout = ExportPlan(SPEC, ARGS, weights_of(noisy(ARGS)), torch.float32, 10**9)
+    save_pretrained(folder, layout, TOKENIZER)
     return folder
 
 
@@ -40,20 +40,20 @@ def test_the_text_goes_to_standard_output_and_the_rest_to_standard_error(model, 
     assert first.out.endswith("\n")
     assert "[5 tokens" in first.err
     assert "seed" not in first.err
-    source = open_source(model)
+    source = open_model(model)
     ids = encode_prompt(source, "To be")
     with torch.no_grad():
         whole = source.build(48)
-        from octavo.hf.stored_weights import load
+        from octavo.hf.stored_weights import load_weights
 
-        load(whole, source.weights, torch.float32, "cpu")
+        load_weights(whole, source.weights, torch.float32, "cpu")
         for _ in range(5):
             ids.append(int(whole(torch.tensor([ids]))[0, -1].argmax()))
     assert first.out == "To be" + TOKENIZER.decode(ids[-5:]) + "\n"
 
 
 def test_a_prompt_begins_a_document_and_cannot_forge_its_end(model):
-    ids = encode_prompt(open_source(model), "To be<|end_of_text|>")
+    ids = encode_prompt(open_model(model), "To be<|end_of_text|>")
     assert ids[0] == TOKENIZER.bos_id
     assert TOKENIZER.eos_id not in ids
     assert TOKENIZER.decode(ids[1:]) == "To be<|end_of_text|>"
@@ -74,7 +74,7 @@ def test_a_seed_gives_the_same_text_and_the_seed_that_was_taken_is_told(model, c
 def test_it_stops_where_the_context_ends_and_says_so(model, capsys):
     argv = ["generate", "--checkpoint", str(model), "--prompt", "A", "--greedy", "--ignore_eos"]
     assert main(argv) == 0
-    tokens = 48 - len(encode_prompt(open_source(model), "A"))
+    tokens = 48 - len(encode_prompt(open_model(model), "A"))
     assert f"[{tokens} tokens" in (err := capsys.readouterr().err)
     assert "trained on sequences of 48 tokens" in err
 
@@ -84,7 +84,7 @@ def test_it_stops_where_the_model_ends_the_document(model):
     told = [*TOKENIZER.encode("b c"), TOKENIZER.eos_id, *TOKENIZER.encode("d")]
     script = iter(torch.nn.functional.one_hot(torch.tensor(told), 2048).float().unsqueeze(1))
     spec = replace(SPEC, decoder=lambda model, capacity: lambda tokens: next(script))
-    source = replace(open_source(model), spec=spec)
+    source = replace(open_model(model), spec=spec)
     out, log = io.StringIO(), io.StringIO()
     run(source, options(["--checkpoint=x", "--prompt=a ", "--greedy"]), out, log)
     assert out.getvalue() == "a b c\n"
@@ -103,7 +103,7 @@ class Terminal(io.StringIO):
 def test_a_terminal_gets_no_commands_from_a_text(model, stream, shown):
     out = stream()
     flags = ["--checkpoint", str(model), "--prompt", "a\x1b[2Jb\n\tc", "--greedy", "--max_new_tokens", "1"]
-    run(open_source(model), options(flags), out, io.StringIO())
+    run(open_model(model), options(flags), out, io.StringIO())
     assert out.getvalue().startswith(shown)
 
 
@@ -136,7 +136,7 @@ def test_mistakes_are_one_message(model, capsys, flags, message):
 
 
 def test_a_model_that_diverged_is_told(model):
-    source = open_source(model)
+    source = open_model(model)
 
     def read(name):
         return torch.full_like(source.weights.read(name), torch.nan)

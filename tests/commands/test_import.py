@@ -7,8 +7,8 @@ import torch
 
 from octavo.assets import TOKENIZERS
 from octavo.cli import main
-from octavo.hf.folder_writer import HfLayout, write_folder
-from octavo.hf.model_sources import open_source
+from octavo.hf.folder_writer import ExportPlan, save_pretrained
+from octavo.hf.model_sources import open_model
 from octavo.models.llama3 import FLAVORS, SPEC
 from tests.hf.test_model_sources import TOKENIZER, edit, weights_of
 from tests.models.small_llama import noisy, small
@@ -23,12 +23,12 @@ def model():
 
 
 def write_hf(folder, model, args, dtype=torch.float32):
-    write_folder(folder, HfLayout(SPEC, args, weights_of(model), dtype, 10**9), TOKENIZER)
+    save_pretrained(folder, ExportPlan(SPEC, args, weights_of(model), dtype, 10**9), TOKENIZER)
     return folder
 
 
 def same(path, model, dtype=torch.float32):
-    source = open_source(path)
+    source = open_model(path)
     state = model.state_dict()
     assert source.weights.shapes.keys() == state.keys()
     for name, tensor in state.items():

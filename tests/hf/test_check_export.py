@@ -1,4 +1,4 @@
-"""The comparison of logits holds little in memory, and sees a wrong export."""
+"""The comparison of logits needs little memory and detects a wrong export."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,49 +25,49 @@ def source_of(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_logits_layer_by_layer_are_the_models(shape):
+def test_logits_layer_by_layer_equal_the_models(shape):
     source, model = source_of(shape)
     tokens = check_export.sample_tokens(source)
     assert tokens.shape == (1, 48)
     with torch.no_grad():
         assert torch.equal(
-            check_export.own_logits(source, source.weights, tokens, torch.float32), model(tokens)
+            check_export.octavo_logits(source, source.weights, tokens, torch.float32), model(tokens)
         )
 
 
-def test_no_more_than_one_linear_is_held(monkeypatch):
+def test_only_one_linear_is_in_memory(monkeypatch):
     source, _ = source_of("gqa")
-    held = []
+    in_memory = []
     original = torch.nn.Linear.forward
 
     def forward(self, x):
         top = tops[-1]
-        held.append(sum(not m.weight.is_meta for m in top.modules() if isinstance(m, torch.nn.Linear)))
+        in_memory.append(sum(not m.weight.is_meta for m in top.modules() if isinstance(m, torch.nn.Linear)))
         return original(self, x)
 
     tops = []
     build = ModelSource.build
     monkeypatch.setattr(ModelSource, "build", lambda self, n: tops.append(build(self, n)) or tops[-1])
     monkeypatch.setattr(torch.nn.Linear, "forward", forward)
-    check_export.own_logits(source, source.weights, check_export.sample_tokens(source), torch.float32)
-    assert held == [1] * 15
+    check_export.octavo_logits(source, source.weights, check_export.sample_tokens(source), torch.float32)
+    assert in_memory == [1] * 15
 
 
 @pytest.mark.parametrize("name", ["layers.1.attention.wk.weight", "norm.weight", "output.weight"])
-def test_a_wrong_weight_is_seen(name):
+def test_a_wrong_weight_is_detected(name):
     source, _ = source_of("gqa")
 
-    def read(asked):
-        tensor = source.weights.read(asked)
-        return tensor.flip(0) if asked == name else tensor
+    def read(requested):
+        tensor = source.weights.read(requested)
+        return tensor.flip(0) if requested == name else tensor
 
     wrong = Weights("wrong", source.weights.shapes, read)
     tokens = check_export.sample_tokens(source)
-    logits = [check_export.own_logits(source, w, tokens, torch.float32) for w in (source.weights, wrong)]
-    assert not check_export.compare(logits[1], logits[0]).within
-    assert check_export.compare(logits[0], logits[0]) == check_export.Comparison(0.0, True)
+    logits = [check_export.octavo_logits(source, w, tokens, torch.float32) for w in (source.weights, wrong)]
+    assert not check_export.compare_logits(logits[1], logits[0]).within
+    assert check_export.compare_logits(logits[0], logits[0]) == check_export.LogitsComparison(0.0, True)
 
 
-def test_nan_is_beyond_any_tolerance():
-    assert not check_export.compare(torch.tensor([torch.nan]), torch.zeros(1)).within
-    assert not check_export.compare(torch.full((1,), torch.nan), torch.full((1,), torch.nan)).within
+def test_nan_exceeds_any_tolerance():
+    assert not check_export.compare_logits(torch.tensor([torch.nan]), torch.zeros(1)).within
+    assert not check_export.compare_logits(torch.full((1,), torch.nan), torch.full((1,), torch.nan)).within

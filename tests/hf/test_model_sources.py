@@ -1,4 +1,4 @@
-"""What is opened as a model is whole, is what it says, and runs nothing; all else is one clear error."""
+"""An opened model is complete, fits its configuration and runs no code; everything else is one clear error."""
 
 import json
 import shutil
@@ -12,8 +12,8 @@ from octavo.cli import main
 from octavo.commands.import_ import write_checkpoint
 from octavo.config import ConfigError, JobConfig
 from octavo.hf import safetensors_folder
-from octavo.hf.folder_writer import HfLayout, write_folder
-from octavo.hf.model_sources import differences, find_checkpoint, open_source
+from octavo.hf.folder_writer import ExportPlan, save_pretrained
+from octavo.hf.model_sources import compare_args, find_checkpoint, open_model
 from octavo.hf.stored_weights import Weights, shapes_of
 from octavo.models.llama3 import FLAVORS, SPEC
 from octavo.tokenizer import build_tokenizer
@@ -32,14 +32,14 @@ def weights_of(model):
 def hf(tmp_path):
     """A Hugging Face folder of a small model, and the model."""
     model = noisy(ARGS)
-    layout = HfLayout(SPEC, ARGS, weights_of(model), torch.float32, 200_000)
-    write_folder(tmp_path / "hf", layout, TOKENIZER)
+    layout = ExportPlan(SPEC, ARGS, weights_of(model), torch.float32, 200_000)
+    save_pretrained(tmp_path / "hf", layout, TOKENIZER)
     return tmp_path / "hf", model
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """A run's folder with the checkpoint of step 0 of the debug model, as `write_checkpoint` leaves it."""
+    """A run's folder with a checkpoint of the debug model, by `write_checkpoint`."""
     folder = tmp_path_factory.mktemp("run")
     job = JobConfig()
     job.training.seq_len = 32
@@ -59,24 +59,24 @@ def one_token_more(tokenizer):
 
 def refused(path, **options):
     with pytest.raises(ConfigError) as error:
-        open_source(path, **options)
+        open_model(path, **options)
     return str(error.value)
 
 
-def test_a_folder_gives_back_the_weights(hf):
+def test_a_folder_returns_the_saved_weights(hf):
     folder, model = hf
-    source = open_source(folder)
+    source = open_model(folder)
     assert replace(source.args, document_end=None) == ARGS
     assert source.context == 48
     for name, tensor in model.state_dict().items():
         assert torch.equal(source.weights.read(name), tensor), name
 
 
-def test_tied_embeddings_are_one_tensor_and_a_copy_of_them_is_let_be(tmp_path):
+def test_tied_embeddings_are_one_tensor_and_a_copy_of_them_is_dropped(tmp_path):
     args = small(vocab_size=2048, tie_embeddings=True)
-    layout = HfLayout(SPEC, args, weights_of(noisy(args)), torch.float32, 10**9)
-    write_folder(tmp_path / "hf", layout, TOKENIZER)
-    assert "lm_head.weight" not in safetensors_folder.tensors(tmp_path / "hf")
+    layout = ExportPlan(SPEC, args, weights_of(noisy(args)), torch.float32, 10**9)
+    save_pretrained(tmp_path / "hf", layout, TOKENIZER)
+    assert "lm_head.weight" not in safetensors_folder.find_tensors(tmp_path / "hf")
     from safetensors.torch import load_file, save_file
 
     path = tmp_path / "hf" / safetensors_folder.SINGLE
@@ -85,32 +85,32 @@ def test_tied_embeddings_are_one_tensor_and_a_copy_of_them_is_let_be(tmp_path):
     copies["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
     save_file({**tensors, **copies}, path)
     (tmp_path / "hf" / safetensors_folder.INDEX).unlink()
-    assert "output.weight" not in open_source(tmp_path / "hf").weights.shapes
+    assert "output.weight" not in open_model(tmp_path / "hf").weights.shapes
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (
             {"intermediate_size": 97},
             "model.layers.0.mlp.gate_proj.weight is (96, 64) in it and (97, 64) in the model",
         ),
         ({"num_hidden_layers": 3}, "model.layers.2.self_attn.q_proj.weight is not in it"),
-        ({"num_hidden_layers": 1}, "model.layers.1.self_attn.o_proj.weight (64, 64) has no place in"),
+        ({"num_hidden_layers": 1}, "model.layers.1.self_attn.o_proj.weight (64, 64) is not in the model"),
         ({"tie_word_embeddings": True}, None),
         ({"num_key_value_heads": 4}, "k_proj.weight is (16, 64) in it and (32, 64)"),
         ({"vocab_size": 2047}, "embed_tokens.weight is (2048, 64) in it and (2047, 64)"),
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; octavo knows llama"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported are llama"),
         ({"attention_bias": True}, "attention_bias is True"),
     ],
 )
-def test_weights_that_do_not_fit_are_named_with_both_shapes(hf, change, told):
+def test_weights_that_do_not_fit_are_named_with_both_shapes(hf, change, message):
     folder, _ = hf
     edit(folder / "config.json", lambda config: config.update(change))
-    if told is None:
-        open_source(folder)
+    if message is None:
+        open_model(folder)
     else:
-        assert told in refused(folder)
+        assert message in refused(folder)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(hf):
@@ -120,7 +120,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(hf):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", "{", "[" * 100_000])
-def test_a_config_that_is_no_json_object(hf, content):
+def test_an_invalid_config(hf, content):
     folder, _ = hf
     (folder / "config.json").write_text(content)
     assert "config.json" in refused(folder)
@@ -133,11 +133,11 @@ def test_no_such_folder_and_folders_without_a_model(tmp_path):
     assert f"octavo import {tmp_path}" in refused(tmp_path)
 
 
-def test_a_runs_folder_its_checkpoints_and_one_of_them_are_the_same_model(run_folder):
+def test_a_run_is_found_by_its_folder_its_checkpoints_and_a_step(run_folder):
     step = run_folder / "checkpoint" / "step-0"
     for path in (run_folder, run_folder / "checkpoint", step):
         assert find_checkpoint(path) == step
-    assert open_source(run_folder).context == 32
+    assert open_model(run_folder).context == 32
 
 
 def test_a_checkpoint_that_does_not_verify_is_refused(run_folder, tmp_path, capsys):
@@ -153,7 +153,7 @@ def test_a_checkpoint_that_does_not_verify_is_refused(run_folder, tmp_path, caps
     assert shard.name in capsys.readouterr().err
 
 
-def test_a_run_that_kept_its_checkpoints_elsewhere(run_folder, tmp_path):
+def test_a_run_with_another_folder_of_checkpoints(run_folder, tmp_path):
     shutil.copytree(run_folder / "checkpoint", tmp_path / "kept")
     (tmp_path / "run.json").write_text(json.dumps({"config": {"checkpoint": {"folder": "kept"}}}))
     assert find_checkpoint(tmp_path) == tmp_path / "kept" / "step-0"
@@ -161,12 +161,12 @@ def test_a_run_that_kept_its_checkpoints_elsewhere(run_folder, tmp_path):
 
 @pytest.fixture
 def step(run_folder, tmp_path, monkeypatch):
-    """A checkpoint that a test may change, and nothing tells that it did."""
+    """A copy of the checkpoint that a test may change, without verification."""
     monkeypatch.setattr("octavo.hf.model_sources.find_problems", lambda path: [])
     return shutil.copytree(run_folder / "checkpoint" / "step-0", tmp_path / "step-0")
 
 
-def test_a_tokenizer_that_has_moved_is_asked_for(step):
+def test_a_tokenizer_that_has_moved_must_be_given(step):
     def change(state):
         state["config"]["model"]["hf_assets_path"] = "./assets/moved"
 
@@ -174,7 +174,7 @@ def test_a_tokenizer_that_has_moved_is_asked_for(step):
     message = refused(step)
     assert "'./assets/moved'" in message
     assert "--tokenizer PATH" in message
-    assert open_source(step, tokenizer=str(TOKENIZERS["octavo_bpe_2048"])).tokenizer.vocab_size == 2048
+    assert open_model(step, tokenizer=str(TOKENIZERS["octavo_bpe_2048"])).tokenizer.vocab_size == 2048
 
 
 def test_another_tokenizer_than_the_models_is_refused(step, tmp_path):
@@ -198,12 +198,12 @@ def test_a_module_that_a_checkpoint_names_is_not_imported(step, tmp_path, monkey
 
 
 @pytest.mark.parametrize("config", [None, [], {}, {"model": 3}])
-def test_a_checkpoint_that_does_not_tell_its_model(step, config):
+def test_a_checkpoint_without_a_configuration(step, config):
     edit(step / "state.json", lambda state: state.update(config=config))
-    assert "does not tell which model it is of" in refused(step)
+    assert "so its model is unknown" in refused(step)
 
 
-def test_differences_are_those_of_the_model_alone():
+def test_args_of_training_are_not_compared():
     longer = replace(ARGS, max_seq_len=9, document_end=1)
-    assert differences(longer, ARGS) == []
-    assert differences(replace(ARGS, rope_theta=1e4), ARGS) == ["rope_theta is 10000.0, not 500000.0"]
+    assert compare_args(longer, ARGS) == []
+    assert compare_args(replace(ARGS, rope_theta=1e4), ARGS) == ["rope_theta is 10000.0, not 500000.0"]

@@ -1,4 +1,4 @@
-"""A trained model in and out of Hugging Face's format: the same logits, the same text, the same next loss."""
+"""A trained model exported to and imported from Hugging Face's format: the same logits, text and next loss."""
 
 import json
 import shutil
@@ -9,8 +9,8 @@ import torch
 
 from octavo.cli import main
 from octavo.commands.sampling import Recompute, Sampling, generate
-from octavo.hf.model_sources import find_checkpoint, open_source
-from octavo.hf.stored_weights import load
+from octavo.hf.model_sources import find_checkpoint, open_model
+from octavo.hf.stored_weights import load_weights
 from tests.helpers import launching
 
 CONTEXT = 128
@@ -49,8 +49,8 @@ def theirs(exported):
 
 
 def own_model(path):
-    source = open_source(path)
-    return source, load(source.build(source.context), source.weights, torch.float32, "cpu")
+    source = open_model(path)
+    return source, load_weights(source.build(source.context), source.weights, torch.float32, "cpu")
 
 
 def text_ids(source, length):
@@ -79,10 +79,10 @@ def test_greedy_text_is_that_of_transformers(trained, theirs, words):
     assert ours == again == expected[0, len(prompt) :].tolist()
 
 
-def test_the_exported_tokenizer_and_ends_are_transformers_too(trained, exported):
+def test_transformers_reads_the_exported_tokenizer(trained, exported):
     from transformers import AutoTokenizer, GenerationConfig
 
-    source = open_source(trained)
+    source = open_model(trained)
     tokenizer = AutoTokenizer.from_pretrained(str(exported))
     text = "HAMLET. Words, words, words. \u6f22"
     assert tokenizer.encode(text, add_special_tokens=False) == source.tokenizer.encode(text)
@@ -91,7 +91,7 @@ def test_the_exported_tokenizer_and_ends_are_transformers_too(trained, exported)
     assert (ends.bos_token_id, ends.eos_token_id) == (0, 1)
 
 
-def test_an_export_is_cut_into_files_that_together_have_all(exported):
+def test_the_files_of_an_export_contain_every_tensor(exported):
     index = json.loads((exported / "model.safetensors.index.json").read_text())
     shards = sorted(path.name for path in exported.glob("*.safetensors"))
     assert shards == [f"model-0000{n}-of-00004.safetensors" for n in (1, 2, 3, 4)]
@@ -99,7 +99,7 @@ def test_an_export_is_cut_into_files_that_together_have_all(exported):
     assert sorted(path.name for path in exported.parent.iterdir()) == ["model"]
 
 
-def test_the_final_save_is_the_checkpoint_rounded(trained):
+def test_the_final_export_is_the_rounded_checkpoint(trained):
     _, ours = own_model(trained)
     source, rounded = own_model(trained / "checkpoint" / "step-4-hf")
     for (name, kept), other in zip(ours.named_parameters(), rounded.parameters(), strict=True):
@@ -108,33 +108,32 @@ def test_the_final_save_is_the_checkpoint_rounded(trained):
     assert find_checkpoint(trained).name == "step-4"
 
 
-def test_training_goes_on_from_an_import_with_the_same_loss(trained, exported, tmp_path):
-    """The next loss of three ways on: the checkpoint's weights, its export, and the import of its export."""
+def test_training_continues_from_an_import_with_the_same_loss(trained, exported, tmp_path):
+    """The next losses from the checkpoint's weights, from its export, and from the import of its export."""
     imported = tmp_path / "imported"
     assert main(["import", str(exported), "--out", str(imported)]) == 0
     flags = {**FLAGS, "checkpoint.enable": False, "training.steps": 2}
     two = {"training.local_batch_size": 1, "checkpoint.initial_load_in_hf": True}
-    ways = {
+    starts = {
         "checkpoint": ({"checkpoint.initial_load_path": trained}, 1),
         "export": ({"checkpoint.initial_load_path": exported, **two}, 2),  # the same global batch
         "import": ({"checkpoint.initial_load_path": imported}, 1),
-        "anew": ({}, 1),
+        "random": ({}, 1),
     }
     losses = {}
-    for way, (more, world) in ways.items():
-        run = launching.train(tmp_path / way, {**flags, **more}, world=world)
+    for start, (more, world) in starts.items():
+        run = launching.train(tmp_path / start, {**flags, **more}, world=world)
         assert run.exit_codes == [0] * world, run.log
-        losses[way] = run.losses
+        losses[start] = run.losses
     assert losses["checkpoint"] == losses["import"]
     assert losses["export"][0] == pytest.approx(losses["import"][0], rel=1e-6)
-    assert losses["export"] == pytest.approx(
-        losses["import"], rel=1e-4
-    )  # float8 rounds sums in another order
-    assert losses["anew"][0] > losses["import"][0] + 0.1
+    # two processes sum in another order, which float8 amplifies
+    assert losses["export"] == pytest.approx(losses["import"], rel=1e-4)
+    assert losses["random"][0] > losses["import"][0] + 0.1
 
 
-def test_a_misfit_is_told_before_the_corpus_is_read(trained, exported, tmp_path):
-    for flags, told in (
+def test_a_mismatch_is_reported_before_the_corpus_is_read(trained, exported, tmp_path):
+    for flags, message in (
         ({"checkpoint.initial_load_path": trained}, "layers.6.attention.wq.weight is not in it"),
         (
             {"checkpoint.initial_load_path": exported, "checkpoint.initial_load_in_hf": True},
@@ -143,13 +142,13 @@ def test_a_misfit_is_told_before_the_corpus_is_read(trained, exported, tmp_path)
     ):
         run = launching.train(tmp_path, {**FLAGS, "model.flavor": "1B", **flags}, world=2)
         assert run.exit_codes == [2, 2]
-        assert told in run.log
-        assert "Set model.flavor, and model.hf_assets_path" in run.log
+        assert message in run.log
+        assert "Set model.flavor and model.hf_assets_path" in run.log
         assert "Building" not in run.log
         assert "Traceback" not in run.log
 
 
-def test_a_run_that_resumes_needs_its_initial_weights_no_more(trained, tmp_path):
+def test_a_resumed_run_does_not_need_its_initial_weights(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     gone = {"checkpoint.initial_load_path": tmp_path / "gone", "training.steps": 5}
     run = launching.train(tmp_path / "run", {**FLAGS, **gone}, world=2)
@@ -157,10 +156,10 @@ def test_a_run_that_resumes_needs_its_initial_weights_no_more(trained, tmp_path)
     assert "Training starts at step 5" in run.log
 
 
-def test_an_existing_folder_is_not_written_over(trained, exported, tmp_path, capsys):
+def test_an_existing_folder_is_not_overwritten(trained, exported, tmp_path, capsys):
     for argv in (
         ["export", str(trained), "--out", str(exported)],
         ["import", str(exported), "--out", str(trained)],
     ):
         assert main(argv) == 2
-        assert "is there already, and not empty" in capsys.readouterr().err
+        assert "already exists and is not empty" in capsys.readouterr().err

@@ -18,7 +18,7 @@ def test_tries_again(call: Any, world: World, status: int) -> None:
     world.failures = {CONFIG: [status, status], f"/api/models/{REPOSITORY}/tree/main": [status]}
     code, _, err = call("--assets", "config")
     assert code == 0
-    assert err.count("trying again") == 3
+    assert err.count("retrying") == 3
     assert folder_content()["config.json"] == world.files["config.json"]
 
 
@@ -52,7 +52,7 @@ def test_progress_starts_the_count_anew(call: Any, world: World) -> None:
 def test_goes_on_in_a_later_run(call: Any, world: World) -> None:
     world.failures = {BLOB: [lambda rest: rest[:1_000_000], 500, 500, 500, 500]}
     code, _, err = call("--assets", "safetensors")
-    assert (code, "goes on where it stopped" in err) == (1, True)
+    assert (code, "rerun the same command to continue" in err) == (1, True)
     there = folder_content()
     assert "model-00001-of-00002.safetensors" not in there
     (part,) = (name for name in there if name.endswith(".part"))

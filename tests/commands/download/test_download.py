@@ -95,7 +95,7 @@ def test_ctrl_c(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(download, "fetch", interrupted)
+    monkeypatch.setattr(download, "download_file", interrupted)
     code, _, err = call()
     assert (code, "rerun the same command to continue" in err) == (130, True)
 

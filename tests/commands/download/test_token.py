@@ -37,9 +37,9 @@ def test_another_port_is_another_host(call: Any, world: World) -> None:
 def test_never_goes_from_https_to_an_open_address() -> None:
     request = urllib.request.Request("https://hub/x?q=signedsecret")
     request.add_unredirected_header("Authorization", f"Bearer {TOKEN}")
-    follow = hub._Redirects().redirect_request
+    follow = hub._RedirectHandler().redirect_request
     with pytest.raises(
-        download.DownloadError, match=r"^https://hub/x redirects from https to an open address"
+        download.DownloadError, match=r"^https://hub/x redirects from https to an unencrypted address"
     ):
         follow(request, io.BytesIO(), 302, "", http.client.HTTPMessage(), "http://hub/x")
     store = follow(request, io.BytesIO(), 302, "", http.client.HTTPMessage(), "https://store/x")
@@ -95,7 +95,7 @@ def test_is_not_sent_in_the_clear(world: World, monkeypatch: pytest.MonkeyPatch,
         tokens.append(self._token)
         raise download.DownloadError("stop")
 
-    monkeypatch.setattr(download.Hub, "files", stop)
+    monkeypatch.setattr(download.Hub, "list_files", stop)
     download.main(["--repo_id", REPOSITORY])
     assert tokens == [None]
     assert "no token is sent to http://mirror.invalid, which is not https" in capsys.readouterr().err
