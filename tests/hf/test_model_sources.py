@@ -1,4 +1,4 @@
-"""An opened model is complete, fits its configuration and runs no code; everything else is one clear error."""
+"""An opened model is complete, fits its configuration and runs no code; other input is one clear error."""
 
 import json
 import shutil

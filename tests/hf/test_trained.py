@@ -1,4 +1,4 @@
-"""A trained model exported to and imported from Hugging Face's format: the same logits, text and next loss."""
+"""A trained model exported to and imported from Hugging Face: the same logits, text and next loss."""
 
 import json
 import shutil
