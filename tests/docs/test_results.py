@@ -49,7 +49,7 @@ def test_both_pages_of_the_report_are_one_comparison_of_500_steps(data: dict[str
 
 
 def test_the_report_has_the_columns_of_today() -> None:
-    head, _ = wording.verdicts_of({"runs": [], "baseline": ""})
+    head, _ = wording.verdict_table({"runs": [], "baseline": ""})
     assert f"| {' | '.join(head)} |" in (REPORT / "report.md").read_text()
 
 

@@ -1,8 +1,7 @@
-"""How many bytes the model keeps for backward, under each recipe of a comparison.
+"""Measures activation memory, the bytes that autograd saves for backward, in each recipe of a comparison.
 
-The model is built of fake tensors and sent one batch; what autograd saves is counted by its memory,
-each piece once, parameters left out. That is what eager layers keep without activation checkpointing: a
-compiler decides for itself, and checkpointing keeps less.
+The model is built from fake tensors and run forward with one batch. Each saved storage is counted once;
+parameters are not. This is the memory of eager layers without activation checkpointing.
 
     python -m octavo.commands.compare.activation_memory OUT
 
@@ -29,16 +28,16 @@ from octavo.train.build_model import model_args
 
 
 def saved_bytes(flags: Sequence[str], dtype: torch.dtype) -> int:
-    """Bytes kept by one forward of the model of a job, on a local batch, computing in `dtype`."""
+    """Return the bytes that a forward of a job's model saves for backward, with a local batch and `dtype`."""
     job = config.load(flags)
     models.import_custom(job.experimental.custom_import, job.model.name)
     args = model_args(job, build_tokenizer(job.model.hf_assets_path))
     recipe = quantization.recipe_name(job.model.converters, job.float8)
     device = torch.device("cpu")
-    kept: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}  # by the storage
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        saved.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor
 
     with FakeTensorMode(), _default_dtype(dtype):  # shapes and memory without values
@@ -49,14 +48,14 @@ def saved_bytes(flags: Sequence[str], dtype: torch.dtype) -> int:
         tokens_BS = torch.zeros(job.training.local_batch_size, job.training.seq_len, dtype=torch.int64)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             logits = model(tokens_BS)
-        bytes_kept = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+        total = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in own)
     del logits
-    return bytes_kept
+    return total
 
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New parameters are of `dtype`; those of a model of fake tensors cannot be converted."""
+    """Make new parameters of `dtype`, because a model of fake tensors cannot be converted."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -65,10 +64,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure all runs of the comparison in the folder that `argv` names."""
-    (folder,) = sys.argv[1:] if argv is None else argv
-    out = Path(folder)
+def main() -> int:
+    out = Path(sys.argv[1])
     plan = read_plan(out)
     assert plan is not None
     for run in plan["runs"]:

@@ -1,10 +1,9 @@
-"""Start the runs of a comparison, several side by side, and go on with those that were interrupted.
+"""Starts the runs of a comparison, several at a time, and resumes interrupted ones.
 
-Each run is a process of its own, the trainer's launcher, so what holds for a run holds here: it saves when it
-is asked to stop, and goes on exactly where its checkpoint is. A comparison adds one file to a run's folder
-when that run is over; so whatever was killed, and when, the same command finds out what is left to do. A
-launcher whose comparison was killed is asked to stop by the kernel (Linux); where one is still at work, its
-folder is waited for.
+Each run is a separate process, the trainer's launcher, so it saves when it gets a signal and resumes exactly
+from its checkpoint. When a run is finished, the comparison adds one file to its folder. So the same command
+continues the comparison whenever it was killed. If a comparison is killed, the kernel sends its launchers a
+SIGTERM (on Linux); the next start waits for launchers that still work in their folders.
 """
 
 import ctypes
@@ -33,69 +32,70 @@ from octavo.train.run_dir import LOCK
 FINISHED_FILE = "finished.json"
 LOG_FILE = "log.txt"
 
-_LOOKS_EVERY = 0.2
-_OVER = {exit_codes.DONE: "done", exit_codes.BAD_NUMBERS: "ended because its numbers were not finite"}
-"""Exit codes that are a result, and how it is told: a run that ends for its numbers would end so again."""
+_POLL_SECONDS = 0.2
+_RESULTS = {exit_codes.DONE: "done", exit_codes.BAD_NUMBERS: "ended because its numbers were not finite"}
+"""Exit codes that are results, and their descriptions. A run with non-finite numbers would end so again."""
 
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass
-class _Active:
+class _RunProcess:
     run: Run
     process: subprocess.Popen[bytes]
     log: IO[bytes]
-    enough: bool = False
-    """Whether it was stopped for having done its steps, and so is over."""
-    told: int = 0
-    """How many of the signals that came were passed on to it."""
+    stopped_early: bool = False
+    """Whether it was stopped because it has done enough steps, and so is finished."""
+    signals_sent: int = 0
+    """How many of the received signals were forwarded to it."""
 
 
 class Executor:
-    """Runs what is left of `plan`, `jobs` at a time."""
+    """Executes the unfinished runs of `plan`, `jobs` at a time."""
 
     def __init__(self, plan: Plan, *, jobs: int, keep_checkpoints: bool):
-        self._plan, self._jobs, self._keep = plan, jobs, keep_checkpoints
-        self._active: list[_Active] = []
+        self._plan, self._jobs, self._keep_checkpoints = plan, jobs, keep_checkpoints
+        self._active: list[_RunProcess] = []
         self._waiting_for: set[str] = set()
-        self._asked: list[int] = []
+        self._signals: list[int] = []
         self._code = exit_codes.DONE
 
     def __call__(self) -> int:
-        """Run; returns 0 when all is over, 75 after a signal, or the exit code of a run that failed."""
-        left = [run for run in self._plan.runs if not is_over(self._plan.folder(run))]
+        """Returns 0 when all runs are finished, 75 after a signal, or the exit code of a run that failed."""
+        waiting = [run for run in self._plan.runs if not is_finished(self._plan.folder(run))]
         for run in self._plan.runs:
-            if run not in left:
-                self._clean(run)
+            if run not in waiting:
+                self._delete_checkpoints(run)
         with ExitStack() as stack:
-            stack.callback(self._end)
+            stack.callback(self._terminate_all)
             for number in exit_codes.STOPPING:
                 if signal.getsignal(number) is not signal.SIG_IGN:
-                    stack.callback(signal.signal, number, signal.signal(number, self._ask))
+                    stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
             progress = RunsProgress(self._plan)
             stack.callback(progress.close)
-            progress.begin(left)
-            while self._active or (left and not self._asked and self._code == exit_codes.DONE):
-                while len(self._active) < self._jobs and not self._asked and self._code == exit_codes.DONE:
-                    free = next((run for run in left if self._free(run, progress.say)), None)
+            progress.begin(waiting)
+            while self._active or (waiting and self._may_start()):
+                while len(self._active) < self._jobs and self._may_start():
+                    free = next((run for run in waiting if self._is_free(run, progress.print)), None)
                     if free is None:
                         break
-                    left.remove(free)
+                    waiting.remove(free)
                     self._active.append(self._start(free))
-                    progress.say(f"{free.name}: {'starts' if progress.step(free) == 0 else 'goes on'}")
+                    progress.print(f"{free.name}: {'resumes' if progress.step(free) else 'starts'}")
                 for active in [one for one in self._active if one.process.poll() is not None]:
                     self._active.remove(active)
-                    self._take(active, progress)
-                self._pass_on()
-                self._stop_the_control(progress)
+                    self._record_exit(active, progress)
+                self._forward_signals()
+                self._stop_control(progress)
                 progress.show([active.run for active in self._active])
-                time.sleep(_LOOKS_EVERY)
-        if self._asked:
-            return exit_codes.REQUEUE
-        return self._code
+                time.sleep(_POLL_SECONDS)
+        return exit_codes.REQUEUE if self._signals else self._code
 
-    def _free(self, run: Run, say: Callable[[str], None]) -> bool:
-        """Whether nobody is at work in the folder of `run`, as a process of an interrupted start may be."""
+    def _may_start(self) -> bool:
+        return not self._signals and self._code == exit_codes.DONE
+
+    def _is_free(self, run: Run, report: Callable[[str], None]) -> bool:
+        """Whether no process, such as one of an interrupted start, works in the folder of `run`."""
         path = self._plan.folder(run) / LOCK
         if not path.exists():
             return True
@@ -104,10 +104,10 @@ class Executor:
                 return True
         if run.name not in self._waiting_for:
             self._waiting_for.add(run.name)
-            say(f"{run.name}: a process of an earlier start is still at work there; waiting for it to end")
+            report(f"{run.name}: a process of an earlier start still works there; waiting for it to end")
         return False
 
-    def _start(self, run: Run) -> _Active:
+    def _start(self, run: Run) -> _RunProcess:
         folder = self._plan.folder(run)
         folder.mkdir(parents=True, exist_ok=True)
         log = (folder / LOG_FILE).open("ab")
@@ -117,82 +117,75 @@ class Executor:
             stdout=log,
             stderr=log,
             env=environment_of(self._plan),
-            start_new_session=True,  # a terminal's Ctrl-C comes here, and is passed on once
-            preexec_fn=_end_with(os.getpid()),
+            start_new_session=True,  # a terminal's Ctrl-C reaches this process only, which forwards it once
+            preexec_fn=_terminate_with(os.getpid()),
         )
-        return _Active(run, process, log)
+        return _RunProcess(run, process, log)
 
-    def _stop_the_control(self, progress: RunsProgress) -> None:
+    def _stop_control(self, progress: RunsProgress) -> None:
         for active in self._active:
             steps = self._plan.steps_of(active.run)
-            if steps < self._plan.steps and not active.enough and progress.step(active.run) >= steps:
-                active.enough = True
+            if steps < self._plan.steps and not active.stopped_early and progress.step(active.run) >= steps:
+                active.stopped_early = True
                 active.process.send_signal(signal.SIGTERM)
 
-    def _take(self, active: _Active, progress: RunsProgress) -> None:
-        """A run's process has ended: remember how."""
+    def _record_exit(self, active: _RunProcess, progress: RunsProgress) -> None:
         active.log.close()
         code, run = active.process.returncode, active.run
         folder = self._plan.folder(run)
         code = code if code >= 0 else exit_codes.of_signal(-code)
-        if code == exit_codes.REQUEUE and active.enough:
+        if code == exit_codes.REQUEUE and active.stopped_early:
             code = exit_codes.DONE
-        if code in _OVER:
-            _write_over(folder, code)
-            self._clean(run)
-            progress.over(run, _OVER[code])
+        if code in _RESULTS:
+            write_file(folder / FINISHED_FILE, json.dumps({"exit_code": code}) + "\n")
+            self._delete_checkpoints(run)
+            progress.finish(run, _RESULTS[code])
             return
-        if self._asked or code == exit_codes.REQUEUE:
-            progress.say(f"{run.name}: stopped after step {progress.step(run)}")
+        if self._signals or code == exit_codes.REQUEUE:
+            progress.print(f"{run.name}: stopped after step {progress.step(run)}")
         else:
-            progress.say(
-                f"{run.name}: ended with exit code {code}; the end of {folder / LOG_FILE}:\n{_tail(folder)}"
-            )
+            log = folder / LOG_FILE
+            progress.print(f"{run.name}: ended with exit code {code}; the end of {log}:\n{_tail(log)}")
         self._code = code
 
-    def _clean(self, run: Run) -> None:
-        if not self._keep:
+    def _delete_checkpoints(self, run: Run) -> None:
+        if not self._keep_checkpoints:
             shutil.rmtree(self._plan.folder(run) / CHECKPOINTS, ignore_errors=True)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked.append(number)
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals.append(number)
 
-    def _pass_on(self) -> None:
-        """Not from the handler: a run that was just being started is told too, and each is told once."""
+    def _forward_signals(self) -> None:
+        """Called from the loop, not the handler, so that a run that was just being started gets them too."""
         for active in self._active:
-            for number in self._asked[active.told :]:
+            for number in self._signals[active.signals_sent :]:
                 active.process.send_signal(number)
-                active.told += 1
+                active.signals_sent += 1
 
-    def _end(self) -> None:
-        """Leave no process behind, whatever was raised."""
+    def _terminate_all(self) -> None:
         for active in self._active:
             active.process.terminate()
         for active in self._active:
             active.process.wait()
 
 
-def is_over(folder: Path) -> bool:
-    """Whether a comparison's run in `folder` is over, well or not."""
+def is_finished(folder: Path) -> bool:
+    """Whether the run in `folder` has a result, good or bad."""
     return (folder / FINISHED_FILE).exists()
 
 
 def exit_code(folder: Path) -> int | None:
-    """How the run in `folder` ended; None where it is not known to have."""
+    """The exit code of the finished run in `folder`; None if it is not known."""
     try:
         return int(json.loads((folder / FINISHED_FILE).read_text())["exit_code"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
-def _write_over(folder: Path, code: int) -> None:
-    write_file(folder / FINISHED_FILE, json.dumps({"exit_code": code}) + "\n")
-
-
-def measure_saved(plan: Plan) -> bool:
-    """Measure what the models of finished runs keep for backward, once; whether that could be done."""
-    wanted = [plan.folder(run) for run in plan.runs if run.kind in ("baseline", "recipe")]
-    if all((folder / SAVED_FILE).exists() for folder in wanted):
+def measure_activation_memory(plan: Plan) -> bool:
+    """Measure the activation memory of the finished runs, unless done before; returns False on failure."""
+    folders = [plan.folder(run) for run in plan.runs if run.kind in ("baseline", "recipe")]
+    if all((folder / SAVED_FILE).exists() for folder in folders):
         return True
     ended = subprocess.run(
         [sys.executable, "-P", "-m", "octavo.commands.compare.activation_memory", str(plan.out)],
@@ -205,31 +198,31 @@ def measure_saved(plan: Plan) -> bool:
 
 
 def environment_of(plan: Plan) -> dict[str, str]:
-    """The variables of a run's process."""
+    """The environment variables of a run's process."""
     environment = dict(os.environ)
     if plan.threads is not None:
         environment["OMP_NUM_THREADS"] = str(plan.threads)
     checkout = Path(__file__).resolve().parents[3]
-    if (checkout / "pyproject.toml").exists():  # not installed, or in place: the runs take the same code
+    if (checkout / "pyproject.toml").exists():  # not an installed package: the runs use the same code
         paths = [str(checkout), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return environment
 
 
-def _end_with(parent: int) -> Callable[[], None] | None:
-    """What makes a child be sent SIGTERM when `parent` has gone; None where the system can't."""
+def _terminate_with(parent: int) -> Callable[[], None] | None:
+    """A `preexec_fn` that has the child get SIGTERM when process `parent` ends; None if not on Linux."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None)
 
-    def ask() -> None:
+    def prepare_child() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    return ask
+    return prepare_child
 
 
-def _tail(folder: Path, lines: int = 12) -> str:
-    written = (folder / LOG_FILE).read_text(errors="replace").splitlines()
+def _tail(log: Path, lines: int = 12) -> str:
+    written = log.read_text(errors="replace").splitlines()
     return "\n".join(f"  {line}" for line in written[-lines:])

@@ -1,11 +1,11 @@
-"""`octavo compare`: is the loss the same, how much faster, how much memory? One report with the answer.
+"""`octavo compare`: compares recipes by loss, speed and memory, in one report.
 
     octavo compare --config-file debug_model.toml --steps 200 --recipes bf16,tensorwise,rowwise --bf16-seeds 3
     octavo compare RUN_A RUN_B …
 
-The first form trains, once in every recipe, and goes on where it was interrupted; flags of training
-(--section.key value) hold for all runs. The second compares folders of runs that were. docs/compare.md tells
-what the verdicts mean. Exit codes: those of training; 0 whatever the verdicts are.
+The first form trains once in each recipe, and resumes after an interruption; training flags (--section.key
+value) apply to all runs. The second form compares the folders of finished runs. docs/compare.md explains the
+verdicts. Exit codes: those of training; 0 for any verdict.
 """
 
 import os
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from octavo.commands.argparser import Parser, bounded_float, bounded_int
-from octavo.commands.compare.executor import Executor, exit_code, is_over, measure_saved
+from octavo.commands.compare.executor import Executor, exit_code, is_finished, measure_activation_memory
 from octavo.commands.compare.report.figures import choose_baseline, figures_of
 from octavo.commands.compare.report.run_data import RunData, load_run
-from octavo.commands.compare.report.write_report import environment_of, model_of, write_report
-from octavo.commands.compare.runs import make_plan, parse_recipes, read_plan, remember
+from octavo.commands.compare.report.write_report import write_report
+from octavo.commands.compare.runs import make_plan, parse_recipes, read_plan, save_plan
 from octavo.config import ConfigError
 from octavo.core import exit_codes
 from octavo.core.file_lock import open_lock, try_lock
@@ -39,11 +39,11 @@ def _parser() -> Parser:
     parser = Parser(
         "octavo compare",
         "Train one configuration in several recipes, and with several seeds in high precision, and write a\n"
-        "report: losses against the noise of the seeds, speed, memory. Or compare folders of finished runs:\n"
-        "octavo compare RUN_A RUN_B …",
-        "All other flags are those of training, for every run: --config_file, --training.compile, … (octavo\n"
-        "train --help). NGPU and CONFIG_FILE are as for ./run_train.sh. The same command goes on with an\n"
-        "interrupted comparison. In names of flags - and _ are the same.",
+        "report: losses relative to the noise between seeds, speed, memory. Or compare folders of finished\n"
+        "runs: octavo compare RUN_A RUN_B …",
+        "All other flags are training flags, for every run: --config_file, --training.compile, … (octavo\n"
+        "train --help). NGPU and CONFIG_FILE work as for ./run_train.sh. Rerun the same command to continue\n"
+        "an interrupted comparison. - and _ are equal in the names of flags.",
     )
     parser.add_argument(
         "--steps",
@@ -60,26 +60,26 @@ def _parser() -> Parser:
         type=bounded_int(2, _MOST_SEEDS),
         default=SUPPRESS,
         metavar="N",
-        help="seeds of the high-precision run, whose differences are the noise; 2 at least (default: 3)",
+        help="seeds of the high-precision run, whose differences are the noise; at least 2 (default: 3)",
     )
     parser.add_argument(
         "--no_control",
         action="store_true",
         default=SUPPRESS,
-        help="leave out the negative control, a recipe that has to come out as bad",
+        help="omit the negative control, a recipe that must be judged as outside the noise",
     )
     parser.add_argument(
         "--jobs",
         type=bounded_int(1, _MOST_JOBS),
         default=SUPPRESS,
         metavar="N",
-        help="runs side by side (default: 2 on a CPU with cores enough, 1 on GPUs)",
+        help="concurrent runs (default: 2 on a CPU with enough cores, 1 on GPUs)",
     )
     parser.add_argument(
         "--keep_checkpoints",
         action="store_true",
         default=SUPPRESS,
-        help="keep those of finished runs, which are deleted else",
+        help="keep the checkpoints of finished runs, which are otherwise deleted",
     )
     parser.add_argument(
         "--target_loss",
@@ -98,10 +98,9 @@ def _parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`octavo compare`: the exit code. Raises `ConfigError` for a mistake in what was asked."""
+    """Run `octavo compare`; returns the exit code. Raises `ConfigError` for a usage error."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    options, rest = parser.read_known(argv)
+    options, rest = _parser().read_known(argv)
     out = options.out.expanduser()
     is_new = not out.exists()
     try:
@@ -116,19 +115,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return compare(rest, options, out, argv)
         except ConfigError:
-            if is_new and os.listdir(out) == [_LOCK]:  # nothing was begun
+            if is_new and os.listdir(out) == [_LOCK]:  # no run was started
                 shutil.rmtree(out)
             raise
 
 
 def _compare_folders(words: Sequence[str], options: Namespace, out: Path, argv: Sequence[str]) -> int:
     flags = [word for word in words if word.startswith("--")]
-    ours = ("steps", "recipes", "bf16_seeds", "no_control", "jobs", "keep_checkpoints")
-    flags += [f"--{name}" for name in ours if hasattr(options, name)]
+    training_only = ("steps", "recipes", "bf16_seeds", "no_control", "jobs", "keep_checkpoints")
+    flags += [f"--{name}" for name in training_only if hasattr(options, name)]
     if flags:
-        raise ConfigError(f"{flags[0]}: is for runs that are to be trained, and {words[0]} is a run that was")
+        raise ConfigError(f"{flags[0]}: has no effect on {words[0]}, a run that is already trained")
     if len(words) < 2:
-        raise ConfigError(f"{words[0]}: one run has nothing to be compared with; name two or more")
+        raise ConfigError(f"{words[0]}: one run cannot be compared; name two or more")
     if read_plan(out) is not None:
         raise ConfigError(f"--out {out}: holds a comparison that trains; name another folder")
     folders = [Path(word).expanduser() for word in words]
@@ -141,14 +140,14 @@ def _compare_folders(words: Sequence[str], options: Namespace, out: Path, argv: 
 
 
 def _with_kind(run: RunData, base: RunData) -> RunData:
-    """`run` as what it is beside `base`: of several runs without float8, one is the baseline."""
+    """Of several runs without float8, one is the baseline; the others are its seeds, or judged."""
     if run is base or run.recipe is not None:
         return run
     return replace(run, kind="recipe" if run.seed == base.seed else "seed")
 
 
 def _names(folders: Sequence[str]) -> list[str]:
-    """A short name for each: the folder's own, or as much of the path as tells it from the others."""
+    """A short name for each folder: as many trailing parts of its path as make the names distinct."""
     paths = [Path(folder).expanduser().resolve() for folder in folders]
     for number, path in enumerate(paths):
         if path in paths[:number]:
@@ -161,10 +160,10 @@ def _names(folders: Sequence[str]) -> list[str]:
 
 def _train_and_compare(words: Sequence[str], options: Namespace, out: Path, argv: Sequence[str]) -> int:
     gpus, cores = launcher.count_gpus(os.environ), launcher.usable_cores()
-    before = read_plan(out)
+    existing = read_plan(out)
     processes = launcher.processes_wanted(os.environ, gpus)
     jobs = getattr(options, "jobs", None) or (1 if gpus or cores < 2 * processes else 2)
-    threads = before["threads"] if before is not None else _threads(gpus, cores, jobs * processes)
+    threads = _threads(gpus, cores, jobs * processes) if existing is None else existing["threads"]
     plan = make_plan(
         out=out,
         recipes=parse_recipes(getattr(options, "recipes", _RECIPES)),
@@ -178,47 +177,45 @@ def _train_and_compare(words: Sequence[str], options: Namespace, out: Path, argv
         threads=threads,
         command=argv,
     )
-    remember(plan)
+    save_plan(plan)
     code = Executor(plan, jobs=jobs, keep_checkpoints=hasattr(options, "keep_checkpoints"))()
     if code != exit_codes.DONE:
-        why = "stopped" if code == exit_codes.REQUEUE else "a run did not end well (above)"
-        print(f"octavo compare: {why}; the same command goes on", file=sys.stderr)
+        reason = "stopped" if code == exit_codes.REQUEUE else "a run failed (see above)"
+        print(f"octavo compare: {reason}; rerun the same command to continue", file=sys.stderr)
         return code
-    if not measure_saved(plan):
-        print("octavo compare: what is kept for backward could not be measured", file=sys.stderr)
-    runs = _runs_of(out)
+    if not measure_activation_memory(plan):
+        print("octavo compare: the activation memory could not be measured", file=sys.stderr)
+    runs = _finished_runs(out)
     base = next(run for run in runs if run.kind == "baseline")
-    notes = [f"The runs ran {jobs} at a time, which each slowed the others."] if jobs > 1 else []
+    notes = [f"{jobs} runs ran at a time, which slowed all of them."] if jobs > 1 else []
     return _report(out, runs, base, shlex.split(plan.command), options.target_loss, notes)
 
 
-def _threads(gpus: int, cores: int, side_by_side: int) -> int | None:
-    """Threads of a process on a CPU: the cores shared out, unless OMP_NUM_THREADS says how many."""
-    said = os.environ.get("OMP_NUM_THREADS", "")
+def _threads(gpus: int, cores: int, processes: int) -> int | None:
+    """Threads per process on a CPU: OMP_NUM_THREADS, or an equal share of the cores."""
+    requested = os.environ.get("OMP_NUM_THREADS", "")
     if gpus:
         return None
-    if said.isdecimal() and int(said) > 0:
-        return int(said)
-    return max(1, cores // side_by_side)
+    if requested.isdecimal() and int(requested) > 0:
+        return int(requested)
+    return max(1, cores // processes)
 
 
-def _runs_of(out: Path) -> list[RunData]:
-    """All runs of the comparison in `out` that are over."""
+def _finished_runs(out: Path) -> list[RunData]:
+    """Load all finished runs of the comparison in `out`."""
     plan = read_plan(out)
     assert plan is not None
     runs = []
-    for told in plan["runs"]:
-        folder = out / "runs" / told["name"]
-        if not is_over(folder):
-            continue
-        known = {key: told[key] for key in ("name", "kind", "recipe", "seed")}
-        runs.append(
-            load_run(folder, **known, exit_code=exit_code(folder), command=_by_hand(plan, told["flags"]))
-        )
+    for run in plan["runs"]:
+        folder = out / "runs" / run["name"]
+        if is_finished(folder):
+            fields = {key: run[key] for key in ("name", "kind", "recipe", "seed")}
+            command = _run_command(plan, run["flags"])
+            runs.append(load_run(folder, **fields, exit_code=exit_code(folder), command=command))
     return runs
 
 
-def _by_hand(plan: Mapping[str, Any], flags: Sequence[str]) -> str:
+def _run_command(plan: Mapping[str, Any], flags: Sequence[str]) -> str:
     threads = f"OMP_NUM_THREADS={plan['threads']} " if plan["threads"] else ""
     return f"{threads}NGPU={plan['processes']} ./run_train.sh {shlex.join(flags)}"
 
@@ -231,28 +228,22 @@ def _report(
     target: float | None,
     notes: Sequence[str] = (),
 ) -> int:
-    figures = figures_of(runs, target=target)
     if base.record.get("device") == "cpu" and any(run.recipe for run in runs):
-        notes = [*notes, "On a CPU float8 is emulated: it costs time here, and these speeds are not a GPU's."]
-    figures |= {
-        "model": model_of(base),
-        "environment": environment_of(base),
-        "command": shlex.join(command),
-        "speed_notes": list(notes),
-    }
+        notes = [*notes, "On a CPU float8 is emulated, which takes time; these speeds are not a GPU's."]
+    figures = figures_of(runs, target=target, command=shlex.join(command), speed_notes=notes)
     page = write_report(out, figures)
     for warning in figures["warnings"]:
         print(f"octavo compare: note: {warning}", file=sys.stderr)
     for run in figures["runs"]:
         if run["verdict"] != "baseline":
-            print(f"{run['name']}: {run['verdict']}{_how_far(run)}")
+            print(f"{run['name']}: {run['verdict']}{_explain_verdict(run)}")
     print(f"The report: {page} (Markdown: {page.with_suffix('.md')})")
     return exit_codes.DONE
 
 
-def _how_far(run: Mapping[str, Any]) -> str:
+def _explain_verdict(run: Mapping[str, Any]) -> str:
     if run["verdict_reason"] is not None:
         return f": {run['verdict_reason']}"
     widest = run["widest"]
-    assert widest is not None  # it gave the verdict
+    assert widest is not None  # a verdict without a reason follows from it
     return f", at most {widest['share']:.3f} of the band ({widest['gap']:+.4f} nats at step {widest['step']})"

@@ -1,4 +1,4 @@
-"""How far the runs of a comparison are: a bar on a terminal, else a plain line now and then."""
+"""The progress of a comparison's runs: a bar on a terminal, otherwise a line every half minute."""
 
 import json
 import shutil
@@ -18,43 +18,41 @@ _TAIL = 8192  # bytes; a line of metrics has some 500
 
 
 class RunsProgress:
-    """Shows how many of a plan's steps are done; on stderr."""
+    """Shows on stderr how many of a plan's steps are done."""
 
     def __init__(self, plan: Plan):
         self._plan = plan
         self._terminal = sys.stderr.isatty()
         self._shown = self._start = time.monotonic()
-        self._before = 0  # steps that were done when this start began
+        self._before = 0  # steps that were done at the start
         self._total = sum(plan.steps_of(run) for run in plan.runs)
         self._line = ""
 
-    def begin(self, left: Sequence[Run]) -> None:
-        """These runs are to be done; the others are."""
+    def begin(self, unfinished: Sequence[Run]) -> None:
+        """Print what is to be done."""
         self._before = self._done()
         runs = len(self._plan.runs)
-        self.say(
-            f"{runs} runs, {self._total} steps in all, under {self._plan.out}"
-            + (f"; {runs - len(left)} done already" if len(left) < runs else "")
-        )
+        finished = f"; {runs - len(unfinished)} already finished" if len(unfinished) < runs else ""
+        self.print(f"{runs} runs, {self._total} steps in total, in {self._plan.out}{finished}")
 
     def step(self, run: Run) -> int:
         """The last step that `run` has reported."""
         return int(last_report(self._plan.folder(run)).get("step", 0))
 
-    def say(self, text: str) -> None:
-        """A line that stays."""
+    def print(self, text: str) -> None:
+        """Print a line, in place of the bar."""
         if self._line:
             print("\r\033[K", end="", file=sys.stderr)
             self._line = ""
         print(f"octavo compare: {text}", file=sys.stderr, flush=True)
 
-    def over(self, run: Run, ending: str) -> None:
-        """`run` is over, "done" or otherwise."""
+    def finish(self, run: Run, result: str) -> None:
+        """Print the result of `run`."""
         last = last_report(self._plan.folder(run))
-        self.say(f"{run.name}: {ending}, step {last.get('step', 0)}, loss {_loss(last)}")
+        self.print(f"{run.name}: {result}, step {last.get('step', 0)}, loss {_loss(last)}")
 
     def show(self, active: Sequence[Run]) -> None:
-        """The state of things, if it is time to tell it."""
+        """Update the bar or print a line, if it is time to."""
         now = time.monotonic()
         if now - self._shown < (_SECONDS_PER_BAR if self._terminal else _SECONDS_PER_LINE):
             return
@@ -62,12 +60,13 @@ class RunsProgress:
         done, total = self._done(), self._total
         left = ""
         if done > self._before:
-            left = f", {format_clock((now - self._start) * (total - done) / (done - self._before))} left"
+            seconds = (now - self._start) * (total - done) / (done - self._before)
+            left = f", {format_clock(seconds)} left"
         reports = {run.name: last_report(self._plan.folder(run)) for run in active}
         runs = ", ".join(f"{name} {last.get('step', 0)} ({_loss(last)})" for name, last in reports.items())
         text = f"{done / total:.0%} of {total:,} steps{left}: {runs}"
         if not self._terminal:
-            self.say(text)
+            self.print(text)
             return
         filled = round(done / total * _BAR)
         self._line = f"[{'=' * filled}{' ' * (_BAR - filled)}] {text}"
@@ -75,7 +74,7 @@ class RunsProgress:
         print(f"\r{self._line[:width]}\033[K", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the terminal's cursor on a new line."""
+        """Move a terminal's cursor to a new line."""
         if self._line:
             print(file=sys.stderr)
             self._line = ""
@@ -85,7 +84,7 @@ class RunsProgress:
 
 
 def last_report(folder: Path) -> dict[str, Any]:
-    """The last whole line of a run's metrics that tells a loss; empty before there is one."""
+    """The last complete line of a run's metrics that has a loss; empty if there is none."""
     try:
         with (folder / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - _TAIL))
@@ -94,11 +93,11 @@ def last_report(folder: Path) -> dict[str, Any]:
         return {}
     for line in reversed(lines):
         try:
-            found = json.loads(line)
-        except ValueError:  # torn, or begun before the part that was read
+            report = json.loads(line)
+        except ValueError:  # torn, or its beginning was not read
             continue
-        if isinstance(found, dict) and "loss" in found:
-            return found
+        if isinstance(report, dict) and "loss" in report:
+            return report
     return {}
 
 

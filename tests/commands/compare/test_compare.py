@@ -13,7 +13,7 @@ import torch
 
 from octavo.commands.compare import main
 from octavo.commands.compare.activation_memory import saved_bytes
-from octavo.commands.compare.executor import Executor, _Active, exit_code
+from octavo.commands.compare.executor import Executor, _RunProcess, exit_code
 from octavo.commands.compare.runs import Plan, Run
 from octavo.config import ConfigError
 from tests.helpers import warm
@@ -61,7 +61,7 @@ def killed_twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[s
 def test_a_killed_comparison_goes_on_where_it_was(killed_twice: tuple[Path, dict[str, Any]]) -> None:
     out, told = killed_twice
     assert 6 <= told["at"] < STEPS
-    assert "bf16: goes on" in told["second"].stderr
+    assert "bf16: resumes" in told["second"].stderr
     log = (out / "runs" / "bf16" / "log.txt").read_text()
     assert log.count("Training starts at step 1.") == 1  # the second start resumed
     for run in ("bf16", "bf16_seed43", "tensorwise", "unscaled_e5m2"):
@@ -85,7 +85,7 @@ def test_the_health_of_every_float8_layer_is_in_the_report(killed_twice: tuple[P
 def test_finished_runs_are_not_repeated(killed_twice: tuple[Path, dict[str, Any]]) -> None:
     _, told = killed_twice
     assert told["untouched"]
-    assert "4 done already" in told["third"].stderr
+    assert "4 already finished" in told["third"].stderr
     assert "starts" not in told["third"].stderr
 
 
@@ -186,16 +186,16 @@ def test_a_report_on_folders_does_not_replace_another(killed_twice: tuple[Path, 
         (["--bf16-seeds", "1000"], "--bf16_seeds: expected a whole number from 2 to 100"),
         (["--recipes="], "--recipes=: names nothing to compare; name some of bf16, tensorwise"),
         (["--recipes", "unscaled_e5m2"], "names nothing to compare"),
-        (["--training.steps=5"], "octavo compare sets this itself; say --steps"),
-        (["--model.converters=float8"], "say --recipes"),
+        (["--training.steps=5"], "octavo compare sets this itself; use --steps"),
+        (["--model.converters=float8"], "use --recipes"),
         (["--training.sequence=5"], "unknown flag"),
         (["--config_file=nowhere.toml"], "no such file"),
         (["--checkpoint.load_only"], "comparison"),
         (["nowhere", "nowhere2"], "nowhere: no such folder"),
-        (["octavo"], "one run has nothing to be compared with"),
+        (["octavo"], "one run cannot be compared"),
         (["octavo", "octavo"], "named twice"),
-        (["octavo", "tests", "--steps", "3"], "--steps: is for runs that are to be trained"),
-        (["octavo", "tests"], "octavo is no run's folder: there is no run.json"),
+        (["octavo", "tests", "--steps", "3"], "--steps: has no effect on octavo"),
+        (["octavo", "tests"], "octavo is not a run's folder: there is no run.json"),
         (["--target_loss", "0"], "expected a number above 0"),
     ],
 )
@@ -233,7 +233,7 @@ def test_a_signal_stops_the_runs_and_asks_for_the_same_command(tmp_path: Path) -
         os.kill(started.pid, signal.SIGTERM)
         rest = started.stderr.read()
         assert started.wait(timeout=LIMIT) == 75, rest
-    assert "the same command goes on" in rest
+    assert "rerun the same command to continue" in rest
 
 
 STEPPING = """
@@ -246,13 +246,13 @@ with open(sys.argv[1] + "/metrics.jsonl", "w") as file:
 """
 
 
-def begin(executor: Executor, run: Run) -> _Active:
+def begin(executor: Executor, run: Run) -> _RunProcess:
     """In place of `Executor._start`: a run of 400 steps, and 4 s, which stops as it should."""
     folder = executor._plan.folder(run)
     folder.mkdir(parents=True)
     process = subprocess.Popen([sys.executable, "-c", STEPPING, str(folder)])
     wait_for("the stand-in's handler", (folder / "metrics.jsonl").exists)
-    return _Active(run, process, (folder / "log.txt").open("ab"))
+    return _RunProcess(run, process, (folder / "log.txt").open("ab"))
 
 
 def plan_of(out: Path, *runs: Run) -> Plan:
@@ -262,7 +262,7 @@ def plan_of(out: Path, *runs: Run) -> Plan:
 def test_a_signal_while_a_run_is_being_started_reaches_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(executor: Executor, run: Run) -> _Active:
+    def start(executor: Executor, run: Run) -> _RunProcess:
         active = begin(executor, run)
         os.kill(os.getpid(), signal.SIGTERM)
         return active

@@ -1,7 +1,7 @@
-"""The charts of a report, drawn from its figures."""
+"""Draws the charts of a report from its figures."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from octavo.commands.compare.report import svg
@@ -10,8 +10,8 @@ from octavo.commands.compare.report.svg import GREY, INK, PALETTE, RED, Bar, Lin
 Run = Mapping[str, Any]
 
 
-def colours_of(runs: Sequence[Run]) -> dict[str, str]:
-    """A colour for each run: the baseline in ink, its other seeds grey, the control red."""
+def run_colours(runs: Sequence[Run]) -> dict[str, str]:
+    """Run -> colour: the baseline in the text's colour, its other seeds grey, the control red."""
     colours, free = {}, list(PALETTE)
     for run in runs:
         if run["kind"] == "recipe":
@@ -21,18 +21,16 @@ def colours_of(runs: Sequence[Run]) -> dict[str, str]:
     return colours
 
 
-def drawings_of(figures: Mapping[str, Any]) -> dict[str, str]:
-    """name -> SVG: losses, gaps from afar and close by, the bars, and the heatmaps where health was
-    measured.
-    """
+def draw_charts(figures: Mapping[str, Any]) -> dict[str, str]:
+    """name -> SVG: losses, gaps, gaps enlarged, bars, and heatmaps if health was measured."""
     runs = figures["runs"]
-    colours = colours_of(runs)
+    colours = run_colours(runs)
     return {
         "losses": _losses(runs, colours),
         "gaps": _gaps(figures, colours),
         "gaps_close": _gaps_close(figures, colours),
         **_bars(runs, colours),
-        **{name: _heatmap(name, shown) for name, shown in heatmaps_of(runs).items()},
+        **{name: _heatmap(name, shown) for name, shown in heatmap_data(runs).items()},
     }
 
 
@@ -69,7 +67,7 @@ def _losses(runs: Sequence[Run], colours: Mapping[str, str]) -> str:
 
 
 def _gaps(figures: Mapping[str, Any], colours: Mapping[str, str]) -> str:
-    """The panel shows the band and the recipes whole; a control may leave it."""
+    """The y range includes the band and the recipes; the control may leave it."""
     runs = [run for run in figures["runs"] if run["gaps"]]
     values = [abs(value) for run in runs if run["kind"] != "control" for _, value in run["gaps"] if value]
     high = 1.15 * max([*values, *(width for _, width in figures["band"])], default=0.1)
@@ -79,15 +77,13 @@ def _gaps(figures: Mapping[str, Any], colours: Mapping[str, str]) -> str:
 
 
 def _gaps_close(figures: Mapping[str, Any], colours: Mapping[str, str]) -> str:
-    """The recipes that started from the baseline's weights alone, on a scale of their own: faint, the
-    differences step by step.
-    """
+    """The recipes that started from the baseline's weights, enlarged; faint: differences at every step."""
     runs = [run for run in figures["runs"] if run["kind"] == "recipe" and run["same_weights"]]
     values = sorted(abs(value) for run in runs for _, value in run["gaps"] if value is not None)
-    # A run that goes far astray would flatten the others; it stands in the panel above.
+    # A run with a very large gap would flatten the others; the chart above shows it.
     high = 1.3 * (min(values[-1], 4 * values[len(values) // 2]) if values else 0.0) or 0.01
     lines = [Line(run["name"], run["gaps"], colours[run["name"]], faint=run["differences"]) for run in runs]
-    title = f"gaps of the recipes to the loss of {figures['baseline']}, close by, and step by step"
+    title = f"gaps of the recipes to the loss of {figures['baseline']}, enlarged, and at every step"
     return _gap_panel(figures, lines, high, title, name="gaps_close")
 
 
@@ -109,20 +105,23 @@ def _gap_panel(
 def _bars(runs: Sequence[Run], colours: Mapping[str, str]) -> dict[str, str]:
     shown = [run for run in runs if run["kind"] in ("baseline", "recipe")]
 
-    def chart(name: str, title: str, value: Any, text: Any) -> str:
+    def chart(name: str, title: str, value: Callable[[Run], Any], text: Callable[[Run, Any], str]) -> str:
         bars = []
         for run in shown:
-            found = value(run)
-            told = "not reached" if found is None else text(run, found)
-            bars.append(Bar(run["name"], found, told, colours[run["name"]]))
+            length = value(run)
+            label = "not reached" if length is None else text(run, length)
+            bars.append(Bar(run["name"], length, label, colours[run["name"]]))
         return svg.bar_chart(bars, title=title, name=name)
 
-    drawn = {
+    def with_ratio(text: str, ratio: float | None) -> str:
+        return f"{text} ({ratio:.2f}x)" if ratio else text
+
+    charts = {
         "tps": chart(
             "tps",
             "tokens per second and device, median",
             lambda run: run["median_tps"],
-            lambda run, v: f"{v:,.0f}" + (f" ({run['tps_ratio']:.2f}x)" if run["tps_ratio"] else ""),
+            lambda run, v: with_ratio(f"{v:,.0f}", run["tps_ratio"]),
         ),
         "memory": chart(
             "memory", "peak memory, GiB", lambda run: run["peak_memory_gib"], lambda run, v: f"{v:.2f}"
@@ -137,50 +136,47 @@ def _bars(runs: Sequence[Run], colours: Mapping[str, str]) -> dict[str, str]:
             "seconds_to_loss",
             "seconds to the target loss",
             lambda run: run["target"] and run["target"]["seconds"],
-            lambda run, v: (
-                f"{v:,.1f}" + (f" ({run['speedup_to_target']:.2f}x)" if run["speedup_to_target"] else "")
-            ),
+            lambda run, v: with_ratio(f"{v:,.1f}", run["speedup_to_target"]),
         ),
     }
     if any(run["saved_bytes"] for run in shown):
-        drawn["saved"] = chart(
+        charts["saved"] = chart(
             "saved",
-            "MiB kept for backward, eager",
+            "activation memory in eager mode, MiB",
             lambda run: run["saved_bytes"],
             lambda run, v: f"{v / 2**20:,.1f}",
         )
-    return drawn
+    return charts
 
 
-def heatmaps_of(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """name -> what a heatmap shows: title, unit, layers, steps, and a value for each layer and step."""
-    found = {}
+def heatmap_data(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """name -> the content of a heatmap: title, unit, layers, steps, and a value per layer and step."""
+    heatmaps: dict[str, dict[str, Any]] = {}
     for run in runs:
         for operand, grid in (run["health"] or {}).items():
-            name = re.sub(r"\W", "_", f"health_{run['name']}_{operand}")  # of a file, too
-            while name in found or f"{name}_sqnr" in found:  # of runs a-b and a_b
+            name = re.sub(r"\W", "_", f"health_{run['name']}_{operand}")  # also a file name
+            while name in heatmaps or f"{name}_sqnr" in heatmaps:  # of runs a-b and a_b
                 name += "_"
-            axes = {"layers": grid["layers"], "steps": grid["steps"]}
-            of = f"{run['name']}, {operand}"
-            percent = [[None if value is None else 100 * value for value in row] for row in grid["flushed"]]
-            if any(value is not None for row in percent for value in row):
-                found[name] = {"title": f"{of}: flushed to zero", "unit": "%", "values": percent, **axes}
-            if any(value is not None for row in grid["sqnr"] for value in row):
-                title = f"{of}: signal to quantisation noise"
-                found[f"{name}_sqnr"] = {"title": title, "unit": "dB", "values": grid["sqnr"], **axes}
-    for heatmap in found.values():
-        heatmap["values"] = [[_rounded(value) for value in row] for row in heatmap["values"]]
-    return found
+            subject = f"{run['name']}, {operand}"
+            for key, title, unit, factor, measure in (
+                (name, f"{subject}: flushed to zero", "%", 100, "flushed"),
+                (f"{name}_sqnr", f"{subject}: signal to quantisation noise", "dB", 1, "sqnr"),
+            ):
+                values = [[_rounded(value, factor) for value in row] for row in grid[measure]]
+                if any(value is not None for row in values for value in row):
+                    axes = {"layers": grid["layers"], "steps": grid["steps"]}
+                    heatmaps[key] = {"title": title, "unit": unit, "values": values, **axes}
+    return heatmaps
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.3g}")
+def _rounded(value: float | None, factor: float) -> float | None:
+    return None if value is None else float(f"{factor * value:.3g}")
 
 
-def _heatmap(name: str, shown: Mapping[str, Any]) -> str:
-    if shown["unit"] == "dB":
+def _heatmap(name: str, heatmap: Mapping[str, Any]) -> str:
+    if heatmap["unit"] == "dB":
         scale: dict[str, Any] = {"low": 15.0, "high": 35.0, "bad_is_low": True}
     else:
-        most = max(value for row in shown["values"] for value in row if value is not None)
-        scale = {"low": 0.0, "high": max(1.0, most)}
-    return svg.heatmap(**shown, **scale, name=name)
+        largest = max(value for row in heatmap["values"] for value in row if value is not None)
+        scale = {"low": 0.0, "high": max(1.0, largest)}
+    return svg.heatmap(**heatmap, **scale, name=name)

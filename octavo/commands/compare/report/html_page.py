@@ -1,8 +1,7 @@
-"""The report as one HTML file that needs nothing else: no address is in it, so it can be mailed and opened
-anywhere.
+"""Renders the report as one HTML file without external resources.
 
-The drawings are there without a script. The script, `page.js`, adds what a picture cannot do: a click on a
-name hides its curve, and the pointer reads the values of a step off, which come from the figures in the page.
+The drawings need no script. The script, `page.js`, adds interaction: a click on a name hides its curve, and
+the pointer shows the values of a step, from the figures embedded in the page.
 """
 
 import json
@@ -12,30 +11,29 @@ from pathlib import Path
 from typing import Any
 
 from octavo.commands.compare.report import wording
-from octavo.commands.compare.report.drawings import colours_of, heatmaps_of
+from octavo.commands.compare.report.drawings import heatmap_data, run_colours
 
 _HERE = Path(__file__).parent
 
 
 def html_page(figures: Mapping[str, Any], drawings: Mapping[str, str]) -> str:
-    """The whole page."""
-    title = wording.title_of(figures)
+    title = wording.report_title(figures)
     body = [
         f"<h1>{escape(title)}</h1>",
-        *(f"<p class='answer'>{escape(sentence)}</p>" for sentence in wording.summary_of(figures)),
+        *(f"<p class='answer'>{escape(sentence)}</p>" for sentence in wording.summary(figures)),
         *(f"<p class='warning'>{escape(warning)}</p>" for warning in figures["warnings"]),
         "<h2>Verdicts</h2>",
-        _table(wording.verdicts_of(figures)),
+        _table(wording.verdict_table(figures)),
         "<h2>Loss</h2>",
         _legend(figures),
         _chart(drawings["losses"]),
         "<p id='reading'></p>",
-        f"<h2>Gap to {escape(figures['baseline'])}, and its noise band</h2>",
+        f"<h2>Gap to {escape(figures['baseline'])}, with its noise band</h2>",
         _chart(drawings["gaps"]),
-        f"<h3>{wording.close_by(figures)}</h3>",
+        f"<h3>{wording.close_up_heading(figures)}</h3>",
         _chart(drawings["gaps_close"]),
         "<h2>Speed and memory</h2>",
-        _table(wording.speeds_of(figures)),
+        _table(wording.speed_table(figures)),
         "<div class='bars'>",
         *(
             drawings[n]
@@ -44,29 +42,29 @@ def html_page(figures: Mapping[str, Any], drawings: Mapping[str, str]) -> str:
         ),
         "</div>",
     ]
-    validation = wording.validation_of(figures)
+    validation = wording.validation_table(figures)
     if validation is not None:
         body += ["<h2>Validation</h2>", _table(validation)]
-    worst = wording.worst_layers_of(figures)
+    worst = wording.worst_layer_table(figures)
     if worst is not None:
-        body += ["<h2>Float8 health: which layers suffer</h2>", _table(worst)]
+        body += ["<h2>Float8 health: the worst layers</h2>", _table(worst)]
         body += [_chart(drawing) for name, drawing in drawings.items() if name.startswith("health_")]
     body += [
         "<h2>How to read this</h2>",
-        "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in wording.notes_of(figures)) + "</ul>",
+        "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in wording.reading_notes(figures)) + "</ul>",
         "<h2>Where it ran</h2>",
-        _table((("", ""), list(wording.environment_of(figures)))),
+        _table((("", ""), list(wording.environment_rows(figures)))),
         "<h2>Commands</h2>",
         f"<pre>{escape(figures['command'])}</pre>",
     ]
     commands = [run["command"] for run in figures["runs"] if run["command"]]
     listed = escape("\n".join(commands))
     if commands:
-        body.append(f"<details><summary>Each run by hand</summary><pre>{listed}</pre></details>")
+        body.append(f"<details><summary>Command of each run</summary><pre>{listed}</pre></details>")
     read = {
         "baseline": figures["baseline"],
         "runs": [{key: run[key] for key in ("name", "smoothed", "gaps")} for run in figures["runs"]],
-        "heatmaps": heatmaps_of(figures["runs"]),
+        "heatmaps": heatmap_data(figures["runs"]),
     }
     data = json.dumps(read, separators=(",", ":")).replace("<", "\\u003c")
     return (
@@ -81,12 +79,12 @@ def html_page(figures: Mapping[str, Any], drawings: Mapping[str, str]) -> str:
 
 
 def _chart(drawing: str) -> str:
-    """A drawing that keeps its size, and is moved sideways, where the window is narrow."""
+    """A drawing that scrolls horizontally in a narrow window."""
     return f"<div class='chart'>{drawing}</div>"
 
 
 def _legend(figures: Mapping[str, Any]) -> str:
-    colours = colours_of(figures["runs"])
+    colours = run_colours(figures["runs"])
     names = "".join(
         f"<button data-run='{escape(name)}'><i style='background:{colour}'></i>{escape(name)}</button>"
         for name, colour in colours.items()

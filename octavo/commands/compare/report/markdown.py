@@ -1,4 +1,4 @@
-"""The report as Markdown, with its drawings as SVG files beside it."""
+"""Renders the report as Markdown, which links the drawings as SVG files in the same folder."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -8,31 +8,30 @@ from octavo.commands.compare.report import wording
 
 
 def markdown_page(figures: Mapping[str, Any], drawings: Mapping[str, str]) -> str:
-    """The page; it names the drawings as NAME.svg, in its own folder."""
-    parts = [f"# {_plain(wording.title_of(figures))}", *map(_plain, wording.summary_of(figures))]
+    parts = [f"# {_plain(wording.report_title(figures))}", *map(_plain, wording.summary(figures))]
     parts += [f"> **Note.** {_plain(warning)}" for warning in figures["warnings"]]
-    parts += ["## Verdicts", _table(wording.verdicts_of(figures))]
+    parts += ["## Verdicts", _table(wording.verdict_table(figures))]
     parts += [
         _image(drawings, "losses", "Losses"),
         _image(drawings, "gaps", "Gaps to the baseline and its noise band"),
-        wording.close_by(figures),
-        _image(drawings, "gaps_close", "Gaps of the recipes to the baseline, close by"),
+        wording.close_up_heading(figures),
+        _image(drawings, "gaps_close", "Gaps of the recipes to the baseline, enlarged"),
     ]
-    parts += ["## Speed and memory", _table(wording.speeds_of(figures))]
-    validation = wording.validation_of(figures)
+    parts += ["## Speed and memory", _table(wording.speed_table(figures))]
+    validation = wording.validation_table(figures)
     if validation is not None:
         parts += ["## Validation", _table(validation)]
     health = [name for name in drawings if name.startswith("health_")]
-    worst = wording.worst_layers_of(figures)
+    worst = wording.worst_layer_table(figures)
     if worst is not None:
-        parts += ["## Float8 health: which layers suffer", _table(worst)]
+        parts += ["## Float8 health: the worst layers", _table(worst)]
         parts += [_image(drawings, name, name) for name in health]
-    parts += ["## How to read this", *(f"- {_plain(note)}" for note in wording.notes_of(figures))]
-    parts += ["## Where it ran", _table((("", ""), list(wording.environment_of(figures))))]
+    parts += ["## How to read this", *(f"- {_plain(note)}" for note in wording.reading_notes(figures))]
+    parts += ["## Where it ran", _table((("", ""), list(wording.environment_rows(figures))))]
     parts += ["## Commands", f"```bash\n{figures['command']}\n```"]
     commands = [run["command"] for run in figures["runs"] if run["command"]]
     if commands:
-        parts += ["Each run by hand:", "```bash\n" + "\n".join(commands) + "\n```"]
+        parts += ["Command of each run:", "```bash\n" + "\n".join(commands) + "\n```"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -41,7 +40,7 @@ def _image(drawings: Mapping[str, str], name: str, text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """`text` as a line that Markdown takes as text: a run's name is a folder's, which may be anything."""
+    """Escape `text` for one line of Markdown; a run's name is a folder's, which may contain anything."""
     return escape(text.replace("\n", " "), quote=False)
 
 

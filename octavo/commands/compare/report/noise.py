@@ -1,9 +1,9 @@
-"""When is a gap between two losses more than noise? The statistics of a comparison, on plain numbers.
+"""The statistics of a comparison: when is a gap between two losses larger than noise?
 
-The runs read the same batches, so the noise of the batches, which is what a loss curve mostly shows, cancels
-in the difference of two runs, step by step. What a recipe's difference is measured against is how far two
-runs of the baseline lie apart that differ in the seed of their initial weights alone, which nobody chooses. A
-recipe that moves the loss less than that has cost nothing that could be told from luck.
+The runs read the same batches, so the noise of the batches, which dominates a loss curve, cancels in the
+difference of two runs at each step. A recipe's difference is compared with the differences between runs of
+the baseline that differ only in the seed of their initial weights. If a recipe changes the loss by less than
+that, its effect cannot be distinguished from a change of the seed.
 
     l(t)    mean of the last w losses of a run up to report t; w is a twentieth of the reports
     g(t)    l of the recipe's run - l of the baseline's, which started from the same weights
@@ -11,16 +11,16 @@ recipe that moves the loss less than that has cost nothing that could be told fr
     s2(t)   mean of v over a fifth of the run around t
     b(t)    q sqrt(2 s2(t)), with q the 97.5% quantile of Student's t for n - 1 degrees of freedom
 
-So at one step the difference of two seeds is within b in 19 cases of 20, however few seeds have told the
-variance: two give q = 12.7, three 4.3, six 2.6. (With a fixed q of 2, as if three seeds told the variance
-exactly, a fourth leaves the band somewhere in seven runs of ten; with this q in one of nine;
-`test_noise.py` draws them.) A recipe is inside if |g(t)| <= b(t) from the first whole window to the last
+So at one step the difference of two seeds is within b in 19 cases of 20, for any number of seeds that
+estimate the variance: two give q = 12.7, three 4.3, six 2.6. (With a fixed q of 2, as if three seeds gave the
+variance exactly, a fourth seed leaves the band somewhere in seven runs of ten; with this q in one of nine;
+`test_noise.py` simulates both.) A recipe is inside if |g(t)| <= b(t) from the first whole window to the last
 report.
 
-The band cannot tell a small steady gap. So the mean difference over the second half of the run is told as
-well, with an interval from the means of `BATCHES` stretches of it (the method of batch means), and how many
-steps of the baseline's training it is worth. The interval takes the two runs as they are: how far rounding
-alone drives two runs apart it does not know.
+The band does not detect a small steady gap. So the mean difference over the second half of the run is
+reported too, with an interval from the means of `BATCHES` parts of it (the method of batch means), and the
+number of steps of the baseline's training that it is worth. The interval is about these two runs; it does not
+include the divergence of two runs by rounding alone.
 
 Gaps are in nats per token; positive is worse.
 """
@@ -31,29 +31,29 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 BATCHES = 8
-# 97.5% quantiles of Student's t with 1, 2, … degrees of freedom, as any table of it has them.
+# 97.5% quantiles of Student's t with 1, 2, … degrees of freedom.
 _STUDENT = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
-_WINDOWS = 20  # in a run
-_SPANS = 5
+_WINDOWS = 20  # smoothing windows per run
+_SPANS = 5  # spans of the variance's mean per run
 
 
 def deviations(values: int) -> float:
-    """How many estimated standard deviations hold 95%, where so many values gave the estimate."""
+    """How many standard deviations, estimated from so many values, contain 95%."""
     freedom = values - 1
     return _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 1.96 + 2.46 / freedom
 
 
-def window_of(reports: int) -> int:
-    """How many reports a smoothed loss covers, in a run of so many."""
+def smoothing_window(reports: int) -> int:
+    """The number of losses that a smoothed loss is the mean of, for a run with so many reports."""
     return max(1, round(reports / _WINDOWS))
 
 
 def smooth(losses: Mapping[int, float], window: int) -> dict[int, float]:
-    """step -> mean of the last `window` finite losses up to that step, from the first whole window on."""
+    """step -> mean of the last `window` finite losses up to that step, from the first complete window on."""
     steps = [step for step, loss in losses.items() if math.isfinite(loss)]
     return {
         steps[i]: fmean(losses[step] for step in steps[i - window + 1 : i + 1])
@@ -62,7 +62,7 @@ def smooth(losses: Mapping[int, float], window: int) -> dict[int, float]:
 
 
 def gap(losses: Mapping[int, float], baseline: Mapping[int, float], window: int) -> dict[int, float]:
-    """step -> difference of the smoothed losses, over the steps that both runs report."""
+    """step -> difference of the smoothed losses, for the steps that both runs report."""
     both = {step: loss - baseline[step] for step, loss in losses.items() if step in baseline}
     return smooth(both, window)
 
@@ -73,8 +73,6 @@ def noise_band(seeds: Sequence[Mapping[int, float]], window: int) -> dict[int, f
         return {}
     smoothed = [smooth(losses, window) for losses in seeds]
     steps = [step for step in smoothed[0] if all(step in one for one in smoothed)]
-    if not steps:
-        return {}
     variances = [stdev(one[step] for one in smoothed) ** 2 for step in steps]
     half = max(window, len(steps) // (2 * _SPANS))
     band = {}
@@ -86,9 +84,7 @@ def noise_band(seeds: Sequence[Mapping[int, float]], window: int) -> dict[int, f
 
 @dataclass(frozen=True)
 class Widest:
-    """Where a gap is largest in proportion to the band: the step, the gap there, the band's half-width, and
-    gap / band in magnitude.
-    """
+    """Where a gap is largest relative to the band: the step, the gap, the band's half-width, |gap| / band."""
 
     step: int
     gap: float
@@ -101,7 +97,7 @@ class Widest:
 
 
 def widest(gaps: Mapping[int, float], band: Mapping[int, float]) -> Widest | None:
-    """Where `gaps` come closest to leaving the band, or leave it furthest; None where they share no step."""
+    """Return where the gap is largest relative to the band; None if they have no common step."""
     steps = [step for step in gaps if step in band]
     if not steps:
         return None
@@ -122,21 +118,17 @@ class Interval:
     mean: float
     half_width: float
 
-    @property
-    def beside_zero(self) -> bool:
-        return abs(self.mean) > self.half_width
-
 
 def mean_difference(losses: Mapping[int, float], baseline: Mapping[int, float]) -> Interval | None:
-    """The mean difference per step over the second half of the steps that both report, by batch means; None
-    for fewer than two in a batch.
+    """Return the mean difference over the second half of the common steps, with an interval from batch means;
+    None for fewer than two differences per batch.
     """
-    both = [
+    differences = [
         loss - baseline[step]
         for step, loss in losses.items()
         if step in baseline and math.isfinite(loss) and math.isfinite(baseline[step])
     ]
-    late = both[len(both) // 2 :]
+    late = differences[len(differences) // 2 :]
     size = len(late) // BATCHES
     if size < 2:
         return None
@@ -147,7 +139,7 @@ def mean_difference(losses: Mapping[int, float], baseline: Mapping[int, float]) 
 
 
 def slope(smoothed: Mapping[int, float]) -> float:
-    """Nats per step by which a smoothed loss changes over its second half: a least-squares line."""
+    """Slope of the least-squares line through the second half of a smoothed loss, in nats per step."""
     points = list(smoothed.items())[len(smoothed) // 2 :]
     if len(points) < 2:
         return 0.0
@@ -159,11 +151,12 @@ def slope(smoothed: Mapping[int, float]) -> float:
 def steps_behind(
     mean: Interval | None, smoothed: Mapping[int, float], baseline: Mapping[int, float]
 ) -> float | None:
-    """How many steps earlier the baseline had a run's loss; negative: later. mean: of their differences.
+    """Return how many steps earlier the baseline had the run's loss; negative if later. mean: their
+    difference.
 
-    A small gap over the slope of the baseline, which is nearly a line over its second half. A gap that is
-    worth more than half of that is looked up instead: when did the baseline have the loss that the run ends
-    with? None where the baseline does not fall, or never had it.
+    A small gap is divided by the baseline's slope, which is nearly constant over its second half. For a gap
+    worth more than half of that, the step at which the baseline had the run's last loss is looked up. None if
+    the baseline does not fall, or never had that loss.
     """
     falls = -slope(baseline)
     if mean is None or falls <= 0 or not smoothed:
@@ -172,10 +165,10 @@ def steps_behind(
     last, known = max(smoothed), max(baseline) - min(baseline)
     if abs(steps) <= known / 4:
         return steps
-    reached = first_below(baseline, smoothed[max(smoothed)])
+    reached = first_below(baseline, smoothed[last])
     return None if steps < 0 or reached is None else float(last - reached)
 
 
 def first_below(smoothed: Mapping[int, float], target: float) -> int | None:
-    """The first step whose smoothed loss is at most `target`; None if it never is."""
+    """Return the first step whose loss is at most `target`; None if there is none."""
     return next((step for step, loss in smoothed.items() if loss <= target), None)

@@ -283,7 +283,7 @@ def _svg(width: int, height: int, inner: str, name: str, data: str = "", *, titl
     )
 
 
-def stand_alone(svg: str) -> str:
+def standalone_svg(svg: str) -> str:
     """A chart as a file of its own, on white."""
     return svg.replace(
         "<svg", '<svg xmlns="http://www.w3.org/2000/svg" style="background:#fff;color:#1a1a1a"', 1

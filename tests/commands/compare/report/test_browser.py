@@ -6,7 +6,7 @@ import pytest
 
 from octavo.commands.compare.report.figures import figures_of
 from octavo.commands.compare.report.run_data import load_run
-from octavo.commands.compare.report.write_report import environment_of, model_of, write_report
+from octavo.commands.compare.report.write_report import write_report
 from tests.commands.compare.report.browser import find_browser, opened
 from tests.commands.compare.report.writing import falling, write_run
 
@@ -27,11 +27,7 @@ def test_the_page_draws_reads_and_asks_nobody(tmp_path: Path) -> None:
         '{"step": 10, "layer": "w1", "operand": "input", "flushed": 0.1, "sqnr": 20.0}\n'
     )
     runs[1] = load_run(runs[1].folder)
-    figures = figures_of(runs) | {
-        "model": model_of(runs[0]),
-        "environment": environment_of(runs[0]),
-        "command": "octavo compare A B",
-    }
+    figures = figures_of(runs, command="octavo compare A B")
     file = write_report(tmp_path / "out", figures)
     assert BROWSER is not None
     with opened(BROWSER, file, tmp_path / "profile") as page:

@@ -14,7 +14,7 @@ import pytest
 
 from octavo.commands.compare.report.figures import choose_baseline, figures_of
 from octavo.commands.compare.report.run_data import load_run
-from octavo.commands.compare.report.write_report import environment_of, model_of, write_report
+from octavo.commands.compare.report.write_report import write_report
 from octavo.config import ConfigError
 from tests.commands.compare.report.writing import falling, write_run
 
@@ -122,12 +122,7 @@ def test_every_figure_follows_from_the_metrics(folders: dict[str, Path]) -> None
 
 def report(folders: dict[str, Path], out: Path) -> dict[str, Any]:
     runs = load_all(folders)
-    figures = figures_of(runs)
-    figures |= {
-        "model": model_of(runs[0]),
-        "environment": environment_of(runs[0]),
-        "command": "octavo compare --steps 60",
-    }
+    figures = figures_of(runs, command="octavo compare --steps 60")
     write_report(out, figures)
     return figures
 
@@ -216,7 +211,7 @@ def test_a_run_that_differs_in_more_than_its_weights_tells_no_noise(
     figures = figures_of(load_all(folders))
     assert figures["seeds"] == [42, 43]
     assert told(figures)["bad"]["verdict"] == "outside"
-    assert any(f"seed44 is not taken for the noise of bf16: {why}" in w for w in figures["warnings"])
+    assert any(f"seed44 is excluded from the noise band of bf16: {why}" in w for w in figures["warnings"])
     folders.pop("seed44")
     assert figures["band"] == figures_of(load_all(folders))["band"] != before["band"]
 
@@ -226,7 +221,7 @@ def test_losses_that_are_told_less_often_are_not_judged(folders: dict[str, Path]
     run = told(figures_of(load_all(folders)))["rare"]
     assert run["verdict"] == "not judged"
     assert run["verdict_reason"] == (
-        "it tells its loss every 10 steps and bf16 every 1: train both with one metrics.log_freq"
+        "it reports its loss every 10 steps and bf16 every 1; train both with one metrics.log_freq"
     )
     assert run["final_loss"] is run["target"] is None
 
@@ -236,7 +231,7 @@ def test_steps_of_another_size_are_not_judged(folders: dict[str, Path], tmp_path
     folders["larger"] = write_run(tmp_path / "larger", falling(), recipe="rowwise", tokens=4096)
     run = told(figures_of(load_all(folders)))["larger"]
     assert run["verdict"] == "not judged"
-    assert run["verdict_reason"] == "it read 245,760 tokens in steps in which bf16 read 122,880"
+    assert run["verdict_reason"] == "it read 245,760 tokens in the steps in which bf16 read 122,880"
     assert run["same_batches"] is False
     assert run["mean_gap"] is None
 
@@ -280,7 +275,7 @@ def test_runs_of_like_names_keep_their_own_heatmaps(folders: dict[str, Path], tm
         ({"settings": {"lr": 2e-3}}, "optimizer.lr is 0.002, not 0.001"),
         ({"steps": 50}, "other ends at step 50, bf16 at step 60"),
         ({"seed": 7}, "other read its batches in another order than bf16"),
-        ({"seed": 7, "data_seed": 42}, "other started from other weights than bf16"),
+        ({"seed": 7, "data_seed": 42}, "other started from other initial weights than bf16"),
         ({"tokens": 1024}, "other read other batches than bf16: 61,440 tokens where bf16 had read 122,880"),
     ],
 )
@@ -346,7 +341,7 @@ def test_a_seed_that_failed_ends_the_band(folders: dict[str, Path]) -> None:
     figures = figures_of(load_all(folders))
     rowwise = told(figures)["rowwise"]
     assert rowwise["verdict"] == "not judged"
-    assert rowwise["verdict_reason"] == "inside, but known up to step 29 of 60 only"
+    assert rowwise["verdict_reason"] == "inside, but only known up to step 29 of 60"
     assert any("seed44 ended at step 30" in each for each in figures["warnings"])
 
 
@@ -354,7 +349,7 @@ def test_a_seed_that_failed_ends_the_band(folders: dict[str, Path]) -> None:
     ("steps", "verdict", "reason"),
     [
         (1, "not judged", "it is too short"),
-        (50, "not judged", "inside, but known up to step 50 of 60 only"),
+        (50, "not judged", "inside, but only known up to step 50 of 60"),
         (60, "inside", None),
         (70, "inside", None),
     ],
@@ -380,7 +375,7 @@ def test_a_control_inside_takes_the_verdicts_back(folders: dict[str, Path], tmp_
     control = load_run(write_run(tmp_path / "c", falling(), recipe="tensorwise"), name="c", kind="control")
     runs = told(figures_of([*load_all(folders), control]))
     assert runs["rowwise"]["verdict"] == "not judged"
-    assert runs["rowwise"]["verdict_reason"] == "inside, but so would be anything: c is not outside"
+    assert runs["rowwise"]["verdict_reason"] == "inside, but the control c is not outside"
     assert runs["seed43"]["verdict"] == "not judged"
     assert runs["bad"]["verdict"] == "outside"
 
@@ -391,7 +386,7 @@ def test_the_baseline_is_the_run_that_most_others_belong_to(folders: dict[str, P
     assert choose_baseline(runs[:1] + runs[2:]).name == "seed43"
     assert choose_baseline(runs[2:]).name == "rowwise"
     warnings = figures_of(runs[2:])["warnings"]
-    assert "All runs are in float8: rowwise, in rowwise, stands in for a baseline." in warnings
+    assert "All runs are in float8; rowwise, in rowwise, is used as the baseline." in warnings
 
 
 def test_a_gap_to_another_run_than_the_baseline_is_told(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -428,7 +423,7 @@ def test_one_seed_judges_nothing_and_a_control_inside_is_told(
     control = load_run(folders["rowwise"], name="control", kind="control")
     figures = figures_of([*load_all(folders), control])
     assert figures["control_outside"] is False
-    assert any("cannot tell a bad recipe" in each for each in figures["warnings"])
+    assert any("too insensitive to judge anything" in each for each in figures["warnings"])
 
 
 def test_a_target_that_is_given(folders: dict[str, Path]) -> None:
@@ -442,17 +437,17 @@ def test_a_target_that_is_given(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda f: (f / "run.json").unlink(), "is no run's folder"),
-        (lambda f: (f / "run.json").write_text("[]"), "is not what a run of octavo writes"),
-        (lambda f: (f / "metrics.jsonl").unlink(), "tells no loss"),
+        (lambda f: (f / "run.json").unlink(), "is not a run's folder"),
+        (lambda f: (f / "run.json").write_text("[]"), "was not written by a run of octavo"),
+        (lambda f: (f / "metrics.jsonl").unlink(), "has no loss"),
         (
             rewriting('"loss": ', '"loss": "x", "was": '),
-            "loss is 'x' where a number has to be, .* step 1: .*damaged",
+            "loss is 'x' instead of a number, .* step 1; .*damaged",
         ),
-        (rewriting('"step": 1,', '"step": true,'), "step is True where a number"),
-        (rewriting('"tps": ', '"tps": null, "was": '), "tps is None where a number"),
-        (rewriting('"memory_gib": ', '"was": '), "memory_gib is None where a number"),
-        (rewriting('{"step": 5,', '{"step": 5;'), "metrics.jsonl, line 5: is no object of JSON"),
+        (rewriting('"step": 1,', '"step": true,'), "step is True instead of a number"),
+        (rewriting('"tps": ', '"tps": null, "was": '), "tps is None instead of a number"),
+        (rewriting('"memory_gib": ', '"was": '), "memory_gib is None instead of a number"),
+        (rewriting('{"step": 5,', '{"step": 5;'), "metrics.jsonl, line 5: is not a JSON object"),
     ],
 )
 def test_folders_that_are_no_runs(folders: dict[str, Path], break_it: Any, message: str) -> None:
