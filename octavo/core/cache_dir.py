@@ -1,9 +1,9 @@
-"""Where octavo keeps what it can make again."""
+"""The folder of files that octavo can recompute."""
 
 import os
 from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """~/.cache/octavo, or within XDG_CACHE_HOME; `RuntimeError` for a user without a home folder."""
+    """~/.cache/octavo, or octavo/ in XDG_CACHE_HOME. Raises RuntimeError for a user without a home folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "octavo"

@@ -1,6 +1,4 @@
-"""The one exception that means "the user's configuration is wrong", and the search for the name that was
-meant.
-"""
+"""The exception for a wrong configuration, and suggestions for misspelt names."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,8 +7,8 @@ from octavo.core.secrets import redact
 
 
 class ConfigError(Exception):
-    """A configuration that cannot run. `str(error)` is the whole message, ready to print; the exit code is
-    2. Tokens are cut out of it.
+    """A configuration that cannot run. `str(error)` is the whole message, ready to print, with access tokens
+    removed; the exit code is 2.
     """
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""One logger for the trainer; its lines begin with `[octavo]`."""
+"""The logger of the trainer, whose lines begin with `[octavo]`."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ logger = logging.getLogger("octavo")
 
 
 class _Formatter(logging.Formatter):
-    """Without tokens, in messages and in the tracebacks below them."""
+    """Removes access tokens from messages and tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
         text: str = redact(super().format(record))
@@ -18,7 +18,7 @@ class _Formatter(logging.Formatter):
 
 
 def init_logger() -> None:
-    """Send the log to standard error, once, whatever other libraries did to the root logger."""
+    """Send the log to standard error once, whatever other libraries did to the root logger."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter("[octavo] %(asctime)s - %(levelname)s - %(message)s"))
     logger.handlers[:] = [handler]
@@ -27,6 +27,8 @@ def init_logger() -> None:
 
 
 def wants_color() -> bool:
-    """Colours on a terminal; training processes have none, so the launcher sets FORCE_COLOR for them."""
+    """Whether log lines have colours: on a terminal, or with FORCE_COLOR, which the launcher sets for its
+    processes.
+    """
     wanted = sys.stderr.isatty() or bool(os.environ.get("FORCE_COLOR"))
     return wanted and not os.environ.get("NO_COLOR")

@@ -1,9 +1,9 @@
 """Keeps access tokens out of logs, messages and dumps.
 
-A token comes from the environment, but may stray: into a path that holds a URL, a description, an error of a
-library. So whatever octavo logs, says or writes of its configuration goes through `redact`, which cuts out
-the values of the variables that hold tokens, and what looks like a Hugging Face token wherever it came
-from.
+A token comes from the environment, but may end up elsewhere: in a path that holds a URL, in a description, in
+a library's error. So everything that octavo logs, prints or writes of its configuration goes through
+`redact`. It removes the values of the variables that hold tokens, and anything that looks like a Hugging Face
+token.
 """
 
 import os
@@ -16,12 +16,12 @@ VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WAN
 
 SHOWN = "***"
 
-_SHORTEST = 8  # a shorter value is no token, and cutting out each of its letters would leave nothing to read
+_SHORTEST = 8  # a shorter value is no token, and removing it everywhere would make text unreadable
 _LOOKS_LIKE_ONE = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
 def redact(value: Any) -> Any:
-    """`value` without tokens: text, and the texts in lists and dicts (keys too); anything else as it is."""
+    """`value` without tokens, also within lists and dicts (keys too); other types are returned unchanged."""
     if isinstance(value, str):
         return _redact_text(value)
     if isinstance(value, Mapping):

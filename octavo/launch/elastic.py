@@ -1,4 +1,4 @@
-"""Run the training processes until they end, and tell how they ended.
+"""Runs the training processes until they end, and reports how they ended.
 
 On one machine the launcher starts them itself (`local_processes.py`). On several, torchrun starts them, since
 its agents find each other; torch is imported here for that alone. torchrun runs in this process, not in a new
@@ -22,7 +22,7 @@ from pathlib import Path
 from octavo.core import exit_codes
 from octavo.core.environment import LAUNCHER_VARIABLE, STATUS_VARIABLE
 from octavo.launch import local_processes
-from octavo.launch.heartbeat import Meeting, Peers
+from octavo.launch.heartbeat import Heartbeat, Rendezvous
 from octavo.launch.local_processes import Failures
 from octavo.launch.status import (
     Status,
@@ -35,23 +35,22 @@ from octavo.launch.supervisor import Supervisor
 
 @dataclass(frozen=True)
 class Launch:
-    """What is started: Python with the arguments `command`, in so many `local` processes on this machine, and
-    what the environment must hold before torch is imported.
+    """What to start: Python with the arguments `command`, in `local` processes on this machine.
 
-    rendezvous: torchrun's options on how the machines meet, if there are several. processes: in all, on every
-    machine. options: the job's, with the config file among them.
+    torchrun_options: how the machines meet, if there are several. processes: of all machines together.
+    options: the job's, including the config file. environment: set before torch is imported.
     """
 
     command: tuple[str, ...]
     local: int
-    rendezvous: tuple[str, ...]
+    torchrun_options: tuple[str, ...]
     processes: int
     options: tuple[str, ...]
     environment: Mapping[str, str]
     shown_ranks: frozenset[int]
     dump_folder: str
-    meeting: Meeting | None = None
-    """Where launchers meet, if there are several."""
+    rendezvous: Rendezvous | None = None
+    """Where the launchers meet, if there are several machines."""
 
 
 def run(launch: Launch) -> int:
@@ -69,28 +68,30 @@ def run(launch: Launch) -> int:
     try:
         with ExitStack() as stack:
             supervisor = stack.enter_context(Supervisor(logs))
-            peers = None
-            if launch.meeting is not None:
+            heartbeat = None
+            if launch.rendezvous is not None:
                 _import_torch_quietly()
-                peers = Peers(launch.meeting, supervisor.look, supervisor.end_for_others)
-                stack.enter_context(peers)
+                heartbeat = Heartbeat(
+                    launch.rendezvous, supervisor.snapshot, supervisor.end_for_another_machine
+                )
+                stack.enter_context(heartbeat)
             try:
-                if launch.meeting is None:
+                if launch.rendezvous is None:
                     failures = local_processes.run(launch.command, launch.local, launch.shown_ranks, logs)
                 else:
                     failures = _torchrun(_arguments(launch, logs))
-            except _NotMet as error:
-                assert launch.meeting is not None
-                assert peers is not None
-                print(_unmet(launch.meeting, peers, str(error)), file=sys.stderr)
+            except _RendezvousFailed as error:
+                assert launch.rendezvous is not None
+                assert heartbeat is not None
+                print(_describe_failed_rendezvous(launch.rendezvous, heartbeat, str(error)), file=sys.stderr)
                 return exit_codes.FAILED
             if supervisor.ended_at_once is not None:
                 return exit_codes.of_signal(supervisor.ended_at_once)
             if not failures:
-                if peers is not None:
-                    peers.over(None, failed=False)
+                if heartbeat is not None:
+                    heartbeat.over(None, failed=False)
                 return exit_codes.DONE
-            code, keep_logs = _failed(launch, logs, failures, supervisor, peers)
+            code, keep_logs = _report(launch, logs, failures, supervisor, heartbeat)
         return code
     finally:
         if not keep_logs:
@@ -98,8 +99,8 @@ def run(launch: Launch) -> int:
 
 
 def _import_torch_quietly() -> None:
-    """The store says in C++, with its stack, that a launcher has left; we say so in a sentence. The processes
-    that are started keep their warnings.
+    """Import torch.distributed without its C++ warnings: the store would print a stack when a launcher
+    leaves, which is reported in a sentence instead. The training processes keep their warnings.
     """
     name = "TORCH_CPP_LOG_LEVEL"  # read once, at the import
     chosen = os.environ.get(name)
@@ -109,67 +110,69 @@ def _import_torch_quietly() -> None:
         del os.environ[name]
 
 
-class _NotMet(Exception):
-    """torchrun's agents did not find each other, or lost the one that holds their store."""
+class _RendezvousFailed(Exception):
+    """torchrun's agents did not find each other, or lost the one that hosts their store."""
 
 
-def _unmet(meeting: Meeting, peers: Peers, reason: str) -> str:
-    elsewhere = peers.cause()
+def _describe_failed_rendezvous(rendezvous: Rendezvous, heartbeat: Heartbeat, reason: str) -> str:
+    elsewhere = heartbeat.cause()
     if elsewhere is not None:
         return f"octavo: the job ends because of another machine: {elsewhere}"
+    address = f"{rendezvous.host}:{rendezvous.port}"
     return (
-        f"octavo: the {meeting.machines} machines did not meet at {meeting.host}:{meeting.port} within "
-        f"{meeting.timeout:g} s (RDZV_TIMEOUT): {reason}"
+        f"octavo: the {rendezvous.machines} machines did not meet at {address} within "
+        f"{rendezvous.timeout:g} s (RDZV_TIMEOUT): {reason}"
     )
 
 
-def _failed(
+def _report(
     launch: Launch,
     logs: Path,
     failures: Failures,
     supervisor: Supervisor,
-    peers: Peers | None,
+    heartbeat: Heartbeat | None,
 ) -> tuple[int, bool]:
-    """Tell why; returns the exit code, and whether the processes' output is worth keeping."""
-    rank = _culprit(failures, supervisor, logs)
+    """Report the failure. Returns the exit code, and whether to keep the processes' output."""
+    rank = _first_failed_rank(failures, supervisor, logs)
     local_rank, exitcode = failures.get(rank, (None, 0))
     code = _code(rank, exitcode, logs)
-    agreed = code in exit_codes.AGREED or _stopped_by_signal(code, logs)
-    told = code in exit_codes.SAID or agreed
-    follows = supervisor.for_others or any(one.follows for one in read_all(logs) if one.rank == rank)
+    agreed = code in exit_codes.COLLECTIVE or _stopped_by_signal(code, logs)
+    told = code in exit_codes.SELF_REPORTED or agreed
+    follows = supervisor.for_another_machine or any(one.follows for one in read_all(logs) if one.rank == rank)
     elsewhere = None
-    if peers is not None:
+    if heartbeat is not None:
         if follows and not told:
-            elsewhere = peers.cause()
-        reason = None if told or follows else f"rank {rank} ended with {_ended(rank, exitcode, logs)}"
-        peers.over(reason, failed=True)
-    if supervisor.for_others and not told:
+            elsewhere = heartbeat.cause()
+        reason = None if told or follows else f"rank {rank} ended with {_describe_exit(rank, exitcode, logs)}"
+        heartbeat.over(reason, failed=True)
+    if supervisor.for_another_machine and not told:
         code = exit_codes.FAILED  # not that of our own kill
     if (
         local_rank is not None
         and local_rank not in launch.shown_ranks
         and not agreed
-        and not (told and _shown(logs, local_rank, launch.shown_ranks))
+        and not (told and _reason_is_shown(logs, local_rank, launch.shown_ranks))
     ):
         print(_tail(logs, local_rank), end="", file=sys.stderr)
     if not told:
         if elsewhere is not None:
             print(f"octavo: the job ends because of another machine: {elsewhere}", file=sys.stderr)
-        _tell(rank, exitcode, supervisor.killed, logs, Path(launch.dump_folder).expanduser())
+        _report_failure(rank, exitcode, supervisor.killed, logs, Path(launch.dump_folder).expanduser())
     return code, not told
 
 
-def _culprit(failures: Collection[int], supervisor: Supervisor, logs: Path) -> int:
-    """The rank that ended the job, as far as can be told. One that has gone with exit code 0 is no failure to
-    torchrun; those that missed it are. And the supervisor may have had no time to see who was first, since
-    the others follow within milliseconds.
+def _first_failed_rank(failures: Collection[int], supervisor: Supervisor, logs: Path) -> int:
+    """The rank that ended the job, as far as is known.
+
+    torchrun does not count a rank that left with exit code 0 as failed, but those that then missed it. And
+    the supervisor may not have seen who was first, because the others follow within milliseconds.
     """
     said = read_all(logs)
     later = {one.rank for one in said if one.follows} | {one.rank for one in supervisor.killed}
     seen = [one.rank for one in supervisor.deaths if one.rank not in failures]
     failed = [rank for rank in failures if rank not in later]
     unseen = [one.rank for one in said if not one.ended and one.rank not in {*later, *failures}]
-    if supervisor.for_others:
+    if supervisor.for_another_machine:
         seen = unseen = []
     return next(iter([*seen, *failed, *unseen, *failures]))
 
@@ -177,7 +180,7 @@ def _culprit(failures: Collection[int], supervisor: Supervisor, logs: Path) -> i
 def _arguments(launch: Launch, logs: Path) -> list[str]:
     return [
         f"--log-dir={logs}",
-        *launch.rendezvous,
+        *launch.torchrun_options,
         f"--nproc-per-node={launch.local}",
         f"--local-ranks-filter={','.join(map(str, sorted(launch.shown_ranks)))}",
         "--role=rank",
@@ -188,14 +191,14 @@ def _arguments(launch: Launch, logs: Path) -> list[str]:
 
 
 def _torchrun(arguments: list[str]) -> Failures:
-    """Run it; returns the processes that failed."""
+    """Run torchrun; returns the processes that failed."""
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.run import main as torchrun
 
-    # It reports each failed process as we do below, in words for torchrun's developers.
+    # Its report of failed processes is for torchrun's developers; ours is below.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         torchrun(arguments)
@@ -206,14 +209,14 @@ def _torchrun(arguments: list[str]) -> Failures:
     except SignalException as error:  # SIGQUIT
         raise SystemExit(exit_codes.of_signal(int(error.sigval))) from None
     except (RendezvousError, DistError) as error:
-        raise _NotMet(str(error).strip().partition("\n")[0] or type(error).__name__) from None
+        raise _RendezvousFailed(str(error).strip().partition("\n")[0] or type(error).__name__) from None
     return {}
 
 
 def _code(rank: int, exitcode: int, logs: Path) -> int:
-    """What we end with because process `rank` ended with `exitcode` (negative: by that signal).
+    """Our exit code, given that `rank` ended with `exitcode` (negative: by that signal).
 
-    One that left without having said so, by `os._exit` for instance, does not mean what its code means.
+    The code of a process that did not announce its end, for instance by `os._exit`, has no meaning of ours.
     """
     if exitcode < 0:
         return 128 - exitcode
@@ -222,22 +225,24 @@ def _code(rank: int, exitcode: int, logs: Path) -> int:
 
 
 def _stopped_by_signal(code: int, logs: Path) -> bool:
-    """Whether the processes left on a signal that the launcher passed on, having saved nothing."""
+    """Whether the processes ended on a signal that the launcher forwarded, with nothing saved."""
     number = asked_to_stop(logs)
     return number is not None and code == exit_codes.of_signal(number)
 
 
-def _tell(rank: int, exitcode: int, killed: Sequence[Status], logs: Path, dump_folder: Path) -> None:
-    """How the run came to its end, in one message; stacks are copied to where the run's files are."""
+def _report_failure(
+    rank: int, exitcode: int, killed: Sequence[Status], logs: Path, dump_folder: Path
+) -> None:
+    """Print how the run ended, in one message, and copy Python stacks to the run's folder."""
     own = stacks_path(logs, rank)
     hung = own.exists() and own.read_text().startswith("Timeout (")
-    told = [f"octavo: rank {rank} ended with {_ended(rank, exitcode, logs)}"]
+    told = [f"octavo: rank {rank} ended with {_describe_exit(rank, exitcode, logs)}"]
     if hung:
         told.append(
             "no progress within comm.train_timeout_seconds (in the first step: comm.init_timeout_seconds)"
         )
     if killed:
-        told.append(f"still there and killed: {', '.join(map(str, killed))}")
+        told.append(f"still running and killed: {', '.join(map(str, killed))}")
     ranks = [status.rank for status in read_all(logs)]
     stacks = [path for path in logs.glob("rank*.stacks") if path.stat().st_size]
     without = [str(one) for one in ranks if stacks_path(logs, one) not in stacks]
@@ -253,13 +258,13 @@ def _tell(rank: int, exitcode: int, killed: Sequence[Status], logs: Path, dump_f
     print("; ".join(told), file=sys.stderr)
 
 
-def _ended(rank: int, exitcode: int, logs: Path) -> str:
-    """With what, and in which step."""
+def _describe_exit(rank: int, exitcode: int, logs: Path) -> str:
+    """The exit code or signal, and the step."""
     said = next((status for status in read_all(logs) if status.rank == rank), None)
-    return f"{_ending(exitcode)}{f' {said.place}' if said else ''}"
+    return f"{_describe_code(exitcode)}{f' {said.place}' if said else ''}"
 
 
-def _ending(exitcode: int) -> str:
+def _describe_code(exitcode: int) -> str:
     if exitcode == 0:
         return "exit code 0 before the run was over"
     if exitcode >= 0:
@@ -277,9 +282,9 @@ def _stderr(logs: Path, local_rank: int) -> list[str]:
     return files[-1].read_text(errors="replace").splitlines() if files else []
 
 
-def _shown(logs: Path, local_rank: int, shown_ranks: Collection[int]) -> bool:
-    """Whether a rank whose output is shown has given the reason that this hidden one gives: as a rule all
-    find the same. One that it alone has found, in its data, say, would not be seen anywhere else.
+def _reason_is_shown(logs: Path, local_rank: int, shown_ranks: Collection[int]) -> bool:
+    """Whether a rank whose output is shown has printed the same reason as this hidden one. Usually all ranks
+    fail alike, but an error in one rank's data, for instance, is printed by that rank only.
     """
     reasons = {line for line in _stderr(logs, local_rank) if line.startswith("octavo: ")}
     seen = {line for shown in shown_ranks for line in _stderr(logs, shown)}

@@ -1,15 +1,14 @@
-"""What the launchers of several machines tell each other, so that each knows why a job ends.
+"""Heartbeats between the launchers of several machines, so that each knows why a job ends.
 
-Each launcher looks after the processes of its own machine. When one dies, the others' ranks wait for it: gloo
-notices the broken connection, NCCL may wait until its timeout, and neither says who died or where. So the
-launchers keep in touch, through the store that torchrun's rendezvous has opened at RDZV_ENDPOINT anyway:
-every half second each writes who it is, how its processes fare and a number that grows, and reads the
-others'.
+Each launcher supervises the processes of its own machine. When one dies, ranks elsewhere wait for it: gloo
+notices the broken connection, NCCL may wait until its timeout, and neither reports who died or where. So the
+launchers exchange beats through the store that torchrun's rendezvous opens at RDZV_ENDPOINT. Every half
+second each writes its name, the state of its processes and a growing number, and reads those of the others.
 
-A death told by another launcher ends the processes here as a death here would. So does a launcher that is
-gone: the one that holds the store is missed at once, another one after `SILENT` seconds, since a machine may
-well be busy for some. When the processes here have failed already, silence of `NAMED` seconds is enough to
-name who is silent.
+A death reported by another launcher ends the processes here, as a death here does. So does a launcher that
+disappears: the one that hosts the store is missed at once, another one after `TIMEOUT` seconds, because a
+busy machine may be silent for a few. Once the processes here have failed, `TIMEOUT_AFTER_FAILURE` seconds of
+silence are enough to name the silent machine.
 """
 
 import json
@@ -22,16 +21,18 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
-SILENT = 15.0
-NAMED = 3.0
-_EVERY = 0.5
-_LINGERS = 3 * _EVERY
+TIMEOUT = 15.0
+TIMEOUT_AFTER_FAILURE = 3.0
+_INTERVAL = 0.5
+_STAYS_FOR = 3 * _INTERVAL
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """Where the launchers of a job meet: the store's address, the job's name, how many they are, and which of
-    them this is, where they are numbered. Number 0 holds the store; without numbers, one on the host does.
+class Rendezvous:
+    """Where the launchers of a job meet: the store's address, the job's name and the number of machines.
+
+    number: of this machine, if they are numbered. Number 0 hosts the store; without numbers, a launcher on
+    `host` does.
     """
 
     host: str
@@ -43,11 +44,11 @@ class Meeting:
 
 
 @dataclass(frozen=True)
-class Note:
-    """The last word of one launcher.
+class Beat:
+    """What one launcher reports.
 
-    beat: grows with each word. ranks: of its processes. deaths: what it has to tell of those that died. over:
-    its processes have ended, as it seems, for the same reason as everybody's.
+    beat: grows with each report. ranks: of its processes. deaths: a sentence for each that died. over: its
+    processes have ended, for a reason that other machines report or for none.
     """
 
     machine: str
@@ -65,149 +66,154 @@ class Note:
         return f"machine {self.machine} ({ranks} {', '.join(map(str, self.ranks))})"
 
 
-class Peers:
-    """Within `with`, this launcher is in touch with the others.
+class Heartbeat:
+    """Exchanges beats with the other launchers while its `with` block runs.
 
     Args:
-        look: called for the ranks of this machine and what there is to tell of deaths.
-        lost: called once, when another machine is the reason that the job must end.
+        snapshot: returns the ranks of this machine, and a sentence for each death.
+        on_loss: called once, when another machine is the reason that the job must end.
     """
 
     def __init__(
-        self, meeting: Meeting, look: Callable[[], tuple[list[int], list[str]]], lost: Callable[[], None]
+        self,
+        rendezvous: Rendezvous,
+        snapshot: Callable[[], tuple[list[int], list[str]]],
+        on_loss: Callable[[], None],
     ):
-        self._meeting, self._look, self._lost = meeting, look, lost
-        self._mine = Note(socket.gethostname())
-        self._notes: dict[int, tuple[Note, float]] = {}  # of the others: number -> note, when it was new
-        self._holder_is_gone = False
+        self._rendezvous, self._snapshot, self._on_loss = rendezvous, snapshot, on_loss
+        self._own = Beat(socket.gethostname())
+        self._beats: dict[int, tuple[Beat, float]] = {}  # of the others: number -> beat, when it was new
+        self._store_is_gone = False
         self._ended = threading.Event()
-        self._told = False
+        self._reported = False
         self._reason: str | None = None
         self._store: Any = None
-        self._held: Any = None
+        self._hosted_store: Any = None
         self._number = 0
-        self._thread = threading.Thread(target=self._keep_in_touch, name="octavo-peers", daemon=True)
+        self._thread = threading.Thread(target=self._exchange, name="octavo-heartbeat", daemon=True)
 
-    def __enter__(self) -> "Peers":
+    def __enter__(self) -> "Heartbeat":
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._thread.join(2 * _EVERY)  # it may still be connecting
+        self._thread.join(2 * _INTERVAL)  # it may still be connecting
 
     def cause(self) -> str | None:
-        """Why this machine's processes failed, if another machine is the reason: waits up to `NAMED` seconds
-        for its word, or for its silence.
+        """Why this machine's processes failed, if another machine is the reason; None otherwise.
+
+        Waits up to `TIMEOUT_AFTER_FAILURE` seconds for that machine's report or silence.
         """
         began = time.monotonic()
-        while self._store is not None and time.monotonic() - began < NAMED + _EVERY:
-            found = self._cause(NAMED)
-            everybody_spoke = len(self._notes) == self._meeting.machines - 1 and all(
-                heard > began + _EVERY for _, heard in self._notes.values()
+        while self._store is not None and time.monotonic() - began < TIMEOUT_AFTER_FAILURE + _INTERVAL:
+            found = self._cause(TIMEOUT_AFTER_FAILURE)
+            all_answered = len(self._beats) == self._rendezvous.machines - 1 and all(
+                heard > began + _INTERVAL for _, heard in self._beats.values()
             )
-            if found is not None or everybody_spoke:
+            if found is not None or all_answered:
                 return found
-            time.sleep(_EVERY / 2)
-        return self._cause(NAMED)
+            time.sleep(_INTERVAL / 2)
+        return self._cause(TIMEOUT_AFTER_FAILURE)
 
     def over(self, reason: str | None, *, failed: bool) -> None:
-        """Say that this machine's processes have ended, and the `reason` if it is to be found here. After a
-        failure, stay until the others could read it.
+        """Report that this machine's processes have ended, and the `reason` if it lies here. After a failure,
+        wait until the others had time to read it.
         """
         self._reason = reason
-        self._mine = replace(self._mine, over=True)
-        if failed and self._store is not None and not self._holder_is_gone:
-            end = time.monotonic() + _LINGERS
+        self._own = replace(self._own, over=True)
+        if failed and self._store is not None and not self._store_is_gone:
+            end = time.monotonic() + _STAYS_FOR
             while time.monotonic() < end and not self._all_over():
-                time.sleep(_EVERY / 5)
+                time.sleep(_INTERVAL / 5)
 
     def _all_over(self) -> bool:
-        return len(self._notes) == self._meeting.machines - 1 and all(
-            note.over for note, _ in self._notes.values()
+        return len(self._beats) == self._rendezvous.machines - 1 and all(
+            beat.over for beat, _ in self._beats.values()
         )
 
     def _cause(self, silence: float) -> str | None:
-        notes = list(self._notes.values())
-        told = [f"{death} on {note.machine}" for note, _ in notes for death in note.deaths]
-        if told:
-            return "; ".join(told)
+        beats = list(self._beats.values())
+        deaths = [f"{death} on {beat.machine}" for beat, _ in beats for death in beat.deaths]
+        if deaths:
+            return "; ".join(deaths)
         now = time.monotonic()
-        silent = [note for note, heard in notes if not note.over and now - heard > silence]
-        if self._holder_is_gone:
-            silent = [note for note, _ in notes if self._is_holder(note) and not note.over] or silent
-            if not silent and not all(note.over for note, _ in notes):
-                return f"the launcher that {self._meeting.host}:{self._meeting.port} belongs to is gone"
+        silent = [beat for beat, heard in beats if not beat.over and now - heard > silence]
+        if self._store_is_gone:
+            silent = [beat for beat, _ in beats if self._hosts_store(beat) and not beat.over] or silent
+            if not silent and not all(beat.over for beat, _ in beats):
+                return f"the launcher that {self._rendezvous.host}:{self._rendezvous.port} belongs to is gone"
         if silent:
-            return f"{' and '.join(note.name for note in silent)}: the launcher is gone"
+            return f"{' and '.join(beat.name for beat in silent)}: the launcher is gone"
         return None
 
-    def _is_holder(self, note: Note) -> bool:
-        return len(self._notes) == 1 or note.machine.partition(".")[0] == self._meeting.host.partition(".")[0]
+    def _hosts_store(self, beat: Beat) -> bool:
+        host, machine = (name.partition(".")[0] for name in (self._rendezvous.host, beat.machine))
+        return len(self._beats) == 1 or machine == host
 
-    def _keep_in_touch(self) -> None:
+    def _exchange(self) -> None:
         try:
-            store = self._connect(holds=False)
+            store = self._connect(hosts=False)
             self._number = store.add(self._key("launchers"), 1)
-            if self._may_hold():
-                with suppress(Exception):  # it is another launcher on this machine that does
-                    self._held = self._connect(holds=True)
-        except Exception:  # torchrun could not meet there either, and says so
+            if self._may_host_store():
+                with suppress(Exception):  # another launcher on this machine hosts it
+                    self._hosted_store = self._connect(hosts=True)
+        except Exception:  # torchrun cannot connect either, and reports it
             return
         self._store = store
         while True:
             try:
-                self._speak_and_listen()
+                self._send_and_receive()
             except Exception:
-                # The store's connection is lost, and with it the launcher that holds it.
+                # The connection is lost, and so is the launcher that hosts the store.
                 if self._ended.is_set():
                     return
-                self._holder_is_gone = True
-            if self._cause(SILENT) is not None and not self._told:
-                self._told = True
-                self._lost()
-            if self._holder_is_gone or self._ended.wait(_EVERY):
-                if not self._holder_is_gone:
+                self._store_is_gone = True
+            if self._cause(TIMEOUT) is not None and not self._reported:
+                self._reported = True
+                self._on_loss()
+            if self._store_is_gone or self._ended.wait(_INTERVAL):
+                if not self._store_is_gone:
                     with suppress(Exception):
-                        self._speak_and_listen()
+                        self._send_and_receive()
                 return
 
-    def _connect(self, *, holds: bool) -> Any:
-        """The store. holds: keep it open as long as this launcher lives, also when torchrun, whose own is the
-        same, has left it.
+    def _connect(self, *, hosts: bool) -> Any:
+        """A client of the store. hosts: also host it while this launcher lives, even after torchrun has
+        closed its own.
         """
         from torch.distributed import TCPStore
 
         return TCPStore(
-            self._meeting.host,
-            self._meeting.port,
-            is_master=holds,
-            timeout=timedelta(seconds=self._meeting.timeout),
+            self._rendezvous.host,
+            self._rendezvous.port,
+            is_master=hosts,
+            timeout=timedelta(seconds=self._rendezvous.timeout),
             wait_for_workers=False,
-            multi_tenant=holds,
+            multi_tenant=hosts,
         )
 
-    def _may_hold(self) -> bool:
+    def _may_host_store(self) -> bool:
         from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
 
-        if self._meeting.number is not None:
-            return self._meeting.number == 0
-        return _matches_machine_hostname(self._meeting.host)
+        if self._rendezvous.number is not None:
+            return self._rendezvous.number == 0
+        return _matches_machine_hostname(self._rendezvous.host)
 
-    def _speak_and_listen(self) -> None:
-        ranks, deaths = self._look()
+    def _send_and_receive(self) -> None:
+        ranks, deaths = self._snapshot()
         if self._reason is not None:
             deaths = [self._reason]
-        self._mine = replace(self._mine, beat=self._mine.beat + 1, ranks=ranks, deaths=deaths)
-        self._store.set(self._key(str(self._number)), json.dumps(asdict(self._mine)))
-        for number in range(1, self._meeting.machines + 1):
+        self._own = replace(self._own, beat=self._own.beat + 1, ranks=ranks, deaths=deaths)
+        self._store.set(self._key(str(self._number)), json.dumps(asdict(self._own)))
+        for number in range(1, self._rendezvous.machines + 1):
             key = self._key(str(number))
             if number == self._number or not self._store.check([key]):
                 continue
-            note = Note(**json.loads(self._store.get(key)))
-            known = self._notes.get(number)
-            if known is None or note.beat != known[0].beat:
-                self._notes[number] = note, time.monotonic()
+            beat = Beat(**json.loads(self._store.get(key)))
+            known = self._beats.get(number)
+            if known is None or beat.beat != known[0].beat:
+                self._beats[number] = beat, time.monotonic()
 
     def _key(self, name: str) -> str:
-        return f"octavo/{self._meeting.job}/{name}"
+        return f"octavo/{self._rendezvous.job}/{name}"

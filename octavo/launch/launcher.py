@@ -1,10 +1,8 @@
-"""From `./run_train.sh` to running processes: check everything that can be checked, then start them.
+"""From `./run_train.sh` to running processes: checks everything that can be checked, then starts them.
 
-A wrong option found by a training process costs seconds of importing torch, and is told once by each process.
-So the variables, the configuration and the paths are judged here first, without torch, in a fraction of a
-second: one message, exit code 2.
-
-What runs then is in `torchrun.py`.
+A training process would find a wrong option only after seconds of importing torch, and each process would
+report it. So variables, configuration and paths are checked here first, without torch, in a fraction of a
+second: one message, exit code 2. `elastic.py` then runs the processes.
 """
 
 import importlib.metadata
@@ -20,7 +18,7 @@ from octavo.config import ConfigError, config_file, flags
 from octavo.config.ranges import shown
 from octavo.core.format import count
 from octavo.launch.elastic import Launch, run
-from octavo.launch.heartbeat import Meeting
+from octavo.launch.heartbeat import Rendezvous
 from octavo.launch.supervisor import PIPELINE_VARIABLE
 
 DEFAULT_CONFIG = "demo.toml"
@@ -29,7 +27,7 @@ _MEETS_WITHIN = 600
 
 VARIABLES = """\
 variables:
-  CONFIG_FILE    the TOML file to train by: a path, or the name of one that octavo ships (default: demo.toml,
+  CONFIG_FILE    the TOML file of the job: a path, or the name of one that octavo ships (default: demo.toml,
                  the Llama 3 debug model in float8). --job.config_file says the same
   NGPU           processes on this machine (default: the GPUs present, else 1)
   LOG_RANK       local ranks whose output is shown, comma-separated (default: 0)
@@ -40,17 +38,17 @@ variables:
   OCTAVO_CPU_DTYPE
                  what training.mixed_precision_param = auto means on a CPU: float32 or bfloat16 (default:
                  bfloat16 where there are matrix units for it)
-  CHECK_ONLY=1   judge the variables and options (exit code 2 if one is wrong), and start nothing
+  CHECK_ONLY=1   check the variables and options (exit code 2 if one is wrong), and start nothing
   several machines, the same command on each:
   NNODES         how many machines (default: 1)
-  RDZV_ENDPOINT  host:port of one of them, where all meet
-  RDZV_ID        a name that tells one job from another (default: octavo)
-  NODE_RANK      this machine's number from 0, where ranks must follow the machines' order; RDZV_ENDPOINT's
-                 host is number 0
-  RDZV_TIMEOUT   seconds that they wait for each other at the start (default: 600)
+  RDZV_ENDPOINT  host:port on one of them, where all meet
+  RDZV_ID        a name that distinguishes jobs (default: octavo)
+  NODE_RANK      this machine's number from 0, if ranks must follow the machines' order; the host of
+                 RDZV_ENDPOINT is number 0
+  RDZV_TIMEOUT   seconds to wait for the other machines at the start (default: 600)
 
 SIGTERM, SIGUSR1 or Ctrl-C: all processes finish the step, save (with --checkpoint.enable) and exit with code
-75; the same command goes on. Ctrl-C again ends at once.
+75; the same command resumes. Ctrl-C again ends at once.
 exit codes:
   0 done, 2 wrong option, 3 no checkpoint verifies, 4 a loss or gradient was not finite,
   75 stopped and saved: run it again, 128 + n ended by signal n with nothing saved, 1 anything else
@@ -60,17 +58,18 @@ exit codes:
 def plan(
     argv: Sequence[str], environ: Mapping[str, str], *, gpus: int, cores: int, terminal: bool = False
 ) -> Launch:
-    """Decide what to start, for the options `argv` and the variables `environ`, on so many GPUs and cores.
+    """Decide what to start, given the options `argv`, the variables `environ`, and the numbers of GPUs and
+    cores.
 
-    `terminal`: whether standard error is one, so that log lines may have colours.
+    `terminal`: whether standard error is a terminal, so that log lines may have colours.
 
     Raises:
-        ConfigError: for a variable, an option or a combination of them that cannot work.
+        ConfigError: a variable, an option or a combination of them cannot work.
     """
     processes = processes_wanted(environ, gpus)
     shown_ranks = _shown_ranks(environ, processes)
-    meeting, rendezvous = _rendezvous(environ)
-    nodes = 1 if meeting is None else meeting.machines
+    rendezvous, torchrun_options = _read_rendezvous(environ)
+    nodes = 1 if rendezvous is None else rendezvous.machines
     options = with_config_file(argv, environ)
     job = config.load(options)
     config.check(job, world_size=nodes * processes, gpus=gpus)
@@ -80,18 +79,18 @@ def plan(
     return Launch(
         command=("-m", "octavo.train", *options),
         local=processes,
-        rendezvous=rendezvous,
+        torchrun_options=torchrun_options,
         processes=nodes * processes,
         options=tuple(options),
         environment=environment,
         shown_ranks=shown_ranks,
         dump_folder=job.job.dump_folder,
-        meeting=meeting,
+        rendezvous=rendezvous,
     )
 
 
 def processes_wanted(environ: Mapping[str, str], gpus: int) -> int:
-    """How many processes NGPU asks for on a machine with so many GPUs. Raises `ConfigError`."""
+    """The number of processes that NGPU asks for on a machine with `gpus` GPUs. Raises `ConfigError`."""
     processes = _number(environ, "NGPU", default=max(gpus, 1))
     if gpus and processes > gpus:
         raise ConfigError(
@@ -102,14 +101,12 @@ def processes_wanted(environ: Mapping[str, str], gpus: int) -> int:
 
 
 def with_config_file(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """`argv` with the TOML file that CONFIG_FILE or the default names, where it names none. Raises
-    `ConfigError`.
-    """
+    """`argv`, with the TOML file of CONFIG_FILE or the default if it names none. Raises `ConfigError`."""
     return [*_config_file(argv, environ), *argv]
 
 
 def _number(environ: Mapping[str, str], name: str, *, default: int) -> int:
-    """A positive integer from the environment; an empty variable is an unset one."""
+    """A positive integer from the environment; an empty variable counts as unset."""
     text = environ.get(name, "").strip() or str(default)
     if not re.fullmatch(r"0*[1-9][0-9]{0,5}", text):
         raise ConfigError(f"{name}={text}: expected a whole number from 1 up (to 999999)")
@@ -135,8 +132,10 @@ def _shown_ranks(environ: Mapping[str, str], processes: int) -> frozenset[int]:
     return frozenset(map(int, ranks))
 
 
-def _rendezvous(environ: Mapping[str, str]) -> tuple[Meeting | None, tuple[str, ...]]:
-    """Where the launchers of several machines meet, and how torchrun's agents find each other."""
+def _read_rendezvous(environ: Mapping[str, str]) -> tuple[Rendezvous | None, tuple[str, ...]]:
+    """Where the launchers of several machines meet, and torchrun's options for it; (None, ()) for one
+    machine.
+    """
     nodes = _number(environ, "NNODES", default=1)
     if nodes == 1:
         for name in ("RDZV_ENDPOINT", "RDZV_ID", "RDZV_TIMEOUT", "NODE_RANK"):
@@ -166,14 +165,14 @@ def _rendezvous(environ: Mapping[str, str]) -> tuple[Meeting | None, tuple[str, 
         f"--rdzv-id={job}",
         f"--rdzv-conf=timeout={timeout},join_timeout={timeout}",
     )
-    meeting = Meeting(match[1].strip("[]"), int(match[2]), job, nodes, timeout)
+    rendezvous = Rendezvous(match[1].strip("[]"), int(match[2]), job, nodes, timeout)
     rank = environ.get("NODE_RANK", "").strip()
     if not rank:
-        return meeting, (*found, "--rdzv-backend=c10d")
+        return rendezvous, (*found, "--rdzv-backend=c10d")
     if not re.fullmatch(r"[0-9]{1,6}", rank) or int(rank) >= nodes:
         raise ConfigError(f"NODE_RANK={rank}: expected 0 to {nodes - 1}, for NNODES={nodes}")
-    meeting = replace(meeting, number=int(rank))
-    return meeting, (*found, "--rdzv-backend=static", f"--node-rank={rank}")
+    rendezvous = replace(rendezvous, number=int(rank))
+    return rendezvous, (*found, "--rdzv-backend=static", f"--node-rank={rank}")
 
 
 def unused_machines(environ: Mapping[str, str]) -> str | None:
@@ -192,7 +191,7 @@ def unused_machines(environ: Mapping[str, str]) -> str | None:
 
 
 def _config_file(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """The option that names the TOML file, empty where `argv` names one itself."""
+    """The option that names the TOML file; empty if `argv` names one."""
     variable = environ.get("CONFIG_FILE", "")
     option = flags.config_file(flags.scan(argv)[0])
     if option is not None and not variable:
@@ -218,29 +217,30 @@ _KEEP_MEMORY = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=67108864:"
     "glibc.malloc.trim_threshold=1073741824:glibc.malloc.top_pad=67108864"
 )
-"""A step frees its activations and allocates them again. Left alone, glibc gives much of that memory back in
-between, page by page; here it keeps up to 1 GiB, and asks for huge pages. Steps on a CPU took 8% less time.
+"""A step frees its activations and allocates them again. By default glibc returns much of that memory to the
+system in between, page by page; with these settings it keeps up to 1 GiB and asks for huge pages. Steps on a
+CPU took 8% less time.
 """
 
 
 def _environment(
     environ: Mapping[str, str], *, processes: int, gpus: int, cores: int, terminal: bool
 ) -> dict[str, str]:
-    """Variables for the training processes; what the user has set stays."""
+    """Variables for the training processes; those that the user has set are kept."""
     # Never the working directory: files of a downloaded folder would run in place of Python's own modules.
     paths = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     wanted = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths)}
     if "PYTHONUNBUFFERED" not in environ:
-        wanted["PYTHONUNBUFFERED"] = "1"  # what they print is read from files while they run
+        wanted["PYTHONUNBUFFERED"] = "1"  # their output is read from files while they run
     if terminal and "FORCE_COLOR" not in environ and not environ.get("NO_COLOR"):
-        wanted["FORCE_COLOR"] = "1"  # the processes write into files, which are no terminals
+        wanted["FORCE_COLOR"] = "1"  # the processes write to files, not to a terminal
     if processes > 1:
         wanted["OMP_NUM_THREADS"] = environ.get("OMP_NUM_THREADS") or str(max(1, cores // processes))
     if gpus:
         if "PYTORCH_CUDA_ALLOC_CONF" not in environ:
             wanted["PYTORCH_ALLOC_CONF"] = environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     else:
-        # OpenMP threads that wait by spinning slow down whatever else runs on the same cores.
+        # OpenMP threads that spin while they wait slow down everything else on the same cores.
         wanted["GOMP_SPINCOUNT"] = environ.get("GOMP_SPINCOUNT", "0")
         wanted["OMP_WAIT_POLICY"] = environ.get("OMP_WAIT_POLICY", "passive")
         wanted["GLIBC_TUNABLES"] = environ.get("GLIBC_TUNABLES", _KEEP_MEMORY)
@@ -269,7 +269,7 @@ def visible_gpus(listing: str, visible_devices: str | None) -> int:
 
 
 def count_gpus(environ: Mapping[str, str]) -> int:
-    """The NVIDIA GPUs that training will see on this machine, without importing torch."""
+    """The number of NVIDIA GPUs that training will see on this machine, without importing torch."""
     try:
         listing = subprocess.run(
             ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True
@@ -279,7 +279,7 @@ def count_gpus(environ: Mapping[str, str]) -> int:
     gpus = visible_gpus(listing, environ.get("CUDA_VISIBLE_DEVICES"))
     try:
         torch = importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:  # built in place: nothing is known about it
+    except importlib.metadata.PackageNotFoundError:  # built from source: its version is unknown
         return gpus
     if gpus and torch.endswith("+cpu"):
         print(
@@ -297,7 +297,7 @@ def usable_cores() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train by the command line and the environment's variables; returns the exit code."""
+    """Train as the command line and the environment say; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if flags.wants_help(argv):
         return _help()
@@ -323,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _help() -> int:
     try:
         config.load(["--help"], prog="./run_train.sh")
-    except SystemExit:  # which is how the help ends
+    except SystemExit:  # printing the help ends so
         pass
     except ModuleNotFoundError as error:
         if error.name != "tyro":

@@ -1,13 +1,12 @@
-"""The launcher's eye on the training processes of its machine, without torch.
+"""Supervises the training processes of one machine, without torch: forwards signals, notices deaths.
 
-torchrun, which starts them where there are several machines, passes a signal on and kills after half a minute
-whatever is left, which tears a long save apart; and when one process dies it waits as long for others that
-hang in a collective. So signals are taken here: the first one is passed to each process, once, and then the
-launcher waits for as long as saving takes. And a thread looks every quarter of a second whether all processes
-are there. When one has gone without saying so, the others write their stacks, get `GRACE` seconds to end by
-themselves, and are killed. One that is stopped (SIGSTOP, a debugger) writes its stacks when it is continued,
-which is just before it is killed: with more time it might end by itself, and nobody would be told who it was
-that hung.
+torchrun, which starts the processes of several machines, kills what is left half a minute after a signal,
+which cuts a long save short. When a process dies, it waits as long for others that hang in a collective. So
+signals are handled here: the first is forwarded to each process once, and the launcher then waits for as long
+as saving takes. A thread checks every quarter of a second whether all processes are alive. When one has died
+without announcing it, the others write their Python stacks, get `GRACE` seconds to end by themselves, and are
+killed. A stopped process (SIGSTOP, a debugger) writes its stacks when it is continued, just before it is
+killed: with more time it might end by itself, and the report would not name it.
 """
 
 import os
@@ -24,23 +23,24 @@ from octavo.launch import status
 from octavo.launch.status import Status
 
 GRACE = 4.0
-"""Seconds that the others have when a process has died: in gloo they notice it, in NCCL they may not."""
+"""Seconds that the others get when a process has died: under gloo they notice it, under NCCL they may not."""
 
 PIPELINE_VARIABLE = "OCTAVO_PIPELINE"
-"""Set for processes that are stages of a pipeline: see `distributed/watchdog.py`."""
+"""Set for processes that are stages of a pipeline: see `train/watchdog.py`."""
 
-_LOOKS_EVERY = 0.25
-_WRITES_WITHIN = 0.5  # seconds that a process needs for its stacks
-_INSISTS_AFTER = 1.0  # seconds from the first signal; then a second Ctrl-C ends everything
+_CHECK_EVERY = 0.25
+_STACKS_WITHIN = 0.5  # seconds that a process needs to write its stacks
+_SECOND_SIGNAL_AFTER = 1.0  # seconds after the first signal, from when a second Ctrl-C kills
 
 
 class Supervisor:
-    """Within `with`, signals are passed on and deaths are noticed. `folder` is the processes' status folder.
+    """Forwards signals and notices deaths while its `with` block runs. `folder`: the processes' status
+    folder.
 
-    deaths: the last words of processes that had gone, when first one had, without saying so.
-    killed: the processes that were still there after the grace.
-    ended_at_once: the signal of someone who did not wait for the save, if there was one.
-    for_others: whether the processes were to end because of another machine.
+    deaths: the last status of the processes that first died without announcing it.
+    killed: the processes that were still running after the grace period.
+    ended_at_once: the signal of a user who did not wait for the save, if any.
+    for_another_machine: whether the processes must end because of another machine.
     """
 
     def __init__(self, folder: Path):
@@ -51,7 +51,7 @@ class Supervisor:
         self.deaths: list[Status] = []
         self.killed: list[Status] = []
         self.ended_at_once: int | None = None
-        self.for_others = False
+        self.for_another_machine = False
 
     def __enter__(self) -> "Supervisor":
         for number in exit_codes.STOPPING:
@@ -65,74 +65,76 @@ class Supervisor:
         self._over.set()
         self._thread.join()
 
-    def look(self) -> tuple[list[int], list[str]]:
-        """The ranks of this machine, and what to tell other machines of those that died."""
+    def snapshot(self) -> tuple[list[int], list[str]]:
+        """The ranks of this machine, and a sentence for each that died, for the other machines."""
         ranks = [process.rank for process in status.read_all(self._folder)]
-        return ranks, [f"rank {one.rank} died {one.place}" for one in self.deaths if not self.for_others]
+        return ranks, [
+            f"rank {one.rank} died {one.place}" for one in self.deaths if not self.for_another_machine
+        ]
 
-    def end_for_others(self) -> None:
-        """Another machine is lost: the processes here are to end."""
-        self.for_others = True
+    def end_for_another_machine(self) -> None:
+        """End the processes here, because another machine is lost."""
+        self.for_another_machine = True
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         if not _has_children():
             raise SystemExit(exit_codes.of_signal(number))
         now = time.monotonic()
         if self._signalled is not None:
-            if number == signal.SIGINT and now - self._signalled[1] >= _INSISTS_AFTER:
-                _say("a second Ctrl-C: ending at once; checkpoints that were published are whole")
+            if number == signal.SIGINT and now - self._signalled[1] >= _SECOND_SIGNAL_AFTER:
+                _print("a second Ctrl-C: ending at once; checkpoints that were published are whole")
                 self.ended_at_once = number
                 for process in status.read_all(self._folder):
                     _kill_group(process.pid)
             return
         self._signalled = (number, now)
-        _say(
+        _print(
             f"{signal.Signals(number).name}: training stops after this step"
             + ("; Ctrl-C again ends it at once" if number == signal.SIGINT else "")
         )
-        status.ask_to_stop(self._folder, number)  # first: a process that starts now reads it
+        status.ask_to_stop(self._folder, number)  # first, for processes that are still starting
         for process in status.read_all(self._folder):
             _send(process.pid, number)
 
     def _watch(self) -> None:
-        while not self._over.wait(_LOOKS_EVERY):
+        while not self._over.wait(_CHECK_EVERY):
             processes = status.read_all(self._folder)
-            # One that has lost a peer ends, for which it may need some seconds.
+            # A process that lost a peer ends by itself, which may take some seconds.
             gone = [process for process in processes if process.follows or not _exists(process.pid)]
             self.deaths = [process for process in gone if not process.ended]
-            if self.for_others or self.deaths or (gone and len(gone) < len(processes)):
-                self._end_the_others()
+            if self.for_another_machine or self.deaths or (gone and len(gone) < len(processes)):
+                self._end_the_rest()
                 return
 
-    def _end_the_others(self) -> None:
-        """Others than those that have gone. They may be about to end as well, so they have time for it."""
-        if self._over.wait(2 * _LOOKS_EVERY):
+    def _end_the_rest(self) -> None:
+        """End the processes that are left, after time to end by themselves."""
+        if self._over.wait(2 * _CHECK_EVERY):
             return
-        for process in self._left():
+        for process in self._running():
             _send(process.pid, signal.SIGUSR2)
         end = time.monotonic() + GRACE
-        while self._left() and time.monotonic() < end:
-            if self._over.wait(_LOOKS_EVERY):
+        while self._running() and time.monotonic() < end:
+            if self._over.wait(_CHECK_EVERY):
                 return
-        self.killed = self._left()
+        self.killed = self._running()
         for process in self.killed:
             _send(process.pid, signal.SIGCONT)
-        self._over.wait(_WRITES_WITHIN)
+        self._over.wait(_STACKS_WITHIN)
         for process in self.killed:
             _kill_group(process.pid)
 
-    def _left(self) -> list[Status]:
-        """Processes that are at work: a process that has said that it ends needs no help with it."""
+    def _running(self) -> list[Status]:
+        """The processes that run and have not announced their end."""
         return [one for one in status.read_all(self._folder) if not one.ended and _exists(one.pid)]
 
 
-def _say(text: str) -> None:
-    """Not by print: a signal may arrive within one."""
+def _print(text: str) -> None:
+    """Write a line to standard error. `print` is not safe here: a signal may arrive during another print."""
     os.write(sys.stderr.fileno(), f"octavo: {text}\n".encode())
 
 
 def _has_children() -> bool:
-    """Whether this process has started any that still exist; before, there is nobody to wait for."""
+    """Whether this process has child processes."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
@@ -141,7 +143,7 @@ def _has_children() -> bool:
 
 
 def _exists(pid: int) -> bool:
-    """Whether a process runs; one that has ended and whose parent has not looked yet does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
@@ -157,6 +159,6 @@ def _send(pid: int, number: int) -> None:
 
 
 def _kill_group(pid: int) -> None:
-    """Each process was started in a session, and so a group, of its own."""
+    """Kill a training process and its children: each was started in a session, and so a group, of its own."""
     with suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)

@@ -129,7 +129,7 @@ def test_what_a_hidden_process_alone_has_found_is_shown(tmp_path):
         file = tmp_path / "none_1" / "attempt_0" / str(rank) / "stderr.log"
         file.parent.mkdir(parents=True)
         file.write_text(text)
-    assert [elastic._shown(tmp_path, rank, {0}) for rank in range(1, 4)] == [True, False, False]
+    assert [elastic._reason_is_shown(tmp_path, rank, {0}) for rank in range(1, 4)] == [True, False, False]
 
 
 STOPPED = """
@@ -158,13 +158,13 @@ def test_a_stopped_process_leaves_its_stacks_and_is_named(tmp_path, monkeypatch,
 
         monkeypatch.setattr(watching._over, "wait", wait)
         try:
-            watching._end_the_others()
+            watching._end_the_rest()
             assert stopped.wait(timeout=LIMIT) == -signal.SIGKILL
         finally:
             stopped.kill()
-    elastic._tell(0, 1, watching.killed, tmp_path, tmp_path)
+    elastic._report_failure(0, 1, watching.killed, tmp_path, tmp_path)
     assert capsys.readouterr().err == (
-        "octavo: rank 0 ended with exit code 1 in step 7; still there and killed: rank 1 in step 7; "
+        "octavo: rank 0 ended with exit code 1 in step 7; still running and killed: rank 1 in step 7; "
         f"Python stacks: {tmp_path / 'stacks'} (none of rank 0); output of all ranks: {tmp_path}\n"
     )
     assert 'File "<string>", line 8' in (tmp_path / "stacks" / "rank1.txt").read_text()
@@ -192,7 +192,7 @@ def test_who_was_first(said, seen, killed, failures, culprit, tmp_path):
     watching = supervisor.Supervisor(tmp_path)
     watching.deaths = [everyone[rank] for rank in seen]
     watching.killed = [everyone[rank] for rank in killed]
-    assert elastic._culprit(failures, watching, tmp_path) == culprit
+    assert elastic._first_failed_rank(failures, watching, tmp_path) == culprit
 
 
 def test_a_killed_process_is_told(begin):
@@ -205,14 +205,14 @@ def test_a_killed_process_is_told(begin):
 
 def test_a_process_that_goes_without_a_word_ends_the_others_within_10_s(begin):
     looks = 1 + 2 + 1  # until it is missed, until the others are asked, after their grace
-    assert looks * supervisor._LOOKS_EVERY + supervisor.GRACE + supervisor._WRITES_WITHIN < 10
+    assert looks * supervisor._CHECK_EVERY + supervisor.GRACE + supervisor._STACKS_WITHIN < 10
 
     process = begin("hang")
     _, err = process.communicate(timeout=LIMIT)
 
     assert process.returncode == 1
     assert "octavo: rank 1 ended with exit code 0 before the run was over in step 7; " in err
-    assert "still there and killed: rank 0 in step 7; " in err
+    assert "still running and killed: rank 0 in step 7; " in err
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
@@ -235,7 +235,7 @@ def test_a_second_ctrl_c_ends_at_once(begin, tmp_path):
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     assert "Ctrl-C again ends it at once" in process.stderr.readline()
-    time.sleep(supervisor._INSISTS_AFTER)
+    time.sleep(supervisor._SECOND_SIGNAL_AFTER)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=LIMIT)

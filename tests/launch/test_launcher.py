@@ -35,7 +35,7 @@ def test_without_variables_one_process_trains_the_demo():
     started = planned()
 
     assert started.command == ("-m", "octavo.train", f"--job.config_file={TRAIN_CONFIGS / 'demo.toml'}")
-    assert (started.local, started.processes, started.meeting) == (1, 1, None)
+    assert (started.local, started.processes, started.rendezvous) == (1, 1, None)
     assert started.shown_ranks == {0}
 
 
