@@ -97,3 +97,12 @@ def compile_and_capture(model: nn.Module, x: Tensor) -> Graphs:
     with caches, torch._inductor.config.patch(fx_graph_cache=False):
         torch.compile(model, backend=backend, fullgraph=True)(x).sum().backward()
     return graphs
+
+
+def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output, gradient of x and gradients of the parameters, for a fixed random gradient of the output."""
+    model.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    y = run(x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y))
+    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]

@@ -21,7 +21,15 @@ from octavo.float8 import (
     convert_to_float8_training,
 )
 from octavo.train import quantization
-from tests.float8.graphs import FLOAT8, WITHOUT_CODE, Graphs, compile_and_capture, compiles, saved_bytes
+from tests.float8.graphs import (
+    FLOAT8,
+    WITHOUT_CODE,
+    Graphs,
+    compile_and_capture,
+    compiles,
+    gradients,
+    saved_bytes,
+)
 from tests.float8.llama_block import FeedForward, LlamaBlock
 from tests.float8.torchao_reference import relative
 
@@ -74,14 +82,6 @@ def batch(dtype: torch.dtype) -> Tensor:
 
 # Of these no code is generated here: tensorwise is what tests/float8/test_convert.py compiles.
 GRAPHS_ALONE = (MIXED, "tensorwise")
-
-
-def gradients(run: nn.Module, model: nn.Module, x: Tensor) -> list[Tensor]:
-    model.zero_grad()
-    x = x.detach().requires_grad_()
-    y = run(x)
-    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype))
-    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]
 
 
 @pytest.mark.parametrize(

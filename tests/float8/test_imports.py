@@ -34,8 +34,19 @@ def test_every_public_name_exists() -> None:
 def test_the_tutorials_import_paths() -> None:
     from octavo.float8.float8_linear import Float8Linear
     from octavo.float8.float8_linear_utils import convert_to_float8_training
+    from octavo.float8.float8_tensor_parallel import Float8ColwiseParallel
     from octavo.utils import TORCH_VERSION_AT_LEAST_2_5
 
     assert Float8Linear.__module__ == "octavo.float8.linear"
     assert convert_to_float8_training.__module__ == "octavo.float8.convert"
+    assert Float8ColwiseParallel.__module__ == "octavo.float8.distributed.parallel_styles"
     assert TORCH_VERSION_AT_LEAST_2_5
+
+
+def test_casting_on_a_cpu_imports_no_triton() -> None:
+    loaded = modules_after(
+        "import torch, octavo.float8 as f\n"
+        "f.Float8Linear(16, 16, config='rowwise', emulate=True)(torch.ones(16, 16)).sum().backward()"
+    )
+    assert "octavo.float8.linear" in loaded
+    assert loaded.isdisjoint({"triton", "octavo.float8.kernels.ops"})

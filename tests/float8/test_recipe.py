@@ -37,7 +37,10 @@ def test_a_square_block_is_not_gatherable_if_the_uses_differ() -> None:
         (lambda: Cast(torch.bfloat16, (1, FULL)), "bfloat16"),
         (lambda: Cast(torch.float8_e4m3fnuz, (1, FULL)), "e4m3fnuz"),
         (lambda: Cast(E4M3, (0, 128)), r"\(0, 128\)"),
-        (lambda: Cast(E4M3, (1, 2, 3)), "rows, contraction"),
+        *(
+            (lambda block=block: Cast(E4M3, block), "must be a tuple")
+            for block in ([1, -1], 128, (1,), (1, 2.0))
+        ),
         (lambda: Gemm(Cast(E5M2, (1, FULL)), Cast(E5M2, (1, FULL))), "e5m2 by float8_e5m2.*e4m3fn"),
         (lambda: Gemm(Cast(E5M2, (1, FULL)), None), "cast both, or neither"),
         (lambda: find_recipe("rowise"), "rowise.*rowwise_with_gw_hp"),

@@ -40,6 +40,7 @@ from octavo.float8.distributed.parallel_styles import (
 from octavo.float8.distributed.tp_gather import GatheredInput
 from octavo.float8.quantize import quantize
 from tests.float8.graphs import WITHOUT_CODE, compiles
+from tests.float8.torchao_reference import relative
 from tests.helpers import ranks
 
 pytestmark = pytest.mark.usefixtures("products_in_float32")
@@ -58,10 +59,6 @@ def uneven(*shape: int, seed: int) -> Tensor:
         along[dim] = shape[dim]
         x = x * 2.0 ** torch.randint(-2, 3, along, generator=g)
     return x
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
 class Two(nn.Module):
@@ -497,11 +494,3 @@ def test_what_was_gathered_is_for_float8_linears_only() -> None:
     ):
         assert "PrepareModuleInput" in message(use)
     assert "GatheredInput" in message(lambda: x + gathered)
-
-
-def test_torchaos_import_path() -> None:
-    from octavo.float8 import float8_tensor_parallel as path
-
-    assert path.Float8ColwiseParallel is Float8ColwiseParallel
-    assert path.Float8RowwiseParallel is Float8RowwiseParallel
-    assert path.PrepareFloat8ModuleInput is PrepareFloat8ModuleInput

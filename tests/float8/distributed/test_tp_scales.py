@@ -54,19 +54,6 @@ def test_a_part_is_cast_as_the_whole(name: str, axis: int) -> None:
     assert ranks.run(4, split_casts, name, axis) == [(True, True)] * 4
 
 
-def nan_amax() -> list[bool]:
-    where, rank, _ = group()
-    x = torch.ones(2, 4)
-    x[0, 0] = torch.nan if rank == 0 else 3.0
-    x[1, 1] = torch.inf if rank == 1 else 5.0
-    amax = ShardedAxis(1, where).reduce_amax(x.abs().amax(1, keepdim=True), CASTS["row"])
-    return [bool(amax[0].isnan()), bool(amax[1].isinf())]
-
-
-def test_nan_and_infinity_win_the_maximum() -> None:
-    assert ranks.run(2, nan_amax) == [[True, True]] * 2
-
-
 def mine(x: Tensor, pieces: int, world: int, rank: int) -> Tensor:
     """This rank's rows of `x[M, C]`: its part of every piece."""
     return x.view(pieces, world, -1, x.shape[1])[:, rank].reshape(-1, x.shape[1])

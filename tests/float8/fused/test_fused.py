@@ -15,7 +15,7 @@ from octavo.float8.fused import GatedLinear, NormedInput, SharedInput
 from octavo.float8.fused.shared_input import why_not_joined
 from octavo.float8.health import Monitor
 from octavo.float8.recipe import RECIPES
-from tests.float8.graphs import compile_and_capture, compiles, saved_bytes
+from tests.float8.graphs import compile_and_capture, compiles, gradients, saved_bytes
 from tests.float8.llama_block import LlamaBlock
 
 pytestmark = pytest.mark.usefixtures("products_in_float32")
@@ -72,14 +72,6 @@ def make(recipe: str | None, dtype: torch.dtype = torch.float32) -> LlamaBlock:
 
 def data(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(2, 24, DIM, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def gradients(run: nn.Module, block: nn.Module, x: Tensor) -> list[Tensor]:
-    block.zero_grad()
-    x = x.clone().requires_grad_()
-    y = run(x * 1.0)
-    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype))
-    return [y.detach(), x.grad, *(p.grad for p in block.parameters())]
 
 
 def assert_near(got: Sequence[Tensor], want: Sequence[Tensor], limit: float) -> None:

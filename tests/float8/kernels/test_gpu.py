@@ -6,12 +6,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
 
 from octavo.float8 import RECIPES, Float8AdamW, Float8Linear, ScaleFormat
 from octavo.float8.casts.gpu_cast import LEAST_CAPABILITY, supports, use_kernels
 from octavo.float8.matmul import describe_backend
-from tests.float8.graphs import compiles
+from tests.float8.graphs import compiles, gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,15 +104,6 @@ def test_add_rms_norm(shape: tuple[int, int]) -> None:
     for one, other in ((y, want_y), (dx, want_dx)):
         torch.testing.assert_close(one[0], other, rtol=2**-6, atol=1e-3)
         check.check_given_maxima(*one)
-
-
-def gradients(run: torch.nn.Module, model: torch.nn.Module, x: Tensor) -> list[Tensor]:
-    model.zero_grad()
-    x = x.detach().requires_grad_()
-    y = run(x)
-    g = torch.Generator().manual_seed(2)
-    y.backward(torch.randn(y.shape, generator=g).to(y))
-    return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -89,3 +91,10 @@ def test_kernels_give_the_references_bits(
     seed: int,
 ) -> None:
     check.check_cast(kernel, check.make_x(shape, source, feature, seed), dtype, scales)
+
+
+@pytest.mark.parametrize(("module", "name", "config", "user"), check.CONFIGURATIONS)
+def test_bits_do_not_depend_on_the_configuration(
+    module: ModuleType, name: str, config: dict, user: str
+) -> None:
+    check.check_configuration(module, name, config, user, "cpu")

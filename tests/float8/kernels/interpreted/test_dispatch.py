@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from octavo.float8 import RECIPES, Cast, Float8AdamW, Float8Linear, ScaleFormat
 from octavo.float8.casts import gpu_cast
@@ -17,7 +16,7 @@ from octavo.float8.distributed.tp_scales import ShardedAxis
 from octavo.float8.linear import cast_weight
 from octavo.float8.quantize import Quantized, quantize, quantize_both
 from octavo.float8.recipe import FULL
-from tests.float8.graphs import FLOAT8, WITHOUT_CODE, compile_and_capture, compiles
+from tests.float8.graphs import FLOAT8, WITHOUT_CODE, compile_and_capture, compiles, gradients
 from tests.float8.kernels.against_reference import E4M3, assert_same, make_x
 
 pytestmark = compiles
@@ -27,14 +26,6 @@ pytestmark = compiles
 def _kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_cast, "_device_supported", lambda device: True)
     torch._dynamo.reset()
-
-
-def gradients(run: nn.Module, model: nn.Module, x: Tensor) -> list[Tensor]:
-    model.zero_grad()
-    x = x.detach().requires_grad_()
-    y = run(x)
-    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype))
-    return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
 
 
 COMPILED = ("rowwise", "mxfp8", "tensorwise_previous_step")
