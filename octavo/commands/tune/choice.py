@@ -1,9 +1,9 @@
-"""The recipe of each layer, given what each costs; and the TOML file that says so.
+"""Chooses the recipe of each layer by cost, and writes the choices as TOML.
 
-Layers that read one tensor are chosen for together, because its cast is paid once for all of them that take
-one recipe: every combination of recipes in the group is added up, and the cheapest wins. A layer's weight is
-cast once for `microbatches` of them. Where the cheapest combination gains less than `MARGIN` over one that is
-more precise, the more precise is taken: a difference within noise is no reason to lose accuracy.
+Layers that read the same tensor form a group, because layers of one recipe share its cast: the total cost of
+every combination of recipes in the group is compared. A layer's weight is cast once per `microbatches`. Of
+the combinations within `MARGIN` of the cheapest, the most precise is chosen, because a difference within
+noise does not justify a loss of accuracy.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from octavo.commands.tune.recipe_costs import HIGH_PRECISION, Costs
 
 MARGIN = 0.02
 PRECISION = (HIGH_PRECISION, "rowwise_with_gw_hp", "blockwise", "mxfp8", "rowwise", "tensorwise")
-"""Most precise first; a recipe that is not in it comes last."""
+"""Most precise first; other recipes rank last."""
 
 
 @dataclass(frozen=True)
 class RecipeChoice:
-    """One layer's recipe. Seconds of one microbatch, of one of its `layer.count` layers: in this recipe, with
-    its share of casts that others use too, and in high precision (None: it was no candidate).
+    """A layer's recipe, and the seconds per microbatch of one of its `layer.count` layers: in this recipe,
+    including its share of shared casts, and in high precision (None: it was not a candidate).
     """
 
     layer: Layer
@@ -39,50 +39,49 @@ def _rank(recipe: str) -> int:
 def _seconds(
     group: Group, recipes: Sequence[str], costs: Mapping[Size, Costs], microbatches: Mapping[str, float]
 ) -> list[float]:
-    """Each layer's, sharing the casts of the input among those with the same recipe."""
-    found = []
+    """Seconds per layer; layers with the same recipe share the casts of the input."""
+    seconds = []
     for layer, recipe in zip(group, recipes, strict=True):
         parts = costs[layer.size][recipe]
         shared = parts.input / recipes.count(recipe) + parts.weight / microbatches.get(recipe, 1.0)
-        found.append(parts.products + parts.gradient + shared)
-    return found
+        seconds.append(parts.products + parts.gradient + shared)
+    return seconds
 
 
 def choose(
     group: Group, costs: Mapping[Size, Costs], microbatches: Mapping[str, float]
 ) -> list[RecipeChoice]:
-    """A recipe for each layer of `group`. `microbatches`: recipe -> how many share one cast of a weight (1
-    where it does not say).
+    """Choose a recipe for each layer of `group`.
+
+    microbatches: recipe -> how many microbatches share one cast of a weight (default 1).
     """
-    candidates = list(costs[group[0].size])
-    each = {
+    combinations = {
         recipes: _seconds(group, recipes, costs, microbatches)
-        for recipes in product(candidates, repeat=len(group))
+        for recipes in product(costs[group[0].size], repeat=len(group))
     }
-    least = min(map(sum, each.values()))
-    near = [recipes for recipes, seconds in each.items() if sum(seconds) <= least * (1 + MARGIN)]
-    best = min(near, key=lambda recipes: (sum(map(_rank, recipes)), sum(each[recipes])))
-    return [
-        RecipeChoice(layer, recipe, seconds, _high(costs[layer.size]))
-        for layer, recipe, seconds in zip(group, best, each[best], strict=True)
-    ]
+    least = min(map(sum, combinations.values()))
+    near = [recipes for recipes, seconds in combinations.items() if sum(seconds) <= least * (1 + MARGIN)]
+    best = min(near, key=lambda recipes: (sum(map(_rank, recipes)), sum(combinations[recipes])))
+    choices = []
+    for layer, recipe, seconds in zip(group, best, combinations[best], strict=True):
+        high_precision = costs[layer.size].get(HIGH_PRECISION)
+        choices.append(
+            RecipeChoice(layer, recipe, seconds, high_precision.products if high_precision else None)
+        )
+    return choices
 
 
-def _high(costs: Costs) -> float | None:
-    return costs[HIGH_PRECISION].products if HIGH_PRECISION in costs else None
-
-
-def fragment(choices: Sequence[RecipeChoice], comments: Sequence[str]) -> str:
-    """The file's text: comments, and `float8.layer_recipes`."""
-    rows = [(f'"{c.layer.pattern}={c.recipe}",', _told(c)) for c in choices]
-    width = max(len(text) for text, _ in rows)
+def layer_recipes_toml(choices: Sequence[RecipeChoice], comments: Sequence[str]) -> str:
+    """The text of the TOML file: comments, and `float8.layer_recipes`."""
+    rows = [(f'"{c.layer.pattern}={c.recipe}",', _cost_comment(c)) for c in choices]
+    width = max(len(entry) for entry, _ in rows)
     lines = [f"# {line}".rstrip() for line in comments]
     lines += ["", "[float8]", "layer_recipes = ["]
-    lines += [f"  {text:<{width}}  # {told}" for text, told in rows]
+    lines += [f"  {entry:<{width}}  # {comment}" for entry, comment in rows]
     return "\n".join([*lines, "]", ""])
 
 
-def _told(choice: RecipeChoice) -> str:
+def _cost_comment(choice: RecipeChoice) -> str:
     gain = ""
     if choice.high_precision is not None:
         high = 1e6 * choice.high_precision

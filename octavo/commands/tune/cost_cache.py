@@ -1,8 +1,8 @@
-"""Costs measured before, by GPU and software: a JSON file under ~/.cache/octavo (or XDG_CACHE_HOME).
+"""Caches measured costs in a JSON file under ~/.cache/octavo (or XDG_CACHE_HOME).
 
 The key of a measurement is all that it depends on: the GPU's name, the versions of torch, CUDA, triton and
-octavo, the size, and the recipe. A file that cannot be read counts as empty, and one that cannot be written
-is told, since a measurement can be repeated.
+octavo, the size, and the recipe. An unreadable file counts as empty, and a failed write is only reported,
+because measurements can be repeated.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ from octavo.core.fs import write_file
 FORMAT = 1
 
 
-def default_path() -> Path:
-    """Where measurements are kept."""
+def default_cache_path() -> Path:
     return cache_folder() / "tune.json"
 
 
-def machine(device: torch.device) -> str:
-    """All that a measurement on `device` depends on but the size and the recipe."""
+def describe_machine(device: torch.device) -> str:
+    """All that a measurement on `device` depends on, except the size and the recipe."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     try:
         triton = importlib.metadata.version("triton")
@@ -43,39 +42,39 @@ def machine(device: torch.device) -> str:
     )
 
 
-class Cache:
-    """What was measured on one machine. `path` None: nothing is read or written."""
+class CostCache:
+    """The costs measured on one machine. `path` None: nothing is read or written."""
 
     def __init__(self, path: Path | None, machine: str):
         self._path, self._machine = path, machine
-        self._known: dict[str, dict[str, Any]] = self._whole().get(machine, {})
+        self._costs: dict[str, dict[str, Any]] = self._read().get(machine, {})
 
-    def _whole(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, Any]:
         if self._path is None:
             return {}
         try:
-            whole = json.loads(self._path.read_text())
-            return dict(whole["machines"]) if whole.get("format") == FORMAT else {}
+            content = json.loads(self._path.read_text())
+            return dict(content["machines"]) if content.get("format") == FORMAT else {}
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return {}
 
     def look_up(self, size: Size, candidates: Sequence[str]) -> Costs | None:
-        """The costs of `size`, if those of all `candidates` are known: they were measured in turn."""
-        found = self._known.get(str(size), {})
+        """The costs of `size` if those of all `candidates` are known, since they are measured in turn."""
+        costs = self._costs.get(str(size), {})
         try:
-            return {name: CostParts(**found[name]) for name in candidates}
+            return {name: CostParts(**costs[name]) for name in candidates}
         except (KeyError, TypeError):
             return None
 
-    def keep(self, size: Size, costs: Costs) -> str | None:
-        """Write them down. Returns why that failed, or None."""
-        self._known[str(size)] = {name: asdict(parts) for name, parts in costs.items()}
+    def store(self, size: Size, costs: Costs) -> str | None:
+        """Add the costs of `size` to the file; returns an error message, or None."""
+        self._costs[str(size)] = {name: asdict(parts) for name, parts in costs.items()}
         if self._path is None:
             return None
-        whole = {"format": FORMAT, "machines": self._whole() | {self._machine: self._known}}
+        content = {"format": FORMAT, "machines": self._read() | {self._machine: self._costs}}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(self._path, json.dumps(whole, indent=1))
+            write_file(self._path, json.dumps(content, indent=1))
         except OSError as error:
             return f"{self._path}: {error.strerror or error}"
         return None

@@ -1,9 +1,8 @@
-"""The linear layers of a job's model, and the sizes of their products on one device.
+"""The linear layers of a job's model, and the sizes of their matrix products on one device.
 
-Letters: M tokens, K input features, N output features. M is one microbatch's tokens on one device. Tensor
-parallelism cuts N (or K, where a layer is row-wise) and leaves M whole, since tokens are gathered before a
-product; context parallelism cuts M. Layers that read the same tensor stand in one group: a cast of it serves
-all of them that take the same recipe.
+M tokens of a microbatch on one device, K input features, N output features. Tensor parallelism splits N (or K
+in row-wise layers) but not M, because tokens are gathered before a product; context parallelism splits M.
+Layers that read the same tensor form a group: those with the same recipe share its cast.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from octavo.tokenizer import build_tokenizer
 
 
 class Size(NamedTuple):
-    """One linear layer's: `x[M, K] . w[N, K]^T`."""
+    """The size of `x[M, K] @ w[N, K]^T`."""
 
     M: int
     K: int
@@ -36,7 +35,7 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """Layers that differ only in their number: `pattern` has * for it. `count` of them, each of `size`."""
+    """`count` layers of one `size` that differ only in their number, which is * in `pattern`."""
 
     pattern: str
     size: Size
@@ -48,9 +47,10 @@ Group = tuple[Layer, ...]
 
 
 def groups_of(job: JobConfig, layout: ParallelDims) -> tuple[list[Group], list[str]]:
-    """The layers that float8 may take, in groups, and the names of those that `filter_fqns` keeps from it.
+    """Return the layers that can be in float8, in groups, and the names of those that `filter_fqns` excludes.
 
-    `ConfigError` where the model cannot be built, or has no such layer.
+    Raises:
+        ConfigError: the model cannot be built, or has no such layer.
     """
     models.import_custom(job.experimental.custom_import, job.model.name)
     spec = models.get(job.model.name)
@@ -93,7 +93,7 @@ def groups_of(job: JobConfig, layout: ParallelDims) -> tuple[list[Group], list[s
 
 
 def _vocabulary(job: JobConfig) -> int:
-    """The tokenizer's; 0 where it cannot be read, which is enough for models with a size of their own."""
+    """The tokenizer's vocabulary size; 0 if it cannot be read, for models with a size of their own."""
     try:
         return build_tokenizer(job.model.hf_assets_path).vocab_size
     except ConfigError:

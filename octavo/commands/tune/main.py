@@ -1,22 +1,20 @@
-r"""octavo tune: which recipe each linear layer of a job should take, as fast goes, on this GPU.
+r"""`octavo tune`: finds the fastest recipe of each linear layer of a job on this GPU.
 
     octavo tune --config-file llama3_8b.toml --out tuned.toml
     octavo train --config-file llama3_8b.toml --model.converters=float8 \
         --float8.layer_recipes_file tuned.toml
 
-For each size of product in the model it times high precision and every recipe, casts included, and writes
-down the fastest of each layer; the modules of this folder describe how. Flags that change the sizes (batch,
-length, parallelism, and `--processes` for their number) belong to both commands. What was measured is kept,
-by GPU and software.
+It times high precision and every recipe for each size of product in the model, including casts, and writes
+the fastest recipe of each layer. Flags that change the sizes (batch, length, parallelism, and `--processes`)
+must be given to both commands. Measurements are cached by GPU and software.
 
-Speed is all it looks at. A recipe that is fast may train worse: compare losses before a long run, and leave
-out what you would not train in (`--recipes`). Each layer is timed by itself: no communication, no neighbour
-whose kernels a compiler could fuse with its casts.
+Only speed is considered. A fast recipe may train worse: compare losses before a long run, and exclude recipes
+with `--recipes`. Each layer is timed separately, without communication and without neighbours whose kernels a
+compiler could fuse with its casts.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -25,8 +23,9 @@ from pathlib import Path
 import torch
 
 from octavo import config
+from octavo.commands.argparser import Parser, bounded_int
 from octavo.commands.tune import cost_cache, recipe_costs
-from octavo.commands.tune.choice import RecipeChoice, choose, fragment
+from octavo.commands.tune.choice import RecipeChoice, choose, layer_recipes_toml
 from octavo.commands.tune.linear_sizes import Group, Size, groups_of
 from octavo.commands.tune.recipe_costs import CANDIDATES, HIGH_PRECISION, Costs
 from octavo.config import ConfigError, JobConfig, names
@@ -40,80 +39,84 @@ from octavo.roofline import GPUS, Gpu, find_gpu
 DEFAULT_GPU = "h100"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="octavo tune",
-        description="Find the fastest float8 recipe of each linear layer. Takes octavo train's flags, too.",
-        allow_abbrev=False,
+def _parser() -> Parser:
+    parser = Parser(
+        "octavo tune",
+        "Find the fastest float8 recipe of each linear layer. Accepts octavo train's flags too.",
     )
-    parser.add_argument("--out", type=Path, default=Path("tuned.toml"), help="the file to write (tuned.toml)")
-    parser.add_argument("--processes", type=int, default=1, help="that the job will have (1)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("tuned.toml"), help="the file to write (default: tuned.toml)"
+    )
+    parser.add_argument(
+        "--processes", type=bounded_int(1), default=1, help="processes of the job (default: 1)"
+    )
     parser.add_argument(
         "--recipes",
         default=",".join(CANDIDATES),
-        help=f"comma-separated candidates; all: {','.join(CANDIDATES)}",
+        help=f"comma-separated candidates (default: {','.join(CANDIDATES)})",
     )
     parser.add_argument(
         "--gpu",
         metavar="NAME",
-        help=f"measure nothing, calculate for this GPU by the roofline model: {', '.join(GPUS)}; "
-        f"{DEFAULT_GPU} where there is no GPU",
+        help=f"predict costs for this GPU with the roofline model, without measuring: {', '.join(GPUS)} "
+        f"(default on a machine without a GPU: {DEFAULT_GPU})",
     )
-    parser.add_argument("--refresh", action="store_true", help="measure again what was measured before")
-    parser.add_argument("--no-cache", action="store_true", help="neither read nor keep measurements")
+    parser.add_argument("--refresh", action="store_true", help="repeat cached measurements")
+    parser.add_argument("--no_cache", action="store_true", help="neither read nor write cached measurements")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `octavo tune argv`; returns the exit code."""
-    options, rest = _parser().parse_known_args(argv)
-    job, layout = _job(rest, options.processes)
+    options, job_flags = _parser().read_known(argv)
+    job, layout = _load_job(job_flags, options.processes)
     candidates = _candidates(options.recipes)
     if options.refresh and options.no_cache:
-        raise ConfigError("--refresh keeps what it measures, --no-cache keeps nothing: take one of the two")
+        raise ConfigError("--refresh keeps what it measures, --no-cache keeps nothing; use one of the two")
     if options.out.parent != Path() and not options.out.parent.is_dir():
         raise ConfigError(f"--out={options.out}: no such folder")
     if options.out.is_dir():
         raise ConfigError(f"--out={options.out}: is a folder; name a file in it")
-    groups, kept = groups_of(job, layout)
+    groups, filtered = groups_of(job, layout)
     sizes = list(dict.fromkeys(layer.size for group in groups for layer in group))
 
     device = pick_device()
-    paper = options.gpu is not None or device.type != "cuda"
-    if paper:
+    if options.gpu is not None or device.type != "cuda":
+        reason = " (--gpu)" if options.gpu is not None else ", as there is no GPU here"
         for flag, given in (("--refresh", options.refresh), ("--no-cache", options.no_cache)):
             if given:
-                raise ConfigError(f"{flag} would have no effect: nothing is measured{_why(options.gpu)}")
-        gpu = _gpu(options.gpu or DEFAULT_GPU)
-        able, unable = recipe_costs.runnable_on_paper(candidates, gpu)
-        source = f"ESTIMATED by the roofline model for {gpu.name}: nothing was measured{_why(options.gpu)}"
-        found = {size: recipe_costs.on_paper(size, _some(able, unable), gpu) for size in sizes}
+                raise ConfigError(f"{flag} would have no effect: nothing is measured{reason}")
+        gpu = _find_gpu(options.gpu or DEFAULT_GPU)
+        supported, unsupported = recipe_costs.supported_by_model(candidates, gpu)
+        source = f"ESTIMATED by the roofline model for {gpu.name}: nothing was measured{reason}"
+        _require_some(supported, unsupported)
+        costs = {size: recipe_costs.predict_costs(size, supported, gpu) for size in sizes}
     else:
-        able, unable = recipe_costs.runnable(candidates, device)
-        source = f"measured on {cost_cache.machine(device)}"
-        path = None if options.no_cache else cost_cache.default_path()
-        found = _measure(sizes, _some(able, unable), device, path, refresh=options.refresh)
+        supported, unsupported = recipe_costs.supported_recipes(candidates, device)
+        source = f"measured on {cost_cache.describe_machine(device)}"
+        _require_some(supported, unsupported)
+        path = None if options.no_cache else cost_cache.default_cache_path()
+        costs = _measure(sizes, supported, device, path, refresh=options.refresh)
 
     print(source)
-    for name, why in unable.items():
-        print(f"left out: {name}: {why}")
-    shared = _microbatches(job, layout)
-    choices = [choice for group in groups for choice in choose(group, found, shared)]
+    for name, reason in unsupported.items():
+        print(f"left out: {name}: {reason}")
+    shared = _microbatches_per_cast(job, layout)
+    choices = [choice for group in groups for choice in choose(group, costs, shared)]
     comments = [
-        "Which recipe each linear layer takes, by octavo tune. Use it with --float8.layer_recipes_file.",
+        "The recipe of each linear layer, chosen by octavo tune. Use it with --float8.layer_recipes_file.",
         source,
-        f"{datetime.now(UTC):%Y-%m-%d}; {_told(job, layout)}",
-        f"candidates: {', '.join(able)}; kept from float8 by float8.filter_fqns: {', '.join(kept) or 'none'}",
-        "Times: forward and backward of one microbatch, casts included.",
+        f"{datetime.now(UTC):%Y-%m-%d}; {_describe_job(job, layout)}",
+        f"candidates: {', '.join(supported)}; excluded by filter_fqns: {', '.join(filtered) or 'none'}",
+        "Times: forward and backward of one microbatch, including casts.",
     ]
-    text = fragment(choices, comments)
     try:
-        write_file(options.out, text)
+        write_file(options.out, layer_recipes_toml(choices, comments))
     except OSError as error:
         raise ConfigError(f"--out={options.out}: {error.strerror or error}") from None
-    _print(choices, groups)
+    _print_choices(choices, groups)
     if all(choice.recipe == HIGH_PRECISION for choice in choices):
-        print(f"{options.out} is written. No layer gains from float8 here: train without it, and the file")
+        print(f"{options.out} is written. No layer is faster in float8 here: train without float8")
     else:
         print(
             f"{options.out} is written: --model.converters=float8 --float8.layer_recipes_file={options.out}"
@@ -121,13 +124,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _job(argv: Sequence[str], processes: int) -> tuple[JobConfig, ParallelDims]:
-    """The job as it will be trained; what only a start needs (data, folders) is not looked at."""
-    if processes < 1:
-        raise ConfigError(f"--processes={processes} must be at least 1")
+def _load_job(argv: Sequence[str], processes: int) -> tuple[JobConfig, ParallelDims]:
+    """Load and validate the job; requirements of a start, such as data and folders, are not checked."""
     job = config.load(argv, prog="octavo tune")
     if job.job.config_file is None:
-        raise ConfigError("name the job to tune: --config-file llama3_8b.toml, say")
+        raise ConfigError("name the job to tune, for example --config-file llama3_8b.toml")
     problems = out_of_range(job)
     for key in ("layer_recipes", "layer_recipes_file", "recipe_name"):
         if job.given.get(f"float8.{key}") == "cli":
@@ -138,68 +139,63 @@ def _job(argv: Sequence[str], processes: int) -> tuple[JobConfig, ParallelDims]:
 
 
 def _candidates(text: str) -> list[str]:
-    given = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    unknown = [name for name in given if name not in CANDIDATES]
-    if given == [HIGH_PRECISION]:
+    candidates = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    unknown = [name for name in candidates if name not in CANDIDATES]
+    if candidates == [HIGH_PRECISION]:
         raise ConfigError(f"--recipes={text}: nothing to choose from; name a float8 recipe")
-    if unknown or not given:
-        what = "names none"
+    if unknown or not candidates:
+        problem = "names none"
         if unknown:
-            what = f"{unknown[0]!r} is no recipe"
+            problem = f"{unknown[0]!r} is not a recipe"
             if unknown[0] in names.PREVIOUS_STEP_RECIPES:
-                what = f"{unknown[0]} is not timed, since its scales come from the steps of a training"
-        raise ConfigError(f"--recipes={text}: {what}; there are {', '.join(CANDIDATES)}")
-    return given
+                problem = f"{unknown[0]} is not timed, since its scales come from the steps of a training run"
+        raise ConfigError(f"--recipes={text}: {problem}; the candidates are {', '.join(CANDIDATES)}")
+    return candidates
 
 
-def _some(able: list[str], unable: Mapping[str, str]) -> list[str]:
-    if not able:
-        told = "; ".join(f"{name}: {why}" for name, why in unable.items())
-        raise ConfigError(f"--recipes: none of them runs here: {told}")
-    return able
+def _require_some(supported: list[str], unsupported: Mapping[str, str]) -> None:
+    if not supported:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in unsupported.items())
+        raise ConfigError(f"--recipes: none of them is supported here: {reasons}")
 
 
-def _gpu(name: str) -> Gpu:
+def _find_gpu(name: str) -> Gpu:
     try:
         return find_gpu(name)
     except ValueError as error:
         raise ConfigError(f"--gpu: {error}") from None
 
 
-def _why(asked: str | None) -> str:
-    return " (--gpu)" if asked is not None else ", as there is no GPU here"
-
-
-def _microbatches(job: JobConfig, layout: ParallelDims) -> dict[str, float]:
-    """Recipe -> the microbatches of a step that share one cast of a weight."""
+def _microbatches_per_cast(job: JobConfig, layout: ParallelDims) -> dict[str, float]:
+    """Recipe -> the number of microbatches per step that share one cast of a weight."""
     local = job.training.local_batch_size
-    steps = max(1, job.training.global_batch_size // (local * layout.data))
+    microbatches = max(1, job.training.global_batch_size // (local * layout.data))
     if layout.pipeline > 1:
-        steps *= local // job.parallelism.pipeline_parallel_microbatch_size
-    found = {}
+        microbatches *= local // job.parallelism.pipeline_parallel_microbatch_size
+    shared = {}
     for name, recipe in RECIPES.items():
-        # Weights that FSDP gathers in high precision are cast whenever they come.
+        # Weights that FSDP gathers in high precision are cast after each gather.
         gathered = layout.sharded > 1 and not (job.float8.enable_fsdp_float8_all_gather and recipe.gatherable)
-        found[name] = float(steps) if job.float8.cast_weights_once and not gathered else 1.0
-    return found
+        shared[name] = float(microbatches) if job.float8.cast_weights_once and not gathered else 1.0
+    return shared
 
 
 def _measure(
     sizes: Sequence[Size], candidates: list[str], device: torch.device, path: Path | None, *, refresh: bool
 ) -> dict[Size, Costs]:
-    kept = cost_cache.Cache(path, cost_cache.machine(device))
-    found: dict[Size, Costs] = {}
+    cache = cost_cache.CostCache(path, cost_cache.describe_machine(device))
+    costs: dict[Size, Costs] = {}
     for size in sizes:
-        known = None if refresh else kept.look_up(size, candidates)
-        print(f"{size}: {'measured before' if known else 'measuring'}", flush=True)
-        found[size] = known or recipe_costs.measured(size, candidates, device, emulate=False)
-        failed = None if known else kept.keep(size, found[size])
-        if failed:
-            print(f"not kept: {failed}", file=sys.stderr)
-    return found
+        cached = None if refresh else cache.look_up(size, candidates)
+        print(f"{size}: {'cached' if cached else 'measuring'}", flush=True)
+        costs[size] = cached or recipe_costs.measure_costs(size, candidates, device, emulate=False)
+        error = None if cached else cache.store(size, costs[size])
+        if error:
+            print(f"not cached: {error}", file=sys.stderr)
+    return costs
 
 
-def _told(job: JobConfig, layout: ParallelDims) -> str:
+def _describe_job(job: JobConfig, layout: ParallelDims) -> str:
     degrees = ", ".join(f"{axis} {n}" for axis, n in layout.degrees.items() if n > 1) or "one process"
     return (
         f"{job.model.name} {job.model.flavor}, local_batch_size {job.training.local_batch_size}, "
@@ -207,7 +203,7 @@ def _told(job: JobConfig, layout: ParallelDims) -> str:
     )
 
 
-def _print(choices: Sequence[RecipeChoice], groups: Sequence[Group]) -> None:
+def _print_choices(choices: Sequence[RecipeChoice], groups: Sequence[Group]) -> None:
     width = max(len(choice.layer.pattern) for choice in choices)
     print(f"{'layer':<{width}}  count  {'recipe':<19}  us     us in high precision")
     for c in choices:

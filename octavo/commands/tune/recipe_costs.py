@@ -1,13 +1,13 @@
-"""What a linear layer costs in a recipe, in four parts, because each is paid a different number of times.
+"""The cost of a linear layer in a recipe, in four parts, because each is paid a different number of times.
 
-    products   the three matrix products of forward and backward, on operands that are cast   every microbatch
+    products   the three matrix products of forward and backward, on cast operands            every microbatch
     input      casts of x for output and grad_weight        once for all layers that read x in this recipe
     gradient   casts of dy for grad_input and grad_weight                                     every microbatch
-    weight     casts of w for output and grad_input          once a step, or every microbatch
+    weight     casts of w for output and grad_input          once per step, or every microbatch
 
 Measured parts are medians of rounds in which all recipes take turns (`roofline/timing.py`), on normal random
-numbers in bfloat16. Without a GPU the roofline model gives them (`octavo/roofline`), for the recipes that the
-GPU in question has units for.
+numbers in bfloat16. Without a GPU the roofline model (`octavo/roofline`) predicts them, for the recipes that
+the named GPU has units for.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from octavo.config import names
 from octavo.float8 import RECIPES, Recipe
 from octavo.float8.matmul import Device, choose_backend, find_backend, matmul
 from octavo.float8.quantize import Quantized, quantize_both
+from octavo.float8.recipe import Gemm
 from octavo.roofline import Gpu, Tensors, cast_seconds, gemm_seconds, linear_shapes
 from octavo.roofline.casts import FLOAT8_GEMMS
 from octavo.roofline.timing import time_in_turn
 
 HIGH_PRECISION = "high_precision"
-# The scales of a previous step are there only in training, which this is not.
+# The recipes with delayed scaling need scales from the previous step of a training run.
 CANDIDATES = (HIGH_PRECISION, *(name for name in names.RECIPES if not name.endswith("_previous_step")))
 
 _ROUNDS = 15
-# What the roofline's GPUs are to `matmul.GEMM_BACKENDS`; CUDA as of 13.0.
+# Compute capabilities of the roofline's GPUs, for `matmul.GEMM_BACKENDS` as of CUDA 13.0.
 _CAPABILITIES = {
     "h100-nvl": (9, 0),
     "h100-pcie": (9, 0),
@@ -45,11 +46,10 @@ _CAPABILITIES = {
     "rtx4090": (8, 9),
 }
 _FINE_BLOCKS = 0.85
-"""The share of a float8 product's speed that is left with a scale for every 128 elements of the contraction;
-E."""
+"""Relative speed of a float8 product with a scale per 128 elements of the contraction (an estimate)."""
 _LAUNCH, _KERNELS = 4e-6, 3
-"""Seconds from one kernel to the next, and the kernels of one tensor's casts: maxima, their reduction, the
-cast. What casts of small layers cost is mostly this; E.
+"""Seconds from one kernel to the next, and kernels per cast of a tensor (maxima, their reduction, the cast).
+They dominate the casts of small layers (an estimate).
 """
 
 
@@ -66,44 +66,46 @@ class CostParts:
 Casts = tuple[Quantized | Tensor, Quantized | Tensor]
 """Of one tensor, for the two products that read it."""
 Costs = dict[str, CostParts]
-"""By recipe, `HIGH_PRECISION` among them."""
+"""By recipe, including `HIGH_PRECISION`."""
 
 
-def runnable(candidates: Sequence[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """Those that `device` computes without emulation, and why it does not compute the others."""
-    able, unable = [], {}
+def supported_recipes(candidates: Sequence[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """Return the candidates that `device` computes without emulation, and the reason for each other one."""
+    supported, unsupported = [], {}
     for name in candidates:
-        gemms = [] if name == HIGH_PRECISION else RECIPES[name].gemms.values()
         try:
-            for gemm in gemms:
-                if gemm.float8:
-                    choose_backend(gemm, device, False)
+            for gemm in _float8_gemms(name):
+                choose_backend(gemm, device, False)
         except ValueError as error:
-            unable[name] = str(error).split(". ")[0].removeprefix("emulate=False, but ")
+            unsupported[name] = str(error).split(". ")[0].removeprefix("emulate=False, but ")
         else:
-            able.append(name)
-    return able, unable
+            supported.append(name)
+    return supported, unsupported
 
 
-def runnable_on_paper(candidates: Sequence[str], gpu: Gpu) -> tuple[list[str], dict[str, str]]:
-    """The same for a GPU of the roofline's table."""
+def supported_by_model(candidates: Sequence[str], gpu: Gpu) -> tuple[list[str], dict[str, str]]:
+    """As `supported_recipes`, for a GPU of the roofline model."""
     device = Device("cuda", _CAPABILITIES.get(gpu.name, (0, 0)), (13, 0))
-    able, unable = [], {}
+    supported, unsupported = [], {}
     for name in candidates:
-        gemms = [] if name == HIGH_PRECISION else RECIPES[name].gemms.values()
-        if any(gemm.float8 and find_backend(gemm, device) is None for gemm in gemms):
-            unable[name] = f"{gpu.name} has no units for it"
+        if any(find_backend(gemm, device) is None for gemm in _float8_gemms(name)):
+            unsupported[name] = f"{gpu.name} has no units for it"
         elif name not in FLOAT8_GEMMS and name != HIGH_PRECISION:
-            unable[name] = "the roofline model does not know it"
+            unsupported[name] = "the roofline model does not include it"
         else:
-            able.append(name)
-    return able, unable
+            supported.append(name)
+    return supported, unsupported
 
 
-def on_paper(size: Size, candidates: Sequence[str], gpu: Gpu) -> Costs:
-    """By the roofline model."""
+def _float8_gemms(name: str) -> list[Gemm]:
+    gemms = [] if name == HIGH_PRECISION else RECIPES[name].gemms.values()
+    return [gemm for gemm in gemms if gemm.float8]
+
+
+def predict_costs(size: Size, candidates: Sequence[str], gpu: Gpu) -> Costs:
+    """Predict the costs of `size` with the roofline model."""
     M, K, N = size
-    found: Costs = {}
+    costs: Costs = {}
     for name in candidates:
         recipe = None if name == HIGH_PRECISION else name
         products = 0.0
@@ -112,23 +114,23 @@ def on_paper(size: Size, candidates: Sequence[str], gpu: Gpu) -> Costs:
             seconds = gemm_seconds(gpu, linear_shapes(M, K, N, float8=float8)[product])
             products += seconds / (_FINE_BLOCKS if float8 and name == "blockwise" else 1.0)
         if recipe is None:
-            found[name] = CostParts(products)
+            costs[name] = CostParts(products)
             continue
-        nothing = (0.0, 0.0, 0.0)
+        none = (0.0, 0.0, 0.0)
         tensors = {
-            "input": Tensors((0.0, 0.0, float(M * K)), nothing, 0.0),
-            "gradient": Tensors(nothing, (0.0, 0.0, float(M * N)), 0.0),
-            "weight": Tensors(nothing, nothing, float(N * K)),
+            "input": Tensors((0.0, 0.0, float(M * K)), none, 0.0),
+            "gradient": Tensors(none, (0.0, 0.0, float(M * N)), 0.0),
+            "weight": Tensors(none, none, float(N * K)),
         }
         casts = {
-            part: cast_seconds(gpu, what, recipe, "kernels") + _KERNELS * _LAUNCH
-            for part, what in tensors.items()
+            part: cast_seconds(gpu, tensor, recipe, "kernels") + _KERNELS * _LAUNCH
+            for part, tensor in tensors.items()
         }
-        found[name] = CostParts(products, **casts)
-    return found
+        costs[name] = CostParts(products, **casts)
+    return costs
 
 
-def measured(
+def measure_costs(
     size: Size,
     candidates: Sequence[str],
     device: torch.device,
@@ -136,7 +138,7 @@ def measured(
     rounds: int = _ROUNDS,
     emulate: bool | None = None,
 ) -> Costs:
-    """Timed on `device`. `emulate` as in `matmul`; False on a GPU, so that nothing is emulated unnoticed."""
+    """Measure the costs of `size` on `device`. `emulate` as in `matmul`; False never emulates."""
     M, K, N = size
     generator = torch.Generator(device).manual_seed(0)
 
@@ -144,25 +146,23 @@ def measured(
         return torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
 
     x_MK, w_NK, dy_MN = random(M, K), random(N, K), random(M, N)
-    sides: dict[tuple[str, str], Callable[[], object]] = {}
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
     for name in candidates:
         if name == HIGH_PRECISION:
-            sides[name, "products"] = partial(_plain_products, x_MK, w_NK, dy_MN)
+            calls[name, "products"] = partial(_plain_products, x_MK, w_NK, dy_MN)
             continue
         recipe = RECIPES[name]
         o, gi, gw = recipe.output, recipe.grad_input, recipe.grad_weight
         x = partial(quantize_both, x_MK, o.a, gw.b)
         dy = partial(quantize_both, dy_MN, gi.a, gw.a)
         w = partial(quantize_both, w_NK, o.b, gi.b)
-        sides |= {(name, "input"): x, (name, "gradient"): dy, (name, "weight"): w}
-        sides[name, "products"] = partial(_products, x(), dy(), w(), recipe, emulate)
-    named = {f"{name} {part}": call for (name, part), call in sides.items()}
-    times = time_in_turn(named, device, rounds=rounds)
-    found: Costs = {}
-    for name in candidates:
-        parts = {part: times[f"{n} {part}"].median for n, part in sides if n == name}
-        found[name] = CostParts(**parts)
-    return found
+        calls |= {(name, "input"): x, (name, "gradient"): dy, (name, "weight"): w}
+        calls[name, "products"] = partial(_products, x(), dy(), w(), recipe, emulate)
+    times = time_in_turn({" ".join(key): call for key, call in calls.items()}, device, rounds=rounds)
+    return {
+        name: CostParts(**{part: times[f"{n} {part}"].median for n, part in calls if n == name})
+        for name in candidates
+    }
 
 
 def _plain_products(x_MK: Tensor, w_NK: Tensor, dy_MN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,7 +170,7 @@ def _plain_products(x_MK: Tensor, w_NK: Tensor, dy_MN: Tensor) -> tuple[Tensor, 
 
 
 def _products(x: Casts, dy: Casts, w: Casts, recipe: Recipe, emulate: bool | None) -> list[Tensor]:
-    """The three, on what `quantize_both` gave for each tensor."""
+    """The three products, on the two casts that `quantize_both` returned for each tensor."""
     (x_MK, x_KM), (dy_MN, dy_NM), (w_NK, w_KN) = x, dy, w
     pairs = ((x_MK, w_NK), (dy_MN, w_KN), (dy_NM, x_KM))
     return [

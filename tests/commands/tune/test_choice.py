@@ -4,7 +4,7 @@ import tomllib
 
 import pytest
 
-from octavo.commands.tune.choice import choose, fragment
+from octavo.commands.tune.choice import choose, layer_recipes_toml
 from octavo.commands.tune.linear_sizes import Layer, Size
 from octavo.commands.tune.recipe_costs import CostParts
 from octavo.config.layer_recipes import parse
@@ -64,7 +64,7 @@ def test_the_file_reads_back():
         OTHER: {"high_precision": CostParts(1.0)},
     }
     choices = choose((layer("wq"),), costs, {}) + choose((layer("wk", OTHER),), costs, {})
-    text = fragment(choices, ["made for a test", "twice"])
+    text = layer_recipes_toml(choices, ["made for a test", "twice"])
     assert text.startswith("# made for a test\n# twice\n\n[float8]\n")
     assert "M=8 K=16 N=16: 1 us, high precision 3 us: 3.00x" in text
     written = tomllib.loads(text)["float8"]["layer_recipes"]

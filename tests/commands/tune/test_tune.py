@@ -37,7 +37,7 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
 def test_small_layers_stay_in_high_precision(tmp_path, capsys):
     out = tmp_path / "tuned.toml"
     assert cli.main(["tune", *DEBUG, "--out", str(out), "--gpu", "H200"]) == 0
-    assert "No layer gains from float8 here" in capsys.readouterr().out
+    assert "No layer is faster in float8 here" in capsys.readouterr().out
     assert out.read_text().count("=high_precision") == 7
 
 
@@ -64,9 +64,9 @@ def test_measuring(tmp_path, capsys, monkeypatch):
         return fast | {"high_precision": recipe_costs.CostParts(3.0)}
 
     monkeypatch.setattr("octavo.commands.tune.main.pick_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr("octavo.commands.tune.cost_cache.machine", lambda device: "a GPU")
-    monkeypatch.setattr(recipe_costs, "runnable", lambda names, device: (list(names), {}))
-    monkeypatch.setattr(recipe_costs, "measured", fake)
+    monkeypatch.setattr("octavo.commands.tune.cost_cache.describe_machine", lambda device: "a GPU")
+    monkeypatch.setattr(recipe_costs, "supported_recipes", lambda names, device: (list(names), {}))
+    monkeypatch.setattr(recipe_costs, "measure_costs", fake)
     argv = ["tune", *DEBUG, "--out", str(tmp_path / "tuned.toml")]
     for extra, times in (([], 3), ([], 0), (["--refresh"], 3), (["--no-cache"], 3), ([], 0)):
         measured.clear()
@@ -81,16 +81,19 @@ def test_measuring(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--recipes=fp4"], "--recipes=fp4: 'fp4' is no recipe; there are high_precision, tensorwise"),
+        (
+            ["--recipes=fp4"],
+            "--recipes=fp4: 'fp4' is not a recipe; the candidates are high_precision, tensorwise",
+        ),
         (["--recipes=,"], "--recipes=,: names none"),
-        (["--recipes=mxfp8"], "--recipes: none of them runs here: mxfp8: h100 has no units for it"),
+        (["--recipes=mxfp8"], "--recipes: none of them is supported here: mxfp8: h100 has no units for it"),
         (["--gpu=tpu"], "--gpu: no GPU is called 'tpu'"),
         (["--refresh"], "--refresh would have no effect: nothing is measured, as there is no GPU here"),
         (["--no-cache", "--gpu=h100"], r"--no-cache would have no effect: nothing is measured \(--gpu\)"),
-        (["--refresh", "--no-cache"], "take one of the two"),
+        (["--refresh", "--no-cache"], "use one of the two"),
         (["--recipes=high_precision"], "nothing to choose from; name a float8 recipe"),
         (["--float8.layer_recipes=layers.*=rowwise"], "layer_recipes has no effect on octavo tune"),
-        (["--processes=0"], "--processes=0 must be at least 1"),
+        (["--processes=0"], "--processes: expected a whole number from 1 to .*, got '0'"),
         (["--parallelism.tensor_parallel_degree=2"], "does not divide 1 process"),
         (["--out=/none/tuned.toml"], "--out=/none/tuned.toml: no such folder"),
         (["--training.sek_len=3"], "did you mean '--training.seq_len'"),
