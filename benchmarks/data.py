@@ -84,8 +84,9 @@ def map_datasets(source: Path, cache: Path, workers: int) -> Any:
 
 def octavo_batches(folder: Path, workers: int) -> Iterator[tuple[Any, Any]]:
     """Endless batches of octavo's loader."""
-    from octavo.data.build import SourceOptions, build_source
+    from octavo.data.build import build_source
     from octavo.data.dataloader import DataLoader
+    from octavo.data.sample_source import SourceOptions
     from octavo.tokenizer import build_tokenizer
 
     source = build_source(str(folder), SourceOptions(build_tokenizer(TOKENIZER), SEQ_LEN, seed=0))

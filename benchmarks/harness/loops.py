@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from octavo import config, models
-from octavo.data.build import SourceOptions, build_source
+from octavo.data.build import build_source
 from octavo.data.dataloader import DataLoader
+from octavo.data.sample_source import SourceOptions
 from octavo.distributed import mesh
 from octavo.models.init import init_weights
 from octavo.models.llama3.model import Llama

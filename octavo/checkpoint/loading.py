@@ -10,11 +10,11 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from octavo.checkpoint import manifest, rng
 from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint
-from octavo.checkpoint.reader import CheckpointReader, read_state
+from octavo.checkpoint.reader import CheckpointReader, compare_shapes, read_state
 from octavo.checkpoint.saving import broadcast_from_rank_0
 from octavo.checkpoint.store import summarize
 from octavo.config import ConfigError
@@ -86,14 +86,13 @@ def restore_rng(opened: OpenedCheckpoint) -> dict[str, str]:
 
 def check_fit(reader: CheckpointReader, model_state: Mapping[str, Any]) -> None:
     """`ConfigError` if the checkpoint lacks parameters of `model_state` or has them in other shapes."""
-    problems = []
-    for name, tensor in model_state.items():
-        saved = reader.metadata.state_dict_metadata.get(f"model.{name}")
-        if saved is None:
-            problems.append(f"{name} is not in it")
-        elif isinstance(saved, TensorStorageMetadata) and tuple(saved.size) != tuple(tensor.shape):
-            problems.append(f"{name} is {tuple(saved.size)} in it and {tuple(tensor.shape)} in the model")
-    if problems:
+    saved = reader.metadata.state_dict_metadata
+    expected = {
+        name: tuple(tensor.shape)
+        for name, tensor in model_state.items()
+        if not isinstance(saved.get(f"model.{name}"), BytesStorageMetadata)  # the reader refuses these
+    }
+    if problems := compare_shapes(reader.model_shapes(), expected, "the model"):
         raise ConfigError(
             f"{reader.folder} does not fit this model: {summarize(problems)}. Set model.flavor and "
             "model.hf_assets_path as they were, or checkpoint.folder to a new folder"

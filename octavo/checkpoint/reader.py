@@ -13,6 +13,7 @@ import io
 import json
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
@@ -30,6 +31,7 @@ from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint, RefusedCheckp
 from octavo.checkpoint.metadata import read_metadata
 
 STATE = "state.json"
+Shape = tuple[int, ...]
 _STATE_TYPES = {
     "step": int,
     "tokens_seen": int,
@@ -110,6 +112,15 @@ def load_tensors(
         ) from None
 
 
+def compare_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], model: str) -> list[str]:
+    """The `expected` parameters of `model` that are missing in `found` or have another shape there."""
+    return [
+        f"{name} is {found[name]} in it and {shape} in {model}" if name in found else f"{name} is not in it"
+        for name, shape in expected.items()
+        if found.get(name) != shape
+    ]
+
+
 class CheckpointReader(FileSystemReader):
     """DCP's reader of a folder, without unpickling. The constructor reads the metadata.
 
@@ -121,6 +132,14 @@ class CheckpointReader(FileSystemReader):
         self.folder = folder
         self.metadata = read_metadata(folder)
         self.storage_data = self.metadata.storage_data
+
+    def model_shapes(self) -> dict[str, Shape]:
+        """The shapes of the model's unsharded parameters and buffers, by plain name."""
+        return {
+            name.removeprefix("model."): tuple(entry.size)
+            for name, entry in self.metadata.state_dict_metadata.items()
+            if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        }
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.metadata

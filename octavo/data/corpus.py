@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.core.errors import ConfigError
+from octavo.data.sample_source import SourceOptions
 from octavo.data.shuffle import permute_many, permute_range
 from octavo.tokenizer import Tokenizer
 
@@ -56,7 +57,6 @@ class PackedCorpus:
     Args:
         documents: their number, for messages.
         identity: identifies the text; seq_len, seed and held-out windows are added here.
-        held_out_fraction: share of the windows that is reserved for `held_out`.
 
     Raises:
         ConfigError: too few tokens for one sample, or for one in each part.
@@ -71,15 +71,13 @@ class PackedCorpus:
         name: str,
         documents: int,
         identity: Mapping[str, Any],
-        seq_len: int,
-        seed: int,
-        vocab_size: int,
-        held_out_fraction: float = 0.0,
+        options: SourceOptions,
     ) -> None:
+        seq_len, seed = options.seq_len, options.seed
         self._tokens, self._name = tokens, name
-        self._seq_len, self._seed, self._vocab_size = seq_len, seed, vocab_size
+        self._seq_len, self._seed, self._vocab_size = seq_len, seed, options.tokenizer.vocab_size
         self._windows = (tokens.length - 1) // seq_len
-        self._held_out = math.ceil(self._windows * held_out_fraction)
+        self._held_out = math.ceil(self._windows * options.held_out_fraction)
         self._first = self._held_out  # where this part begins in the permuted order of windows
         self.samples = self._windows - self._held_out
         if self.samples < 1:
@@ -201,24 +199,12 @@ def _tokenizer_batches(documents: Iterable[str]) -> Iterator[list[str]]:
 class InMemoryCorpus(PackedCorpus):
     """A `PackedCorpus` of tokens in memory; `name` is for messages."""
 
-    def __init__(
-        self,
-        tokens: Tokens,
-        *,
-        name: str,
-        vocab_size: int,
-        seq_len: int,
-        seed: int,
-        held_out_fraction: float = 0.0,
-    ) -> None:
+    def __init__(self, tokens: Tokens, name: str, options: SourceOptions) -> None:
         self.tokens_N = torch.from_numpy(tokens.ids_N)
         super().__init__(
             _TokenArray(tokens.ids_N, name),
             name=name,
             documents=tokens.documents,
             identity={"tokens": len(tokens.ids_N), "crc32": zlib.crc32(tokens.ids_N.data)},
-            seq_len=seq_len,
-            seed=seed,
-            vocab_size=vocab_size,
-            held_out_fraction=held_out_fraction,
+            options=options,
         )

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from octavo.core.errors import ConfigError
 from octavo.data import shard_format
 from octavo.data.corpus import PackedCorpus
+from octavo.data.sample_source import SourceOptions
 from octavo.data.shard_format import Shard, Vocabulary
 from octavo.tokenizer import Tokenizer
 
@@ -60,30 +61,20 @@ class _MappedShards:
         return f"{self._folder / self._shards[number].ids.name}, token {token - self._starts[number]:,}"
 
 
-def open_prepared(
-    folder: Path,
-    *,
-    split: shard_format.Split,
-    tokenizer: Tokenizer,
-    seq_len: int,
-    seed: int,
-    held_out_fraction: float = 0.0,
-    verify: tuple[int, int] | None = None,
-) -> PackedCorpus:
+def open_prepared(folder: Path, options: SourceOptions) -> PackedCorpus:
     """The samples of one split of a prepared folder.
-
-    Args:
-        verify: (r, n): also verify the checksums of every n-th shard, starting at number r.
 
     Raises:
         ConfigError: the index is damaged, a shard is missing or has another size or checksum, the ids are of
             another tokenizer, or there are too few for one sample.
     """
     index = shard_format.read_index(folder)
-    _check_vocabulary(folder, index.vocabulary, tokenizer)
+    _check_vocabulary(folder, index.vocabulary, options.tokenizer)
     shard_format.check_sizes(folder, index)
-    if verify is not None:
-        shard_format.check_checksums(folder, index.shards[verify[0] :: verify[1]])
+    if options.verify is not None:
+        first, every = options.verify
+        shard_format.check_checksums(folder, index.shards[first::every])
+    split = options.split
     if split not in index.splits:
         raise ConfigError(
             f"{folder}: has no {split} split; prepare it with --val_fraction, or name another dataset"
@@ -93,10 +84,7 @@ def open_prepared(
         name=f"{folder} ({split})" if split != shard_format.TRAIN else str(folder),
         documents=index.documents(split),
         identity={"tokens": index.tokens(split), "sha256": index.digest(split)},
-        seq_len=seq_len,
-        seed=seed,
-        vocab_size=tokenizer.vocab_size,
-        held_out_fraction=held_out_fraction,
+        options=options,
     )
 
 

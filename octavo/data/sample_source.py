@@ -1,11 +1,40 @@
-"""The interface between the data loader and a corpus: random access to samples by global number."""
+"""The interface of corpora: random access to samples by global number, and the options of every corpus."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+
+from octavo.data import shard_format
+from octavo.data.corpus_files import BadRecords
+from octavo.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Options of a source, whatever dataset it is.
+
+    Attributes:
+        seq_len: input tokens per sample.
+        seed: of the order of samples.
+        dataset_path: for a streamed dataset, a local copy to read instead of the Hugging Face hub.
+        held_out_fraction: share of the samples to hold out for validation.
+        split: which split of a prepared folder to read.
+        bad: skips and counts bad records of text; None: the first one is an error.
+        verify: (r, n): verify the checksums of every n-th prepared shard, starting at number r.
+    """
+
+    tokenizer: Tokenizer
+    seq_len: int
+    seed: int
+    dataset_path: str | None = None
+    held_out_fraction: float = 0.0
+    split: shard_format.Split = shard_format.TRAIN
+    bad: BadRecords | None = None
+    verify: tuple[int, int] | None = None
 
 
 class SampleSource(Protocol):

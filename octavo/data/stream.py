@@ -28,8 +28,8 @@ from torch import Tensor
 
 from octavo.core.errors import ConfigError
 from octavo.data.corpus_files import FORMATS, TEXT_KEY, BadRecords, find_files, read_documents
+from octavo.data.sample_source import SourceOptions
 from octavo.data.shuffle import mix64, permute
-from octavo.tokenizer import Tokenizer
 
 STREAMS = 64
 _DOCUMENTS_PER_CALL = 32
@@ -64,15 +64,13 @@ class _Stream:
     def __init__(
         self,
         files: Sequence[OpenFile],
-        *,
         name: str,
-        tokenizer: Tokenizer,
-        seq_len: int,
+        options: SourceOptions,
         seed: int,
         start: Bookmark,
     ) -> None:
-        self._files, self._name, self._tokenizer = files, name, tokenizer
-        self._seq_len, self._seed = seq_len, seed
+        self._files, self._name, self._tokenizer = files, name, options.tokenizer
+        self._seq_len, self._seed = options.seq_len, seed
         self._documents = self._read(start)
         self._buffer: deque[tuple[Bookmark, list[int]]] = deque()  # starts at the next sample
         self._buffered_tokens = 0
@@ -133,14 +131,13 @@ class StreamedCorpus:
 
     forward_only = True
 
-    def __init__(
-        self, files: Sequence[OpenFile], *, name: str, tokenizer: Tokenizer, seq_len: int, seed: int
-    ) -> None:
+    def __init__(self, files: Sequence[OpenFile], name: str, options: SourceOptions) -> None:
+        seq_len, seed = options.seq_len, options.seed
         if not files:
             raise ConfigError(f"{name}: no files to read")
         self._count = min(STREAMS, len(files))
         self._files = [files[permute(index, len(files), seed=seed, epoch=0)] for index in range(len(files))]
-        self._name, self._tokenizer, self._seq_len, self._seed = name, tokenizer, seq_len, seed
+        self._name, self._options = name, options
         self._streams: dict[int, _Stream] = {}
         self._bookmarks: dict[int, Bookmark] = {}
         self.description = f"{name}: {len(files):,} files in {self._count} streams, samples of {seq_len:,}"
@@ -148,7 +145,7 @@ class StreamedCorpus:
 
     def read(self, first: int, count: int) -> Tensor:
         """See `SampleSource.read`."""
-        samples = torch.empty(count, self._seq_len + 1, dtype=torch.int64)
+        samples = torch.empty(count, self._options.seq_len + 1, dtype=torch.int64)
         for row in range(count):
             sample, number = divmod(first + row, self._count)
             samples[row] = torch.tensor(self._stream(number).read_sample(sample))
@@ -170,10 +167,9 @@ class StreamedCorpus:
         if number not in self._streams:
             self._streams[number] = _Stream(
                 self._files[number :: self._count],
-                name=self._name,
-                tokenizer=self._tokenizer,
-                seq_len=self._seq_len,
-                seed=mix64(self._seed) ^ number,
+                self._name,
+                self._options,
+                seed=mix64(self._options.seed) ^ number,
                 start=self._bookmarks.get(number, Bookmark()),
             )
         return self._streams[number]

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from octavo import models
 from octavo.checkpoint import DamagedCheckpoint, latest
@@ -142,12 +141,7 @@ def _open_checkpoint(path: Path, tokenizer: str | None, custom_import: str) -> M
 def open_checkpoint_weights(path: Path) -> Weights:
     """The parameters of a checkpoint's model."""
     reader = CheckpointReader(path)
-    shapes = {
-        name.removeprefix("model."): tuple(entry.size)
-        for name, entry in reader.metadata.state_dict_metadata.items()
-        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
-    }
-    return Weights(str(path), shapes, lambda name: reader.read_tensor(f"model.{name}"))
+    return Weights(str(path), reader.model_shapes(), lambda name: reader.read_tensor(f"model.{name}"))
 
 
 def open_tokenizer(path: str, origin: str) -> Tokenizer:

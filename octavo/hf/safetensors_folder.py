@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
+from octavo.checkpoint.reader import Shape
 from octavo.config import ConfigError
 from octavo.core.fs import sync, write_file
-from octavo.hf.stored_weights import Shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

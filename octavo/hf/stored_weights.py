@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.checkpoint.reader import Shape, compare_shapes
 from octavo.checkpoint.store import summarize
 from octavo.config import ConfigError
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,7 @@ def check_fit(
     found: Mapping[str, Shape], expected: Mapping[str, Shape], *, where: str, model: str, remedy: str
 ) -> None:
     """`ConfigError` that names the first tensors that are missing, unknown, or of another shape."""
-    problems = [f"{name} is not in it" for name in expected if name not in found]
-    problems += [
-        f"{name} is {found[name]} in it and {shape} in {model}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
+    problems = compare_shapes(found, expected, model)
     problems += [f"{name} {found[name]} is not in {model}" for name in found if name not in expected]
     if problems:
         raise ConfigError(f"{where} does not fit {model}: {summarize(problems)}. {remedy}")

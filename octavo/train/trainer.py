@@ -31,9 +31,10 @@ from octavo.checkpoint.loading import resume_message
 from octavo.config import ConfigError, JobConfig
 from octavo.config.pipeline_plan import PipelinePlan
 from octavo.core.logging import init_logger, logger, wants_color
-from octavo.data.build import SourceOptions, build_source
+from octavo.data.build import build_source
 from octavo.data.corpus_files import BadRecords
 from octavo.data.dataloader import DataLoader, merge_state_dicts
+from octavo.data.sample_source import SourceOptions
 from octavo.distributed import mesh
 from octavo.distributed.ddp import reduce_gradients_now
 from octavo.distributed.mixed_precision import computing_in_copies

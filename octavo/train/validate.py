@@ -23,10 +23,10 @@ from torch.distributed.fsdp import FSDPModule
 from octavo.config.schema import JobConfig
 from octavo.core.errors import ConfigError
 from octavo.data import shard_format
-from octavo.data.build import SourceOptions, build_source
+from octavo.data.build import build_source
 from octavo.data.corpus_files import BadRecords
 from octavo.data.mixture import held_out
-from octavo.data.sample_source import SampleSource
+from octavo.data.sample_source import SampleSource, SourceOptions
 from octavo.distributed.mesh import World
 from octavo.metrics.logger import ValidationReport
 from octavo.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""What a step sees depends on corpus, seed and step, not on ranks, restarts or threads."""
+"""The batches of a step depend on corpus, seed and step, not on ranks, restarts or threads."""
 
 import gc
 import json
@@ -11,6 +11,7 @@ from octavo.core.errors import ConfigError
 from octavo.data import corpus, prefetch
 from octavo.data.corpus import InMemoryCorpus, tokenize
 from octavo.data.dataloader import DataLoader, merge_state_dicts
+from octavo.data.sample_source import SourceOptions
 from tests.helpers import ranks as forks
 from tests.helpers.loaders import make_loader
 
@@ -134,7 +135,7 @@ def test_resumed_is_uninterrupted(folder, tokenizer, saved_at, ranks):
         assert torch.equal(expected, found)
 
 
-def test_says_when_a_position_means_other_text(folder, tokenizer, tmp_path):
+def test_a_state_of_another_corpus_or_seed_is_reported(folder, tokenizer, tmp_path):
     state = loader(folder, tokenizer, seed=3).state_dict()
     assert loader(folder, tokenizer, seed=4).load_state_dict(state) == "seed was 3, is 4"
     (tmp_path / "other.txt").write_text("other text " * 100)
@@ -144,7 +145,7 @@ def test_says_when_a_position_means_other_text(folder, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     "state", [{}, {"global_sample": -1}, {"global_sample": "5"}, {"global_sample": 0, "source": 1}]
 )
-def test_refuses_what_is_no_state(folder, tokenizer, state):
+def test_refuses_an_invalid_state(folder, tokenizer, state):
     with pytest.raises(ConfigError, match="global_sample"):
         loader(folder, tokenizer).load_state_dict(state)
 
@@ -156,7 +157,7 @@ def test_the_shipped_corpus(tokenizer):
     assert "1,667,809 tokens" in shipped.source.description
     assert tokens.max() < tokenizer.vocab_size
     words = tokenizer.decode(tokens[0].tolist()).split()
-    assert len(words) > 80  # 256 tokens of English, not of single letters
+    assert len(words) > 80  # 256 tokens of English, not single letters
 
 
 def test_too_little_text_for_one_sample(tokenizer, tmp_path):
@@ -170,13 +171,10 @@ def test_too_little_text_for_one_sample(tokenizer, tmp_path):
 
 
 def test_one_sample_is_enough(tokenizer):
-    text = "\x01" * (
-        SEQ_LEN - 1
-    )  # one token each, for nothing merges with it; the ids around make it one sample
+    text = "\x01" * (SEQ_LEN - 1)  # one token each; begin and end ids complete the sample
 
     def packed(text):
-        tokens, size = tokenize([text], tokenizer), tokenizer.vocab_size
-        return InMemoryCorpus(tokens, name="tiny", vocab_size=size, seq_len=SEQ_LEN, seed=0)
+        return InMemoryCorpus(tokenize([text], tokenizer), "tiny", SourceOptions(tokenizer, SEQ_LEN, seed=0))
 
     corpus = packed(text)
     assert corpus.samples == 1
@@ -209,7 +207,7 @@ def test_a_dataset_that_cannot_be_loaded(tokenizer, arguments, message):
 
 
 class Counting:
-    """A slow source whose sample i holds the number i, and which notes what was read."""
+    """A forward-only source whose sample i contains the number i, and which counts reads."""
 
     description, forward_only, identity = "counting", True, {"seq_len": 1}
 
@@ -244,7 +242,7 @@ def no_threads_left():
 
 
 @pytest.mark.usefixtures("no_threads_left")
-def test_reading_ahead_does_not_move_the_saved_position():
+def test_prefetching_does_not_move_the_saved_position():
     ahead = DataLoader(Counting(), local_batch_size=2, dp_rank=1, dp_degree=2)
     for step in range(3):
         tokens, _ = ahead.next_batch()
@@ -262,7 +260,7 @@ def test_reading_ahead_does_not_move_the_saved_position():
 
 
 @pytest.mark.usefixtures("no_threads_left")
-def test_reading_ahead_is_bounded_and_ends_with_its_loader():
+def test_prefetching_is_bounded_and_ends_with_its_loader():
     counting = Counting()
     ahead = DataLoader(counting, local_batch_size=1, dp_rank=0, dp_degree=1)
     ahead.next_batch()
@@ -288,7 +286,7 @@ def test_a_failure_in_the_thread_is_raised_where_the_batch_is_asked_for():
 @pytest.mark.usefixtures("no_threads_left")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_any_number_of_workers_gives_the_same_batches(folder, tokenizer, ranks):
-    """Also where a run saved with one number goes on with another."""
+    """Also when a run saved with one number of workers resumes with another."""
     inline = loader(folder, tokenizer, rank=ranks - 1, ranks=ranks, workers=0)
     expected = [inline.next_batch() for _ in range(40)]
     state = None
@@ -304,7 +302,7 @@ def test_any_number_of_workers_gives_the_same_batches(folder, tokenizer, ranks):
 
 
 @pytest.mark.usefixtures("no_threads_left")
-def test_a_batch_is_waited_for_and_not_made_by_the_main_thread(folder, tokenizer):
+def test_the_main_thread_waits_for_batches_and_makes_none(folder, tokenizer):
     made_by = []
     ahead = loader(folder, tokenizer, workers=2)
     read = ahead.source.read
@@ -316,7 +314,7 @@ def test_a_batch_is_waited_for_and_not_made_by_the_main_thread(folder, tokenizer
 
 
 @pytest.mark.usefixtures("no_threads_left")
-def test_skipping_passes_over_samples(folder, tokenizer):
+def test_skip(folder, tokenizer):
     whole, jumping = loader(folder, tokenizer), loader(folder, tokenizer, workers=0)
     batches = [whole.next_batch()[0] for _ in range(9)]
     jumping.next_batch()
@@ -330,8 +328,8 @@ def test_skipping_passes_over_samples(folder, tokenizer):
 
 
 @pytest.mark.usefixtures("no_threads_left")
-def test_a_forked_process_goes_on_by_itself(folder, tokenizer):
-    """The threads stay behind in the parent; the child makes its own, at the same place."""
+def test_a_forked_process_continues_with_its_own_threads(folder, tokenizer):
+    """The child has none of the parent's threads and starts its own, at the same position."""
     ahead = loader(folder, tokenizer)
     ahead.next_batch()
     state = ahead.state_dict()

@@ -1,4 +1,4 @@
-"""A run that changes its number of processes and of workers on the way sees the text of one that does not."""
+"""A run that is resumed with other numbers of processes and workers reads the same batches."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from octavo.commands.prepare import prepare
 from tests.helpers import launching
 
 
-def test_world_and_workers_change_on_the_way(tmp_path):
+def test_world_and_workers_change_between_restarts(tmp_path):
     """Two ranks, then one, then four; no worker, then two, then one: prepared shards, through the trainer.
 
     Losses of different batches differ by far more than rounding makes those of the same batch differ.

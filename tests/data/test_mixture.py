@@ -1,4 +1,4 @@
-"""Shares of a mixture are exact, and where a sample comes from is a function of (seed, number) alone."""
+"""The shares of a mixture are exact, and a sample's source depends only on (seed, number)."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from tests.helpers.loaders import make_loader
 
 
 class Numbered:
-    """Sample i of source k holds (k, i)."""
+    """Sample i of source k is (k, i)."""
 
     identity: Mapping[str, Any] = {}
     forward_only = False
@@ -52,20 +52,20 @@ def test_every_block_has_exactly_its_shares(weights, slots):
     assert allocate_slots([("x", weight) for weight in weights]) == slots
 
 
-def test_each_source_gives_its_samples_once_and_in_order():
+def test_each_source_provides_its_samples_once_and_in_order():
     samples = mixture(0.7, 0.3).read(0, 3 * BLOCK)
     for k in range(2):
         numbers = samples[samples[:, 0] == k, 1]
         assert torch.equal(numbers, torch.arange(len(numbers)))
 
 
-def test_shares_hold_over_short_stretches_too():
+def test_shares_are_nearly_exact_over_short_ranges():
     owners = mixture(0.7, 0.3).read(0, BLOCK)[:, 0].unflatten(0, (-1, 500)).sum(1)
     assert owners.min() > 110  # of 500 samples; the mean is 150, five deviations are 51
     assert owners.max() < 190
 
 
-def test_a_sample_does_not_depend_on_how_it_is_reached():
+def test_samples_are_independent_of_the_order_of_reading():
     whole = mixture(0.6, 0.4, seed=3).read(0, 2 * BLOCK)
     jumping = mixture(0.6, 0.4, seed=3)
     for at in (15_000, 3, 9_999, 10_000, 12):
@@ -114,11 +114,11 @@ def test_any_layout_sees_the_same_global_batches(tmp_path, opened, ranks, worker
         ("C:/x:1,b:1", [("C:/x", 1.0), ("b", 1.0)]),
     ],
 )
-def test_how_a_mixture_is_written(text, parts):
+def test_syntax_of_a_mixture(text, parts):
     assert parse_dataset(text, ["shakespeare", "c4"]) == parts
 
 
-def test_a_path_that_exists_is_that_path(tmp_path):
+def test_an_existing_path_is_one_source(tmp_path):
     odd = tmp_path / "a:1,b:2"
     odd.mkdir()
     assert parse_dataset(str(odd), []) == [(str(odd), 1.0)]
@@ -133,6 +133,6 @@ def test_a_path_that_exists_is_that_path(tmp_path):
         ("a:1,a:2", r"a occurs twice"),
     ],
 )
-def test_what_is_no_mixture(text, message):
+def test_an_invalid_mixture(text, message):
     with pytest.raises(ConfigError, match=message):
         parse_dataset(text, [])

@@ -1,4 +1,4 @@
-"""`shuffled` is a permutation, another one for another seed or epoch, and the same one for ever."""
+"""`permute` is a permutation, different for each seed and epoch, and never changes."""
 
 import math
 from itertools import pairwise
@@ -32,8 +32,8 @@ def test_many_of_a_huge_corpus():
     assert found == [permute(index, 10**13, seed=1, epoch=2) for index in (10**12, 0, 10**13 - 1)]
 
 
-def test_stays_what_it_is():
-    """Recorded values: a change here makes every checkpoint resume on other text."""
+def test_recorded_values():
+    """A change here makes every checkpoint resume on other text."""
     assert mix64(0) == 0xE220A8397B1DCDAF  # the first output of SplitMix64 seeded with 0
     assert order(10, seed=42) == [7, 9, 5, 2, 6, 8, 1, 3, 0, 4]
     assert permute(10**12, 10**13, seed=1, epoch=2) == 3_644_032_293_493
@@ -45,18 +45,17 @@ def test_seed_and_epoch_give_other_orders():
 
 
 def test_mixes():
-    """Neighbours land far apart and every place is as likely as another, as far as 2,000 draws tell."""
+    """Neighbours are far apart and all positions equally likely, by 2,000 draws."""
     size, draws = 16, 2000
     counts = [0] * size
     for seed in range(draws):
         counts[permute(3, size, seed=seed, epoch=0)] += 1
     expected = draws / size
-    assert (
-        sum((count - expected) ** 2 / expected for count in counts) < 37.7
-    )  # chi-square, 15 degrees, p = 0.001
+    chi_square = sum((count - expected) ** 2 / expected for count in counts)
+    assert chi_square < 37.7  # 15 degrees of freedom, p = 0.001
     big = order(4096, seed=5)
     steps = sum(abs(a - b) for a, b in pairwise(big)) / 4095
-    assert math.isclose(steps, 4096 / 3, rel_tol=0.05)  # mean distance of two random places
+    assert math.isclose(steps, 4096 / 3, rel_tol=0.05)  # mean distance of two random positions
 
 
 @pytest.mark.parametrize("index", [-1, 5])

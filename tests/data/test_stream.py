@@ -1,4 +1,4 @@
-"""A streamed data set gives every layout the same samples, and goes on from a bookmark exactly."""
+"""A streamed dataset gives every layout the same samples, and resumes exactly from a bookmark."""
 
 import gzip
 import json
@@ -13,6 +13,7 @@ from octavo.core.errors import ConfigError
 from octavo.data import stream as data_stream
 from octavo.data.corpus_files import BadRecords
 from octavo.data.dataloader import merge_state_dicts
+from octavo.data.sample_source import SourceOptions
 from octavo.data.stream import StreamedCorpus, open_hub_files
 from tests.helpers.loaders import make_loader
 from tests.helpers.waiting import LIMIT
@@ -42,7 +43,7 @@ def copy(tmp_path_factory):
     return root
 
 
-@pytest.fixture(autouse=True, params=[64, 4], ids=["a file a stream", "files share streams"])
+@pytest.fixture(autouse=True, params=[64, 4], ids=["one file per stream", "several files per stream"])
 def streams(request, monkeypatch):
     monkeypatch.setattr(data_stream, "STREAMS", request.param)
     count: int = min(request.param, FILES)
@@ -118,7 +119,7 @@ def test_resumed_is_uninterrupted(copy, tokenizer, saved_at, ranks, merged, open
     assert torch.equal(expected, steps(resumed, 20))
 
 
-def test_a_bookmark_spares_reading_from_the_start(copy, tokenizer, monkeypatch, opened):
+def test_a_bookmark_avoids_reading_from_the_start(copy, tokenizer, monkeypatch, opened):
     first = make(copy, tokenizer, batch=8)
     opened.append(first)
     steps([first], 200)
@@ -169,7 +170,7 @@ def test_a_damaged_file_ends_the_run_with_its_name(tokenizer, tmp_path, opened):
         steps(opened, 100)
 
 
-def test_a_data_set_without_a_document(tokenizer, tmp_path, opened):
+def test_a_dataset_without_a_document(tokenizer, tmp_path, opened):
     (tmp_path / "a.json").write_text('{"text": ""}\n')
     opened.append(make(tmp_path, tokenizer, batch=1))
     with pytest.raises(ConfigError, match="have no document"):
@@ -177,7 +178,7 @@ def test_a_data_set_without_a_document(tokenizer, tmp_path, opened):
 
 
 class TestHub:
-    """The path through `datasets`, with local files in the place of the hub's."""
+    """Reading through `datasets`, with local files in place of the hub's."""
 
     @pytest.fixture(autouse=True)
     def redirect(self, copy, monkeypatch, tmp_path):
@@ -209,7 +210,7 @@ class TestHub:
                 assert list(open_file(start)) == every[start:]
 
 
-def test_the_hub_out_of_reach(monkeypatch):
+def test_the_hub_cannot_be_reached(monkeypatch):
     datasets = pytest.importorskip("datasets")
 
     def unreachable(*_, **__):
@@ -230,7 +231,7 @@ def test_without_datasets(monkeypatch):
 
 def test_needs_files(tokenizer):
     with pytest.raises(ConfigError, match="c4: no files"):
-        StreamedCorpus([], name="c4", tokenizer=tokenizer, seq_len=SEQ_LEN, seed=0)
+        StreamedCorpus([], "c4", SourceOptions(tokenizer, SEQ_LEN, seed=0))
 
 
 ABANDONED = """
@@ -242,7 +243,7 @@ sys.exit(7)
 """
 
 
-def test_a_process_ends_cleanly_while_it_reads_ahead(copy):
+def test_a_process_ends_cleanly_while_it_prefetches(copy):
     run = subprocess.run(
         [sys.executable, "-c", ABANDONED, str(copy)],
         capture_output=True,
@@ -254,7 +255,7 @@ def test_a_process_ends_cleanly_while_it_reads_ahead(copy):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_mixture_with_a_stream_goes_on_exactly(copy, tokenizer, tmp_path, ranks, opened):
+def test_a_mixture_with_a_stream_resumes_exactly(copy, tokenizer, tmp_path, ranks, opened):
     """Saved by two ranks with a worker each, resumed by one or two, inline."""
     (tmp_path / "a.txt").write_text(" ".join(f"a{word}" for word in range(300)))
 

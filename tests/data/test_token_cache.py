@@ -1,4 +1,4 @@
-"""Tokens that are kept are those that the text gives, whoever writes and whatever happens to the file."""
+"""Cached tokens equal those of the text, with concurrent writers and damaged files."""
 
 import os
 
@@ -15,7 +15,7 @@ from tests.helpers import ranks
 
 @pytest.fixture
 def entries(tmp_path, monkeypatch):
-    """A cache of this test's own; returns what is in it."""
+    """A function that lists the entries of this test's own cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return lambda: sorted((tmp_path / "cache").rglob("*.*"))
 
@@ -30,7 +30,7 @@ def files(tmp_path):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """How often text was tokenised."""
+    """One item per call of `tokenize`."""
     calls = []
     monkeypatch.setattr(token_cache, "tokenize", lambda *args: calls.append(1) or tokenize(*args))
     return calls
@@ -58,7 +58,7 @@ def test_another_text_order_format_or_tokenizer_is_another_entry(files, tokenize
     assert after(lambda: None) == 1
     assert after(lambda: files[0].write_text("Who's here? Nay, answer me.")) == 2
     assert after(files.reverse) == 3
-    assert after(lambda: files.__setitem__(0, files[0].rename(raw))) == 4  # lines of JSON read as one text
+    assert after(lambda: files.__setitem__(0, files[0].rename(raw))) == 4  # JSON lines read as text
 
     other = build_tokenizer("octavo_bpe_2048")
     other._engine.model.dropout = 1.0  # no merges: the ids mean the same tokens, and text gives others
@@ -68,7 +68,7 @@ def test_another_text_order_format_or_tokenizer_is_another_entry(files, tokenize
     assert len(entries()) == 5
 
 
-def test_a_damaged_entry_is_made_again(files, tokenizer, entries, encoded):
+def test_a_damaged_entry_is_replaced(files, tokenizer, entries, encoded):
     whole = token_cache.load_or_tokenize(files, tokenizer, None)
     (entry,) = entries()
     content = entry.read_bytes()
@@ -97,7 +97,7 @@ def test_bad_records_are_counted_in_each_run(files, tokenizer, entries):
         token_cache.load_or_tokenize(files, tokenizer, BadRecords(0))
 
 
-def test_a_text_that_changes_while_it_is_read_is_not_kept(files, tokenizer, entries, monkeypatch):
+def test_text_that_changes_while_it_is_read_is_not_cached(files, tokenizer, entries, monkeypatch):
     def slow(documents, tokenizer):
         files[0].write_text("Something else")
         return tokenize(documents, tokenizer)
@@ -108,7 +108,7 @@ def test_a_text_that_changes_while_it_is_read_is_not_kept(files, tokenizer, entr
 
 
 @pytest.mark.parametrize("where", ["a file", "a full disk", "no home folder"])
-def test_without_a_place_to_keep_them_nothing_else_changes(
+def test_without_a_writable_cache_the_text_is_tokenised(
     where, files, tokenizer, entries, monkeypatch, tmp_path
 ):
     def full(*_, **__):
@@ -125,7 +125,7 @@ def test_without_a_place_to_keep_them_nothing_else_changes(
     assert entries() == []
 
 
-def test_what_was_not_used_for_the_longest_time_makes_room(files, tokenizer, entries, monkeypatch):
+def test_the_least_recently_used_entries_are_evicted(files, tokenizer, entries, monkeypatch):
     sizes = []
     for number in range(3):
         files[0].write_text(f"Act {number}")

@@ -1,7 +1,8 @@
 """Data loaders for tests."""
 
-from octavo.data.build import SourceOptions, build_source
+from octavo.data.build import build_source
 from octavo.data.dataloader import DataLoader
+from octavo.data.sample_source import SourceOptions
 from octavo.tokenizer import build_tokenizer
 
 

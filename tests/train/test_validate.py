@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from octavo.config.parallel_dims import ParallelDims
 from octavo.data.corpus import InMemoryCorpus, tokenize
+from octavo.data.sample_source import SourceOptions
 from octavo.tokenizer import build_tokenizer
 from octavo.train.validate import Validator
 from tests.helpers import launching, ranks
@@ -42,9 +43,7 @@ def all_reduce(values):
 def measure(world, batch):
     """The report of this rank, out of `world`, over the whole of TEXT."""
     tokenizer = build_tokenizer("octavo_bpe_2048")
-    source = InMemoryCorpus(
-        tokenize([TEXT], tokenizer), name="text", vocab_size=tokenizer.vocab_size, seq_len=SEQ_LEN, seed=0
-    )
+    source = InMemoryCorpus(tokenize([TEXT], tokenizer), "text", SourceOptions(tokenizer, SEQ_LEN, seed=0))
     rank = torch.distributed.get_rank() if world > 1 else 0
     place = SimpleNamespace(
         data_rank=rank,
