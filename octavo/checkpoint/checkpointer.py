@@ -68,6 +68,7 @@ class Checkpointer:
         self._needs = needs
         self._settings = settings
         self._folder = folder
+        self._excluded = frozenset(settings.exclude_from_loading)
         self._model = model
         self._optimizer = optimizer
         self._store = Store(folder, keep=settings.keep_latest_k, algorithm=settings.hash)
@@ -220,10 +221,14 @@ class Checkpointer:
         self._last_step = last_step
         steps = broadcast_from_rank_0(self._list_steps(), self._control)
         self.found_checkpoints = bool(steps)
-        if self._settings.load_step >= 0:
+        if (step := self._settings.load_step) >= 0:
+            excluded = self._excluded
             if self.last_saved is not None:
-                return self._load_step(self.last_saved, steps)
-            return self._load_step(self._settings.load_step, steps, self._excluded())
+                step, excluded = self.last_saved, frozenset()
+            option = f"checkpoint.load_step = {step}"
+            if step not in steps:
+                raise ConfigError(f"{option}: {self._folder} has steps {steps}")
+            return self._load_or_raise(step_folder(self._folder, step), step, excluded, option)
         problems: dict[int, list[str]] = {}
         for step in reversed(steps):
             path = step_folder(self._folder, step)
@@ -246,27 +251,14 @@ class Checkpointer:
 
     def load_initial(self, path: Path) -> dict[str, Any]:
         """Load another run's checkpoint without `checkpoint.exclude_from_loading`; see `load`."""
-        state, problems = self._load_if_valid(path, None, self._excluded())
-        if state is None:
-            raise DamagedCheckpoint(
-                f"checkpoint.initial_load_path: {path} does not verify: {summarize(problems)}"
-            )
-        return state
+        return self._load_or_raise(path, None, self._excluded, "checkpoint.initial_load_path")
 
-    def _excluded(self) -> frozenset[str]:
-        return frozenset(self._settings.exclude_from_loading)
-
-    def _load_step(
-        self, step: int, steps: list[int], excluded: frozenset[str] = frozenset()
+    def _load_or_raise(
+        self, path: Path, step: int | None, excluded: frozenset[str], option: str
     ) -> dict[str, Any]:
-        if step not in steps:
-            raise ConfigError(f"checkpoint.load_step = {step}: {self._folder} has steps {steps}")
-        path = step_folder(self._folder, step)
         state, problems = self._load_if_valid(path, step, excluded)
         if state is None:
-            raise DamagedCheckpoint(
-                f"checkpoint.load_step = {step}: {path} does not verify: {summarize(problems)}"
-            )
+            raise DamagedCheckpoint(f"{option}: {path} does not verify: {summarize(problems)}")
         return state
 
     def _load_if_valid(

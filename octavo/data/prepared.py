@@ -25,15 +25,13 @@ from octavo.data.shard_format import Shard, Vocabulary
 from octavo.tokenizer import Tokenizer
 
 MOST_MAPPED = 256
-"""Shards that are mapped at a time, over all corpora of the process: each takes one of its open files, and
-many systems allow 1,024.
-"""
-_openings = count()
+"""Shards mapped at a time by all corpora of the process. Each is an open file; many systems allow 1,024."""
+_corpus_numbers = count()
 
 
 @lru_cache(MOST_MAPPED)
-def _mapped(opened_as: int, path: Path, dtype: str) -> NDArray[Any]:
-    """The ids of one shard; `opened_as` keeps apart what is opened again after its files have changed."""
+def _mapped(corpus: int, path: Path, dtype: str) -> NDArray[Any]:
+    """The ids of one shard. The `corpus` number keeps a reopened corpus from reading an old mapping."""
     return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
 
 
@@ -43,14 +41,14 @@ class _MappedShards:
     def __init__(self, folder: Path, shards: Sequence[Shard], dtype: str) -> None:
         self._folder, self._shards = folder, [shard for shard in shards if shard.tokens]
         self._starts = [0, *accumulate(shard.tokens for shard in self._shards)]
-        self._dtype, self._opened_as = dtype, next(_openings)
+        self._dtype, self._number = dtype, next(_corpus_numbers)
         self.length = self._starts[-1]
 
     def copy(self, start: int, out_N: NDArray[np.int64]) -> None:
         number, done = bisect_right(self._starts, start) - 1, 0
         while done < len(out_N):
             begin = start + done - self._starts[number]
-            mapped = _mapped(self._opened_as, self._folder / self._shards[number].ids.name, self._dtype)
+            mapped = _mapped(self._number, self._folder / self._shards[number].ids.name, self._dtype)
             piece = mapped[begin : begin + len(out_N) - done]
             out_N[done : done + len(piece)] = piece
             done += len(piece)

@@ -170,7 +170,7 @@ def _find_inconsistency(index: Index) -> str:
 
 
 def check_sizes(folder: Path, index: Index) -> None:
-    """Raise `ConfigError` for the first shard that is missing or of another size than the index says."""
+    """Raise `ConfigError` for the first file that is missing or whose size differs from the index's."""
     for shard in index.shards:
         for file in shard.files:
             path = folder / file.name

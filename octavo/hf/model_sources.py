@@ -8,7 +8,6 @@ must give one.
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +163,15 @@ def _open_hf(path: Path, tokenizer: str | None) -> ModelSource:
 
 def read_hf_config(path: Path) -> tuple[models.ModelSpec, Any]:
     """The model family and its args from the folder's `config.json`."""
-    config = read_json(path / "config.json")
+    remedy = "download or export the model again"
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path / 'config.json'}: {error.strerror or error}; {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path / 'config.json'}: not JSON ({error}); {remedy}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path / 'config.json'}: not a JSON object; {remedy}")
     known = {spec.hugging_face.model_type: spec for spec in models.registered().values() if spec.hugging_face}
     spec = known.get(config.get("model_type", ""))
     if spec is None:
@@ -179,21 +186,8 @@ def read_hf_config(path: Path) -> tuple[models.ModelSpec, Any]:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def read_json(path: Path) -> Mapping[str, Any]:
-    """The JSON object in `path`; `ConfigError` if it cannot be read."""
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}; download or export the model again") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON ({error}); download or export the model again") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: not a JSON object; download or export the model again")
-    return value
-
-
 def compare_args(found: Any, expected: Any) -> list[str]:
-    """How two models' args differ, apart from those of training: `rope_theta is 10000.0, not 500000.0`."""
+    """How two models' args differ, except those of training: `rope_theta is 10000.0, not 500000.0`."""
     a, b = dataclasses.asdict(found), dataclasses.asdict(expected)
     return [f"{key} is {a[key]}, not {b[key]}" for key in a if key not in _TRAINING_ARGS and a[key] != b[key]]
 

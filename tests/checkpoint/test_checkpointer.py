@@ -46,15 +46,11 @@ def test_the_newest_step_unless_another_is_requested(folder):
     assert "[2, 9, 10]" in message
 
 
-def test_only_the_newest_are_kept(folder):
-    ranks.run(2, save, folder, Checkpoint(enable=True, keep_latest_k=2), (1, 2, 3, 4))
-    assert saved_steps(folder) == [3, 4]
-    assert sorted(path.name for path in folder.iterdir()) == ["step-3", "step-4"]
-
-
-def test_keep_latest_k_of_zero_keeps_all(folder):
-    ranks.run(1, save, folder, Checkpoint(enable=True, keep_latest_k=0), (1, 2, 3))
-    assert saved_steps(folder) == [1, 2, 3]
+@pytest.mark.parametrize(("world", "keep", "kept"), [(2, 2, [3, 4]), (1, 0, [1, 2, 3, 4])])
+def test_keep_latest_k(folder, world, keep, kept):
+    ranks.run(world, save, folder, Checkpoint(enable=True, keep_latest_k=keep), (1, 2, 3, 4))
+    assert saved_steps(folder) == kept
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-{step}" for step in kept]
 
 
 def test_an_unfinished_save_is_not_a_checkpoint(folder):

@@ -43,6 +43,12 @@ def _truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+@pytest.fixture
+def two_steps(folder):
+    """Saves steps 1 and 2 into `folder`."""
+    ranks.run(1, save, folder, ON, (1, 2))
+
+
 DAMAGE = {
     "truncated": (_truncate, ("truncated", "not JSON", "hash differs")),
     "deleted": (Path.unlink, ("missing",)),
@@ -78,8 +84,7 @@ def _load_all(folders):
     return [_load_and_listen(folder, ON) for folder in folders]
 
 
-def test_if_none_verifies_the_error_names_all(folder):
-    ranks.run(1, save, folder, ON, (1, 2))
+def test_if_none_verifies_the_error_names_all(two_steps, folder):
     (folder / "step-1" / "state.json").unlink()
     _flip_a_bit(folder / "step-2" / "__0_0.distcp")
     (folder / "step-7").mkdir()
@@ -90,8 +95,7 @@ def test_if_none_verifies_the_error_names_all(folder):
     assert "step-7: manifest.json: missing" in message
 
 
-def test_a_requested_step_that_does_not_verify_is_an_error(folder):
-    ranks.run(1, save, folder, ON, (1, 2))
+def test_a_requested_step_that_does_not_verify_is_an_error(two_steps, folder):
     _truncate(folder / "step-2" / "__0_0.distcp")
     kind, message, _ = ranks.run(1, _load_and_listen, folder, Checkpoint(enable=True, load_step=2))[0]
     assert kind == "DamagedCheckpoint"
@@ -99,17 +103,15 @@ def test_a_requested_step_that_does_not_verify_is_an_error(folder):
     assert "__0_0.distcp: truncated" in message
 
 
-def test_a_checkpoint_of_another_step_is_foreign(folder):
-    ranks.run(1, save, folder, ON, (1, 2))
+def test_a_checkpoint_of_another_step_is_foreign(two_steps, folder):
     (folder / "step-2").rename(folder / "step-5")
     step, _, heard = ranks.run(1, _load_and_listen, folder, ON)[0]
     assert step == 1
     assert "manifest.json: foreign: it is of step 2" in heard
 
 
-def test_a_hostile_checkpoint_with_a_valid_manifest_is_skipped(folder, sentinel):
+def test_a_hostile_checkpoint_with_a_valid_manifest_is_skipped(two_steps, folder, sentinel):
     """Whoever can write the files can write a matching manifest."""
-    ranks.run(1, save, folder, ON, (1, 2))
     hostile = pickle.dumps(Touch(sentinel))
     _forge(folder / "step-2", ".metadata", hostile)
     step, _, heard = ranks.run(1, _load_and_listen, folder, ON)[0]
@@ -128,8 +130,7 @@ NESTED = b"[" * 200_000
         ("state.json", b'{"step": "x", "model_only": false, "world_size": 1}', "step is 'x', not int"),
     ],
 )
-def test_an_invalid_state_with_a_valid_manifest_is_skipped(name, content, message, folder):
-    ranks.run(1, save, folder, ON, (1, 2))
+def test_an_invalid_state_with_a_valid_manifest_is_skipped(two_steps, name, content, message, folder):
     _forge(folder / "step-2", name, content)
     step, _, heard = ranks.run(1, _load_and_listen, folder, ON)[0]
     assert step == 1
@@ -137,8 +138,7 @@ def test_an_invalid_state_with_a_valid_manifest_is_skipped(name, content, messag
 
 
 @pytest.mark.parametrize("broken", ["nested", "bytes", "outside"])
-def test_an_invalid_manifest_is_skipped(broken, folder):
-    ranks.run(1, save, folder, ON, (1, 2))
+def test_an_invalid_manifest_is_skipped(two_steps, broken, folder):
     path = folder / "step-2" / "manifest.json"
     fields = manifest.read(path.parent)
     files = {name: vars(content) for name, content in fields["files"].items()}

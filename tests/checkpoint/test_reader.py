@@ -3,7 +3,6 @@
 import copyreg
 import io
 import pickle
-import zipfile
 
 import pytest
 import torch
@@ -246,15 +245,11 @@ def test_invalid_metadata_is_named(folder):
         read_model(folder)
 
 
-def test_missing_shard_is_named(folder):
-    (folder / "__0_0.distcp").unlink()
-    with pytest.raises(DamagedCheckpoint, match="__0_0.distcp: model.*No such file"):
-        read_model(folder)
-
-
-def test_truncated_shard_is_named(folder):
+def test_a_truncated_or_missing_shard_is_named(folder):
     path = folder / "__0_0.distcp"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DamagedCheckpoint, match="__0_0.distcp: model"):
         read_model(folder)
-    assert not zipfile.is_zipfile(path)
+    path.unlink()
+    with pytest.raises(DamagedCheckpoint, match="__0_0.distcp: model.*No such file"):
+        read_model(folder)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from octavo.distributed.parallelize_plan import Fusion
-from octavo.models.llama3.model import Llama, TransformerBlock
+from octavo.models.llama3.model import TransformerBlock
 
 
 class FusedBlock(TransformerBlock):
@@ -42,10 +42,3 @@ def fuse_layer(layer: nn.Module, fusion: Fusion) -> None:
     layer._out_of_attention = fusion.shared_input([attention.wo])
     layer._into_gates = fusion.normed_input(layer.ffn_norm, (feed.w1, feed.w3))
     layer._out_of_gates = fusion.gated_linear(feed.w2)
-
-
-def fuse(model: nn.Module, fusion: Fusion) -> None:
-    """Fuse all layers of a Llama, in place."""
-    assert isinstance(model, Llama)
-    for layer in model.layers.values():
-        fuse_layer(layer, fusion)

@@ -18,7 +18,7 @@ from octavo.distributed.ddp import replicate_model
 from octavo.distributed.fsdp import shard
 from octavo.distributed.parallelize_plan import Parallelize, TensorParallel
 from octavo.distributed.tensor_parallel import lay_logits, overlap_products, settle
-from octavo.models.llama3.fused_block import fuse
+from octavo.models.llama3.fused_block import fuse_layer
 from octavo.models.llama3.model import Llama, LlamaArgs, TransformerBlock
 
 _BY_TOKEN, _REPLICATED, _BY_FEATURE = Shard(1), Replicate(), Shard(-1)
@@ -36,7 +36,8 @@ def parallelize(model: nn.Module, plan: Parallelize) -> None:
             overlap_products(plan.tensor)
 
     if plan.fusion is not None:
-        fuse(model, plan.fusion)
+        for layer in model.layers.values():
+            fuse_layer(layer, plan.fusion)
 
     for number, layer in list(model.layers.items()):
         model.layers[number] = checkpoint_layer(layer, plan.activation_checkpoint, int(number))
