@@ -114,10 +114,11 @@ def load_tensors(
 
 def compare_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], model: str) -> list[str]:
     """The `expected` parameters of `model` that are missing in `found` or have another shape there."""
-    return [
-        f"{name} is {found[name]} in it and {shape} in {model}" if name in found else f"{name} is not in it"
+    missing = [f"{name} is not in it" for name in expected if name not in found]
+    return missing + [
+        f"{name} is {found[name]} in it and {shape} in {model}"
         for name, shape in expected.items()
-        if found.get(name) != shape
+        if found.get(name, shape) != shape
     ]
 
 
