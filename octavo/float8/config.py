@@ -30,9 +30,7 @@ class ScalingType(Enum):
 
 
 class ScalingGranularity(Enum):
-    """Which elements share a scale: the tensor, a slice along the contraction, or a block (rows x
-    contraction).
-    """
+    """Which elements share a scale: a tensor, a slice along the contraction, or a block."""
 
     TENSORWISE = "tensorwise"
     AXISWISE = "axiswise"

@@ -129,21 +129,21 @@ def convert_to_float8_training(
     options = resolve(config)[1]  # a bad configuration fails even if nothing is converted
     linears = {fqn: m for fqn, m in module.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
     # Filter all before swapping any: a filter that raises leaves the model unchanged.
-    wanted = [
+    accepted = [
         fqn
         for fqn, linear in linears.items()
         if not isinstance(linear, Float8Linear)
         and (module_filter_fn is None or _accepts(module_filter_fn, linear, fqn))
     ]
-    unable = {fqn: reason for fqn in wanted if (reason := _why_unable(linears[fqn])) is not None}
+    unable = {fqn: reason for fqn in accepted if (reason := _why_unable(linears[fqn])) is not None}
     if unable:
         shown = "; ".join(f"{fqn or 'the root'} {reason}" for fqn, reason in list(unable.items())[:3])
         more = f"; and {len(unable) - 3} more" if len(unable) > 3 else ""
         warnings.warn(
-            f"convert_to_float8_training left {len(unable)} linear layers as they are: {shown}{more}",
+            f"convert_to_float8_training left {len(unable)} linear layers unconverted: {shown}{more}",
             stacklevel=2,
         )
-    chosen = {fqn: linears[fqn] for fqn in wanted if fqn not in unable}
+    chosen = {fqn: linears[fqn] for fqn in accepted if fqn not in unable}
     managed = any(isinstance(m, FSDPModule) for m in module.modules())
     for_fsdp = options is not None and options.enable_fsdp_float8_all_gather
     sharded = [fqn for fqn, linear in chosen.items() if isinstance(linear.weight, DTensor)]
@@ -152,7 +152,7 @@ def convert_to_float8_training(
             f"{sharded[0]} is sharded already: convert first, and apply fully_shard to the converted model"
         )
     swapped: dict[int, Float8Linear] = {}
-    found, already = len(linears), sum(isinstance(m, Float8Linear) for m in linears.values())
+    total, already = len(linears), sum(isinstance(m, Float8Linear) for m in linears.values())
 
     def replace(linear: nn.Linear, fqn: str) -> nn.Module | None:
         if fqn not in chosen:
@@ -169,10 +169,10 @@ def convert_to_float8_training(
                 child.keep_input = False
     if not swapped and not unable:
         reason = (
-            f"all {found} are float8 already"
-            if found and already == found
-            else f"module_filter_fn accepted none of its {found} nn.Linear modules"
-            if found
+            f"all {total} are float8 already"
+            if total and already == total
+            else f"module_filter_fn accepted none of its {total} nn.Linear modules"
+            if total
             else "it has no nn.Linear modules"
         )
         warnings.warn(
@@ -210,7 +210,7 @@ TOO_SMALL: dict[str, tuple[Threshold, ...]] = {
 
 @dataclass(frozen=True)
 class AutoFilter:
-    """A `module_filter_fn` that excludes linears that float8 would not speed up; `why_not` says why."""
+    """A `module_filter_fn` that excludes linears that float8 would not speed up. See `why_not`."""
 
     recipe: str
     filter_fqns: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""`Float8Linear` under the import path that users of torchao know."""
+"""`Float8Linear` under torchao's import path."""
 
 from octavo.float8.linear import Float8Linear
 

@@ -1,4 +1,4 @@
-"""The tensor parallel styles under the import path that users of torchao know."""
+"""The tensor parallel styles under torchao's import path."""
 
 from octavo.float8.distributed.parallel_styles import (
     Float8ColwiseParallel,

@@ -308,9 +308,7 @@ class Float8Linear(nn.Linear):
         return new
 
     def forward(self, input: Tensor) -> Tensor:
-        """`input[..., K] -> [..., N]`. Raises ValueError if the last dimension is not K, TypeError for other
-        dtypes.
-        """
+        """`input[..., K] -> [..., N]`. ValueError for another last dimension, TypeError for other dtypes."""
         x = input
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(

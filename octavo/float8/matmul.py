@@ -39,9 +39,7 @@ from octavo.float8.recipe import FULL, Cast, Gemm, Recipe
 
 
 class EmulationWarning(UserWarning):
-    """float8 runs in emulation, because the device has no backend for the recipe. Shown once per recipe and
-    device.
-    """
+    """float8 runs in emulation, for lack of a backend. Shown once per recipe and type of device."""
 
 
 # --------------------------------------------------------------------------------------- the hardware's calls
@@ -208,9 +206,7 @@ _TENSOR, _ROW, _LINE, _TILE, _MX = (FULL, FULL), (1, FULL), (1, 128), (128, 128)
 
 
 class Device(NamedTuple):
-    """The properties that decide whether a backend supports a device; the versions are (0, 0) without an
-    NVIDIA GPU.
-    """
+    """What decides whether a backend supports a device; versions are (0, 0) without an NVIDIA GPU."""
 
     type: str
     capability: tuple[int, int] = (0, 0)
@@ -399,9 +395,7 @@ _precision_lock = threading.Lock()  # the precision setting is global to the pro
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """`a[M, C] . b[C, N]` in the operands' dtype; autocast must not narrow it, since the recipe sets its
-    precision.
-    """
+    """`a[M, C] . b[C, N]` in the operands' dtype, which the recipe sets: autocast must not narrow it."""
     if torch.is_autocast_enabled(a.device.type):
         with torch.autocast(a.device.type, enabled=False):
             return torch.mm(a, b)

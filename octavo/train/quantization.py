@@ -1,6 +1,4 @@
-"""The only place where the trainer uses `octavo.float8`: it converts the model as the config says, and logs
-what it did.
-"""
+"""The trainer's interface to `octavo.float8`: converts the model as the config says, and logs the result."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -184,9 +182,7 @@ def product_precisions(model: nn.Module, device: torch.device, high: str) -> dic
 
 
 def cast_weights_in_step(model: nn.Module, job: JobConfig, world_size: int) -> AbstractContextManager[None]:
-    """Scope of one step's microbatches in which float8 weights are cast once, if that saves a cast. Changes
-    no bit.
-    """
+    """Scope of one step's microbatches. Float8 weights are cast once if that saves a cast; no bit changes."""
     return cast_weights_once(
         model, enabled=job.float8.cast_weights_once and casts_weights_again(job, world_size)
     )
@@ -298,9 +294,7 @@ class DelayedScalingSteps:
         return {"float8_saturated": saturated, "float8_fallbacks": self._fallbacks}
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What a resumed run needs in order to cast as this one would; JSON-compatible, equal on every
-        process.
-        """
+        """What a resumed run needs to cast identically; JSON-compatible, equal on every process."""
         if self._scales is None:
             return None
         return {**self._scales.state_dict(), "fallbacks": self._fallbacks}
@@ -388,7 +382,7 @@ def _recipe_of_each(linears: Sequence[str], default: str, settings: Float8) -> d
 def _convert_to(
     model: nn.Module, recipe: str, layers: Sequence[str], settings: Float8, device: torch.device
 ) -> None:
-    """Convert `layers` to `recipe`, and log it. Their weights are gathered in float8 if configured and
+    """Convert `layers` to `recipe`, and log it. FSDP gathers their weights in float8 if configured and
     possible.
     """
     config = _options(recipe)

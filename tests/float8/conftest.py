@@ -1,4 +1,4 @@
-"""What tests of the library share."""
+"""Fixtures for tests of the library."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What autograd keeps, and what a compiled graph computes and keeps."""
+"""What autograd saves, and what a compiled graph computes and saves."""
 
 from __future__ import annotations
 
@@ -78,9 +78,7 @@ def is_cast(node: fx.Node) -> bool:
 
 
 def compile_and_capture(model: nn.Module, x: Tensor) -> Graphs:
-    """The graphs of `model(x)` and its backward as inductor partitions them, in one piece. No code is
-    generated.
-    """
+    """The graphs of `model(x)` and its backward as inductor partitions them, without generating code."""
     from torch._inductor import compile_fx
 
     graphs = Graphs()

@@ -1,4 +1,4 @@
-"""A Llama block to test the library on, which must not need the trainer's."""
+"""A Llama block to test the library on, independent of the trainer's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled code: one graph, the same bits, and float8 kept for backward."""
+"""Compiled code: one graph, the same bits, and float8 saved for backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options that torchao's users know mean what they mean there."""
+"""The options mean what torchao's mean."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_fast_accumulation_reaches_the_product() -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_named(options: dict[str, object], message: str) -> None:
+def test_invalid_options_are_errors(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Float8LinearConfig(**options)
 
@@ -131,7 +131,7 @@ def test_a_recipe_of_ones_own_takes_the_other_options() -> None:
     assert model.recipe is mine
 
 
-def test_a_recipe_beside_what_it_already_says_is_an_error() -> None:
+def test_a_recipe_together_with_cast_options_is_an_error() -> None:
     with pytest.raises(ValueError, match="round_scales_to_power_of_2 was given as well"):
         Float8LinearConfig(recipe=RECIPES["mxfp8"], round_scales_to_power_of_2=True)
     with pytest.raises(ValueError, match="needs one float8 weight"):

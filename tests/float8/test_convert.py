@@ -1,4 +1,4 @@
-"""Swapping linears, and choosing which."""
+"""Swapping linears, and filtering them."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert min(losses[5:]) < losses[0] / 2
 
 
-# ----------------------------------------------------------------- what cannot become a float8 linear
+# ----------------------------------------------------------------- ---- unsupported linears
 
 
 class Scaled(nn.Linear):
@@ -152,13 +152,13 @@ def pruned() -> nn.Linear:
         (lambda: nn.LazyLinear(16), "has no sizes yet"),
     ],
 )
-def test_what_would_lose_its_meaning_is_left_and_named(make: Any, reason: str) -> None:
+def test_unsupported_linears_are_left_with_a_warning(make: Any, reason: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(make(), nn.Linear(16, 8))
     first = model[0]
     x = torch.randn(4, 32)
     before = first(x) if not isinstance(first, nn.LazyLinear) else None
-    with pytest.warns(UserWarning, match=f"left 1 linear layers as they are: 0 {reason}"):
+    with pytest.warns(UserWarning, match=f"left 1 linear layers unconverted: 0 {reason}"):
         convert_to_float8_training(model, config="rowwise")
     assert model[0] is first
     assert isinstance(model[1], Float8Linear)

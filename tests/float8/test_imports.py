@@ -1,4 +1,4 @@
-"""What importing the library costs, and that it stands alone."""
+"""What importing the library loads."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ class Products(TorchDispatchMode):
     # tensorwise: x, w and dy are one cast each, and w another in backward
     [("nothing", 3, 4), ("weight", 2, 4), ("input", 2, 3), ("both", 1, 2)],
 )
-def test_what_is_frozen_costs_nothing(frozen: str, products: int, casts: int) -> None:
+def test_frozen_operands_cost_nothing(frozen: str, products: int, casts: int) -> None:
     model = linear("tensorwise", bias=frozen != "both")
     model.weight.requires_grad_(frozen in ("nothing", "input"))
     x = torch.randn(5, 64, requires_grad=frozen in ("nothing", "weight"))
@@ -328,7 +328,7 @@ def test_one_inputs_casts_are_remembered_at_most() -> None:
     assert once == 3 * (2 + 2)
 
 
-def test_memory_that_others_write_into_is_cast_again() -> None:
+def test_external_memory_is_cast_again() -> None:
     """A pipeline's receive buffer, or numpy's memory, changes without a new version."""
     memory = np.ones((5, 64), dtype=np.float32)
     x = torch.from_numpy(memory).requires_grad_()
@@ -354,6 +354,6 @@ def test_gradients_asked_for_one_at_a_time_cost_one_product_each() -> None:
     assert torch.equal(dw, together[1])
 
 
-def test_it_says_what_it_is() -> None:
+def test_the_repr_names_the_recipe() -> None:
     assert "recipe=rowwise, emulate=True" in repr(linear())
     assert FULL == -1

@@ -1,7 +1,7 @@
-"""Hardware paths: which is taken and why, and that each computes what emulation does.
+"""Hardware backends: which is chosen and why, and that each computes what emulation does.
 
-No GPU is needed: the calls meant for one run on CPU tensors where the CPU has the product, and on fake CUDA
-tensors, which know the real limits on shapes and layouts, where it has not.
+No GPU is needed: the calls meant for one run on CPU tensors if the CPU supports the product, and otherwise on
+fake CUDA tensors, which enforce the real limits on shapes and layouts.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ def test_the_native_path_of_a_cpu_compiles(recipe: str) -> None:
     assert all(torch.equal(eager, compiled) for eager, compiled in zip(*results, strict=True))
 
 
-def test_swizzled_scales_lie_as_the_format_says() -> None:
+def test_swizzled_scales_have_the_formats_order() -> None:
     rows, cols = 200, 6
     scale = torch.randint(0, 255, (rows, cols), dtype=torch.uint8)
     flat = swizzle_e8m0(scale).view(torch.uint8)

@@ -1,11 +1,10 @@
-"""The numbers are torchao's: a user who moves over needs no new convergence study.
+"""The numbers are torchao's: a user of torchao needs no new convergence study.
 
-Casts are equal bit for bit, everywhere. A product's last bits depend on the order in which a library adds and
-on when it scales, which processors decide. So products are held to what no order changes: each element within
-`ROUNDING` of the sum of its terms' magnitudes, and one rounding of the output's dtype. Bits are compared
-where both sides are known to add alike: rowwise scales are powers of two and sizes multiples of 16, so that
-octavo without bfloat16 units and torchao's emulation give the same values to the same routine, `torch.mm` in
-float32.
+Casts are equal bit for bit on every processor. A product's last bits depend on the order of additions and on
+when scales are applied, which differ between processors. So products are bounded by what no order changes:
+each element within `ROUNDING` of the sum of its terms' magnitudes, plus one rounding of the output's dtype.
+Bits are compared where both sides add alike: with power-of-two scales and sizes that are multiples of 16,
+octavo without bfloat16 units and torchao's emulation call `torch.mm` in float32 with the same values.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Casts against the formats' definitions, in exact arithmetic, and the laws they obey."""
+"""Casts against the formats' definitions in exact arithmetic, and the laws of casts."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def encode(x: float, dtype: torch.dtype) -> int:
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-def test_all_256_codes_mean_what_the_format_says(dtype: torch.dtype) -> None:
+def test_all_256_codes_have_the_formats_values(dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8).reshape(16, 16)
     for values in (to_float32(codes.view(dtype)), to_float32(codes.t().contiguous().view(dtype).t())):
         for code, value in enumerate(values.flatten().tolist()):

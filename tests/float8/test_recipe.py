@@ -1,4 +1,4 @@
-"""Recipes are data, and impossible ones say so."""
+"""Recipes are data, and invalid ones are errors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_square_block_is_not_gatherable_if_the_uses_differ() -> None:
         (lambda: find_recipe("rowise"), "rowise.*rowwise_with_gw_hp"),
     ],
 )
-def test_what_cannot_be_is_named(make: object, message: str) -> None:
+def test_invalid_recipes_are_errors(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 

@@ -1,5 +1,5 @@
-"""State dicts are plain: what a converted model saves is what the model would have saved without us, whatever
-was going on at the time, and it comes back.
+"""State dicts are plain: a converted model saves what the unconverted model would have saved, at any moment,
+and restores it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def step(model: nn.Module) -> None:
 
 
 def at(moment: str, model: nn.Module) -> AbstractContextManager[Any]:
-    """Brings `model` to `moment`, and a scope in which it lasts."""
+    """Bring `model` to `moment`; returns the scope in which it lasts."""
     if moment != "fresh":
         step(model)
     if moment == "in the scope":
@@ -189,7 +189,7 @@ def test_states_go_through_safetensors(config: str, moment: str, tmp_path: Path)
     plain, ours = pair(CONFIGS[config])
     with at(moment, ours):
         ours(IDS).float().square().mean().backward()
-        save_model(ours, str(tmp_path / "ours.safetensors"))  # which knows about tied weights
+        save_model(ours, str(tmp_path / "ours.safetensors"))  # supports tied weights
         want = copy.deepcopy(ours.state_dict())
     load_model(plain, tmp_path / "ours.safetensors")
     assert_same(plain.state_dict(), want)

@@ -1,4 +1,4 @@
-"""torchao 0.18 as the reference for numbers, and the random cases it is asked about.
+"""torchao 0.18 as the reference for numbers, and the random cases to compare with.
 
 Letters: M tokens, K input features, N output features.
 """

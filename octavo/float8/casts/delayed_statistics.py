@@ -1,4 +1,4 @@
-"""Delayed scaling, within a step: an operand's statistics, and its cast with the previous step's maximum.
+"""Delayed scaling within a step: an operand's statistics, and its cast with the previous maximum.
 
 A scale needs the tensor's maximum before the first element can be cast: one read for the maximum, one for the
 cast. The maximum of a layer's input, or of its output's gradient, changes little between steps, so the

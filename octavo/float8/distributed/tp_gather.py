@@ -31,9 +31,7 @@ from octavo.float8.recipe import FULL, Cast
 
 
 def count_pieces(shape: torch.Size, dim: int) -> int:
-    """The number of runs of rows that a rank's tokens consist of if `dim` of `shape[..., features]` is
-    sharded.
-    """
+    """The number of runs of rows in a rank's tokens if `dim` of `shape[..., features]` is sharded."""
     return prod(shape[:dim])
 
 
@@ -191,7 +189,5 @@ class GatheredInput:
 def gathered_input(
     x: Tensor, casts: Casts, shape: torch.Size, *, pieces: int, size: int, group: str
 ) -> GatheredInput:
-    """The input for linears of the gathered `shape[..., K]`, given this rank's rows `x[M, K]` and the
-    gathered casts.
-    """
+    """The gathered input `shape[..., K]`, given this rank's rows `x[M, K]` and the gathered casts."""
     return GatheredInput(_GradientStandIn.apply(x, pieces, size, group), casts, shape)

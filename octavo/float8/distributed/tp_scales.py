@@ -35,9 +35,7 @@ class ShardedAxis:
         return ShardedAxis(1 - self.axis, self.group)
 
     def reduce_amax(self, amax: Tensor, cast: Cast) -> Tensor:
-        """The maxima of the whole operand's blocks, given this rank's. A collective call if blocks span the
-        axis.
-        """
+        """The block maxima of the whole operand, given this rank's. Collective if blocks span the axis."""
         return all_reduce_amax(amax, [self.group]) if cast.block[self.axis] == FULL else amax
 
 
@@ -70,8 +68,8 @@ class TensorParallelSpec:
         return ShardedAxis(1, self.group) if self.axis == 0 else None
 
     def check(self, recipe: Recipe, features: int) -> None:
-        """Raise ValueError unless `features` (the extent of the sharded axis, over all ranks) divides into
-        whole blocks.
+        """Raise ValueError unless `features`, the size of the sharded axis, divides into whole blocks per
+        rank.
         """
         name = ("out_features", "in_features")[self.axis]
         each, rest = divmod(features, self.size)

@@ -46,9 +46,7 @@ NUMBERS = 7  # amax, values, and how many are nonfinite, flushed, saturated; sig
 
 
 def _spread(blocks: Tensor, block: tuple[int, int], rows: Tensor, cols: int) -> Tensor:
-    """`blocks[R / r, C / c]` at rows `rows[n]`, one number per element: `[n, C]`, or `[n, 1]` if a block is a
-    whole row.
-    """
+    """`blocks[R / r, C / c]` at rows `rows[n]`, per element: `[n, C]`, or `[n, 1]` if rows are blocks."""
     blocks = blocks[:1] if block[0] == FULL else blocks.index_select(0, rows // block[0])
     return blocks if block[1] == FULL else blocks.repeat_interleave(block[1], dim=1)[:, :cols]
 

@@ -1,6 +1,4 @@
-"""Measures one layer: its numbers leave a compiled graph as the gradient of a probe (see
-`octavo.float8.health`).
-"""
+"""Measures one layer; its numbers leave a compiled graph as a probe's gradient."""
 
 from __future__ import annotations
 
@@ -32,9 +30,7 @@ _SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 
 
 def _hidden_from_checkpointing() -> AbstractContextManager[Any]:
-    """Scope hidden from selective checkpointing, whose look at each operation takes longer than the
-    operation.
-    """
+    """Scope hidden from selective checkpointing, which takes longer per operation than the operation."""
     if not torch.compiler.is_compiling() and isinstance(_get_current_dispatch_mode(), _SELECTIVE):
         return _pop_mode_temporarily()
     return nullcontext()
@@ -126,9 +122,7 @@ class Watch:
 
 
 def collect_rows(watches: Sequence[Watch], group: dist.ProcessGroup | None = None) -> tuple[Measurement, ...]:
-    """The measurements of `watches`, in one copy from the device; over all ranks of `group`, whose inputs
-    differ.
-    """
+    """The measurements of `watches`, copied from the device at once; over all ranks of `group`, if given."""
     watches = [watch for watch in watches if watch.seen]
     with torch.no_grad():
         pieces = [piece for watch in watches for piece in (watch.of_weight(), *watch.seen)]
@@ -172,9 +166,7 @@ def _combine_calls(seen: Sequence[Sequence[float]]) -> list[float]:
 def _combine_ranks(
     seen: Sequence[Sequence[float]], device: torch.device, group: dist.ProcessGroup
 ) -> list[list[float]]:
-    """`_combine_calls` over the ranks of `group`; a NaN amax counts as infinite, because not every backend's
-    maximum keeps NaN.
-    """
+    """`_combine_calls` over `group`. A NaN amax becomes infinite: not every backend's maximum keeps NaN."""
     numbers = torch.tensor(seen, dtype=torch.float64, device=device)
     amax = torch.nan_to_num(numbers[:, 0], nan=math.inf, posinf=math.inf).contiguous()
     sums = numbers[:, 1:].contiguous()

@@ -57,9 +57,7 @@ def _cast_given_maxima(
 def cast_given_maxima(
     x: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype, scales: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`data`, `scale[M, 1]`, `data_t` and `scale_t[K, 1]`, given partial maxima `rows[any, M]`, `columns[any,
-    K]`.
-    """
+    """`data`, `scale[M, 1]`, `data_t`, `scale_t[K, 1]`; maxima are `rows[any, M]`, `columns[any, K]`."""
     M, K = x.shape
     data, data_t = empty_codes(x)
     scale, scale_t = empty_scale(x, (M, 1), scales), empty_scale(x, (K, 1), scales)

@@ -75,7 +75,7 @@ class Untuned:
 
 
 def cast_constants(dtype: torch.dtype, scales: str) -> dict[str, int]:
-    """The constants by which a kernel knows the float8 `dtype` and the scale format `scales`."""
+    """The kernel constants for the float8 `dtype` and the scale format `scales`."""
     return {"MANTISSA": MANTISSA_BITS[dtype], "SCALES": SCALE_FORMATS[scales]}
 
 
@@ -85,7 +85,7 @@ def block_grid(M: int, K: int) -> Callable[[Config], tuple[int, int]]:
 
 
 def empty_codes(x: Tensor, rows: bool = True, columns: bool = True) -> tuple[Tensor, Tensor]:
-    """Uninitialized uint8 `data[M, K]` and `data_t[K, M]` for `x[M, K]`; `[0, 0]` if not asked for."""
+    """Uninitialized uint8 `data[M, K]` and `data_t[K, M]` for `x[M, K]`; `[0, 0]` if not wanted."""
     M, K = x.shape
     data = x.new_empty((M, K) if rows else (0, 0), dtype=torch.uint8)
     return data, x.new_empty((K, M) if columns else (0, 0), dtype=torch.uint8)

@@ -1,20 +1,19 @@
-"""Device functions that every kernel shares: magnitudes, scales, and the conversion to float8 and back.
+"""Device functions that all kernels share: magnitudes, scales, and the conversion to float8.
 
-They repeat `octavo/float8/quantize.py` bit for bit. Three choices make that possible on both a GPU and under
-Triton's interpreter:
+They equal `octavo/float8/quantize.py` bit for bit, on a GPU and under Triton's interpreter, by three choices:
 
-- A maximum of magnitudes is taken over their bits, as integers. Those of non-negative floats are ordered as
-  the floats are, with NaN above infinity, so an integer maximum lets NaN win. Floating-point maxima drop NaN
-  unless told otherwise, and told otherwise some compilers write garbage beside one-byte transposed stores
+- A maximum of magnitudes is taken over their bits, as integers. The bits of non-negative floats have the
+  floats' order, with NaN above infinity, so an integer maximum keeps NaN. Floating-point maxima drop NaN by
+  default, and with the option to keep it some compilers write garbage beside one-byte transposed stores
   (triton-lang/triton#11111).
-- s is `div_rn(largest, amax)`: the correctly rounded float32 quotient, which is what float64 arithmetic
-  rounded to float32 gives. GPU division is otherwise allowed to be an ulp off.
-- The conversion is the hardware's `cvt.rn.satfinite`. The interpreter's own conversion is wrong (it loses the
-  carry out of the mantissa, and misrounds subnormal numbers), so there the same rounding is done on bits. It
-  also misreads bfloat16's subnormal numbers.
+- s is `div_rn(largest, amax)`: the correctly rounded float32 quotient, which float64 arithmetic rounded to
+  float32 also gives. Other GPU division may be an ulp off.
+- The conversion is the hardware's `cvt.rn.satfinite`. The interpreter's conversion is wrong: it loses the
+  carry out of the mantissa, misrounds subnormal numbers, and misreads bfloat16's subnormal numbers. So there
+  the same rounding is done on bits.
 
-Numbers in place of names, since kernels know no recipe: `MANTISSA` is a format's mantissa bits, 3 for
-float8_e4m3fn and 2 for float8_e5m2; `SCALES` says which numbers a scale may be, see `SCALE_FORMATS`.
+Kernels take numbers instead of names: `MANTISSA` is the format's mantissa bits, 3 for float8_e4m3fn and 2 for
+float8_e5m2; `SCALES` is the scale format, see `SCALE_FORMATS`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import os
 import triton
 import triton.language as tl
 
-# What triton.jit itself looks at when it meets a kernel.
+# The variable that triton.jit reads when it decorates a kernel.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 INTERPRET = tl.constexpr(INTERPRETING)
 

@@ -1,4 +1,4 @@
-"""AdamW that casts weights: torch's step, torch's state, and casts that the next step need not make."""
+"""AdamW that casts weights: torch's step, torch's state, and casts that the next step reuses."""
 
 from __future__ import annotations
 

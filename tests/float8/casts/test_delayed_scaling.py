@@ -1,4 +1,4 @@
-"""Scales from the step before: what they cast with, what they note and count, and when they give up."""
+"""Delayed scaling: which maximum it casts with, what it records, and when it falls back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scales from the step before under a pipeline schedule, on one process."""
+"""Delayed scaling under a pipeline schedule, in one process."""
 
 from __future__ import annotations
 

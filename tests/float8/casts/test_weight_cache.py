@@ -18,9 +18,7 @@ MICROBATCHES = 4
 
 
 class WeightCasts(TorchDispatchMode):
-    """Counts conversions to float8 of a tensor as large as one of the weights it is given, whoever makes
-    them.
-    """
+    """Counts conversions to float8 of tensors as large as one of `weights`, whoever makes them."""
 
     def __init__(self, weights: list[Tensor]) -> None:
         super().__init__()

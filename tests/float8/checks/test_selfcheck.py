@@ -1,4 +1,4 @@
-"""The check of this device's products passes here, and does not where a product or a cast is wrong."""
+"""The self-check passes on this device, and fails if a product or a cast is wrong."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_a_cast_with_one_wrong_bit_is_found(monkeypatch):
     assert not any(c.casts_equal for c in selfcheck.check_device(CPU))
 
 
-def test_what_is_raised_is_told_not_raised(monkeypatch):
+def test_an_error_is_reported_not_raised(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no kernel image is available\nmore")
 

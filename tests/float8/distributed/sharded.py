@@ -1,6 +1,6 @@
 """Chains of linears of odd sizes under FSDP2, on forked gloo ranks: built, sharded, trained and compared.
 
-What differs between runs is compared on the rank itself, so that only verdicts travel.
+Runs are compared on each rank, so that only verdicts are returned.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ from octavo.float8 import (
     convert_to_float8_training,
     precompute_float8_dynamic_scale_for_fsdp,
 )
+
+# FSDP2 warns at its first use.
+ignore_fsdp_warning = pytest.mark.filterwarnings("ignore:.*reshard_after_forward=1.*:UserWarning")
 
 WORLDS = [1, 2, 3, 4]
 RECIPES = ["tensorwise", "tensorwise, powers of two", "blockwise"]

@@ -28,6 +28,7 @@ from tests.float8.distributed.sharded import (
     Block,
     build,
     config,
+    ignore_fsdp_warning,
     same,
     shard,
     train,
@@ -35,8 +36,7 @@ from tests.float8.distributed.sharded import (
 from tests.float8.graphs import WITHOUT_CODE, compiles
 from tests.helpers import ranks
 
-# What FSDP2 says at its first use, once it runs for good.
-pytestmark = pytest.mark.filterwarnings("ignore:.*reshard_after_forward=1.*:UserWarning")
+pytestmark = ignore_fsdp_warning
 
 
 @dataclass(frozen=True)

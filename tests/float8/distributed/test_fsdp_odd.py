@@ -1,4 +1,4 @@
-"""Odd cases of a float8 gather: fewer ranks, tied weights, policies, copies, bad numbers."""
+"""Unusual cases of a float8 gather: fewer ranks, tied weights, policies, copies, non-finite numbers."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tests.float8.distributed.sharded import (
     build,
     config,
     fused,
+    ignore_fsdp_warning,
     linears,
     same,
     shard,
 )
 from tests.helpers import ranks
 
-# What FSDP2 says at its first use, once it runs for good.
-pytestmark = pytest.mark.filterwarnings("ignore:.*reshard_after_forward=1.*:UserWarning")
+pytestmark = ignore_fsdp_warning
 
 
 def _message(call: Any) -> str:

@@ -1,4 +1,4 @@
-"""The arithmetic of a shard: it is cast as the whole is."""
+"""A shard of a weight is cast as the whole weight is."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from tests.float8.distributed.sharded import (
     config,
 )
 from tests.helpers import ranks
-
-# What FSDP2 says at its first use, once it runs for good.
-pytestmark = pytest.mark.filterwarnings("ignore:.*reshard_after_forward=1.*:UserWarning")
 
 
 def shards_of(w: Tensor, dim: int, world: int) -> list[Tensor]:

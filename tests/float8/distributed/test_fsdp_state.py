@@ -1,4 +1,4 @@
-"""Under FSDP2 everything stays plain, on any mesh."""
+"""Under FSDP2 states are plain tensors, on any mesh."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ from tests.float8.distributed.sharded import (
     build,
     config,
     fused,
+    ignore_fsdp_warning,
     linears,
     same,
     shard,
@@ -47,8 +48,7 @@ from tests.float8.distributed.sharded import (
 )
 from tests.helpers import ranks
 
-# What FSDP2 says at its first use, once it runs for good.
-pytestmark = pytest.mark.filterwarnings("ignore:.*reshard_after_forward=1.*:UserWarning")
+pytestmark = ignore_fsdp_warning
 
 
 def _is_plain(tensor: Any) -> bool:
@@ -79,7 +79,7 @@ def _state_dicts(folder: str) -> dict[str, bool]:
     model(torch.randn(4, SIZES[0])).sum().backward()
     verdicts["gradients plain"] = all(_is_plain(p.grad) for p in model.parameters())
 
-    # torch.save of what belongs to one rank, loaded by who knows torch alone.
+    # torch.save of one rank's tensors, loaded without octavo's classes.
     for name, value in (("state dict", state), ("parameter", dict(model.named_parameters()))):
         file = io.BytesIO()
         torch.save({k: v.to_local() for k, v in value.items()}, file)
@@ -215,9 +215,7 @@ def test_replicated_groups_of_shards() -> None:
 
 
 def _tensor_parallel(recipe: str) -> list[bool]:
-    """The gathered parts of a tensor parallel weight, against casts of those parts with the scales of the
-    whole.
-    """
+    """Gathered shards of a tensor parallel weight equal casts of those shards with the whole's scales."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     verdicts = []
     for style, axis in ((ColwiseParallel(), 0), (RowwiseParallel(), 1)):

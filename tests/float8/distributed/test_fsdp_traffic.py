@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,14 +21,14 @@ from octavo.float8.distributed.fsdp_gather import sharded_weights
 from tests.float8.distributed.sharded import (
     Block,
     config,
+    ignore_fsdp_warning,
     linears,
     shard,
 )
 from tests.float8.graphs import FLOAT8
 from tests.helpers import ranks
 
-# What FSDP2 says at its first use, once it runs for good.
-pytestmark = pytest.mark.filterwarnings("ignore:.*reshard_after_forward=1.*:UserWarning")
+pytestmark = ignore_fsdp_warning
 
 
 class Traffic(TorchDispatchMode):

@@ -270,7 +270,7 @@ def test_weights_cast_once_give_the_same() -> None:
 
 
 def test_tokens_that_do_not_divide_evenly() -> None:
-    """A DTensor knows its size: such tokens are gathered in high precision."""
+    """A DTensor has the whole size, so such tokens are gathered in high precision."""
     options = {"tokens": 255, "as_dtensor": True}
     check(
         2, [(kind, recipe, options) for recipe in ("tensorwise", "rowwise") for kind in ("colwise", "shared")]
@@ -462,8 +462,8 @@ def wrong_uses() -> dict[str, str]:
     }
 
 
-def test_wrong_use_is_told() -> None:
-    told = ranks.run(2, wrong_uses)[0]
+def test_wrong_uses_are_errors() -> None:
+    messages = ranks.run(2, wrong_uses)[0]
     for name, part in {
         "plain": "Float8ColwiseParallel was applied to a Linear",
         "plain_rowwise": "Float8RowwiseParallel was applied to a Linear",
@@ -476,7 +476,7 @@ def test_wrong_use_is_told() -> None:
         "ordinary": "called with an ordinary tensor",
         "named": "True",
     }.items():
-        assert part in told[name]
+        assert part in messages[name]
 
 
 def test_what_was_gathered_is_for_float8_linears_only() -> None:

@@ -1,4 +1,4 @@
-"""A rank's part of an operand is cast as the whole operand is, bit for bit, and so is what ranks gather."""
+"""A shard of an operand is cast as the whole operand is, bit for bit, and so is a gathered operand."""
 
 from __future__ import annotations
 

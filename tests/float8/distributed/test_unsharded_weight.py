@@ -1,4 +1,4 @@
-"""The carrier passes for a parameter, gives its float8 contents to a linear, and nothing to anybody else."""
+"""An `UnshardedWeight` acts as a parameter, gives its casts to a linear, and refuses other uses."""
 
 from __future__ import annotations
 

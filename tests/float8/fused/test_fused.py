@@ -1,4 +1,4 @@
-"""Fused modules compute what their modules do, keep no more for backward, and leave parameters alone."""
+"""Fused modules compute what their modules do, save no more for backward, and keep parameters unchanged."""
 
 from __future__ import annotations
 

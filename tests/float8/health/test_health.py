@@ -1,5 +1,5 @@
-"""Health: every number against a recomputation in float64 from its definition; audits disturb nothing;
-monitors measure the same numbers in compiled and in eager code.
+"""Health: every number equals its definition in float64, audits leave the model unchanged, and monitors
+measure the same numbers in compiled and in eager code.
 """
 
 from __future__ import annotations
@@ -484,7 +484,7 @@ def test_a_layer_is_measured_by_one_monitor_at_a_time() -> None:
     assert first.table.rows
 
 
-def test_an_audit_that_measures_nothing_says_why() -> None:
+def test_an_audit_that_measures_nothing_is_an_error() -> None:
     model = convert_to_float8_training(nn.Sequential(nn.Linear(32, 16)), config="rowwise")
     x = torch.randn(4, 32)
     with pytest.raises(ValueError, match="the loss depends on no linear layer"):

@@ -1,6 +1,6 @@
-"""Kernels beside their references, on any device: what is compared, and on which tensors.
+"""Compares kernels with their references, on any device.
 
-Importing this imports triton. On a CPU it needs TRITON_INTERPRET=1, set before.
+Importing this imports triton. On a CPU, TRITON_INTERPRET=1 must be set first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the compiler made of every kernel, kept: `compiled.jsonl`, one row of the report a line.
+"""The committed compile report of every kernel, `compiled.jsonl`: one row per line.
 
-Compiling them takes minutes, and gives the same as long as nothing that a row's key hashes has changed. Once
-it has, the tests fail until this writes the file again, compiling everything:
+Compiling takes minutes, and gives the same result as long as nothing that a row's key hashes has changed. If
+it has, the tests fail until the file is written again, by compiling everything:
 
     python -m tests.float8.kernels.compiled
 """

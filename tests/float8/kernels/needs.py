@@ -1,4 +1,4 @@
-"""What tests of kernels need that not every machine has."""
+"""Skip marks for tests that need Triton, its compiler or its interpreter."""
 
 import importlib.metadata
 import importlib.util

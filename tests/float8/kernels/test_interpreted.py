@@ -1,4 +1,4 @@
-"""Starts the tests of `interpreted/` in a process that interprets Triton; see its conftest.py."""
+"""Runs the tests of `interpreted/` in a process that interprets Triton; see its conftest.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the compiler sees of the operators as they are on a GPU: kernels, not opaque calls. Needs no GPU."""
+"""The compiler traces the operators as kernel launches, not as opaque calls. Needs no GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cast_bandwidth.py times beside plain casts: each kernel computes what the call beside it does."""
+"""What cast_bandwidth.py compares: each kernel computes what the call beside it does."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Casts with a scale known before: bits of the reference, this tensor's maximum, and how many saturated."""
+"""Casts with a known scale: the reference's bits, this tensor's maximum, and saturated elements."""
 
 from __future__ import annotations
 

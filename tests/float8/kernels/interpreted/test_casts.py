@@ -49,9 +49,7 @@ def test_one_of_two(kernel: check.Kernel, rows: bool, columns: bool) -> None:
 
 
 def test_long_strips() -> None:
-    """Programs of the first pass go through 32 rows where there are many, eight at a time; the last through
-    fewer.
-    """
+    """Programs of the first pass process 32 rows, a few at a time; the last program has fewer."""
     assert check.cast_rows_columns.strip_of(4096, 5) == 32
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(check.cast_rows_columns, "strip_of", lambda M, K: 32)
@@ -60,8 +58,8 @@ def test_long_strips() -> None:
 
 
 def test_more_elements_than_programs_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first pass of the tensorwise cast goes round, and misses no element: not where a round ends or
-    begins, and not the last.
+    """The first pass of the tensorwise cast loops over x and misses no element, at the loop's edges or the
+    end.
     """
     monkeypatch.setattr(check.cast_tensor, "MAX_PROGRAMS", 3)
     block = check.cast_tensor.CONFIGS_MAGNITUDES[0]["BLOCK"]

@@ -78,7 +78,7 @@ def test_what_kernels_leave_to_pytorch() -> None:
     assert not supports(x[:0], row)
     with use_kernels(False):
         assert not supports(x, row)
-    # A row that ranks share has a maximum none of them knows; a column that they share in whole has none.
+    # The maximum of a row that is sharded over ranks needs communication; that of a whole row does not.
     assert not supports(x, row, ShardedAxis(1, "group"))
     assert supports(x, row, ShardedAxis(0, "group"))
     first, second = quantize_both(x, row, None)

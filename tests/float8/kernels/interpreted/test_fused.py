@@ -1,4 +1,4 @@
-"""Fused modules through kernels compute what they compute in plain PyTorch."""
+"""Fused modules compute through kernels what they compute in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def test_a_block(recipe: str | None, limit: float) -> None:
 
 def test_maxima_arrive_where_gradients_are_cast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of wo, w1 and w3 in backward, and of all inputs but wo's in forward; each is what the tensor has."""
-    told: list[bool] = []
+    known: list[bool] = []
     cast = producer_maxima.quantize_with_maxima
 
     def spy(x, row, col, maxima):
-        told.append(maxima is not None)
+        known.append(maxima is not None)
         if maxima is not None:
             for largest, dim in zip(maxima, (1, 0), strict=True):
                 assert torch.equal(largest.amax(dim=0).view(torch.float32), x.float().abs().amax(dim=dim))
@@ -95,7 +95,7 @@ def test_maxima_arrive_where_gradients_are_cast(monkeypatch: pytest.MonkeyPatch)
     block = Block("rowwise").to(torch.bfloat16)
     gradients(block, block, torch.bfloat16)
     # Forward: wq|wk, w1|w3, w2. Backward: w2, then w3, w1, then wo, then wk, wq.
-    assert told == [True] * 3 + [False, True, True, True, False, False]
+    assert known == [True] * 3 + [False, True, True, True, False, False]
 
 
 @pytest.mark.parametrize("recipe", ["rowwise", "tensorwise"])

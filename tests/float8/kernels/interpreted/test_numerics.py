@@ -1,4 +1,4 @@
-"""The arithmetic of `kernels/numerics.py` against the reference, value by value."""
+"""The arithmetic of `kernels/numerics.py` equals the reference, value by value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators as PyTorch checks them: schema, fake results like the real ones, traced as they run."""
+"""The operators pass PyTorch's checks: schema, fake results, and tracing."""
 
 from __future__ import annotations
 
