@@ -1,8 +1,7 @@
-"""The console command `octavo`: a table of subcommands, each in a module that is imported only when it is
-called.
+"""The console command `octavo`: a table of subcommands, each in a module that is imported only when called.
 
-Exit codes: what the subcommand returns; 2 for a mistake in the command line or the configuration, or what
-the error itself says (3: no checkpoint verifies), with one message.
+Exit codes: what the subcommand returns; 2 for an error in the command line or the configuration; or the
+error's own code (3: no checkpoint verifies). Each error is one message.
 """
 
 import errno
@@ -40,7 +39,7 @@ def _world_size() -> int:
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: `module` has `main(argv) -> int`; `preflight` is called with argv before that is
+    """One subcommand: `module` has `main(argv) -> int`; `preflight` is called with argv before it is
     imported.
     """
 
@@ -91,7 +90,7 @@ def _usage() -> str:
             "commands:",
             *rows,
             "",
-            "octavo COMMAND --help tells what a command takes.",
+            "octavo COMMAND --help lists the options of a command.",
         ]
     )
 
@@ -139,12 +138,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno != errno.ENOSPC or error.filename is not None:
             raise
         _print_no_more()
-        print(f"octavo: what it prints cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"octavo: its output cannot be written: {error.strerror}", file=sys.stderr)
         return 1
 
 
 def _print_no_more() -> None:
-    """Or Python would fail again when it ends."""
+    """Redirect stdout to /dev/null, or Python would fail again when it flushes at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -43,7 +43,7 @@ LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # punctuation, with the line ends after it
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # white space
 )
-"""Where Llama 3 cuts text before byte pair encoding: no token crosses such a cut."""
+"""How Llama 3 splits text before byte pair encoding: no token crosses a split."""
 
 _LLAMA3_SPECIAL_SLOTS = 256
 _FETCH_AGAIN = "fetch it again with `octavo download --repo_id … --assets tokenizer`"
@@ -73,14 +73,14 @@ def llama3_specials() -> tuple[str, ...]:
 
 
 class Tokenizer:
-    """Encodes and decodes. `decode(encode(text)) == text` for any text where the vocabulary is byte-level.
+    """Encodes and decodes text. `decode(encode(text)) == text` for any text if the vocabulary is byte-level.
 
     Attributes:
         vocab_size: one more than the largest id; every id lies in [0, vocab_size).
         bos_id: id that opens a document, or None where the tokenizer has none.
         eos_id: id that closes a document.
         bos, eos: the texts of these two tokens.
-        source: where it was read from, for messages.
+        source: the file that it was read from, for messages.
         fingerprint: SHA-256 of what the ids mean: every token with its id, and which open and close a
             document. The same for one vocabulary in two file formats.
     """
@@ -88,12 +88,12 @@ class Tokenizer:
     def __init__(self, engine: tokenizers.Tokenizer, *, bos: str | None, eos: str, source: str) -> None:
         engine.no_truncation()
         engine.no_padding()
-        engine.encode_special_tokens = True  # special tokens written out in a text stay text
+        engine.encode_special_tokens = True  # special tokens spelled out in a text are plain text
         self._engine = engine
         self.source = source
         vocabulary = engine.get_vocab(with_added_tokens=True)
         if not vocabulary:
-            raise ConfigError(f"{source}: there are no tokens in it; fetch or copy it again")
+            raise ConfigError(f"{source}: it has no tokens; fetch or copy it again")
         self.vocab_size = 1 + max(vocabulary.values())
         self.bos, self.eos = bos, eos
         self.bos_id = None if bos is None else self._id(bos)
@@ -105,13 +105,13 @@ class Tokenizer:
         found: int | None = self._engine.token_to_id(token)
         if found is None:
             raise ConfigError(
-                f"{self.source}: there is no token {token!r} in it; name the tokens that open and close a "
+                f"{self.source}: it has no token {token!r}; name the tokens that open and close a "
                 "document as bos_token and eos_token in a tokenizer_config.json beside it"
             )
         return found
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of `text`, between the ids that open and close a document where asked for.
+        """Ids of `text`, with the ids that open (`bos`) and close (`eos`) a document if asked for.
 
         Raises:
             ValueError: `bos` of a tokenizer without one.
@@ -119,7 +119,7 @@ class Tokenizer:
         return self._wrap(self._engine.encode(text, add_special_tokens=False).ids, bos=bos, eos=eos)
 
     def encode_batch(self, texts: Sequence[str], *, bos: bool = False, eos: bool = False) -> list[list[int]]:
-        """`encode` of each text; on several cores where there are several texts."""
+        """`encode` of each text, on several cores."""
         encoded = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
         return [self._wrap(one.ids, bos=bos, eos=eos) for one in encoded]
 
@@ -144,7 +144,7 @@ class Tokenizer:
             if id in added and added[id].special:
                 continue
             if byte_level and id not in added:
-                lengths[id] = len(token)  # one letter a byte
+                lengths[id] = len(token)  # one letter per byte
             elif re.fullmatch("<0x[0-9A-F]{2}>", token):
                 lengths[id] = 1
             else:
@@ -296,7 +296,9 @@ def _from_tiktoken(path: Path, content: bytes) -> Tokenizer:
 
 
 def _parse_tiktoken(path: Path, content: bytes) -> dict[bytes, int]:
-    """Token -> rank. Ranks without gaps, and a token for each byte: else some text would have no ids."""
+    """Token -> rank. Raises ConfigError if ranks have gaps or a byte has no token: some text would have no
+    ids.
+    """
     ranks: dict[bytes, int] = {}
     remedy = f"expected tiktoken lines `BASE64 RANK`; {_FETCH_AGAIN}"
     for number, line in enumerate(content.splitlines(), start=1):

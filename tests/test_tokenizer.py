@@ -229,7 +229,7 @@ class TestHuggingFaceFolder:
 
     def test_an_unknown_document_token(self, folder: Path) -> None:
         (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-        with pytest.raises(ConfigError, match="no token '</s>' in it"):
+        with pytest.raises(ConfigError, match="it has no token '</s>'"):
             build_tokenizer(str(folder))
 
     def test_settings_of_the_file_do_not_change_ids(self, folder: Path) -> None:
@@ -269,7 +269,7 @@ class TestHuggingFaceFolder:
         [
             ("tokenizer.json", "{}", "not a usable Hugging Face tokenizer.json"),
             ("tokenizer.json", '{"model": {"type": "BPE"', "not a usable Hugging Face tokenizer.json"),
-            ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "no tokens in it"),
+            ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "it has no tokens"),
             ("tokenizer.json", "<html>", "not JSON, so not a Hugging Face tokenizer.json"),
             ("tokenizer_config.json", "{", "not readable as JSON"),
             ("tokenizer_config.json", "[]", "holds a list, not a JSON object"),

@@ -1,7 +1,6 @@
-"""Which TOML file is meant: a path, with `~` for a home folder, or the bare name of one that octavo ships.
+"""Finds a TOML file by its path (with `~`), or by the bare name of one that octavo ships.
 
-CONFIG_FILE, `--job.config_file` and the training processes all ask here, so that one name means one file
-everywhere.
+CONFIG_FILE, `--job.config_file` and the training processes all use it, so one name means one file everywhere.
 """
 
 import os
@@ -14,10 +13,10 @@ TRAIN_CONFIGS = Path(__file__).parents[1] / "models" / "llama3" / "train_configs
 
 
 def find(name: str) -> Path:
-    """The file that `name` stands for; a file in the working directory comes before a shipped one.
+    """The file called `name`; one in the working directory takes precedence over a shipped one.
 
     Raises:
-        ConfigError: saying what is wrong with `name`, without repeating it.
+        ConfigError: what is wrong with `name`, without repeating it.
     """
     shipped = sorted(file.name for file in TRAIN_CONFIGS.glob("*.toml"))
     if not name:
@@ -36,5 +35,5 @@ def find(name: str) -> Path:
     if stat.S_ISDIR(mode):
         raise ConfigError("is a folder; name the .toml file in it")
     if stat.S_ISFIFO(mode):
-        raise ConfigError("is a pipe, which the first of several readers would empty; name a file")
+        raise ConfigError("is a pipe, which only one process could read; name a file")
     return path

@@ -1,7 +1,6 @@
-"""Whether the data that a job names is there and fits together, as far as files can tell without torch.
+"""Checks of the data that a job names, without torch: paths, mixtures, the sizes of prepared shards.
 
-Paths, mixtures, the sizes of prepared shards. Whether the tokenizer is the one that shards were made with,
-the loader finds out.
+Whether the shards were made with the job's tokenizer is checked when they are loaded.
 """
 
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ def validation(job: JobConfig) -> Iterator[str]:
         if settings.fraction:
             yield (
                 f"{named(job, 'validation.fraction')}: validation.dataset = {settings.dataset} is given, "
-                "so nothing need be held out; unset one of the two"
+                "so nothing needs to be held out; unset one of the two"
             )
     elif settings.dataset_path is not None:
         yield f"{named(job, 'validation.dataset_path')} has no effect without validation.dataset"
@@ -38,14 +37,14 @@ def validation(job: JobConfig) -> Iterator[str]:
         and settings.seq_len not in (None, job.training.seq_len)
     ):
         yield (
-            f"{named(job, 'validation.seq_len')}: what validation.fraction holds out are samples of "
+            f"{named(job, 'validation.seq_len')}: the samples that validation.fraction holds out have "
             f"training.seq_len = {job.training.seq_len}; leave it out, or name a validation.dataset"
         )
     long = settings.seq_len is not None and settings.seq_len > job.training.seq_len
     if long:
         yield (
-            f"{named(job, 'validation.seq_len')} exceeds training.seq_len = {job.training.seq_len}, all "
-            "that the model has positions for"
+            f"{named(job, 'validation.seq_len')} exceeds training.seq_len = {job.training.seq_len}, the "
+            "number of positions that the model has"
         )
 
 
@@ -55,12 +54,12 @@ def _validation_split(job: JobConfig) -> Iterator[str]:
     try:
         parts = [name for name, _ in parse_dataset(job.training.dataset, names.DATASETS)]
         lacking = [name for name in parts if not _has_validation_split(name)]
-    except ConfigError:  # said of training.dataset already
+    except ConfigError:  # already reported for training.dataset
         return
     for name in lacking:
         yield (
             f"{named(job, 'validation.enable')}: {name} has no validation split; name a "
-            "validation.dataset, or hold a share of the samples out with validation.fraction"
+            "validation.dataset, or hold out a share of the samples with validation.fraction"
         )
 
 
@@ -75,7 +74,7 @@ def _has_validation_split(name: str) -> bool:
 
 def _sources(job: JobConfig, section: str, dataset: str, dataset_path: str | None) -> Iterator[str]:
     """What is wrong with `section`.dataset, one source or a mixture, and with its dataset_path."""
-    # Here, not above: they import this package. They import no torch.
+    # Imported late to keep the start fast; free of torch.
     from octavo.data.dataset_spec import parse_dataset
 
     key = f"{section}.dataset"
@@ -92,7 +91,7 @@ def _sources(job: JobConfig, section: str, dataset: str, dataset_path: str | Non
         streamed = ", ".join(names.STREAMED_DATASETS)
         yield (
             f"{named(job, f'{section}.dataset_path')} has no effect with {key} = {dataset}: "
-            f"only {streamed} are read from elsewhere. Name a path of your own in {key}, "
+            f"it applies to {streamed} only. Name your own path in {key}, "
             f"or unset this one (--{section}.dataset_path=None)"
         )
     elif not Path(dataset_path).expanduser().exists():

@@ -1,9 +1,9 @@
-"""Flags that would do nothing.
+"""Flags that would have no effect.
 
-Who types `--float8.recipe_name=rowwise` and forgets `--model.converters=float8` would train in bfloat16 and
-believe otherwise, so a flag without effect is an error. The same setting in a TOML file is inert: one file
-serves several commands. `NEEDS` says for each such key what must hold for it to matter; keys that are not
-in it always matter.
+Someone who types `--float8.recipe_name=rowwise` and forgets `--model.converters=float8` would train in
+bfloat16 without knowing it. So a flag without effect is an error. The same setting in a TOML file is ignored,
+because one file serves several commands. `NEEDS` states for each such key when it has an effect; keys that
+are not in it always have one.
 """
 
 import fnmatch
@@ -18,8 +18,8 @@ from octavo.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Need:
-    """`keys` (patterns of "section.key") matter only where `met(job, world_size)`; else `why`, and what to
-    do.
+    """`keys` (patterns of "section.key") have an effect only if `met(job, world_size)`; otherwise `why` and
+    `remedy` make the message.
     """
 
     keys: tuple[str, ...]
@@ -37,7 +37,7 @@ def _policies(job: JobConfig) -> tuple[str, str]:
 
 
 def _layout(job: JobConfig, world_size: int) -> ParallelDims:
-    """The layout; where it is impossible, which others tell, all processes shard one copy."""
+    """The job's degrees; if impossible, which another check reports, all processes shard one copy."""
     try:
         return parallel_dims_of(job.parallelism, world_size)
     except ConfigError:
@@ -45,9 +45,8 @@ def _layout(job: JobConfig, world_size: int) -> ParallelDims:
 
 
 def casts_weights_again(job: JobConfig, world_size: int) -> bool:
-    """Whether a float8 weight is cast several times a step, unless its first cast is kept.
-
-    By several microbatches, by recomputation under activation checkpointing, or by gathers in float8.
+    """Whether a float8 weight would be cast several times per step if its first cast were not kept: by
+    several microbatches, by recomputation under activation checkpointing, or by gathers in float8.
     """
     layout = _layout(job, world_size)
     accumulates = job.training.global_batch_size > job.training.local_batch_size * layout.data
@@ -58,15 +57,15 @@ def casts_weights_again(job: JobConfig, world_size: int) -> bool:
 
 
 def uses_previous_step(job: JobConfig) -> bool:
-    """Whether some layer takes its scales from the step before."""
-    # Patterns that cannot be read are another check's.
+    """Whether some layer takes its scales from the previous step."""
+    # Unreadable patterns are reported by another check.
     recipes = {job.float8.recipe_name, *(text.partition("=")[2].strip() for text in job.float8.layer_recipes)}
     return "float8" in job.model.converters and bool(recipes & set(names.PREVIOUS_STEP_RECIPES))
 
 
 def fuses(job: JobConfig) -> bool:
-    """Whether layers may be fused; whether "auto" does it, the device decides."""
-    # Fused casts take the maxima that were just measured.
+    """Whether layers may be fused; with "auto" the device decides."""
+    # Fused casts use the maxima of the current step.
     alone = job.parallelism.tensor_parallel_degree == 1 and not uses_previous_step(job)
     return job.model.fuse != "off" and alone
 
@@ -106,7 +105,7 @@ NEEDS: tuple[Need, ...] = (
     Need(
         ("float8.max_saturated",),
         lambda job, _: uses_previous_step(job),
-        "scales are those of the tensors at hand, and nothing lies beyond them",
+        "scales are computed from the current tensors, so nothing exceeds them",
         f"add --float8.recipe_name={names.PREVIOUS_STEP_RECIPES[0]}",
     ),
     Need(
@@ -118,7 +117,7 @@ NEEDS: tuple[Need, ...] = (
     Need(
         ("float8.share_scales",),
         lambda job, _: (job.float8.recipe_name or names.RECIPES[0]) == "tensorwise",
-        "only tensorwise has one scale a weight; other recipes join weights as they are",
+        "only tensorwise has one scale per weight; other recipes join weights without it",
         "leave it out",
     ),
     Need(
@@ -147,7 +146,7 @@ NEEDS: tuple[Need, ...] = (
     Need(
         ("float8.cast_weights_once",),
         casts_weights_again,
-        "nothing casts a weight twice in a step: no accumulation, checkpointed activations or float8 gather",
+        "no weight is cast twice in a step: no accumulation, activation checkpointing or float8 gather",
         "leave it out",
     ),
     Need(
@@ -171,7 +170,7 @@ NEEDS: tuple[Need, ...] = (
     Need(
         ("checkpoint.exclude_from_loading",),
         _loads_by_name,
-        "a run that resumes takes up everything, so that it goes on exactly",
+        "a run that resumes loads everything, so that it continues exactly",
         "name what to load: --checkpoint.load_step, or --checkpoint.initial_load_path with "
         "--checkpoint.no-initial_load_model_only",
     ),
@@ -196,7 +195,7 @@ NEEDS: tuple[Need, ...] = (
     Need(
         ("fault_tolerance.spike_threshold", "fault_tolerance.spike_window"),
         lambda job, _: job.fault_tolerance.spike != "off",
-        "nothing looks for spikes of the loss",
+        "loss spikes are not detected",
         "add --fault_tolerance.spike=warn",
     ),
     Need(
@@ -208,7 +207,7 @@ NEEDS: tuple[Need, ...] = (
     Need(
         ("fault_tolerance.max_rewinds",),
         lambda job, _: "rewind" in _policies(job),
-        "no checkpoint is ever gone back to",
+        "no step is ever rewound",
         "add --fault_tolerance.non_finite=rewind or --fault_tolerance.spike=rewind",
     ),
     Need(
@@ -270,7 +269,7 @@ NEEDS: tuple[Need, ...] = (
     Need(
         ("training.num_workers",),
         lambda job, _: job.training.num_workers <= 1 or not _streams_only(job),
-        "a stream is read by one thread",
+        "a streamed dataset is read by one thread",
         "set it to 1, or to 0",
     ),
     Need(
@@ -287,7 +286,7 @@ NEEDS: tuple[Need, ...] = (
             job.training.loss_chunk_tokens is None
             or job.training.loss_chunk_tokens < _tokens_of_a_pass(job, world_size)
         ),
-        "a device has no more tokens than that in one pass",
+        "a device has at most that many tokens in one pass",
         "lower it, or leave it out",
     ),
     Need(
@@ -298,13 +297,13 @@ NEEDS: tuple[Need, ...] = (
                 job.optimizer.name == "AdamW" and job.optimizer.state_dtype == job.training.dtype == "float32"
             )
         ),
-        "it chooses among PyTorch's own steps; octavo's runs moments or weights of fewer bits",
+        "it chooses among PyTorch's optimizers; octavo's own runs moments or weights of fewer bits",
         "leave it out",
     ),
     Need(
         ("optimizer.state_dtype",),
         lambda job, _: job.optimizer.name == "AdamW",
-        "only AdamW's moments have a choice of type",
+        "only AdamW has a choice of state dtype",
         "set --optimizer.name=AdamW",
     ),
     Need(
@@ -346,7 +345,7 @@ NEEDS: tuple[Need, ...] = (
     Need(
         tuple(f"parallelism.pipeline_parallel_{key}" for key in _BALANCE),
         lambda job, _: not job.parallelism.pipeline_parallel_split_points,
-        "parallelism.pipeline_parallel_split_points says where every stage begins",
+        "parallelism.pipeline_parallel_split_points sets where every stage begins",
         "leave one of the two out",
     ),
     Need(
@@ -364,19 +363,19 @@ NEEDS: tuple[Need, ...] = (
     Need(
         ("parallelism.enable_async_tensor_parallel",),
         lambda job, _: job.parallelism.tensor_parallel_degree > 1,
-        "there is no tensor parallelism, so products wait for nobody",
+        "there is no tensor parallelism, so there is nothing to overlap",
         "add --parallelism.tensor_parallel_degree",
     ),
     Need(
         ("parallelism.enable_async_tensor_parallel",),
         lambda job, _: job.compile.enable and "model" in job.compile.components,
-        "the compiler does the overlapping, and the layers are not compiled",
+        "the compiler overlaps them, and the layers are not compiled",
         "add --training.compile",
     ),
     Need(
         ("parallelism.context_parallel_rotate_method",),
         lambda job, _: job.parallelism.context_parallel_degree > 1,
-        "there is no context parallelism, so every device has its sequences' keys and values",
+        "there is no context parallelism, so every device has all keys and values of its sequences",
         "add --parallelism.context_parallel_degree",
     ),
     Need(
@@ -389,7 +388,7 @@ NEEDS: tuple[Need, ...] = (
             "comm.train_timeout_seconds",
         ),
         lambda _, world_size: world_size > 1,
-        "there is one process, which shares nothing",
+        "there is only one process",
         "run on several (NGPU=2 or more), or leave it out",
     ),
     Need(

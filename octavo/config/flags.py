@@ -1,9 +1,10 @@
 """The command line: `--section.key value` on top of a job, parsed by tyro.
 
-tyro reads the dataclasses and parses the values. Before it, `scan` brings every accepted spelling to one
-canonical flag, because the accepted ones are many (`-` or `_`, `--x.no-y`, `--no-x.y`, `--x.y=false`,
-second names of a key, values that begin with a dash) and because an unknown flag deserves the name that was
-meant.
+tyro reads the dataclasses and parses the values. Before that, `scan` translates every accepted spelling into
+one canonical flag (`-` or `_`, `--x.no-y`, `--no-x.y`, `--x.y=false`, aliases of a key, values that begin
+with a dash), and suggests the nearest name for an unknown flag.
+
+
 """
 
 from collections.abc import Sequence
@@ -47,12 +48,12 @@ class Flag:
 
 
 def wants_help(argv: Sequence[str]) -> bool:
-    """Whether help is asked for."""
+    """Whether the command line asks for help."""
     return any(token in _HELP for token in argv)
 
 
 def scan(argv: Sequence[str]) -> tuple[list[Flag], list[str]]:
-    """Every flag in order, and one message for each token that is none."""
+    """All flags in order, and one message for each token that is not a flag."""
     flags: list[Flag] = []
     problems: list[str] = []
     rest = list(argv)
@@ -69,7 +70,7 @@ def scan(argv: Sequence[str]) -> tuple[list[Flag], list[str]]:
         if written is None or home is None:
             problems.append(f"{typed}: {_explain(typed)}")
             if not equals and rest and not rest[0].startswith("--"):
-                rest.pop(0)  # the unknown flag's value, so that it is not an error of its own
+                rest.pop(0)  # the unknown flag's value, so that it is not a second error
             continue
         is_bool = SECTIONS[home[0]][home[1]] is bool
         if is_bool and not equals:
@@ -89,13 +90,13 @@ def scan(argv: Sequence[str]) -> tuple[list[Flag], list[str]]:
 
 
 def config_file(flags: Sequence[Flag]) -> Flag | None:
-    """The flag that names the TOML file; the last one where there are several."""
+    """The last flag that names the TOML file, or None."""
     named = [flag for flag in flags if (flag.section, flag.key) == _CONFIG_FILE]
     return named[-1] if named else None
 
 
 def check_values(flags: Sequence[Flag]) -> list[str]:
-    """One message for each flag whose value its key cannot take."""
+    """One message for each flag with a wrong value."""
     problems = []
     for flag in flags:
         try:
@@ -123,9 +124,7 @@ def print_help(*, prog: str) -> None:
 
 
 def _resolve(typed: str) -> tuple[tuple[str, str] | None, bool]:
-    """The (section, key) that a flag spells, None where it is no key; and whether it is the `no` form of a
-    boolean.
-    """
+    """The (section, key) of a flag, or None if it names no key; whether it is the `no` form of a boolean."""
     name = lookup.normal(typed[2:])
     if name == "config_file":
         return _CONFIG_FILE, False
@@ -156,7 +155,7 @@ def _explain(typed: str) -> str:
 
 
 def _tyro(job: JobConfig, args: list[str], prog: str) -> JobConfig:
-    import tyro  # here, so that what only reads names and errors does not need it
+    import tyro  # imported here: reading names and errors does not need it
 
     registry = tyro.constructors.ConstructorRegistry()
     kinds = [kind for keys in SECTIONS.values() for kind in keys.values()]
@@ -165,7 +164,7 @@ def _tyro(job: JobConfig, args: list[str], prog: str) -> JobConfig:
     def every_key(info: Any) -> Any:
         kind = info.type
         if kind is bool or kind not in kinds:
-            return None  # left to tyro: the pair of flags --x and --no_x, and what is no key
+            return None  # left to tyro: the flag pair --x and --no_x, and types of no key
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
             metavar=metavar(kind),

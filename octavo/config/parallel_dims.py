@@ -32,7 +32,7 @@ KEYS: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """A number of processes an axis."""
+    """The number of processes along each axis."""
 
     pipeline: int = 1
     replicate: int = 1
@@ -47,32 +47,34 @@ class ParallelDims:
 
     @property
     def data(self) -> int:
-        """How many groups of processes read different data."""
+        """The number of process groups that read different data."""
         return self.replicate * self.shard
 
     @property
     def sharded(self) -> int:
-        """How many processes one parameter is sharded over by FSDP2: those that share a sequence, too."""
+        """The number of processes that FSDP2 shards a parameter over; those that share a sequence count."""
         return self.shard * self.context
 
     @property
     def sequence_multiple(self) -> int:
-        """What `training.seq_len` must be a multiple of, so that each process gets equal parts of a sequence.
+        """`training.seq_len` must be a multiple of this, so that processes get equal parts of a sequence.
 
-        Under context parallelism a process has two, one from the front and one from the back, because late
-        positions cost more attention.
+        Under context parallelism each process has two parts, one from the front and one from the back,
+        because late positions cost more attention.
         """
         return self.tensor * (2 * self.context if self.context > 1 else 1)
 
 
 def parallel_dims_of(parallelism: Parallelism, processes: int) -> ParallelDims:
-    """The layout that `parallelism` asks for; `ConfigError` with the arithmetic if `processes` do not fill
-    it.
+    """The degrees that `parallelism` asks for on `processes` processes.
+
+    Raises:
+        ConfigError: they do not multiply to the number of processes; the message shows the arithmetic.
     """
     degrees = {axis: getattr(parallelism, key) for axis, key in KEYS.items()}
     there = f"{processes} process{'es' if processes > 1 else ''}"
     left = degrees["shard"] == -1
-    # A degree of 1 is no factor to tell, but for that of the axis that would take what is left.
+    # Degrees of 1 are left out of the message, except an explicit shard degree.
     asked = {KEYS[axis]: n for axis, n in degrees.items() if n not in (1, -1) or (axis, n) == ("shard", 1)}
     product = math.prod(asked.values())
     terms = f"parallelism.{' x '.join(asked)} = {' x '.join(map(str, asked.values()))}"

@@ -3,11 +3,12 @@
     0F0,0F1,0B0,0B1        process 0: forward of stage 0 for microbatch 0, for microbatch 1, then backward
     1F0,1B0,1F1,1B1        process 1
 
-One row a process, one action a cell: stage, F, B, I or W, microbatch. B is the whole backward pass; I is its
-part for the stage's input and W its part for the weights, which may come any time later. An empty cell is
-idle. Sends, receives and gathers are not written down. These are torch's own "compute only" files.
+One row per process, one action per cell: stage, F, B, I or W, microbatch. B is the whole backward pass; I is
+its part for the stage's input, and W its part for the weights, which may come any time later. An empty cell
+is idle. Sends, receives and gathers are left out. These are torch's "compute only" files.
 
-torch asserts some of this, and hangs on the rest. So a file is played through here, before anything starts.
+torch asserts some of the rules and hangs on the others. So the schedule is simulated here before anything
+starts.
 """
 
 import csv
@@ -122,7 +123,7 @@ def _stuck(rows: Sequence[Sequence[ScheduleAction]], stages: int) -> str | None:
     waiting = [
         f"{row[i]} in row {p + 1}" for p, (i, row) in enumerate(zip(at, rows, strict=True)) if i < len(row)
     ]
-    return f"cannot go on: {' and '.join(waiting)} wait for each other" if waiting else None
+    return f"deadlocks: {' and '.join(waiting)} wait for each other" if waiting else None
 
 
 def _ready(action: ScheduleAction, done: set[ScheduleAction], stages: int) -> bool:

@@ -1,9 +1,9 @@
-"""How a model is cut into pipeline stages, and which process has which; torch is not needed to know it.
+"""Divides a model into pipeline stages and assigns them to processes, without torch.
 
-A *unit* is what is never cut: the embedding, a layer, or the head (the last norm with the output projection).
-A *stage* is a run of units. A process has one stage, or several under a schedule that takes turns between
-them. Left alone, stages get equal numbers of layers, but that the first one has
-`pipeline_parallel_first_stage_less_layers` fewer, for its embedding, and the last one has
+A *unit* is never divided: the embedding, a layer, or the head (the last norm with the output projection). A
+*stage* is a sequence of consecutive units. A process has one stage, or several under an interleaved schedule.
+By default stages have equal numbers of layers, except that the first has
+`pipeline_parallel_first_stage_less_layers` fewer, for its embedding, and the last has
 `pipeline_parallel_last_stage_less_layers` fewer, for its head.
 """
 
@@ -25,19 +25,20 @@ _P = "parallelism.pipeline_parallel_"
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a schedule of torch's asks for.
+    """The requirements of one of torch's schedules.
 
-    stages: the least that a process has, and what it gets by default. most: the most. v: the second half of
-    the stages runs back through the processes. every: there must be a microbatch for each process. rounds:
-    microbatches must be a multiple of the rounds that they make. splits: the gradients of inputs and of
-    weights are computed apart. csv: it is what a CSV file says.
+    stages: the least per process, and the default. most: the most per process. v_shaped: the second half of
+    the stages runs back through the processes. microbatch_per_process: at least one microbatch for each
+    process. rounds_divide: the number of microbatches must be a multiple of its rounds (microbatches //
+    processes). splits: gradients of inputs and of weights are computed in separate passes. csv: a CSV file
+    has the order.
     """
 
     stages: int
     most: int | None = None
-    v: bool = False
-    every: bool = False
-    rounds: bool = False
+    v_shaped: bool = False
+    microbatch_per_process: bool = False
+    rounds_divide: bool = False
     splits: bool = False
     csv: bool = False
 
@@ -45,22 +46,22 @@ class Schedule:
 SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
     {
         "GPipe": Schedule(1, most=1),
-        "1F1B": Schedule(1, most=1, every=True),
+        "1F1B": Schedule(1, most=1, microbatch_per_process=True),
         "LoopedBFS": Schedule(2),
-        "Interleaved1F1B": Schedule(2, rounds=True),
-        "InterleavedZeroBubble": Schedule(2, rounds=True, splits=True),
-        "ZBVZeroBubble": Schedule(2, most=2, v=True, splits=True),
+        "Interleaved1F1B": Schedule(2, rounds_divide=True),
+        "InterleavedZeroBubble": Schedule(2, rounds_divide=True, splits=True),
+        "ZBVZeroBubble": Schedule(2, most=2, v_shaped=True, splits=True),
         "PipelineScheduleSingle": Schedule(1, most=1, csv=True),
         "PipelineScheduleMulti": Schedule(2, csv=True),
     }
 )
-"""torch's names -> what they ask for."""
+"""torch's name of a schedule -> its requirements."""
 
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """stages: the names of the modules in each. process_of: stage -> the process, along the pipeline axis,
-    that has it. csv: the file that says what each process does when, or None for the schedule's own order.
+    """stages: the names of the modules in each. process_of: stage -> its process along the pipeline axis.
+    csv: the file with the order of actions, or None for the schedule's own order.
     """
 
     schedule: str
@@ -70,20 +71,22 @@ class PipelinePlan:
     csv: Path | None = None
 
     def stages_of(self, process: int) -> list[int]:
-        """The stages that `process` has, ascending."""
+        """The stages of `process`, ascending."""
         return [stage for stage, owner in enumerate(self.process_of) if owner == process]
 
 
 def microbatches(job: JobConfig) -> int:
-    """How many microbatches a local batch is cut into."""
+    """The number of microbatches in a local batch."""
     return job.training.local_batch_size // job.parallelism.pipeline_parallel_microbatch_size
 
 
 def plan_of(job: JobConfig, units: Sequence[Sequence[str]]) -> PipelinePlan:
     """The stages of a model made of `units`, each the names of its modules, in the order of computation.
 
-    The job has passed `problems`. Raises:
-        ConfigError: the stages asked for cannot be made of these units.
+    The job has passed `problems`.
+
+    Raises:
+        ConfigError: these units cannot form the requested stages.
     """
     settings = job.parallelism
     degree, name = settings.pipeline_parallel_degree, _name(settings)
@@ -109,7 +112,7 @@ def plan_of(job: JobConfig, units: Sequence[Sequence[str]]) -> PipelinePlan:
     )
     if rows is not None:
         process_of = pipeline_csv.processes(rows)
-    elif SCHEDULES[name].v:
+    elif SCHEDULES[name].v_shaped:
         process_of = tuple(min(stage, 2 * degree - 1 - stage) for stage in range(len(stages)))
     else:
         process_of = tuple(stage % degree for stage in range(len(stages)))
@@ -117,7 +120,7 @@ def plan_of(job: JobConfig, units: Sequence[Sequence[str]]) -> PipelinePlan:
 
 
 def splits_backward(settings: Parallelism) -> bool:
-    """Whether the schedule computes the gradients of inputs and of weights apart."""
+    """Whether the schedule computes the gradients of inputs and of weights in separate passes."""
     rows, name = _rows(settings), _name(settings)
     if rows is not None:
         return any(action.kind == "I" for row in rows for action in row)
@@ -125,8 +128,8 @@ def splits_backward(settings: Parallelism) -> bool:
 
 
 def problems(job: JobConfig) -> Iterator[str]:
-    """One message for each thing about the pipeline that is wrong whatever the model is. `OSError` from the
-    disk.
+    """One message for each error in the pipeline's settings that does not depend on the model. Raises
+    OSError.
     """
     settings = job.parallelism
     if settings.pipeline_parallel_degree == 1:
@@ -154,15 +157,15 @@ def problems(job: JobConfig) -> Iterator[str]:
         yield from _of_split_backward(job)
     if uses_previous_step(job) and (splits or SCHEDULES[name].stages > 1):
         yield (
-            f"{named(job, 'float8.recipe_name')} notes maxima a step, which is not right yet where a process "
-            f"has several stages ({name}); take another recipe, or {_P}schedule = 1F1B"
+            f"{named(job, 'float8.recipe_name')} records maxima per step, not supported if a process "
+            f"has several stages ({name}); choose another recipe, or {_P}schedule = 1F1B"
         )
 
 
 def _of_split_backward(job: JobConfig) -> Iterator[str]:
-    """What cannot be had from a schedule that computes the gradients of inputs and of weights apart."""
-    apart = "this pipeline schedule computes the gradients of inputs and of weights apart, and"
-    instead = f"take {_P}schedule = Interleaved1F1B"
+    """Settings that conflict with separate passes for the gradients of inputs and of weights."""
+    apart = "this pipeline schedule computes the gradients of inputs and of weights separately, and"
+    instead = f"set {_P}schedule = Interleaved1F1B"
     if job.compile.enable and "model" in job.compile.components:
         yield (
             f"{named(job, 'compile.enable')}: {apart} a compiled layer can only compute both together, so "
@@ -179,13 +182,13 @@ def _of_split_backward(job: JobConfig) -> Iterator[str]:
     if checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op":
         yield (
             f"{named(job, 'activation_checkpoint.mode')}: {apart} selective checkpointing of operations can "
-            "go back through a layer only once; take activation_checkpoint.mode = full, or "
+            "run backward through a layer only once; set activation_checkpoint.mode = full, or "
             f"{instead}"
         )
 
 
 def _name(settings: Parallelism) -> str | None:
-    """The schedule as torch spells it, in whatever case it was written."""
+    """torch's spelling of the schedule, whatever case it was written in."""
     written = settings.pipeline_parallel_schedule.lower()
     return next((name for name in SCHEDULES if name.lower() == written), None)
 
@@ -219,14 +222,14 @@ def _of_schedule(job: JobConfig, name: str) -> Iterator[str]:
     key = _P + "schedule"
     terms = f"local_batch_size / pipeline_parallel_microbatch_size = {count}"
     if schedule.csv:
-        yield f"{named(job, key)} is what a file says, and none is named: add --{_P}schedule_csv"
-    if schedule.every and count < degree:
+        yield f"{named(job, key)} takes its order from a file: add --{_P}schedule_csv"
+    if schedule.microbatch_per_process and count < degree:
         yield (
             f"{named(job, key)} needs a microbatch for each stage, and there are {degree} stages and "
             f"{terms} microbatches; raise training.local_batch_size, or lower {_P}microbatch_size"
         )
     rounds = max(1, count // degree)
-    if schedule.rounds and count % rounds:
+    if schedule.rounds_divide and count % rounds:
         yield (
             f"{named(job, key)} takes microbatches in {rounds} rounds, as often as they fill the "
             f"{degree} stages of a round, and {terms} do not divide by {rounds}; "
@@ -242,7 +245,7 @@ def _of_split_points(job: JobConfig, name: str) -> Iterator[str]:
 
 
 def _of_count(job: JobConfig, name: str, count: int, makes: str) -> Iterator[str]:
-    """Whether `count` stages suit the schedule."""
+    """One message if the schedule cannot have `count` stages."""
     degree, rows, schedule = job.parallelism.pipeline_parallel_degree, _rows(job.parallelism), SCHEDULES[name]
     each, over = divmod(count, degree)
     told = f"{makes} makes {count} stages"
@@ -262,7 +265,7 @@ def _of_count(job: JobConfig, name: str, count: int, makes: str) -> Iterator[str
 
 
 def _count(job: JobConfig, name: str, layers: int) -> int:
-    """The number of stages where no split points are given."""
+    """The number of stages without split points."""
     settings = job.parallelism
     degree, rows, per_stage = (
         settings.pipeline_parallel_degree,
@@ -289,24 +292,24 @@ def _less(settings: Parallelism) -> tuple[int, int]:
 
 
 def _given_cuts(job: JobConfig, units: Sequence[Sequence[str]]) -> list[int]:
-    """Where the split points cut: the unit that begins each stage but the first."""
+    """The index of the unit that begins each stage but the first, from the split points."""
     points, names = job.parallelism.pipeline_parallel_split_points, [unit[0] for unit in units]
     key = named(job, _P + "split_points")
     for point in points:
         if point not in names[1:]:
             raise ConfigError(
-                f"{key}: {point!r} begins no part of this model, which has {names[1]} to {names[-2]}, then "
+                f"{key}: {point!r} is no part of this model, which has {names[1]} to {names[-2]}, then "
                 f"{names[-1]}{did_you_mean(point, names[1:])}"
             )
     cuts = [names.index(point) for point in points]
     if cuts != sorted(cuts):
         ordered = ",".join(names[cut] for cut in sorted(cuts))
-        raise ConfigError(f"{key} are out of order; in the model's they are {ordered}")
+        raise ConfigError(f"{key} are out of order; the model's order is {ordered}")
     return cuts
 
 
 def _even_cuts(job: JobConfig, count: int, layers: int) -> list[int]:
-    """`count` stages of at least one layer each, whose loads differ as little as they can."""
+    """Boundaries of `count` stages with at least one layer each and loads as equal as possible."""
     first, last = _less(job.parallelism)
     load = [1] * count  # in layers
     load[0] += first

@@ -154,7 +154,9 @@ def _sequence(job: JobConfig, layout: ParallelDims) -> Iterator[str]:
 
 
 def _warmup(job: JobConfig) -> Iterator[str]:
-    """A short trial of a long job is no mistake: only a warm-up asked for by flag is refused; see `notes`."""
+    """A warm-up longer than the run. Only one given by flag is refused, because a short trial of a long job
+    is no mistake; see `notes`.
+    """
     key, steps = "lr_scheduler.warmup_steps", job.training.steps
     if job.given.get(key) == "cli" and job.lr_scheduler.warmup_steps > steps:
         yield f"{named(job, key)} exceeds training.steps = {steps}; optimizer.lr would not be reached"
@@ -162,7 +164,7 @@ def _warmup(job: JobConfig) -> Iterator[str]:
 
 def _model(job: JobConfig) -> Iterator[str]:
     name, flavor = job.model.name, job.model.flavor
-    if job.experimental.custom_import:  # it may register names that are not in our lists
+    if job.experimental.custom_import:  # it may register other names
         yield from _custom_import(job)
     elif name not in names.MODELS:
         hint = did_you_mean(name, names.MODELS)
@@ -182,7 +184,7 @@ def _float8(job: JobConfig) -> Iterator[str]:
     if wanted and not set(layer_recipes.recipes_named(job.float8)) & set(names.GATHERABLE_RECIPES):
         yield (
             f"{named(job, 'float8.enable_fsdp_float8_all_gather')}: the recipe {recipe} casts a weight "
-            "differently for the output and for grad_input, so there is no one float8 weight to gather; take "
+            "differently for the output and for grad_input, so no single float8 weight can be gathered; set "
             f"float8.recipe_name = {' or '.join(names.GATHERABLE_RECIPES)}, or gather in high precision"
         )
 
@@ -190,9 +192,9 @@ def _float8(job: JobConfig) -> Iterator[str]:
 def _fuse(job: JobConfig) -> Iterator[str]:
     if job.model.fuse == "on" and uses_previous_step(job):
         yield (
-            f"{named(job, 'model.fuse')}: fused layers cast with the maxima that they just measured, and the "
-            f"recipe {names.PREVIOUS_STEP_RECIPES[0]} with those of the step before; leave it at auto, which "
-            "then calls the modules one by one, or take another recipe"
+            f"{named(job, 'model.fuse')}: fused layers cast with the maxima of the current step, and the "
+            f"recipe {names.PREVIOUS_STEP_RECIPES[0]} with those of the previous one; leave it at auto, "
+            "which then calls the modules one by one, or choose another recipe"
         )
     if job.model.fuse == "on" and job.parallelism.tensor_parallel_degree > 1:
         yield (
@@ -202,8 +204,8 @@ def _fuse(job: JobConfig) -> Iterator[str]:
     scales = job.float8.share_scales and "float8" in job.model.converters and fuses(job)
     if scales and job.float8.enable_fsdp_float8_all_gather:
         yield (
-            f"{named(job, 'float8.share_scales')}: weights gathered in float8 have a scale each; leave out "
-            "that, or float8.enable_fsdp_float8_all_gather"
+            f"{named(job, 'float8.share_scales')}: weights gathered in float8 have one scale each; leave out "
+            "one of the two: this, or float8.enable_fsdp_float8_all_gather"
         )
 
 
@@ -211,13 +213,16 @@ def _chunked_loss(job: JobConfig) -> Iterator[str]:
     if job.training.loss_chunk_tokens is None:
         return
     for key, instead in (
-        ("parallelism.tensor_parallel_degree", "its devices already hold a part of the vocabulary each"),
+        (
+            "parallelism.tensor_parallel_degree",
+            "each of its devices already holds only a part of the vocabulary",
+        ),
         ("parallelism.pipeline_parallel_degree", "its last stage computes the loss from whole logits"),
     ):
         if get(job, key) > 1:
             yield (
-                f"{named(job, 'training.loss_chunk_tokens')} does not go with {named(job, key)}: {instead}; "
-                "leave one of the two out"
+                f"{named(job, 'training.loss_chunk_tokens')} cannot be combined with {named(job, key)}: "
+                f"{instead}; leave one of the two out"
             )
 
 
@@ -226,7 +231,7 @@ def _optimizer(job: JobConfig, world_size: int) -> Iterator[str]:
     if name == "Adam" and dtype == "bfloat16":
         yield (
             f"{named(job, 'optimizer.name')} rounds weights to nearest, so that "
-            f"{named(job, 'training.dtype')} would lose small updates; take AdamW, which rounds "
+            f"{named(job, 'training.dtype')} would lose small updates; choose AdamW, which rounds "
             "them stochastically"
         )
     if name != "AdamW8bit":
@@ -234,25 +239,25 @@ def _optimizer(job: JobConfig, world_size: int) -> Iterator[str]:
     copies = job.parallelism.data_parallel_replicate_degree * job.parallelism.pipeline_parallel_degree
     if world_size != copies:
         yield (
-            f"{named(job, 'optimizer.name')} needs whole parameters, since its blocks of 256 numbers would "
+            f"{named(job, 'optimizer.name')} needs whole parameters, because its blocks of 256 numbers would "
             "straddle shards; train on one process or on copies "
-            "(parallelism.data_parallel_replicate_degree), or take AdamW with "
+            "(parallelism.data_parallel_replicate_degree), or choose AdamW with "
             "optimizer.state_dtype = bfloat16"
         )
 
 
 def _health(job: JobConfig) -> Iterator[str]:
-    """A measurement needs whole operands, forward and backward of one layer in one process."""
+    """Measuring float8 health needs whole operands, and a layer's forward and backward in one process."""
     if "float8" not in job.model.converters or job.float8.health_every == 0:
         return
     for key, what in (
-        ("tensor_parallel_degree", "each process has a part of every operand"),
-        ("pipeline_parallel_degree", "the schedule runs forward and backward by itself"),
+        ("tensor_parallel_degree", "each process has only a part of every operand"),
+        ("pipeline_parallel_degree", "the schedule itself runs forward and backward"),
     ):
         degree = getattr(job.parallelism, key)
         if degree > 1:
             yield (
-                f"{named(job, 'float8.health_every')}: with parallelism.{key} = {degree} {what}, and nothing "
+                f"{named(job, 'float8.health_every')}: with parallelism.{key} = {degree} {what}, so nothing "
                 "can be measured; set it to 0, and measure in a run with data parallelism only"
             )
 
@@ -270,7 +275,7 @@ def _custom_import(job: JobConfig) -> Iterator[str]:
 
 
 def _findable(parts: Sequence[str]) -> bool:
-    """Whether the module exists; nothing is imported, its parent packages neither."""
+    """Whether the module exists, without importing it or its parent packages."""
     sys.path.append(os.getcwd())
     try:
         spec = importlib.util.find_spec(parts[0])
@@ -281,7 +286,7 @@ def _findable(parts: Sequence[str]) -> bool:
     for part in parts[1:]:
         if spec is None or spec.submodule_search_locations is None:
             return False
-        # The last name alone: of a dotted one in a folder without __init__.py it wants the parent imported.
+        # By its last name: for a dotted one in a folder without __init__.py, find_spec imports the parent.
         spec = importlib.machinery.PathFinder.find_spec(part, list(spec.submodule_search_locations))
     return spec is not None
 
@@ -309,14 +314,14 @@ def _outputs(job: JobConfig) -> Iterator[str]:
     folder = Path(job.job.dump_folder).expanduser()
     there = (path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     existing = next(there)
-    if not existing.exists():  # where mkdir makes no folder, whatever may be behind the link
-        yield f"{named(job, 'job.dump_folder')}: {existing} is a link to nothing; name another folder"
+    if not existing.exists():  # mkdir fails there, whatever the link points to
+        yield f"{named(job, 'job.dump_folder')}: {existing} is a dead link; name another folder"
         return
     if not existing.is_dir():
         what = "is a file" if existing == folder else f"lies below {existing}, which is a file"
         yield f"{named(job, 'job.dump_folder')} {what}; name another folder"
         return
-    try:  # permissions do not tell: a file system may be read-only, or take no files at all, as /proc
+    try:  # permissions do not suffice: a file system may be read-only, or accept no files at all, as /proc
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         yield (
@@ -345,10 +350,10 @@ def _load_step(job: JobConfig) -> Iterator[str]:
 
 
 def _initial_load(job: JobConfig) -> Iterator[str]:
-    """What the folder holds is read when the model is built; here, whether it is of the kind that is said."""
+    """Whether initial_load_path is of the stated kind; its content is read when the model is built."""
     own = Path(job.job.dump_folder).expanduser() / job.checkpoint.folder
     if job.checkpoint.initial_load_path is None or (job.checkpoint.enable and any(own.glob("step-*"))):
-        return  # a run that resumes does not look at it again
+        return  # a run that resumes does not read it again
     folder, key = Path(job.checkpoint.initial_load_path).expanduser(), "checkpoint.initial_load_path"
     in_hf = any(folder.glob("*.safetensors"))
     if not folder.is_dir():
@@ -377,26 +382,26 @@ def _gpu_only(job: JobConfig, gpus: int | None) -> Iterator[str]:
         ("checkpoint.async_mode", job.checkpoint.async_mode == "async_with_pinned_mem"),
     ):
         if wanted:
-            yield f"{named(job, key)} needs a GPU, and there is none here"
+            yield f"{named(job, key)} needs a GPU, and this machine has none"
 
 
 def _rotation(job: JobConfig, gpus: int | None) -> Iterator[str]:
-    """What the attention whose keys travel cannot do; see distributed/ring_attention.py."""
+    """What ring attention cannot do; see distributed/ring_attention.py."""
     rotates = job.parallelism.context_parallel_rotate_method == "alltoall"
     if not rotates or job.parallelism.context_parallel_degree == 1:
         return
     told = named(job, "parallelism.context_parallel_rotate_method")
     if job.training.document_mask:
-        yield f"{told} knows no masks, and training.document_mask = true: take allgather"
+        yield f"{told} supports no masks, and training.document_mask = true: set it to allgather"
     if gpus and job.training.mixed_precision_param == "float32":
         yield (
-            f"{told} runs through the flash kernel, which has no float32 on a GPU: take allgather, or "
+            f"{told} uses the flash kernel, which has no float32 on a GPU: set it to allgather, or set "
             "training.mixed_precision_param = bfloat16"
         )
 
 
 def _offload(job: JobConfig, world_size: int) -> Iterator[str]:
-    """Offloading is FSDP's, and one process that computes in float32 does without FSDP."""
+    """CPU offload is a feature of FSDP, which one process that computes in float32 does not use."""
     alone = world_size == 1 and job.training.mixed_precision_param == "float32"
     if job.training.enable_cpu_offload and alone:
         yield (
@@ -416,11 +421,11 @@ def _seed(job: JobConfig, world_size: int) -> Iterator[str]:
 def _rewind(job: JobConfig) -> Iterator[str]:
     for key in ("fault_tolerance.non_finite", "fault_tolerance.spike"):
         if get(job, key) == "rewind" and not job.checkpoint.enable:
-            yield f"{named(job, key)} goes back to a checkpoint, and none is saved: add --checkpoint.enable"
+            yield f"{named(job, key)} loads a checkpoint, and none is saved: add --checkpoint.enable"
 
 
 def _compiler(job: JobConfig, gpus: int | None) -> Iterator[str]:
-    """torch.compile writes C++ on a CPU, and tells in the first step only that nothing can compile it."""
+    """torch.compile generates C++ on a CPU, and would report a missing compiler only in the first step."""
     compiler = missing_cxx() if job.compile.enable and gpus == 0 else None
     if compiler is not None:
         yield (
@@ -437,7 +442,7 @@ def _cpu_dtype() -> Iterator[str]:
 
 
 def _packages(job: JobConfig) -> Iterator[str]:
-    """Optional packages that the job needs, so that a long start does not end in an ImportError."""
+    """Optional packages that the job needs and that are not installed."""
     extra = "'octavo[train]'"
     for key, active, package, source in (
         ("metrics.enable_tensorboard", job.metrics.enable_tensorboard, "tensorboard", extra),

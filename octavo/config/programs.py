@@ -1,4 +1,4 @@
-"""The programs that a job needs besides Python, and how to call our own: what a message can tell to run."""
+"""Programs that a job needs besides Python, and commands that messages suggest."""
 
 import os
 import re
@@ -10,10 +10,10 @@ from pathlib import Path
 
 
 def octavo_command() -> str:
-    """How to call `octavo` from a shell in the working directory, with the environment that runs now.
+    """The command that calls `octavo` from a shell in the working directory, in the current environment.
 
-    Its script is on PATH in an activated environment, beside the interpreter in another, and nowhere where
-    octavo is imported from a checkout without having been installed.
+    The console script is on PATH in an activated environment, and beside the interpreter otherwise. A
+    checkout that was not installed has none.
     """
     bin_folder = Path(sys.executable).absolute().parent
     on_path = shutil.which("octavo")
@@ -32,9 +32,7 @@ _LLAMA = re.compile(r"(Meta-)?Llama-\d(\.\d)?-\d+B(-\w+)*", re.IGNORECASE)
 
 
 def download_command(assets_path: str) -> str | None:
-    """The command that would put a tokenizer at `assets_path`; None where the path does not name one of
-    Meta's repositories.
-    """
+    """The command that downloads a tokenizer to `assets_path`; None if that is no repository of Meta's."""
     path = Path(assets_path)
     if path.suffix in (".json", ".model"):
         path = path.parent.parent if path.parent.name == "original" else path.parent
@@ -45,9 +43,9 @@ def download_command(assets_path: str) -> str | None:
 
 
 def missing_cxx() -> str | None:
-    """The C++ compiler that torch.compile would call on a CPU, if it does not start; None if all is well.
+    """The C++ compiler that torch.compile would call on a CPU, if it does not start; None if it does.
 
-    Inductor takes $CXX, else g++ (clang++ on macOS), and no other; or fetches one if it is told to.
+    Inductor uses $CXX, else g++ (clang++ on macOS); it can also install one, if a variable asks for that.
     """
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if sys.platform == "linux" and os.environ.get("TORCH_INDUCTOR_INSTALL_GXX"):
@@ -60,7 +58,7 @@ def missing_cxx() -> str | None:
 
 
 def _shell(path: Path) -> str:
-    """A path for a shell's command line: relative where that is shorter."""
+    """A path quoted for a shell, relative if that is shorter."""
     relative = os.path.relpath(path)
     shorter = relative if len(relative) < len(str(path)) and not relative.startswith("..") else str(path)
     return shlex.quote(shorter if os.sep in shorter or shorter == "." else f".{os.sep}{shorter}")

@@ -1,4 +1,4 @@
-"""Which values make sense: one row a key, in the words that the message uses."""
+"""The ranges of values: one row per rule, in the words of its message."""
 
 import re
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from octavo.config.values import digits
 
 @dataclass(frozen=True)
 class Rule:
-    """What the value of some keys must be. Keys whose value is None (unset) are not judged."""
+    """What the values of some keys must be. None (unset) passes."""
 
     keys: tuple[str, ...]
     holds: Callable[[Any], bool]
@@ -27,13 +27,14 @@ def _above_0(high: float) -> Callable[[float], bool]:
 
 
 _MOST = 2**31 - 1
-"""Of every integer but the seed. No job comes near it, and products of two fit the 64 bits that torch has."""
+"""The largest value of every integer but the seed. No job comes near it, and products of two fit in 64 bits.
+"""
 
 _STEEPEST = 1e3
-"""Of what multiplies a weight or its update each step: one step at this rate undoes any training."""
+"""The largest factor of a weight or its update per step: one step at this rate destroys any model."""
 
 _UNCLIPPED = 1e30
-"""A norm that never clips; clipping divides it by as little as 1e-6, which float32 must hold."""
+"""A norm that never clips. Clipping divides it by as little as 1e-6, and float32 must hold the result."""
 
 _PATHS = (
     "job.dump_folder",
@@ -78,7 +79,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("training.global_batch_size", "parallelism.data_parallel_shard_degree"),
         lambda value: value == -1 or 1 <= value <= _MOST,
-        f"must be at least 1, or -1 for what the number of devices gives, and at most {_MOST}",
+        f"must be at least 1, or -1 to derive it from the number of devices, and at most {_MOST}",
     ),
     Rule(("training.seed", "training.data_seed"), _within(0, 2**63 - 1), "must be between 0 and 2^63 - 1"),
     Rule(
@@ -124,7 +125,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("checkpoint.keep_latest_k",),
         lambda value: value == 0 or 2 <= value <= _MOST,
-        f"must be 0 (keep all), or at least 2 (one is left while the next is written) and at most {_MOST}",
+        f"must be 0 (keep all), or at least 2 (one remains while the next is written) and at most {_MOST}",
     ),
     Rule(
         ("optimizer.lr", "optimizer.eps"),
@@ -163,7 +164,7 @@ RULES: tuple[Rule, ...] = (
             "parallelism.pipeline_parallel_schedule_csv",
         ),
         lambda value: "\0" not in value,
-        "must not contain a NUL character, which no path can",
+        "must not contain a NUL character: no path can",
     ),
     Rule(
         _PATHS,
@@ -185,7 +186,7 @@ def get(job: JobConfig, key: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as its user would write it."""
+    """A value as a user would write it."""
     if isinstance(value, list):
         return ",".join(value)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -196,7 +197,7 @@ def shown(value: Any) -> str:
 
 
 def named(job: JobConfig, key: str) -> str:
-    """A key with its value and where that came from, to begin a message with."""
+    """A key with its value and its origin (file and line, or flag), to begin a message with."""
     where, setting = job.where.get(key), f"{key} = {shown(get(job, key))}"
     if where is None:
         return f"{setting} (the default)"
@@ -204,7 +205,7 @@ def named(job: JobConfig, key: str) -> str:
 
 
 def out_of_range(job: JobConfig) -> list[str]:
-    """One message for each value that cannot be meant."""
+    """One message for each value out of range."""
     return [
         f"{named(job, key)} {rule.must}"
         for rule in RULES

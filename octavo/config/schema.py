@@ -1,9 +1,10 @@
-"""Every key of a job, its type, its default and its help text: one dataclass a section.
+"""Every key of a job with its type, default and help text: one dataclass per section.
 
-A section holds a key only where the key does something. The string below a field is its help: `octavo train
---help` prints it. Names and meanings follow the TOML files of 2025's torchtitan, so that its users' files
-load; where two spellings of one fact exist (`training.compile` and `compile.enable`), `ALIASES` folds them
-into one attribute, so no reader of the config has to look at two places.
+Every key has an effect. The string below a field is its help, which `octavo train --help` prints. Names and
+meanings follow torchtitan's TOML files of 2025, so that its users' files load. Where one setting has two
+names (`training.compile` and `compile.enable`), `ALIASES` maps them to one attribute.
+
+
 """
 
 import dataclasses
@@ -21,11 +22,11 @@ class Job:
     config_file: str | None = None
     """TOML file to read first, a path or a shipped name (demo.toml); flags override it."""
     dump_folder: str = "./outputs"
-    """Folder that everything this run writes goes under."""
+    """Folder for everything that this run writes."""
     description: str = "octavo job"
     """Free text for the log and the metrics file."""
     print_config: bool = False
-    """Log the whole configuration, as it was understood, at start."""
+    """Log the whole configuration at the start."""
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Profiling:
     save_traces_folder: str = "profile_traces"
     """Where traces go, under job.dump_folder."""
     profile_freq: int = 10
-    """Steps from one trace, or memory snapshot, to the next."""
+    """Steps between traces or memory snapshots."""
     enable_memory_snapshot: bool = False
     """Record the CUDA allocator's history (needs a GPU)."""
     save_memory_snapshot_folder: str = "memory_snapshot"
@@ -45,13 +46,13 @@ class Profiling:
 @dataclass
 class Metrics:
     log_freq: int = 10
-    """Steps from one log line to the next; step 1 is always logged."""
+    """Steps between log lines; step 1 is always logged."""
     enable_tensorboard: bool = False
     """Also write TensorBoard events; the JSONL metrics file is always written."""
     enable_wandb: bool = False
-    """Also log to Weights & Biases (the package wandb; where to is set by its own variables)."""
+    """Also log to Weights & Biases (needs the package wandb; its own variables set the destination)."""
     enable_trackio: bool = False
-    """Also log to trackio (the package trackio; where to is set by its own variables)."""
+    """Also log to trackio (needs the package trackio; its own variables set the destination)."""
     disable_color_printing: bool = False
     """Log lines without colours."""
     save_tb_folder: str = "tb"
@@ -76,9 +77,7 @@ class Model:
     converters: list[names.Converter] = field(default_factory=list)
     """Comma-separated converters applied to the model: float8."""
     fuse: names.Fuse = "auto"
-    """Compute a layer's norms, gates and products of one input in one pass each; auto: where float8 kernels
-    run, on a GPU.
-    """
+    """Fuse a layer's norms, gates and products of one input; auto: where float8 kernels run, on a GPU."""
     print_after_conversion: bool = False
     """Log the model's modules after the converters ran."""
 
@@ -86,7 +85,7 @@ class Model:
 @dataclass
 class Optimizer:
     name: names.OptimizerName = "AdamW"
-    """Optimizer; AdamW8bit keeps moments of one byte (bitsandbytes)."""
+    """Optimizer; AdamW8bit has one-byte moments (needs bitsandbytes)."""
     lr: float = 8e-4
     """Peak learning rate."""
     beta1: float = 0.9
@@ -126,14 +125,12 @@ class Training:
     dataset_path: str | None = None
     """Read c4 from this local copy, not from the hub."""
     num_workers: int = 1
-    """Threads that make batches ahead of their need; 0 makes them when they are asked for. It changes no
-    batch.
-    """
+    """Threads that prepare batches ahead of time; 0 prepares them on demand. It does not change any batch."""
     max_bad_records: int = 0
-    """Bad records of text (not UTF-8, torn JSON, no text) to pass over and count; one more is an error."""
+    """Bad text records (not UTF-8, broken JSON, no text) to skip and count; one more is an error."""
     verify_data: bool = False
-    """Compare the checksums of all prepared shards at start, which reads them whole; sizes are always
-    compared.
+    """Verify the checksums of all prepared shards at the start, which reads them whole; sizes are always
+    checked.
     """
     local_batch_size: int = 8
     """Sequences per device in one forward pass (also --training.batch_size)."""
@@ -144,11 +141,11 @@ class Training:
     seq_len: int = 2048
     """Tokens in a sequence."""
     loss_chunk_tokens: int | None = None
-    """Compute output projection and loss for so many tokens at a time, so that the logits never exist whole;
-    None: for all at once.
+    """Compute the output projection and the loss for this many tokens at a time, so that the logits never
+    exist as a whole; None: for all at once.
     """
     document_mask: bool = False
-    """Attention stays within documents; without it, it sees across those that a sequence holds."""
+    """Attention stays within a document; without it, tokens attend across the documents of a sequence."""
     max_norm: float = 1.0
     """Gradients are clipped to this global norm."""
     steps: int = 10000
@@ -156,23 +153,23 @@ class Training:
     enable_cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory (needs a GPU)."""
     dtype: names.WeightDtype = "float32"
-    """Type of the weights themselves and of their gradients; bfloat16 takes half the memory, and AdamW rounds
-    its updates stochastically.
+    """Dtype of weights and their gradients; bfloat16 takes half the memory, and AdamW rounds updates
+    stochastically.
     """
     mixed_precision_param: names.ParamDtype = "auto"
-    """Type of parameters and activations in forward and backward; auto: bfloat16, or float32 on a CPU
-    without bfloat16 matrix units. On a CPU the variable OCTAVO_CPU_DTYPE overrides that.
+    """Dtype of parameters and activations in forward and backward; auto: bfloat16, or float32 on a CPU
+    without bfloat16 matrix units. On a CPU the variable OCTAVO_CPU_DTYPE overrides auto.
     """
     mixed_precision_reduce: names.ReduceDtype = "float32"
-    """Type in which gradients are reduced over ranks."""
+    """Dtype in which gradients are reduced over ranks."""
     gc_freq: int = 50
-    """Steps from one Python garbage collection to the next; it never runs in between."""
+    """Steps between Python garbage collections; none runs in between."""
     seed: int = 42
-    """Initial weights are a function of it and the parameter's name; the data's order of it and the
-    sample's index.
+    """Initial weights depend on it and the parameter's name; the order of the data on it and the sample's
+    index.
     """
     data_seed: int | None = None
-    """Seed of the data's order alone, so that runs with other initial weights read the same batches; None:
+    """Seed of the data's order, so that runs with other initial weights read the same batches; None:
     training.seed.
     """
     deterministic: bool = False
@@ -186,38 +183,39 @@ class Parallelism:
     data_parallel_shard_degree: int = -1
     """Devices that one copy is sharded over (FSDP2); -1: all that are left."""
     fsdp_reshard_after_forward: names.ReshardAfterForward = "default"
-    """Free gathered weights after forward and gather them again in backward: default does, but not in a
-    pipeline and not for those that backward begins with; always does for all, never for none.
+    """Free gathered weights after forward and gather them again in backward. default: all but those that
+    backward needs first, and none in a pipeline; always: all; never: none.
     """
     tensor_parallel_degree: int = 1
-    """Devices that share every matrix product, and the tokens between them (sequence parallel)."""
+    """Devices that divide every matrix product, and the tokens in between (sequence parallelism)."""
     disable_loss_parallel: bool = False
     """Gather the logits on every tensor parallel device, instead of computing the loss on their shards."""
     enable_async_tensor_parallel: bool = False
     """Overlap tensor parallel gathers with products, in compiled layers (needs GPUs with NVLink)."""
     context_parallel_degree: int = 1
-    """Devices that share a sequence: each computes a part of its positions."""
+    """Devices that divide a sequence: each computes a part of its positions."""
     context_parallel_rotate_method: names.RotateMethod = "allgather"
-    """How they meet the others' keys and values: allgather holds the whole sequence's; alltoall passes them
-    round, so that a device never has more than two parts (no document_mask).
+    """How devices get the others' keys and values. allgather: each holds those of the whole sequence;
+    alltoall: ring attention, at most two parts per device (no document_mask).
     """
     pipeline_parallel_degree: int = 1
-    """Groups of devices that each hold some of the layers, and hand activations on to the next."""
+    """Groups of devices that each hold some of the layers and send activations to the next."""
     pipeline_parallel_schedule: str = "1F1B"
-    """GPipe, 1F1B; with several stages a device LoopedBFS, Interleaved1F1B, InterleavedZeroBubble,
-    ZBVZeroBubble; or PipelineScheduleSingle, PipelineScheduleMulti for that of a CSV file.
+    """GPipe, 1F1B; with several stages per device LoopedBFS, Interleaved1F1B, InterleavedZeroBubble,
+    ZBVZeroBubble; or PipelineScheduleSingle, PipelineScheduleMulti for a CSV file.
     """
     pipeline_parallel_schedule_csv: str | None = None
-    """File with a schedule: a row a device, cells such as 0F0, 1B2 (stage, F, B, I or W, microbatch)."""
+    """CSV file with a schedule: one row per device, cells such as 0F0, 1B2 (stage, F, B, I or W, microbatch).
+    """
     pipeline_parallel_microbatch_size: int = 1
-    """Sequences in a microbatch; training.local_batch_size is cut into microbatches of so many."""
+    """Sequences per microbatch; training.local_batch_size is divided into microbatches of this size."""
     pipeline_parallel_split_points: list[str] = field(default_factory=list)
     """Comma-separated modules that begin each stage but the first, such as layers.2,layers.4; without them
     stages are balanced.
     """
     pipeline_parallel_layers_per_stage: int | None = None
-    """Layers in a stage, which gives the number of stages; None: one stage a device, or two where the
-    schedule takes several.
+    """Layers per stage, which gives the number of stages; None: one stage per device, or two under an
+    interleaved schedule.
     """
     pipeline_parallel_first_stage_less_layers: int = 1
     """Layers that the embedding counts for, when stages are balanced."""
@@ -232,11 +230,11 @@ class Checkpoint:
     folder: str = "checkpoint"
     """Where checkpoints go, under job.dump_folder."""
     interval: int = 500
-    """Steps from one checkpoint to the next; the last step is always saved."""
+    """Steps between checkpoints; the last step is always saved."""
     load_step: int = -1
     """Resume from this step; -1: the latest that verifies."""
     load_only: bool = False
-    """Resume, and save nothing."""
+    """Resume, but save nothing."""
     keep_latest_k: int = 10
     """Delete all but this many that verify; 0 keeps all. At least 2, so that one complete checkpoint exists
     while another is written.
@@ -244,31 +242,33 @@ class Checkpoint:
     last_save_model_only: bool = False
     """The last checkpoint holds the model alone; training cannot resume from it."""
     async_mode: names.AsyncMode = "disabled"
-    """async: training goes on while the checkpoint is written; async_with_pinned_mem copies it from the GPU
-    into pinned memory, which stays taken (needs a GPU).
+    """async: training continues while the checkpoint is written; async_with_pinned_mem: the same, through
+    pinned memory that stays allocated (needs a GPU).
     """
     exclude_from_loading: list[names.Excludable] = field(default_factory=list)
-    """Comma-separated parts not to take up from checkpoint.load_step or checkpoint.initial_load_path:
+    """Comma-separated parts not to load from checkpoint.load_step or checkpoint.initial_load_path:
     optimizer, dataloader, train_state (step and tokens seen).
     """
     create_seed_checkpoint: bool = False
-    """Write the initial weights as step 0 and end; one process only."""
+    """Write the initial weights as step 0 and exit; one process only."""
     hash: names.CheckpointHash = "crc32"
     """How files are hashed when they are written and checked when they are loaded; none: sizes only."""
     max_failed_saves: int = 3
-    """End the run when this many saves in a row have failed, as on a full disk."""
+    """Stop the run after this many failed saves in a row, for instance on a full disk."""
     initial_load_path: str | None = None
     """Start from the weights in this folder where there is no checkpoint to resume from: a checkpoint, a
     run's folder (its newest), or a Hugging Face folder.
     """
     initial_load_model_only: bool = True
-    """Of checkpoint.initial_load_path take the weights; if not, go on from there: optimizer, step, data."""
+    """Load only the weights from checkpoint.initial_load_path; otherwise continue from it: optimizer, step,
+    data.
+    """
     initial_load_in_hf: bool = False
     """checkpoint.initial_load_path is a Hugging Face folder: config.json and safetensors."""
     last_save_in_hf: bool = False
     """After the last step also write the model as a Hugging Face folder, step-N-hf in checkpoint.folder."""
     export_dtype: names.ExportDtype = "float32"
-    """Type of the weights that last_save_in_hf writes."""
+    """Dtype of the weights that last_save_in_hf writes."""
 
 
 @dataclass
@@ -276,7 +276,7 @@ class ActivationCheckpoint:
     mode: names.ActivationCheckpointMode = "selective"
     """What backward recomputes: nothing, a selection, or whole layers."""
     selective_ac_option: str = "op"
-    """op: keep the dear operations' outputs; a number n: recompute every n-th layer whole."""
+    """op: keep the outputs of expensive operations; a number n: recompute every n-th layer."""
 
 
 @dataclass
@@ -298,55 +298,56 @@ class Float8:
     emulate: bool = False
     """Compute float8 matmuls in high precision from float8-rounded operands, also where hardware exists."""
     enable_fsdp_float8_all_gather: bool = False
-    """FSDP gathers weights in float8, one byte each; for the recipes tensorwise, tensorwise_previous_step and
-    blockwise.
+    """FSDP gathers weights in float8, one byte per parameter; for the recipes tensorwise,
+    tensorwise_previous_step and blockwise.
     """
     precompute_float8_dynamic_scale_for_fsdp: bool = False
     """Reduce the scales of all gathered weights at once, after the optimizer's step."""
     share_scales: bool = False
     """Fused products of several weights cast them with one scale (tensorwise only); it changes numerics."""
     cast_weights_once: bool = True
-    """Cast weights once per optimizer step, where accumulation or checkpointing would do it again; holds
-    1 to 2 bytes a weight.
+    """Cast weights once per optimizer step, where accumulation or activation checkpointing would repeat it;
+    holds 1 to 2 bytes per parameter.
     """
     max_saturated: float = 1e-3
-    """Where scales are the previous step's: the share of any operand's elements that may lie beyond them
-    before the next step measures its own; 0 to 1.
+    """With delayed scaling: the share (0 to 1) of any operand's elements that may saturate before the next
+    step computes its own scales.
     """
     layer_recipes: list[str] = field(default_factory=list)
     """Comma-separated PATTERN=RECIPE for single layers, e.g. layers.*.attention.wk=high_precision; the last
-    that matches a layer counts, and filter_fqns before all.
+    match counts, and filter_fqns takes precedence.
     """
     layer_recipes_file: str | None = None
     """TOML file with layer_recipes, as octavo tune writes it."""
     health_every: int = 0
-    """Steps from one measurement of what casting does to every float8 layer to the next (health.jsonl); 0:
-    none.
+    """Steps between measurements of the cast errors of every float8 layer (health.jsonl); 0: none.
     """
     health_tokens: int = 32
-    """Tokens of a process (rows of a weight), evenly spaced, in which a measurement counts; 0: all of them.
-    Maxima and scales are those of all in any case.
+    """Tokens per process (rows of a weight), evenly spaced, that a measurement covers; 0: all. Maxima and
+    scales always cover all.
     """
     health_max_flushed: float = 5.0
-    """Percent of an operand's values that may become zero by their cast before a warning names the layer."""
+    """Percent of an operand's values that may be flushed to zero by the cast before a warning names the
+    layer.
+    """
     health_max_saturated: float = 1.0
     """Percent of an operand's values that may exceed the format's range before a warning names the layer."""
     health_min_sqnr: float = 15.0
-    """Decibels that an operand must be above its rounding error, or a warning names the layer."""
+    """Signal-to-quantization-noise ratio (SQNR) in dB below which a warning names the layer."""
 
 
 @dataclass
 class Comm:
     init_timeout_seconds: int = 300
-    """How long a collective, and the first step, may take until the first step is done."""
+    """Timeout of collectives, and of the first step, until the first step is done."""
     train_timeout_seconds: int = 100
-    """How long a collective, or a process between two signs of progress, may take afterwards."""
+    """Timeout of collectives, and of a process without progress, after the first step."""
 
 
 @dataclass
 class Validation:
     enable: bool = False
-    """Measure the loss on held-out text during training; it changes no bit of the training."""
+    """Measure the loss on held-out text during training, without changing the training in any bit."""
     dataset: str | None = None
     """Corpus to validate on, as in training.dataset; None: the validation split of prepared folders, or what
     validation.fraction holds out.
@@ -358,9 +359,9 @@ class Validation:
     validation.enable is off.
     """
     freq: int = 100
-    """Steps from one validation to the next; the last step is always validated."""
+    """Steps between validations; the last step is always validated."""
     steps: int = -1
-    """Batches of a validation; -1: every sample once."""
+    """Batches per validation; -1: every sample once."""
     local_batch_size: int | None = None
     """Sequences per device in one batch; None: training.local_batch_size."""
     seq_len: int | None = None
@@ -375,13 +376,14 @@ class MemoryEstimation:
 @dataclass
 class FaultTolerance:
     non_finite: names.NonFinitePolicy = "stop"
-    """A step whose loss or gradient is not finite, before any update: stop (exit code 4, naming the first
-    layer), skip the update, or rewind (load the last checkpoint, go on with the data after that step).
+    """What to do when a loss or gradient is not finite, before any update: stop (exit code 4, naming the
+    first layer), skip the update, or rewind (load the last checkpoint and continue with the data after that
+    step).
     """
     spike: names.SpikePolicy = "warn"
-    """A step whose loss is far above those before it: off, warn, skip the update, or rewind."""
+    """What to do when a loss is far above the previous ones: off, warn, skip the update, or rewind."""
     spike_threshold: float = 8.0
-    """Deviations above the running median of the loss from which it is a spike."""
+    """Deviations above the running median at which a loss counts as a spike."""
     spike_window: int = 100
     """Losses that the running median and deviation cover."""
     max_skips: int = 10
@@ -398,7 +400,7 @@ class Experimental:
 
 @dataclass
 class JobConfig:
-    """A whole job: one attribute a section, named as in TOML."""
+    """A whole job: one attribute per section, named as in TOML."""
 
     job: Job = field(default_factory=Job)
     profiling: Profiling = field(default_factory=Profiling)
@@ -419,7 +421,7 @@ class JobConfig:
     experimental: Experimental = field(default_factory=Experimental)
 
     def __post_init__(self) -> None:
-        # Attributes, not fields: they tell how the job came about, and are no part of what it is.
+        # Attributes, not fields: where the values came from is not part of the job.
         self.given: dict[str, str] = {}
         """Which keys the user set: "section.key" -> "cli" or "toml"."""
         self.where: dict[str, str] = {}

@@ -1,6 +1,6 @@
-"""The sizes of the models that octavo ships, as far as they limit how a job may be laid out, so that an
-impossible layout is told before torch is imported by as many processes as there are to be. The models' own
-arguments say the same (`models/llama3/__init__.py`), and a test holds the two equal.
+"""The sizes of the shipped models that limit parallelism, so that impossible degrees are reported before
+torch is imported. They repeat the models' own arguments (`models/llama3/__init__.py`); a test holds the two
+equal.
 """
 
 import math
@@ -14,8 +14,8 @@ from octavo.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sizes:
-    """layers: of the model. shared: what tensor parallelism shares, by name. tied: the output projection is
-    the embedding.
+    """layers: of the model. shared: the dimensions that tensor parallelism divides, by name. tied: the output
+    projection is the embedding.
     """
 
     layers: int
@@ -28,7 +28,7 @@ def _llama(layers: int, dim: int, heads: int, groups: int, hidden: int, *, tied:
 
 
 def shared_sizes(dim: int, heads: int, groups: int, hidden: int) -> dict[str, int]:
-    """What tensor parallelism shares of a Llama, by name."""
+    """The dimensions of a Llama that tensor parallelism divides, by name."""
     return {
         "heads": heads,
         "key/value heads": groups,
@@ -38,9 +38,7 @@ def shared_sizes(dim: int, heads: int, groups: int, hidden: int) -> dict[str, in
 
 
 def units(layers: int, *, tied: bool) -> list[tuple[str, ...]]:
-    """What a pipeline may not cut of a Llama; `ConfigError` where the first stage's weight is the last one's,
-    too.
-    """
+    """The modules of a Llama that a pipeline keeps together. Raises `ConfigError` for tied weights."""
     if tied:
         raise ConfigError(
             "parallelism.pipeline_parallel_degree: this model's output projection is its embedding (tied), "
@@ -72,12 +70,12 @@ SIZES: Mapping[str, Mapping[str, Sizes]] = MappingProxyType(
 
 
 def sizes_of(job: JobConfig) -> Sizes | None:
-    """Those of the job's model; None for a model of somebody's own, which is known only once it is run."""
+    """The sizes of the job's model; None for a custom model, whose sizes are known only after its import."""
     return SIZES.get(job.model.name, {}).get(job.model.flavor)
 
 
 def undivided(sizes: Mapping[str, int], ranks: int) -> Iterator[str]:
-    """What is wrong, if tensor parallelism over `ranks` cannot share `sizes`."""
+    """One message if tensor parallelism over `ranks` does not divide `sizes` evenly."""
     wrong = [f"{n} {name} ({n} / {ranks} = {n / ranks:.2f})" for name, n in sizes.items() if n % ranks]
     if wrong:
         common = math.gcd(*sizes.values())

@@ -1,11 +1,13 @@
 """Keys of torchtitan's configuration files that octavo does not have, each with the reason.
 
-Someone who moves over brings TOML files along. A key that is merely unknown looks like a typing error; one
-that is known but does nothing here would be worse if it were accepted. So each is refused, whatever its
-value, and the message says what octavo does instead. The table covers torchtitan's TOML era, from the first
-files of 2025 to the last `job_config.py`.
+Users of torchtitan bring their TOML files along. An unknown key looks like a typing error, and accepting a
+key that has no effect would be worse. So each is refused, whatever its value, and the message says what
+octavo does instead. The table covers torchtitan's TOML era, from the first files of 2025 to the last
+`job_config.py`.
 
-A row is dropped when octavo gains the key; a test holds the table disjoint from the schema.
+A row is removed when octavo gains the key; a test holds the table disjoint from the schema.
+
+
 """
 
 from collections.abc import Mapping
@@ -138,7 +140,7 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
             "fragment_sync_delay",
             "fragment_update_alpha",
         ),
-        "octavo does not use TorchFT; a run that stops goes on from its latest checkpoint",
+        "octavo does not use TorchFT; a run that stops resumes from its latest checkpoint",
     ),
     "experimental": {
         "custom_args_module": _NO_EXTENSIONS,
@@ -168,7 +170,7 @@ _SECTIONS: Mapping[str, str] = {
     "mx": "MX formats are not a converter of their own; see float8.recipe_name",
     "quantize": "its keys for linear layers are those of [float8]; octavo has no grouped matmuls",
     "liger_kernel": "octavo uses PyTorch's own loss",
-    "debug": "seed, deterministic and print_config stand in [training] and [job]",
+    "debug": "seed, deterministic and print_config are in [training] and [job]",
     "encoder": _IMAGE_MODEL,
     "eval": _IMAGE_MODEL,
     "inference": _IMAGE_MODEL,

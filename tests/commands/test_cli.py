@@ -57,7 +57,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--model.converters=float8", "--float8.recipe_name=rowise"], "did you mean 'rowwise'?"),
         (["train", "--training.dataset=./nowhere"], "octavo: training.dataset = ./nowhere"),
         (["train", f"--job.config_file={LLAMA3_8B}"], "--repo_id meta-llama/Llama-3.1-8B --assets tokenizer"),
-        (["train", "--training.enable_cpu_offload"], "needs a GPU, and there is none here"),
+        (["train", "--training.enable_cpu_offload"], "needs a GPU, and this machine has none"),
     ],
 )
 def test_mistakes_end_in_exit_code_2_and_one_message(
@@ -113,7 +113,7 @@ def test_a_full_disk_behind_the_output_is_one_line() -> None:
             command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=LIMIT
         )
     assert done.returncode == 1
-    assert done.stderr == "octavo: what it prints cannot be written: No space left on device\n"
+    assert done.stderr == "octavo: its output cannot be written: No space left on device\n"
 
 
 def test_help_of_train_lists_every_key_with_its_default_once(tmp_path: Path) -> None:

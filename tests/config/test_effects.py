@@ -97,7 +97,7 @@ def test_a_flag_without_effect_because_of_another(flag: str, remedy: str, contex
 def test_casting_once_matters_only_where_weights_are_cast_again(flag: str) -> None:
     once = [flag, "--model.converters=float8", "--activation_checkpoint.mode=none"]
     told = problems(*once)
-    assert told.startswith(f"{flag} would have no effect: nothing casts a weight twice in a step")
+    assert told.startswith(f"{flag} would have no effect: no weight is cast twice in a step")
     assert "would have no effect" in problems(*once, "--training.global_batch_size=8")
     assert "would have no effect" in problems(*once, "--training.global_batch_size=16", world_size=2)
     assert problems(*once, "--training.global_batch_size=16") == ""

@@ -116,7 +116,7 @@ WRONG = [
     (
         ("schedule=PipelineScheduleMulti",),
         {},
-        ["none is named: add --parallelism.pipeline_parallel_schedule_csv"],
+        ["takes its order from a file: add --parallelism.pipeline_parallel_schedule_csv"],
     ),
     (
         ("split_points=layers.2,layers.4",),
@@ -154,7 +154,7 @@ WRONG = [
     (
         ("schedule=InterleavedZeroBubble",),
         {"more": ("--activation_checkpoint.mode=selective",)},
-        ["activation_checkpoint.mode = selective", "only once", "take activation_checkpoint.mode = full"],
+        ["activation_checkpoint.mode = selective", "only once", "set activation_checkpoint.mode = full"],
     ),
     (
         ("schedule=LoopedBFS",),
@@ -210,13 +210,13 @@ def test_keys_of_a_pipeline_that_is_not_there(key):
     [
         (
             ("split_points=layers.9",),
-            "'layers.9' begins no part of this model, which has layers.0 to layers.5, then norm",
+            "'layers.9' is no part of this model, which has layers.0 to layers.5, then norm",
         ),
         (("split_points=layer.3",), "did you mean 'layers.3'?"),
-        (("split_points=tok_embeddings",), "begins no part"),
+        (("split_points=tok_embeddings",), "is no part"),
         (
             ("split_points=layers.4,layers.1,layers.2", "schedule=LoopedBFS"),
-            "out of order; in the model's they are layers.1,layers.2,layers.4",
+            "out of order; the model's order is layers.1,layers.2,layers.4",
         ),
         (
             ("layers_per_stage=2",),
@@ -249,7 +249,7 @@ BAD = [
         "has a microbatch 7, and local_batch_size / pipeline_parallel_microbatch_size = 2",
     ),
     ("0F0,0B0,0F1,0B1\n1F1,1B1,1F0,1B0\n", "out of order"),
-    ("0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n", "cannot go on: 0B0 in row 1 and 1F1 in row 2 wait for each other"),
+    ("0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n", "deadlocks: 0B0 in row 1 and 1F1 in row 2 wait for each other"),
 ]
 
 

@@ -167,8 +167,8 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     assert "lies below" in problems("--job.dump_folder=file/below/it")
     assert problems("--job.dump_folder=new/below/it") == ""
     Path("link").symlink_to("gone")
-    assert "link is a link to nothing" in problems("--job.dump_folder=link")
-    assert "link is a link to nothing" in problems("--job.dump_folder=link/below")
+    assert "link is a dead link" in problems("--job.dump_folder=link")
+    assert "link is a dead link" in problems("--job.dump_folder=link/below")
     assert not (tmp_path / "new").exists()
     told = problems("--job.dump_folder=.", "--checkpoint.enable", "--checkpoint.folder=file")
     assert told == "checkpoint.folder = file (--checkpoint.folder): file is a file; name a folder"
@@ -216,7 +216,7 @@ def test_initial_weights_are_of_the_kind_that_is_said(
 
 @pytest.mark.parametrize("flag", ["training.enable_cpu_offload", "profiling.enable_memory_snapshot"])
 def test_what_needs_a_gpu(flag: str) -> None:
-    assert problems(f"--{flag}", gpus=0) == f"{flag} = true (--{flag}) needs a GPU, and there is none here"
+    assert problems(f"--{flag}", gpus=0) == f"{flag} = true (--{flag}) needs a GPU, and this machine has none"
     assert problems(f"--{flag}", gpus=1) == ""
 
 
@@ -224,20 +224,21 @@ def test_overlapped_products_need_a_gpu_and_compiled_layers() -> None:
     flag = "--parallelism.enable_async_tensor_parallel"
     argv = [flag, "--parallelism.tensor_parallel_degree=2"]
     compiled = [*argv, "--training.compile"]
-    assert "no effect: the compiler does the overlapping" in problems(*argv, gpus=2, world_size=2)
+    assert "no effect: the compiler overlaps them" in problems(*argv, gpus=2, world_size=2)
     assert "no effect" in problems(*compiled, "--compile.components=loss", gpus=2, world_size=2)
     assert "needs a GPU" in problems(*compiled, gpus=0, world_size=2)
     assert problems(*compiled, gpus=2, world_size=2) == ""
 
 
-def test_keys_that_travel_know_no_masks_and_no_float32_on_a_gpu() -> None:
+def test_ring_attention_has_no_masks_and_no_float32_on_a_gpu() -> None:
     argv = [
         "--parallelism.context_parallel_degree=2",
         "--parallelism.context_parallel_rotate_method=alltoall",
     ]
-    assert "document_mask = true: take allgather" in problems(*argv, "--training.document_mask", world_size=2)
+    masked = problems(*argv, "--training.document_mask", world_size=2)
+    assert "document_mask = true: set it to allgather" in masked
     float32 = [*argv, "--training.mixed_precision_param=float32"]
-    assert "no float32 on a GPU: take allgather" in problems(*float32, gpus=2, world_size=2)
+    assert "no float32 on a GPU: set it to allgather" in problems(*float32, gpus=2, world_size=2)
     assert problems(*float32, gpus=0, world_size=2) == ""
     assert problems(*argv, gpus=2, world_size=2) == ""
 
@@ -304,7 +305,7 @@ def test_float8_gathers_need_several_processes_and_a_square_cast() -> None:
         f"--float8.{key}"
         for key in ("enable_fsdp_float8_all_gather", "precompute_float8_dynamic_scale_for_fsdp")
     )
-    assert "one process, which shares nothing" in problems(float8, gather)
+    assert "there is only one process" in problems(float8, gather)
     assert "weights are not gathered in float8" in problems(float8, precompute, world_size=2)
     for recipe in ("tensorwise", "blockwise"):
         argv = [float8, gather, precompute, f"--float8.recipe_name={recipe}"]

@@ -114,7 +114,7 @@ def test_a_path_with_a_nul_character_is_told_as_that(tmp_path: Path, key: str) -
     section, _, name = key.partition(".")
     (tmp_path / "x.toml").write_text(f'[{section}]\n{name} = "a\\u0000b"\n')
     told = problems("--config_file=x.toml")
-    assert told == rf"{key} = 'a\x00b' (x.toml:2) must not contain a NUL character, which no path can"
+    assert told == rf"{key} = 'a\x00b' (x.toml:2) must not contain a NUL character: no path can"
 
 
 def test_every_number_has_a_range() -> None:
