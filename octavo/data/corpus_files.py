@@ -2,7 +2,8 @@
 
 A `.txt` file is one document. `.jsonl` (or `.json` with one object per line, like C4) has one document per
 line, under the key `text`; `.parquet` has one per row, in the column `text`. The text formats may be
-compressed, with `.gz` or `.zst` appended to the name. What the first bytes of a file contradict is an error.
+compressed, with `.gz` or `.zst` appended to the name. A file whose first bytes are of another format is an
+error.
 
 Reading has two stages, so that the second can run in another process: `read_records` splits a file into
 records without decoding them, and `parse` turns a record into a document. A record that is not a document is
@@ -37,12 +38,12 @@ TEXT_KEY = "text"
 def find_files(root: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
     """The readable files at or below `root`, sorted by path so that the corpus is the same on every machine.
 
-    Hidden files and folders are skipped, files of other formats reported in the log. A symbolic link counts
-    only where what it points to is not below `root` itself.
+    Hidden files and folders are skipped; files of other formats are skipped and logged. A file that is also
+    reached through a symbolic link counts once.
 
     Raises:
-        ConfigError: `root` does not exist, or contains no file of a known format, or one that is a dead link
-            or no regular file, such as a pipe.
+        ConfigError: `root` does not exist or contains no file of a known format; or one of these files is a
+            dead link or not a regular file, such as a pipe.
     """
     if root.is_file():
         if not root.name.lower().endswith(formats):
@@ -210,15 +211,12 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def _open(path: Path) -> BinaryIO:
-    """The text in `path`, decompressed, from the beginning.
-
-    Raises:
-        ConfigError: it begins like another kind of file.
-    """
+    """Open `path` and decompress it; `ConfigError` if its first bytes are of another format."""
     if path.name.lower().endswith(".gz"):
         stream: Any = gzip.open(path)  # noqa: SIM115 - the caller closes it
     elif path.name.lower().endswith(".zst"):
-        stream = io.BufferedReader(_decompressed(path))
+        pyarrow = _import_pyarrow(path, ".zst")
+        stream = io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
     else:
         stream = path.open("rb")
     try:
@@ -229,12 +227,15 @@ def _open(path: Path) -> BinaryIO:
     return cast(BinaryIO, stream)
 
 
-def _decompressed(path: Path) -> Any:
+def _import_pyarrow(path: Path, purpose: str) -> Any:
     try:
         import pyarrow
+        import pyarrow.parquet
     except ImportError as error:
-        raise ConfigError(f"{path}: .zst needs the package `pyarrow`: pip install 'octavo[train]'") from error
-    return pyarrow.input_stream(str(path), compression="zstd")
+        raise ConfigError(
+            f"{path}: {purpose} needs the package `pyarrow`: pip install 'octavo[train]'"
+        ) from error
+    return pyarrow
 
 
 def _check_first_bytes(path: Path, first: bytes) -> None:
@@ -271,13 +272,7 @@ def _skip(stream: BinaryIO, size: int) -> None:
 
 
 def _read_rows(path: Path, key: str, after: int) -> Iterator[Record]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ConfigError(
-            f"{path}: parquet needs the package `pyarrow`: pip install 'octavo[train]'"
-        ) from error
+    pyarrow = _import_pyarrow(path, "parquet")
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names

@@ -4,7 +4,7 @@
 Run it by `./run_train.sh`, by `octavo train`, or by `torchrun … -m octavo.train --job.config_file …`.
 
 Two laws hold for any number of processes. The model starts from weights that depend on the seed and the
-parameters' names alone (`components/init.py`), and step s consumes the global samples [s G, (s+1) G) of the
+parameters' names alone (`models/init.py`), and step s consumes the global samples [s G, (s+1) G) of the
 data, G the global batch (`data/dataloader.py`). The loss of a microbatch is its sum over tokens divided by
 the number of tokens in the global batch, so the gradients of all microbatches of all processes simply add
 up.
