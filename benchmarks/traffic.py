@@ -40,7 +40,7 @@ LAYOUTS: Mapping[str, tuple[int, dict[str, Any]]] = {
     "TP 2": (2, {"tensor_parallel_degree": 2}),
     "FSDP 2, TP 2": (4, {"tensor_parallel_degree": 2}),
     "CP 2": (2, {"context_parallel_degree": 2}),
-    "CP 2, keys travel": (2, {"context_parallel_degree": 2, "context_parallel_rotate_method": "alltoall"}),
+    "CP 2, ring": (2, {"context_parallel_degree": 2, "context_parallel_rotate_method": "alltoall"}),
     "PP 2": (2, {"pipeline_parallel_degree": 2}),
 }
 _GATHER = {"float8.enable_fsdp_float8_all_gather": True}
