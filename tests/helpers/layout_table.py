@@ -1,4 +1,4 @@
-"""Run every layout in every precision against one process, and print the table of docs/parallelism_reference.md.
+"""Run every layout in every precision against one process; print the table of docs/parallelism_reference.md.
 
     python -m tests.helpers.layout_table                       all of it: an hour and more on two cores
     python -m tests.helpers.layout_table "PP 2" 'rowwise$'     the rows whose names match one of these:
