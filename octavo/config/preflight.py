@@ -88,9 +88,23 @@ def _here(job: JobConfig, gpus: int | None) -> Iterator[str]:
 def notes(job: JobConfig) -> list[str]:
     """What is allowed but may surprise, one sentence each, for the log."""
     warmup, steps = job.lr_scheduler.warmup_steps, job.training.steps
-    if warmup <= steps:
-        return []
-    return [f"lr_scheduler.warmup_steps = {warmup} exceeds training.steps = {steps}: every step is warm-up"]
+    if warmup > steps:
+        return [
+            f"lr_scheduler.warmup_steps = {warmup} exceeds training.steps = {steps}: every step is warm-up"
+        ]
+    overlap = _overlap(job)
+    return [f"{overlap}: the decay begins after warm-up instead"] if overlap else []
+
+
+def _overlap(job: JobConfig) -> str | None:
+    """Describes warm-up and decay, if together they take more than all steps."""
+    warmup, steps, ratio = job.lr_scheduler.warmup_steps, job.training.steps, job.lr_scheduler.decay_ratio
+    if ratio is None or warmup > steps or warmup + (decay := round(steps * ratio)) <= steps:
+        return None
+    return (
+        f"lr_scheduler.warmup_steps = {warmup} and lr_scheduler.decay_ratio = {ratio:g} ({decay} steps) overlap "
+        f"in training.steps = {steps}"
+    )
 
 
 def _on_disk(look: Callable[[JobConfig], Iterator[str]], job: JobConfig, key: str) -> Iterator[str]:
@@ -160,6 +174,9 @@ def _warmup(job: JobConfig) -> Iterator[str]:
     key, steps = "lr_scheduler.warmup_steps", job.training.steps
     if job.given.get(key) == "cli" and job.lr_scheduler.warmup_steps > steps:
         yield f"{named(job, key)} exceeds training.steps = {steps}; optimizer.lr would not be reached"
+    asked = {job.given.get("lr_scheduler.warmup_steps"), job.given.get("lr_scheduler.decay_ratio")}
+    if "cli" in asked and (overlap := _overlap(job)):
+        yield f"{overlap}; lower one of the two"
 
 
 def _model(job: JobConfig) -> Iterator[str]:

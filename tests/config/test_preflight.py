@@ -334,3 +334,18 @@ def test_a_warm_up_longer_than_a_short_trial_is_noted_not_refused() -> None:
         "lr_scheduler.warmup_steps = 200 exceeds training.steps = 5: every step is warm-up",
     ]
     assert notes(load(["--training.steps=200"])) == []
+
+
+def test_warm_up_and_decay_that_overlap_are_refused_by_flag_and_noted_from_a_file(tmp_path: Path) -> None:
+    overlap = (
+        "lr_scheduler.warmup_steps = 60 and lr_scheduler.decay_ratio = 0.5 (50 steps) overlap in "
+        "training.steps = 100"
+    )
+    flags = ["--training.steps=100", "--lr_scheduler.warmup_steps=60", "--lr_scheduler.decay_ratio=0.5"]
+    assert problems(*flags) == f"{overlap}; lower one of the two"
+    assert problems(*flags[:2], "--lr_scheduler.decay_ratio=0.4") == ""
+    file = tmp_path / "job.toml"
+    file.write_text("[training]\nsteps = 100\n[lr_scheduler]\nwarmup_steps = 60\ndecay_ratio = 0.5\n")
+    job = load([f"--job.config_file={file}"])
+    check(job, world_size=1)
+    assert notes(job) == [f"{overlap}: the decay begins after warm-up instead"]
