@@ -143,16 +143,6 @@ def test_estimate_is_enough_and_not_twice_as_much(tmp_path):
     assert taken <= saving.estimate_bytes(tensors, 2) < 2 * taken
 
 
-def test_sizes_in_words():
-    assert [format_bytes(n) for n in (0, 1023, 1024, 3 * 2**20, 5 * 2**40)] == [
-        "0 bytes",
-        "1023 bytes",
-        "1.0 KiB",
-        "3.0 MiB",
-        "5.0 TiB",
-    ]
-
-
 def test_a_failure_names_the_rank_and_the_error(tmp_path):
     from torch.distributed.checkpoint.api import CheckpointException
 
