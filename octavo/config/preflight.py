@@ -99,11 +99,11 @@ def notes(job: JobConfig) -> list[str]:
 def _overlap(job: JobConfig) -> str | None:
     """Describes warm-up and decay, if together they take more than all steps."""
     warmup, steps, ratio = job.lr_scheduler.warmup_steps, job.training.steps, job.lr_scheduler.decay_ratio
-    if ratio is None or warmup > steps or warmup + (decay := round(steps * ratio)) <= steps:
+    if ratio is None or warmup >= steps or warmup + (decay := round(steps * ratio)) <= steps:
         return None
     return (
-        f"lr_scheduler.warmup_steps = {warmup} and lr_scheduler.decay_ratio = {ratio:g} ({decay} steps) overlap "
-        f"in training.steps = {steps}"
+        f"lr_scheduler.warmup_steps = {warmup} and lr_scheduler.decay_ratio = {ratio:g} ({decay} steps) "
+        f"overlap in training.steps = {steps}"
     )
 
 
