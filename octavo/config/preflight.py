@@ -174,8 +174,8 @@ def _warmup(job: JobConfig) -> Iterator[str]:
     key, steps = "lr_scheduler.warmup_steps", job.training.steps
     if job.given.get(key) == "cli" and job.lr_scheduler.warmup_steps > steps:
         yield f"{named(job, key)} exceeds training.steps = {steps}; optimizer.lr would not be reached"
-    asked = {job.given.get("lr_scheduler.warmup_steps"), job.given.get("lr_scheduler.decay_ratio")}
-    if "cli" in asked and (overlap := _overlap(job)):
+    given = [job.given.get(name) for name in (key, "lr_scheduler.decay_ratio")]
+    if "cli" in given and None not in given and (overlap := _overlap(job)):
         yield f"{overlap}; lower one of the two"
 
 
