@@ -8,7 +8,7 @@ The story is in six files, in this order:
     recipe.py      a recipe: which of the six operands of a linear layer are cast, and how, as plain data
     config.py      torchao's options, translated to a recipe
     quantize.py    a cast: scales and float8 codes, in plain PyTorch
-    matmul.py      a product of float8 operands, in hardware or in emulation
+    matmul.py      a product of float8 operands, in hardware (gemm_backends.py) or in emulation
     linear.py      `Float8Linear`: an autograd function of three such products
     convert.py     swaps a model's `nn.Linear`s for `Float8Linear`s, and filters them
 

@@ -21,7 +21,7 @@ slower products.
 
 A recipe is six casts, as plain data without tensors: `quantize.py` interprets a `Cast`, `matmul.py` a `Gemm`
 and `linear.py` a `Recipe`. To add a format, add a row to `RECIPES`. It trains in emulation at once, and in
-hardware once `GEMM_BACKENDS` in `matmul.py` has a row for it.
+hardware once `gemm_backends.py` has a row for it.
 """
 
 from __future__ import annotations

@@ -26,18 +26,17 @@ from octavo.float8 import (
     ScaleFormat,
     convert_to_float8_training,
     describe_backend,
+    gemm_backends,
 )
 from octavo.float8 import matmul as module
-from octavo.float8.matmul import (
+from octavo.float8.gemm_backends import (
     GEMM_BACKENDS,
     Device,
-    _emulate,
     _scaled_mm_cuda,
-    choose_backend,
     find_backend,
-    matmul,
     swizzle_e8m0,
 )
+from octavo.float8.matmul import _emulate, choose_backend, matmul
 from octavo.float8.quantize import Quantized, dequantize, quantize, scale_values
 from tests.float8.graphs import compiles
 from tests.float8.torchao_reference import relative
@@ -93,7 +92,7 @@ def test_the_choice_is_explained() -> None:
 
 
 def test_an_older_pytorch_has_fewer_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_TORCH", (2, 11))
+    monkeypatch.setattr(gemm_backends, "_TORCH", (2, 11))
     assert choose_backend(RECIPES["tensorwise"].output, CPU, False) is GEMM_BACKENDS[0]
     with pytest.raises(ValueError, match=r"torch._scaled_mm needs PyTorch 2\.13 on a cpu"):
         choose_backend(RECIPES["rowwise"].output, CPU, False)
@@ -258,7 +257,7 @@ def test_the_units_switch_is_set_for_the_product_alone(monkeypatch: pytest.Monke
 
 
 @compiles
-@pytest.mark.skipif(module._TORCH < (2, 13), reason="2.11 has no rowwise product on a CPU")
+@pytest.mark.skipif(gemm_backends._TORCH < (2, 13), reason="2.11 has no rowwise product on a CPU")
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 def test_the_native_path_of_a_cpu_compiles(recipe: str) -> None:
     torch.manual_seed(0)

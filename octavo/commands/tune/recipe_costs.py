@@ -22,7 +22,8 @@ from torch import Tensor
 from octavo.commands.tune.linear_sizes import Size
 from octavo.config import names
 from octavo.float8 import RECIPES, Recipe
-from octavo.float8.matmul import Device, choose_backend, find_backend, matmul
+from octavo.float8.gemm_backends import Device, find_backend
+from octavo.float8.matmul import choose_backend, matmul
 from octavo.float8.quantize import Quantized, quantize_both
 from octavo.float8.recipe import Gemm
 from octavo.roofline import Gpu, Tensors, cast_seconds, gemm_seconds, linear_shapes
@@ -34,7 +35,7 @@ HIGH_PRECISION = "high_precision"
 CANDIDATES = (HIGH_PRECISION, *(name for name in names.RECIPES if not name.endswith("_previous_step")))
 
 _ROUNDS = 15
-# Compute capabilities of the roofline's GPUs, for `matmul.GEMM_BACKENDS` as of CUDA 13.0.
+# Compute capabilities of the roofline's GPUs, for `GEMM_BACKENDS` as of CUDA 13.0.
 _CAPABILITIES = {
     "h100-nvl": (9, 0),
     "h100-pcie": (9, 0),

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from octavo.float8 import matmul
+from octavo.float8 import gemm_backends
 from octavo.float8.casts import gpu_cast
 from octavo.float8.distributed.fsdp_gather import HOOKS, Float8GatherHooks, ShardCache, fsdp_parameters
+from octavo.float8.gemm_backends import Device, GemmBackend
 from octavo.float8.linear import Float8Linear
 from octavo.float8.quantize import Quantized
 from octavo.float8.recipe import Cast, Gemm
@@ -49,16 +50,16 @@ def simulate_gpu(capability: tuple[int, int]) -> Iterator[None]:
 
     Call `force_hardware_path` on the model inside it.
     """
-    device = matmul.Device("cuda", capability, _CUDA)
+    device = Device("cuda", capability, _CUDA)
 
-    def find_fake_backend(gemm: Gemm, _: Any) -> matmul.GemmBackend | None:
+    def find_fake_backend(gemm: Gemm, _: Any) -> GemmBackend | None:
         backend = find_backend(gemm, device)
-        return backend and matmul.GemmBackend(backend.name, "cuda", backend.blocks, _multiply)
+        return backend and GemmBackend(backend.name, "cuda", backend.blocks, _multiply)
 
-    find_backend = matmul.find_backend
+    find_backend = gemm_backends.find_backend
     has_kernels = capability >= gpu_cast.LEAST_CAPABILITY
     with (
-        patch.object(matmul, "find_backend", find_fake_backend),
+        patch.object(gemm_backends, "find_backend", find_fake_backend),
         patch.object(gpu_cast, "_device_supported", lambda _: has_kernels),
         patch.object(gpu_cast, "_launch", _launch),
     ):
@@ -70,8 +71,8 @@ def force_hardware_path(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Float8Linear) and module.emulate is None:
             gemms = [gemm for gemm in module.recipe.gemms.values() if gemm.float8]
-            device = matmul.Device("cuda")
-            module.emulate = any(matmul.find_backend(gemm, device) is None for gemm in gemms)
+            device = Device("cuda")
+            module.emulate = any(gemm_backends.find_backend(gemm, device) is None for gemm in gemms)
 
 
 class _Hooks(Float8GatherHooks):

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.float8.matmul import describe_device, find_backend, matmul
+from octavo.float8.gemm_backends import describe_device, find_backend
+from octavo.float8.matmul import matmul
 from octavo.float8.quantize import Quantized, dequantize, quantize
 from octavo.float8.recipe import RECIPES, Gemm
 
