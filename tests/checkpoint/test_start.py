@@ -103,7 +103,7 @@ def test_excluding_from_a_resumed_run_is_refused(tmp_path):
     run = launching.train(tmp_path, {**SHORT, "checkpoint.exclude_from_loading": "optimizer"})
     assert run.exit_codes == [2]
     assert "exclude_from_loading" in run.log
-    assert "would have no effect: a run that resumes takes up everything" in run.log
+    assert "would have no effect: a run that resumes loads everything" in run.log
 
 
 def test_a_run_from_a_seed_checkpoint_equals_one_without(six, tmp_path):
