@@ -47,7 +47,7 @@ def _forward(
     k = tl.arange(0, BLOCK_K)
     w = to_float32(tl.load(w_ptr + k, mask=k < K, other=0.0))
     down = tl.zeros((BLOCK_K,), tl.int32)
-    for start in range(0, STRIP, ROWS):
+    for start in tl.range(0, STRIP, ROWS, num_stages=2):
         m = pid.to(tl.int64) * STRIP + start + tl.arange(0, ROWS)
         mask = (m < M)[:, None] & (k < K)[None, :]
         i = m[:, None] * K + k[None, :]
@@ -79,7 +79,7 @@ def _backward(
     w = to_float32(tl.load(w_ptr + k, mask=k < K, other=0.0))
     down = tl.zeros((BLOCK_K,), tl.int32)
     dw = tl.zeros((BLOCK_K,), tl.float32)
-    for start in range(0, STRIP, ROWS):
+    for start in tl.range(0, STRIP, ROWS, num_stages=2):
         m = pid.to(tl.int64) * STRIP + start + tl.arange(0, ROWS)
         mask = (m < M)[:, None] & (k < K)[None, :]
         i = m[:, None] * K + k[None, :]

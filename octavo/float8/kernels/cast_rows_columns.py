@@ -64,7 +64,7 @@ def _cast_rows(
     pid = tl.program_id(0)
     k = tl.arange(0, BLOCK_K)
     down = tl.zeros((BLOCK_K,), tl.int32)
-    for start in range(0, STRIP, ROWS):
+    for start in tl.range(0, STRIP, ROWS, num_stages=2):
         m = pid.to(tl.int64) * STRIP + start + tl.arange(0, ROWS)
         mask = (m < M)[:, None] & (k < K)[None, :]
         x = to_float32(tl.load(x_ptr + m[:, None] * K + k[None, :], mask=mask, other=0.0))
@@ -89,13 +89,13 @@ def _cast_wide_rows(
     m = pid.to(tl.int64) * STRIP + tl.arange(0, STRIP)
     x_rows = x_ptr + m[:, None] * K
     along = tl.zeros((STRIP, CHUNK), tl.int32)
-    for start in range(0, K, CHUNK):
+    for start in tl.range(0, K, CHUNK, num_stages=2):
         k = start + tl.arange(0, CHUNK)
         mask = (m < M)[:, None] & (k < K)[None, :]
         along = tl.maximum(along, magnitude(to_float32(tl.load(x_rows + k[None, :], mask=mask, other=0.0))))
     s, scale = scales_of(tl.max(along, axis=1), MANTISSA, SCALES)
     tl.store(scale_ptr + m, scale, mask=m < M)
-    for start in range(0, K, CHUNK):
+    for start in tl.range(0, K, CHUNK, num_stages=2):
         k = start + tl.arange(0, CHUNK)
         mask = (m < M)[:, None] & (k < K)[None, :]
         x = to_float32(tl.load(x_rows + k[None, :], mask=mask, other=0.0))
