@@ -182,9 +182,10 @@ def test_a_byte_order_mark_is_no_text(tmp_path, name):
     [
         ("naïve".encode("utf-16"), r"holds UTF-16 text; convert it, `iconv -f utf-16 -t utf-8 {name} > NEW`"),
         ("naïve".encode("utf-16-be"), "text with zero bytes"),
-        (gzip.compress(b"naive"), r"holds compressed data; rename it to {name}\.gz"),
+        (gzip.compress(b"naive", mtime=0), r"holds compressed data; rename it to {name}\.gz"),
         (b"\x28\xb5\x2f\xfd\x00", r"rename it to {name}\.zst"),
     ],
+    ids=["utf-16", "utf-16-be", "gzip", "zstd"],
 )
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_a_file_that_is_no_utf8_text_is_an_error_and_no_bad_record(tmp_path, name, content, message):
