@@ -36,7 +36,11 @@ from octavo.float8.config import (
     ScalingGranularity,
     ScalingType,
 )
-from octavo.float8.convert import auto_filter_for_recipe, convert_to_float8_training
+from octavo.float8.convert import (
+    auto_filter_for_recipe,
+    convert_from_float8_training,
+    convert_to_float8_training,
+)
 from octavo.float8.convert import auto_filter_for_recipe as _auto_filter_for_recipe
 from octavo.float8.distributed.fsdp_gather import precompute_float8_dynamic_scale_for_fsdp
 from octavo.float8.distributed.parallel_styles import (
@@ -73,6 +77,7 @@ __all__ = [
     "_auto_filter_for_recipe",
     "auto_filter_for_recipe",
     "cast_weights_once",
+    "convert_from_float8_training",
     "convert_to_float8_training",
     "describe_backend",
     "describe_path",

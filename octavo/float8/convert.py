@@ -181,6 +181,23 @@ def convert_to_float8_training(
     return module
 
 
+def convert_from_float8_training(module: nn.Module) -> nn.Module:
+    """Swap the `Float8Linear`s in `module` back for plain `nn.Linear`s, in place.
+
+    For tools that expect `nn.Linear` once training is over, such as quantization for inference. A root that
+    is a Float8Linear is returned swapped. Parameters stay the same objects, in their dtype. Raises ValueError
+    if a weight is sharded.
+    """
+    linears = {fqn: m for fqn, m in module.named_modules() if isinstance(m, Float8Linear)}
+    sharded = [fqn for fqn, linear in linears.items() if isinstance(linear.weight, DTensor)]
+    if sharded:
+        raise ValueError(
+            f"{sharded[0]} is sharded: load the checkpoint into an unsharded model, and convert that"
+        )
+    plain = {id(linear): linear.to_float() for linear in linears.values()}
+    return _swap(module, "", lambda linear, fqn: plain.get(id(linear)))
+
+
 # ------------------------------------------------------------------------------------------ automatic filters
 
 

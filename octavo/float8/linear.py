@@ -307,6 +307,19 @@ class Float8Linear(nn.Linear):
         warn_if_emulated(new.recipe, mod.weight.device, new.emulate)
         return new
 
+    def to_float(self) -> nn.Linear:
+        """A plain `nn.Linear` with the parameters of this one (shared, not copied), its hooks and buffers."""
+        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        own = set(Float8Linear(1, 1, device="meta", config=self.recipe).__dict__) - set(plain.__dict__)
+        plain.__dict__.update(
+            {
+                k: copy.copy(v) if isinstance(v, dict | set) else v
+                for k, v in self.__dict__.items()
+                if k not in own
+            }
+        )
+        return plain
+
     def forward(self, input: Tensor) -> Tensor:
         """`input[..., K] -> [..., N]`. ValueError for another last dimension, TypeError for other dtypes."""
         x = input

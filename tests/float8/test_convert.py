@@ -22,6 +22,7 @@ from octavo.float8 import (
     Gemm,
     Recipe,
     auto_filter_for_recipe,
+    convert_from_float8_training,
     convert_to_float8_training,
 )
 from tests.float8.graphs import compiles
@@ -282,3 +283,22 @@ def test_an_error_of_a_filter_names_the_layer() -> None:
     with pytest.raises(ZeroDivisionError) as caught:
         convert_to_float8_training(model, module_filter_fn=lambda module, fqn: 1 / 0)
     assert caught.value.__notes__ == ["raised by module_filter_fn(module, fqn) for Linear '0'"]
+
+
+def test_back_to_plain_linears() -> None:
+    shared = nn.Linear(16, 16)
+    model = nn.Sequential(shared, nn.Sequential(nn.Linear(16, 32, bias=False), nn.Conv1d(1, 1, 1)), shared)
+    calls: list[int] = []
+    model[1][0].register_forward_hook(lambda *_: calls.append(1))
+    parameters, attributes = dict(model.named_parameters()), [set(vars(m)) for m in model.modules()]
+    convert_to_float8_training(model, config="rowwise")
+
+    assert convert_from_float8_training(model) is model
+    assert [type(m) for m in model.modules() if isinstance(m, nn.Linear)] == [nn.Linear] * 2
+    assert model[0] is model[2]
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    x = torch.randn(3, 16)
+    assert torch.equal(model[1][0](x), nn.functional.linear(x, parameters["1.0.weight"]))
+    assert calls == [1]
+    assert type(convert_from_float8_training(Float8Linear(16, 16))) is nn.Linear
