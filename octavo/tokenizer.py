@@ -1,20 +1,17 @@
-"""Text to token ids and back, behind one small interface whatever file the tokenizer comes in.
+"""Text to token ids and back, with one interface for all tokenizer files.
 
 Three sources, one engine (the Rust `tokenizers` library):
 
-- a tokenizer shipped in the package, by name;
-- a Hugging Face `tokenizer.json`, or a folder that holds one;
-- Llama 3's `tokenizer.model`, which is tiktoken's format: lines of base64 token and rank, and nothing else.
-  The split pattern and the special tokens are not in the file; they are written down here (`LLAMA3_SPLIT`,
-  `llama3_specials`).
+- a tokenizer shipped in the package, by name; - a Hugging Face `tokenizer.json`, or a folder that holds one;
+- Llama 3's `tokenizer.model` in tiktoken's format: lines of a base64 token and its rank. The split pattern
+and the special tokens are not in the file, but here (`LLAMA3_SPLIT`, `llama3_specials`).
 
-A tiktoken file has no merge list. Byte pair encoding in tiktoken merges, at each step, the adjacent pair
-whose *concatenation* has the lowest rank; `tokenizers` wants the pairs themselves. So every way to cut a
-token into two tokens becomes a merge, ordered by the rank of the whole: the same choices, without a second
-engine to depend on.
+A tiktoken file has no merge list. At each step tiktoken merges the adjacent pair whose *concatenation* has
+the lowest rank, while `tokenizers` needs the pairs themselves. So every split of a token into two tokens
+becomes a merge, ordered by the rank of the whole: the same merges, without a second engine.
 
 Text is never trusted: a document that contains the characters `<|end_of_text|>` gets the ids of those
-characters, not the special token. Special ids come from `bos=True` and `eos=True` alone.
+characters, not the special token. Only `bos=True` and `eos=True` produce special ids.
 """
 
 from __future__ import annotations

@@ -405,7 +405,7 @@ NEEDS: tuple[Need, ...] = (
 
 
 def without_effect(job: JobConfig, world_size: int) -> list[str]:
-    """One message for each flag given on the command line that cannot change anything."""
+    """One message for each flag on the command line that has no effect."""
     problems = []
     for key, source in job.given.items():
         unmet = [need for need in NEEDS if _covers(need, key) and not need.met(job, world_size)]

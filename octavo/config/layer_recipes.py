@@ -1,15 +1,16 @@
-"""A float8 recipe a layer: `float8.layer_recipes`, written by hand or, by `octavo tune`, as a file.
+"""A float8 recipe per layer: `float8.layer_recipes`, written by hand, or as a file by `octavo tune`.
 
     [float8]
     layer_recipes = ["layers.*.attention.wk=high_precision", "layers.*.feed_forward.w?=tensorwise"]
 
-The left side is a pattern of whole module names (*, ? and [abc], as a shell's), the right one a recipe, or
-`high_precision`. Of several patterns that match a layer the last counts. Layers that none matches take
-`float8.recipe_name`; those that `float8.filter_fqns` names stay in high precision whatever the patterns say.
+The left side is a pattern for whole module names (*, ? and [abc], as in a shell), the right side a recipe or
+`high_precision`. If several patterns match a layer, the last one counts. Layers without a match use
+`float8.recipe_name`; layers that `float8.filter_fqns` names stay in high precision in any case.
 
-A file of them is a TOML file with that one key. `float8.layer_recipes_file` names it, and its content becomes
-the value of `float8.layer_recipes` when the job is loaded, so that a run's record holds the recipes, not only
-where they once stood. Whether the patterns match is found out when there is a model.
+The file is a TOML file with this one key. `float8.layer_recipes_file` names it, and its content becomes the
+value of `float8.layer_recipes` when the job is loaded, so that a run's record holds the recipes themselves.
+Whether the patterns match is checked once the model exists.
+
 """
 
 import fnmatch
@@ -33,12 +34,12 @@ class LayerRecipe:
 
     @property
     def text(self) -> str:
-        """As it is written in a configuration."""
+        """Its text in a configuration."""
         return f"{self.pattern}={self.recipe or HIGH_PRECISION}"
 
 
 def parse(text: str) -> LayerRecipe:
-    """One element of the list; `ConfigError`, without its key, for what is none."""
+    """Parse one element of the list. Raises `ConfigError` without the key's name."""
     pattern, equals, recipe = (part.strip() for part in text.partition("="))
     known = (HIGH_PRECISION, *names.RECIPES)
     if not pattern or not equals:
@@ -50,12 +51,12 @@ def parse(text: str) -> LayerRecipe:
 
 
 def layer_recipes(settings: Float8) -> list[LayerRecipe]:
-    """All of them, in order; `ConfigError` for the first that is wrong."""
+    """All elements, parsed, in order. Raises `ConfigError` for the first wrong one."""
     return [parse(text) for text in settings.layer_recipes]
 
 
 def wrong(settings: Float8) -> Iterator[str]:
-    """One message, without its key, for each element that cannot be read."""
+    """One message, without the key's name, for each wrong element."""
     for text in settings.layer_recipes:
         try:
             parse(text)
@@ -64,13 +65,13 @@ def wrong(settings: Float8) -> Iterator[str]:
 
 
 def recipes_named(settings: Float8) -> list[str]:
-    """The float8 recipes that layers may train in: those of the patterns, and the one for the rest."""
+    """The float8 recipes in use: those of the patterns, and the one for all other layers."""
     rest = settings.recipe_name or names.GATHERABLE_RECIPES[0]
     return list(dict.fromkeys([rest, *(r.recipe for r in layer_recipes(settings) if r.recipe is not None)]))
 
 
 def read(path: str) -> toml.Entry:
-    """What a file of layer recipes sets; `ConfigError` if it sets anything else, or nothing."""
+    """Read a file of layer recipes. Raises `ConfigError` if it sets anything else, or nothing."""
     entries, problems = toml.read(path)
     problems += [
         f"{entry.where}: {entry.written} does not belong here: {FILE_KEY} names a file with {KEY} alone"
@@ -85,5 +86,5 @@ def read(path: str) -> toml.Entry:
 
 
 def matching(recipes: Sequence[LayerRecipe], name: str) -> LayerRecipe | None:
-    """The last of `recipes` whose pattern is that of a module called `name`."""
+    """The last of `recipes` whose pattern matches the module called `name`, or None."""
     return next((r for r in reversed(recipes) if fnmatch.fnmatchcase(name, r.pattern)), None)

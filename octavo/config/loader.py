@@ -10,15 +10,15 @@ from octavo.core.errors import ConfigError
 
 
 def load(argv: Sequence[str], *, prog: str = "octavo train", problems: list[str] | None = None) -> JobConfig:
-    """Read a job from flags and from the TOML file that `--job.config_file` names: a path, or a shipped name.
+    """Read a job from flags and from the TOML file that `--job.config_file` names (a path or a shipped name).
 
-    Nothing outside that file is looked at: ranges, paths and divisibility are `check`'s. `-h` or `--help`
-    among the flags prints the help and exits with 0. Of a flag given several times the last counts, so that
-    a script's own flags can be overridden; two spellings of one key must agree. With `problems`, what is
-    wrong is added to that list and left out of the job, and nothing is raised.
+    Ranges, paths and divisibility are left to `check`. `-h` or `--help` among the flags prints the help and
+    exits with 0. If a flag is given several times, the last one counts, so that a script's flags can be
+    overridden; two spellings of one key must agree. With `problems`, errors are appended to that list, their
+    values are left out of the job, and nothing is raised.
 
     Raises:
-        ConfigError: with one line for each thing wrong in the file and on the command line.
+        ConfigError: one line for each error in the file and on the command line.
     """
     if flags.wants_help(argv):
         flags.print_help(prog=prog)
@@ -47,21 +47,21 @@ def load(argv: Sequence[str], *, prog: str = "octavo train", problems: list[str]
         job.given[f"{flag.section}.{flag.key}"] = "cli"
         job.where[f"{flag.section}.{flag.key}"] = flag.typed
     if job.float8.layer_recipes_file is not None:
-        _take_up_layer_recipes(job, job.float8.layer_recipes_file)
+        _load_layer_recipes(job, job.float8.layer_recipes_file)
     return job
 
 
-def _take_up_layer_recipes(job: JobConfig, path: str) -> None:
-    """Put the content of the file `path` where a user could have written it."""
+def _load_layer_recipes(job: JobConfig, path: str) -> None:
+    """Set float8.layer_recipes to the content of the file `path`."""
     where = job.where[layer_recipes.FILE_KEY]
     try:
         entry = layer_recipes.read(path)
     except ConfigError as error:
         raise ConfigError(f"{where}={shown(path)}: {error}") from None
     if job.float8.layer_recipes not in ([], entry.value):
+        given = job.where[layer_recipes.KEY]
         raise ConfigError(
-            f"{job.where[layer_recipes.KEY]}: {layer_recipes.KEY} is given, and in {path} another; take one "
-            "of the two out"
+            f"{given}: {layer_recipes.KEY} differs from the one in {path}; leave one of the two out"
         )
     job.float8.layer_recipes = entry.value
     job.given.setdefault(layer_recipes.KEY, "toml")
@@ -80,7 +80,7 @@ def _read_file(named: flags.Flag) -> tuple[list[toml.Entry], list[str]]:
 
 
 def _contradictions(settings: Iterable[tuple[str, str, Any, str, str]]) -> list[str]:
-    """One message for each key that two of its spellings set to different values in one source.
+    """One message for each key whose two spellings have different values in one source.
 
     `settings` are (section, key, value, the spelling's own "section.key", where).
     """
@@ -92,7 +92,7 @@ def _contradictions(settings: Iterable[tuple[str, str, Any, str, str]]) -> list[
         (first, (value, where)), *others = spellings.items()
         problems += [
             f"{other_where}: {other} = {shown(other_value)} contradicts {first} = {shown(value)} ({where}); "
-            "the two are one setting"
+            "the two are the same setting"
             for other, (other_value, other_where) in others
             if other_value != value
         ]

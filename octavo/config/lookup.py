@@ -1,4 +1,4 @@
-"""From the name a user wrote to the attribute that holds it, or to the reason why there is none."""
+"""Maps the name that a user wrote to the attribute that holds it, or to the reason why there is none."""
 
 from octavo.config import torchtitan
 from octavo.config.schema import ALIASES, SECTIONS
@@ -6,24 +6,24 @@ from octavo.core.errors import nearest
 
 
 def normal(name: str) -> str:
-    """`-` and `_` are one character to us."""
+    """`name` with `_` for `-`: the two are the same in names."""
     return name.replace("-", "_")
 
 
 def spellings(section: str) -> list[str]:
-    """Every key that may be written in a section, second spellings included."""
+    """Every key that may be written in a section, including aliases."""
     return [*SECTIONS[section], *(key for alias_section, key in ALIASES if alias_section == section)]
 
 
 def resolve(section: str, key: str) -> tuple[str, str] | None:
-    """The (section, key) that holds what is written as `section.key`; None where nothing does."""
+    """The (section, key) of the attribute that `section.key` sets, or None."""
     if (section, key) in ALIASES:
         return ALIASES[section, key]
     return (section, key) if key in SECTIONS.get(section, ()) else None
 
 
 def explain_unknown(section: str, key: str, *, prefix: str = "") -> str:
-    """Why `section.key` is no key of ours; `prefix` is "--" where the user wrote a flag."""
+    """Why there is no `section.key`; `prefix` is "--" if the user wrote a flag."""
     reason = torchtitan.reason(section, key)
     if reason is not None:
         return f"known to torchtitan, not supported: {reason}"
@@ -37,7 +37,7 @@ def explain_unknown(section: str, key: str, *, prefix: str = "") -> str:
 
 
 def explain_unknown_section(section: str) -> str:
-    """Why `[section]` is no section of ours."""
+    """Why there is no `[section]`."""
     reason = torchtitan.section_reason(section)
     if reason is not None:
         return f"known to torchtitan, not supported: {reason}"
@@ -48,32 +48,34 @@ def explain_unknown_section(section: str) -> str:
 
 
 def suggest_for_bare(key: str, *, prefix: str = "") -> str:
-    """For a key written without a section: where this key, or the nearest one, belongs."""
+    """A suggestion for a key written without a section: the section of this key, or of the nearest one."""
     joined = {f"{section}_{name}": f"{section}.{name}" for section in SECTIONS for name in spellings(section)}
-    homes = _homes(key) or _homes(nearest(key, _all_keys()) or "")
+    places = _sections_with(key) or _sections_with(nearest(key, _all_keys()) or "")
     whole = nearest(normal(key).replace(".", "_"), joined, cutoff=0.85)  # --training-steps
-    return _suggest([joined[whole]] if whole else homes, prefix)
+    return _suggest([joined[whole]] if whole else places, prefix)
 
 
 def _in_section(section: str, key: str) -> list[str]:
     best = nearest(key, spellings(section))
-    elsewhere = _homes(key) or ([] if best else _homes(nearest(key, _all_keys(), cutoff=0.8) or ""))
-    if len(elsewhere) == 1:  # `enable`, which several sections have, says nothing about which was meant
-        return elsewhere
+    places = _sections_with(key) or (
+        [] if best else _sections_with(nearest(key, _all_keys(), cutoff=0.8) or "")
+    )
+    if len(places) == 1:  # a key of several sections, such as `enable`, does not show which was meant
+        return places
     return [f"{section}.{best}"] if best else []
 
 
 def _everywhere(section: str, key: str) -> list[str]:
     best = nearest(section, SECTIONS)
     found = nearest(key, spellings(best)) if best else None
-    return [f"{best}.{found}"] if found else _homes(key)
+    return [f"{best}.{found}"] if found else _sections_with(key)
 
 
-def _homes(key: str) -> list[str]:
+def _sections_with(key: str) -> list[str]:
     """The same key in other sections, e.g. warmup_steps written under [training]."""
     found = [f"{section}.{key}" for section in SECTIONS if key in spellings(section)]
-    if f"training.{key}" in found:  # validation has training's keys once more
-        return [home for home in found if home != f"validation.{key}"]
+    if f"training.{key}" in found:  # [validation] repeats keys of [training]
+        return [place for place in found if place != f"validation.{key}"]
     return found
 
 

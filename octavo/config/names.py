@@ -1,8 +1,8 @@
-"""Every name a config may choose from, kept here so that a config can be judged before torch is imported.
+"""Every name that a config may choose from, so that a config can be checked before torch is imported.
 
-The registries that give these names a meaning (models, recipes, optimizers, corpora) import torch, which
-takes seconds; a misspelt name should cost milliseconds. The price is that each name is written twice, and a
-test holds the two equal (`tests/config/test_names.py`).
+The registries behind these names (models, recipes, optimizers, corpora) import torch, which takes seconds; a
+misspelt name should cost milliseconds. So each name is written twice, and a test holds the two equal
+(`tests/config/test_names.py`).
 """
 
 from collections.abc import Mapping

@@ -248,17 +248,17 @@ def _of_count(job: JobConfig, name: str, count: int, makes: str) -> Iterator[str
     """One message if the schedule cannot have `count` stages."""
     degree, rows, schedule = job.parallelism.pipeline_parallel_degree, _rows(job.parallelism), SCHEDULES[name]
     each, over = divmod(count, degree)
-    told = f"{makes} makes {count} stages"
+    stages_made = f"{makes} makes {count} stages"
     if rows is not None:
         wanted = len(pipeline_csv.processes(rows))
         if count != wanted:
-            yield f"{told}, and {_P}schedule_csv has {wanted}"
+            yield f"{stages_made}, and {_P}schedule_csv has {wanted}"
     elif over or each < schedule.stages or each > (schedule.most or each):
         several = f"{schedule.stages}{' or more' if schedule.most is None else ''}"
         wanted = degree * schedule.stages
         more = f", {2 * wanted}, ..." if schedule.most is None else ""
         yield (
-            f"{told}, and {name} takes {several} for each of the {degree} processes "
+            f"{stages_made}, and {name} takes {several} for each of the {degree} processes "
             f"({wanted}{more} stages in all, {wanted - 1}{', ...' if more else ''} cuts); change it, or the "
             "schedule"
         )

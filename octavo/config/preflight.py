@@ -1,8 +1,8 @@
-"""Whether a job can run here, found out before torch is imported and before any process is started.
+"""Checks whether a job can run here, before torch is imported and before any process is started.
 
-`load` has judged the spelling; `check` judges the meaning: ranges, arithmetic, paths, and flags that would do
-nothing. What only the data, the model or the device can tell (does the corpus fill one batch? does the filter
-match a layer?) is left to them.
+`load` has checked names and types; `check` checks values: ranges, arithmetic, paths, and flags that would
+have no effect. Checks that need the data, the model or the device (does the corpus fill one batch? does the
+filter match a layer?) come later.
 """
 
 import importlib.machinery
@@ -31,15 +31,15 @@ _STEP = re.compile(r"step-(\d+)")
 
 
 def check(job: JobConfig, *, world_size: int, gpus: int | None = None, elsewhere: bool = False) -> None:
-    """Judge a loaded job for `world_size` processes on a machine with `gpus` GPUs (None: not known).
+    """Check a loaded job for `world_size` processes on a machine with `gpus` GPUs (None: unknown).
 
-    `elsewhere`: that machine is not this one, so files, packages and compilers are not looked for.
+    `elsewhere`: the job will run on another machine, so files, packages and compilers are not checked.
 
     Raises:
         ConfigError: with one line for each thing wrong.
     """
     problems = out_of_range(job)
-    if not problems:  # what follows calculates with the values
+    if not problems:  # the other checks calculate with the values
         problems = [
             *_layout(job, world_size),
             *_on_disk(_pipeline, job, "parallelism.pipeline_parallel_schedule_csv"),
@@ -63,9 +63,7 @@ def check(job: JobConfig, *, world_size: int, gpus: int | None = None, elsewhere
 
 
 def each(job: JobConfig, gpus: int | None) -> list[str]:
-    """What is wrong with single values of `job`, a line each: what can be told of each by itself, however
-    much else is wrong.
-    """
+    """One message for each wrong value of `job` that can be checked alone, whatever else is wrong."""
     problems = [*out_of_range(job), *_here(job, gpus)]
     if "model.name" in job.given:  # a flavor is one of a model, which may be what could not be read
         problems += _model(job)
@@ -86,7 +84,7 @@ def _here(job: JobConfig, gpus: int | None) -> Iterator[str]:
 
 
 def notes(job: JobConfig) -> list[str]:
-    """What is allowed but may surprise, one sentence each, for the log."""
+    """Sentences for the log about settings that are allowed but may surprise."""
     warmup, steps = job.lr_scheduler.warmup_steps, job.training.steps
     if warmup > steps:
         return [
@@ -108,10 +106,10 @@ def _overlap(job: JobConfig) -> str | None:
 
 
 def _on_disk(look: Callable[[JobConfig], Iterator[str]], job: JobConfig, key: str) -> Iterator[str]:
-    """`look(job)`, and a message about `key` where the disk does not let itself be looked at."""
+    """`look(job)`, and a message about `key` if the disk cannot be read."""
     try:
         yield from look(job)
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~name of nobody
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~name of an unknown user
         yield f"{named(job, key)}: {getattr(error, 'strerror', None) or error}"
 
 
@@ -128,7 +126,7 @@ def _layout(job: JobConfig, world_size: int) -> Iterator[str]:
 
 
 def _pipeline(job: JobConfig) -> Iterator[str]:
-    """What is wrong with the pipeline; of a model that octavo ships, with its stages, too."""
+    """Errors in the pipeline's settings, and in its stages if octavo ships the model."""
     problems = list(pipeline_problems(job))
     sizes = sizes_of(job)
     if not problems and sizes and job.parallelism.pipeline_parallel_degree > 1:
@@ -407,12 +405,12 @@ def _rotation(job: JobConfig, gpus: int | None) -> Iterator[str]:
     rotates = job.parallelism.context_parallel_rotate_method == "alltoall"
     if not rotates or job.parallelism.context_parallel_degree == 1:
         return
-    told = named(job, "parallelism.context_parallel_rotate_method")
+    setting = named(job, "parallelism.context_parallel_rotate_method")
     if job.training.document_mask:
-        yield f"{told} supports no masks, and training.document_mask = true: set it to allgather"
+        yield f"{setting} supports no masks, and training.document_mask = true: set it to allgather"
     if gpus and job.training.mixed_precision_param == "float32":
         yield (
-            f"{told} uses the flash kernel, which has no float32 on a GPU: set it to allgather, or set "
+            f"{setting} uses the flash kernel, which has no float32 on a GPU: set it to allgather, or set "
             "training.mixed_precision_param = bfloat16"
         )
 

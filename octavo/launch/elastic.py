@@ -137,28 +137,32 @@ def _report(
     local_rank, exitcode = failures.get(rank, (None, 0))
     code = _code(rank, exitcode, logs)
     agreed = code in exit_codes.COLLECTIVE or _stopped_by_signal(code, logs)
-    told = code in exit_codes.SELF_REPORTED or agreed
+    self_reported = code in exit_codes.SELF_REPORTED or agreed
     follows = supervisor.for_another_machine or any(one.follows for one in read_all(logs) if one.rank == rank)
     elsewhere = None
     if heartbeat is not None:
-        if follows and not told:
+        if follows and not self_reported:
             elsewhere = heartbeat.cause()
-        reason = None if told or follows else f"rank {rank} ended with {_describe_exit(rank, exitcode, logs)}"
+        reason = (
+            None
+            if self_reported or follows
+            else f"rank {rank} ended with {_describe_exit(rank, exitcode, logs)}"
+        )
         heartbeat.over(reason, failed=True)
-    if supervisor.for_another_machine and not told:
+    if supervisor.for_another_machine and not self_reported:
         code = exit_codes.FAILED  # not that of our own kill
     if (
         local_rank is not None
         and local_rank not in launch.shown_ranks
         and not agreed
-        and not (told and _reason_is_shown(logs, local_rank, launch.shown_ranks))
+        and not (self_reported and _reason_is_shown(logs, local_rank, launch.shown_ranks))
     ):
         print(_tail(logs, local_rank), end="", file=sys.stderr)
-    if not told:
+    if not self_reported:
         if elsewhere is not None:
             print(f"octavo: the job ends because of another machine: {elsewhere}", file=sys.stderr)
         _report_failure(rank, exitcode, supervisor.killed, logs, Path(launch.dump_folder).expanduser())
-    return code, not told
+    return code, not self_reported
 
 
 def _first_failed_rank(failures: Collection[int], supervisor: Supervisor, logs: Path) -> int:
@@ -236,13 +240,13 @@ def _report_failure(
     """Print how the run ended, in one message, and copy Python stacks to the run's folder."""
     own = stacks_path(logs, rank)
     hung = own.exists() and own.read_text().startswith("Timeout (")
-    told = [f"octavo: rank {rank} ended with {_describe_exit(rank, exitcode, logs)}"]
+    parts = [f"octavo: rank {rank} ended with {_describe_exit(rank, exitcode, logs)}"]
     if hung:
-        told.append(
+        parts.append(
             "no progress within comm.train_timeout_seconds (in the first step: comm.init_timeout_seconds)"
         )
     if killed:
-        told.append(f"still running and killed: {', '.join(map(str, killed))}")
+        parts.append(f"still running and killed: {', '.join(map(str, killed))}")
     ranks = [status.rank for status in read_all(logs)]
     stacks = [path for path in logs.glob("rank*.stacks") if path.stat().st_size]
     without = [str(one) for one in ranks if stacks_path(logs, one) not in stacks]
@@ -251,11 +255,11 @@ def _report_failure(
         folder.mkdir(parents=True, exist_ok=True)
         for path in stacks:
             shutil.copy(path, folder / path.with_suffix(".txt").name)
-        told.append(f"Python stacks: {folder}{f' (none of {_ranks(without)})' if without else ''}")
+        parts.append(f"Python stacks: {folder}{f' (none of {_ranks(without)})' if without else ''}")
     elif killed:
-        told.append(f"no Python stacks of {_ranks(without)}")
-    told.append(f"output of all ranks: {logs}")
-    print("; ".join(told), file=sys.stderr)
+        parts.append(f"no Python stacks of {_ranks(without)}")
+    parts.append(f"output of all ranks: {logs}")
+    print("; ".join(parts), file=sys.stderr)
 
 
 def _describe_exit(rank: int, exitcode: int, logs: Path) -> str:

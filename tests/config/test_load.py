@@ -164,7 +164,7 @@ def test_agreeing_spellings_are_allowed(toml: TomlFile) -> None:
             "",
             ["--compile.no-enable", "training.compile = true"],
         ),
-        (["--training.batch_size=2", "--training.local_batch_size=3"], "", ["= 3", "= 2", "one setting"]),
+        (["--training.batch_size=2", "--training.local_batch_size=3"], "", ["= 3", "= 2", "same setting"]),
         ([], "[training]\ncompile = true\n[compile]\nenable = false\n", [":4:", ":2)", "contradicts"]),
     ],
 )
