@@ -3,7 +3,7 @@
     step:  1  loss:  8.1294  memory:  0.63GiB(2.69%)  tps: 3,106  tflops: 0.13  mfu: 34.12%
 
 tps is tokens per second and device since the last line; tflops is tps times the model's FLOPs per token;
-mfu is tflops over the device's peak (`utilization.py` has the other two figures of that kind). Time spent
+mfu is tflops over the device's peak (`mfu.py` has the other two figures of that kind). Time spent
 waiting for data is measured around the wait itself. `docs/metrics.md` lists every name.
 """
 

@@ -79,7 +79,7 @@ def build_model(
     """The model with `args` on `device`, in float8 `recipe` if there is one; its work per token is the
     whole model's.
 
-    copies: whether this process may compute in copies of its parameters (see `copies.py`), as on a CPU.
+    copies: whether this process may compute in copies of its parameters (see `mixed_precision.py`), as on a CPU.
     `materialise` gives a part, built on no device, its memory; the default also gives the initial weights.
     """
     spec = models.get(job.model.name)
@@ -173,7 +173,7 @@ def _work(
 
 
 def _computes_in_copies(job: JobConfig, device: torch.device, param_dtype: torch.dtype, world: World) -> bool:
-    """Whether parameters of another dtype than the one computed in need no FSDP2 (see `copies.py`)."""
+    """Whether parameters of another dtype than the one computed in need no FSDP2 (see `mixed_precision.py`)."""
     alone = world.size == 1 and device.type == "cpu" and not job.training.enable_cpu_offload
     return alone and param_dtype is not DTYPES[job.training.dtype]
 
