@@ -2,8 +2,9 @@
 
 Counted at the dispatcher, where every collective of eager code passes: those of FSDP and DDP as `c10d`
 operators, those of DTensor, tensor and context parallelism as `_c10d_functional` ones. So the first carry
-weights and gradients, the second activations. How many bytes a collective puts on the wire is up to its
-algorithm; counted is what a ring sends, which is the least that each process must:
+weights and gradients, the second activations and the maxima for float8 scales. How many bytes a collective
+puts on the wire is up to its algorithm; counted is what a ring sends, which is the least that each process
+must:
 
     all-gather of n parts of b bytes, and reduce-scatter into them      (n - 1) b
     all-reduce of b bytes                                               2 (n - 1) / n b

@@ -1,14 +1,16 @@
 """The model of docs/your_own_model.md under data parallelism, and what it refuses."""
 
+import importlib
+import sys
 from dataclasses import replace
 
 import pytest
 
+from octavo import models
 from octavo.config import ConfigError
 from octavo.config.schema import ActivationCheckpoint
 from octavo.distributed.parallelize_plan import Parallelize
 from tests.helpers import launching
-from tests.models import custom_model
 
 FLAGS = {
     "experimental.custom_import": "tests.models.custom_model",
@@ -35,8 +37,16 @@ def test_two_processes_train_as_one(layout, tmp_path):
     assert two.losses[-1] < two.losses[0]
 
 
+@pytest.fixture
+def custom_model(monkeypatch):
+    """The module, whose model leaves the registry again."""
+    monkeypatch.setattr(models, "_SPECS", dict(models._SPECS))
+    monkeypatch.delitem(sys.modules, FLAGS["experimental.custom_import"], raising=False)
+    return importlib.import_module(FLAGS["experimental.custom_import"])
+
+
 @pytest.mark.parametrize("axis", ["tensor", "context"])
-def test_other_parallelism_is_refused(axis):
+def test_other_parallelism_is_refused(axis, custom_model):
     plan = Parallelize(ActivationCheckpoint(), compile_model=False, sharding=None)
 
     with pytest.raises(ConfigError, match="neither tensor nor context"):

@@ -162,8 +162,8 @@ def test_validates_on_a_dataset_of_its_own(tmp_path):
             "has no validation split; name a validation.dataset, or hold",
         ),
         ({"validation.freq": 5}, "would have no effect: nothing is validated"),
-        ({**VALIDATE, "validation.dataset": "shakespeare"}, "nothing need be held out"),
-        ({**VALIDATE, "validation.seq_len": 32}, "are samples of training.seq_len = 64"),
+        ({**VALIDATE, "validation.dataset": "shakespeare"}, "nothing needs to be held out"),
+        ({**VALIDATE, "validation.seq_len": 32}, "have training.seq_len = 64"),
         (
             {"validation.enable": "true", "validation.dataset": "shakespeare", "validation.seq_len": 128},
             "exceeds training.seq_len",
