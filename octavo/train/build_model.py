@@ -79,8 +79,9 @@ def build_model(
     """The model with `args` on `device`, in float8 `recipe` if there is one; its work per token is the
     whole model's.
 
-    copies: whether this process may compute in copies of its parameters (see `mixed_precision.py`), as on a CPU.
-    `materialise` gives a part, built on no device, its memory; the default also gives the initial weights.
+    copies: whether this process may compute in copies of its parameters (see `mixed_precision.py`), as on a
+    CPU. `materialise` gives a part, built on no device, its memory; the default also gives the initial
+    weights.
     """
     spec = models.get(job.model.name)
     logger.info("Building %s %s with %s", spec.name, job.model.flavor, args)
