@@ -174,7 +174,7 @@ def _work(
 
 
 def _computes_in_copies(job: JobConfig, device: torch.device, param_dtype: torch.dtype, world: World) -> bool:
-    """Whether parameters of another dtype than the one computed in need no FSDP2 (see `mixed_precision.py`)."""
+    """Whether parameters of another dtype than the compute dtype need no FSDP2 (see `mixed_precision.py`)."""
     alone = world.size == 1 and device.type == "cpu" and not job.training.enable_cpu_offload
     return alone and param_dtype is not DTYPES[job.training.dtype]
 
