@@ -144,20 +144,3 @@ def test_a_model_that_diverged_is_told(model):
     broken = replace(source, weights=replace(source.weights, read=read))
     with pytest.raises(Exception, match="logits are not finite"):
         run(broken, options(["--checkpoint=x", "--prompt=a"]), io.StringIO(), io.StringIO())
-
-
-def test_help_names_every_flag(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["generate", "--help"])
-    assert ended.value.code == 0
-    out = capsys.readouterr().out
-    for flag in (
-        "--checkpoint",
-        "--prompt",
-        "--max_new_tokens",
-        "--temperature",
-        "--top_k",
-        "--top_p",
-        "--seed",
-    ):
-        assert flag in out

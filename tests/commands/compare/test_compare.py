@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,70 +41,82 @@ def last_step(out: Path, run: str) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison that was killed during its first runs at step `killed_at`, continued, and started again."""
+
+    out: Path
+    killed_at: int
+    second: subprocess.CompletedProcess[str]
+    third: subprocess.CompletedProcess[str]
+    third_changed_metrics: bool
+
+    def rows(self, run: str, file: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.out / "runs" / run / file).read_text().splitlines()]
+
+    def figures(self) -> dict[str, Any]:
+        figures: dict[str, Any] = json.loads((self.out / "report.json").read_text())
+        return figures
+
+    def folders(self, *runs: str) -> list[str]:
+        return [str(self.out / "runs" / run) for run in runs]
+
+
 @pytest.fixture(scope="module")
-def killed_twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A comparison that was killed in the middle of its first runs, gone on with, and called once more."""
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     out = tmp_path_factory.mktemp("comparison")
     first = subprocess.Popen(command(out), stderr=subprocess.DEVNULL)
     wait_for("step 6 of bf16", lambda: last_step(out, "bf16") >= 6)
     first.kill()
     first.wait()
-    at = last_step(out, "bf16")
-    second = subprocess.run(command(out), capture_output=True, text=True, timeout=LIMIT, check=False)
-    assert second.returncode == 0, second.stderr
+    killed_at = last_step(out, "bf16")
+
+    def start() -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(command(out), capture_output=True, text=True, timeout=LIMIT, check=False)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    second = start()
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/metrics.jsonl")}
-    third = subprocess.run(command(out), capture_output=True, text=True, timeout=LIMIT, check=False)
-    assert third.returncode == 0, third.stderr
-    untouched = stamps == {path: path.stat().st_mtime_ns for path in stamps}
-    return out, {"at": at, "second": second, "third": third, "untouched": untouched}
+    third = start()
+    changed = stamps != {path: path.stat().st_mtime_ns for path in stamps}
+    return Comparison(out, killed_at, second, third, changed)
 
 
-def test_a_killed_comparison_goes_on_where_it_was(killed_twice: tuple[Path, dict[str, Any]]) -> None:
-    out, told = killed_twice
-    assert 6 <= told["at"] < STEPS
-    assert "bf16: resumes" in told["second"].stderr
-    log = (out / "runs" / "bf16" / "log.txt").read_text()
+def test_a_killed_comparison_resumes(comparison: Comparison) -> None:
+    assert 6 <= comparison.killed_at < STEPS
+    assert "bf16: resumes" in comparison.second.stderr
+    log = (comparison.out / "runs" / "bf16" / "log.txt").read_text()
     assert log.count("Training starts at step 1.") == 1  # the second start resumed
     for run in ("bf16", "bf16_seed43", "tensorwise", "unscaled_e5m2"):
-        lines = (out / "runs" / run / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
-        assert exit_code(out / "runs" / run) == 0
-        assert not (out / "runs" / run / "checkpoint").exists()
+        assert [row["step"] for row in comparison.rows(run, "metrics.jsonl")] == list(range(1, STEPS + 1))
+        assert exit_code(comparison.out / "runs" / run) == 0
+        assert not (comparison.out / "runs" / run / "checkpoint").exists()
 
 
-def test_the_health_of_every_float8_layer_is_in_the_report(killed_twice: tuple[Path, dict[str, Any]]) -> None:
-    out, _ = killed_twice
-    figures = json.loads((out / "report.json").read_text())
-    health = {run["name"]: run.get("health") for run in figures["runs"]}
-    assert not health["bf16"]
-    for run in ("tensorwise", "unscaled_e5m2"):
-        rows = [json.loads(line) for line in (out / "runs" / run / "health.jsonl").read_text().splitlines()]
-        assert {row["step"] for row in rows} == {10}
-        assert {row["operand"] for row in rows} == set(health[run]) == {"input", "weight", "grad_output"}
-
-
-def test_finished_runs_are_not_repeated(killed_twice: tuple[Path, dict[str, Any]]) -> None:
-    _, told = killed_twice
-    assert told["untouched"]
-    assert "4 already finished" in told["third"].stderr
-    assert "starts" not in told["third"].stderr
-
-
-def test_the_control_is_outside_and_the_recipe_inside(killed_twice: tuple[Path, dict[str, Any]]) -> None:
-    out, told = killed_twice
-    figures = json.loads((out / "report.json").read_text())
-    verdicts = {run["name"]: run["verdict"] for run in figures["runs"]}
-    assert verdicts["tensorwise"] == "inside"
-    assert verdicts["unscaled_e5m2"] == "outside"
+def test_the_report_has_verdicts_health_and_activation_memory(comparison: Comparison) -> None:
+    figures = comparison.figures()
+    runs = {run["name"]: run for run in figures["runs"]}
+    assert runs["tensorwise"]["verdict"] == "inside"
+    assert runs["unscaled_e5m2"]["verdict"] == "outside"
     assert figures["control_outside"] is True
-    assert "unscaled_e5m2: outside" in told["third"].stdout
+    assert "unscaled_e5m2: outside" in comparison.third.stdout
+
+    assert not runs["bf16"]["health"]
+    for name in ("tensorwise", "unscaled_e5m2"):
+        rows = comparison.rows(name, "health.jsonl")
+        assert {row["step"] for row in rows} == {10}
+        operands = {row["operand"] for row in rows}
+        assert operands == set(runs[name]["health"]) == {"input", "weight", "grad_output"}
+
+    assert runs["tensorwise"]["saved_bytes"] < 0.9 * runs["bf16"]["saved_bytes"]
+    assert runs["unscaled_e5m2"]["saved_bytes"] is None
 
 
-def test_float8_keeps_less_for_backward(killed_twice: tuple[Path, dict[str, Any]]) -> None:
-    out, _ = killed_twice
-    kept = {run["name"]: run["saved_bytes"] for run in json.loads((out / "report.json").read_text())["runs"]}
-    assert kept["tensorwise"] < 0.9 * kept["bf16"]
-    assert kept["unscaled_e5m2"] is None
+def test_finished_runs_are_not_repeated(comparison: Comparison) -> None:
+    assert not comparison.third_changed_metrics
+    assert "4 already finished" in comparison.third.stderr
+    assert "starts" not in comparison.third.stderr
 
 
 def test_a_model_of_the_users_own_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,64 +125,42 @@ def test_a_model_of_the_users_own_is_counted(tmp_path: Path, monkeypatch: pytest
     assert counted == saved_bytes(flags, torch.float32) > 0
 
 
-def test_all_runs_read_the_same_batches_and_seeds_start_from_other_weights(
-    killed_twice: tuple[Path, dict[str, Any]],
-) -> None:
-    out, _ = killed_twice
-    plan = json.loads((out / "comparison.json").read_text())
+def test_all_runs_read_the_same_batches_and_seeds_start_from_other_weights(comparison: Comparison) -> None:
+    plan = json.loads((comparison.out / "comparison.json").read_text())
     flags = {run["name"]: run["flags"] for run in plan["runs"]}
     assert all("--training.data_seed=42" in each for each in flags.values())
     assert "--training.seed=43" in flags["bf16_seed43"]
-    first = {
-        name: json.loads((out / "runs" / name / "metrics.jsonl").read_text().splitlines()[0])["loss"]
-        for name in flags
-    }
+    first = {name: comparison.rows(name, "metrics.jsonl")[0]["loss"] for name in flags}
     assert first["bf16"] != first["bf16_seed43"]
     assert first["bf16"] == pytest.approx(first["tensorwise"], abs=0.01)
 
 
-def test_another_configuration_in_the_same_folder_is_one_error(
-    killed_twice: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, _ = killed_twice
-    argv = command(out)[4:]
+def test_another_configuration_in_the_same_folder_is_one_error(comparison: Comparison) -> None:
+    argv = command(comparison.out)[4:]
     with pytest.raises(ConfigError, match=r"optimizer.lr was 0.0008 and is 0.004") as error:
         main.main([*argv, "--optimizer.lr=0.004"])
     assert str(error.value).count("\n") == 0
     with pytest.raises(ConfigError, match="--steps was 16 and is 31"):
         main.main([*argv, "--steps", "31"])
+    assert main.main([*argv, "--float8.health_every=4"]) == 0  # measuring health changes no loss
 
 
-def test_finished_folders_are_compared(killed_twice: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    out, _ = killed_twice
-    names = ["bf16", "tensorwise", "bf16_seed43"]
-    assert main.main([*(str(out / "runs" / name) for name in names), "--out", str(tmp_path)]) == 0
+def test_finished_folders_are_compared(comparison: Comparison, tmp_path: Path) -> None:
+    folders = comparison.folders("bf16", "tensorwise", "bf16_seed43")
+    assert main.main([*folders, "--out", str(tmp_path)]) == 0
     figures = json.loads((tmp_path / "report.json").read_text())
-    whole = json.loads((out / "report.json").read_text())
+    whole = {run["name"]: run for run in comparison.figures()["runs"]}
     for run in figures["runs"]:
-        (same,) = [one for one in whole["runs"] if one["name"] == run["name"]]
-        assert (run["verdict"], run["widest"], run["gaps"]) == (same["verdict"], same["widest"], same["gaps"])
+        for key in ("verdict", "widest", "gaps"):
+            assert run[key] == whole[run["name"]][key]
 
 
-def test_a_report_does_not_go_into_one_of_its_runs(killed_twice: tuple[Path, dict[str, Any]]) -> None:
-    out, _ = killed_twice
-    folders = [str(out / "runs" / name) for name in ("bf16", "tensorwise")]
+def test_a_report_replaces_neither_a_run_nor_another_report(comparison: Comparison) -> None:
+    folders = comparison.folders("bf16", "tensorwise")
     with pytest.raises(ConfigError, match="is one of the runs; name another folder"):
         main.main([*folders, "--out", folders[1]])
-
-
-def test_measuring_health_otherwise_is_no_other_comparison(
-    killed_twice: tuple[Path, dict[str, Any]],
-) -> None:
-    out, _ = killed_twice
-    assert main.main([*command(out)[4:], "--float8.health_every=4"]) == 0
-
-
-def test_a_report_on_folders_does_not_replace_another(killed_twice: tuple[Path, dict[str, Any]]) -> None:
-    out, _ = killed_twice
-    folders = [str(out / "runs" / name) for name in ("bf16", "tensorwise")]
     with pytest.raises(ConfigError, match="holds a comparison that trains"):
-        main.main([*folders, "--out", str(out)])
+        main.main([*folders, "--out", str(comparison.out)])
 
 
 @pytest.mark.parametrize(

@@ -18,38 +18,28 @@ def test_no_token(call: Any, world: World) -> None:
     assert "401; no token was sent" in err
 
 
-def test_a_token_without_the_right(call: Any, world: World) -> None:
-    world.token = "hf_another"
-    code, _, err = call(token=TOKEN)
-    assert (code, "403; the token was refused" in err) == (2, True)
-
-
-def test_no_such_repository(call: Any) -> None:
-    code, _, err = call(repository="nobody/nothing")
-    assert (code, "nobody/nothing: no such repository" in err) == (2, True)
-
-
-def test_no_such_revision(call: Any) -> None:
-    code, _, err = call("--revision", "v9/x")
-    assert (code, "no revision 'v9/x'" in err) == (2, True)
-
-
-def test_a_repository_without_the_assets(call: Any, world: World) -> None:
-    world.files = {"README.md": b"x"}
-    code, _, err = call("--assets", "config")
-    assert (code, "has no files for --assets config at main; it has README.md" in err) == (2, True)
-
-
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "options", "hub", "message"),
     [
-        (["--assets", "weights"], "--assets weights: not one of tokenizer, config, safetensors"),
-        (["--asets", "config"], "unrecognized arguments"),
-        (["--revision"], "expected one argument"),
+        ([], {"token": TOKEN}, {"token": "hf_another"}, "403; the token was refused"),
+        ([], {"repository": "nobody/nothing"}, {}, "nobody/nothing: no such repository"),
+        (["--revision", "v9/x"], {}, {}, "no revision 'v9/x'"),
+        (
+            ["--assets", "config"],
+            {},
+            {"files": {"README.md": b"x"}},
+            "has no files for --assets config at main; it has README.md",
+        ),
+        (["--assets", "weights"], {}, {}, "--assets weights: not one of tokenizer, config, safetensors"),
+        (["--asets", "config"], {}, {}, "unrecognized arguments"),
+        (["--revision"], {}, {}, "expected one argument"),
     ],
 )
-def test_a_wrong_command(call: Any, arguments: list[str], message: str) -> None:
-    code, _, err = call(*arguments)
+def test_exit_code_2(
+    call: Any, world: World, arguments: list[str], options: dict[str, str], hub: dict[str, Any], message: str
+) -> None:
+    vars(world).update(hub)
+    code, _, err = call(*arguments, **options)
     assert (code, message in err) == (2, True)
 
 

@@ -1,4 +1,4 @@
-"""A report's figures against a second computation from the runs' own files, and in both pages."""
+"""A report's figures against an independent computation from the runs' files, and in both pages."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def folders(tmp_path: Path) -> dict[str, Path]:
 
 
 def rewriting(old: str, new: str) -> Callable[[Path], object]:
-    """What damages the metrics of the run in a folder."""
+    """Return a function that replaces text in the metrics of a run's folder."""
 
     def damage(folder: Path) -> object:
         path = folder / "metrics.jsonl"
@@ -57,14 +57,12 @@ def load_all(folders: dict[str, Path]) -> list[Any]:
     ]
 
 
-def losses(folder: Path) -> np.ndarray:
-    return np.array(
-        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    )
-
-
 def column(folder: Path, name: str) -> np.ndarray:
     return np.array([json.loads(line)[name] for line in (folder / "metrics.jsonl").read_text().splitlines()])
+
+
+def losses(folder: Path) -> np.ndarray:
+    return column(folder, "loss")
 
 
 def means(values: np.ndarray) -> np.ndarray:
@@ -127,12 +125,13 @@ def report(folders: dict[str, Path], out: Path) -> dict[str, Any]:
     return figures
 
 
-def test_both_pages_tell_the_figures(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_both_pages_have_the_figures(folders: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     figures = report(folders, out)
     runs = told(figures)
-    page = unescape(re.sub("<[^>]*>", " ", (out / "report.html").read_text()))
-    for text in (page, (out / "report.md").read_text()):
+    mean, behind = runs["rowwise"]["mean_gap"], runs["rowwise"]["steps_behind"]
+    steady = f"rowwise {mean['mean']:+.4f} ± {mean['half_width']:.4f} nats ({behind:.1f} steps behind)"
+    for text in (page_text(out), (out / "report.md").read_text()):
         for name in ("rowwise", "bad"):
             run = runs[name]
             assert f"{run['widest']['share']:.3f} at step {run['widest']['step']}" in text
@@ -140,8 +139,13 @@ def test_both_pages_tell_the_figures(folders: dict[str, Path], tmp_path: Path) -
             assert f"{run['mean_gap']['mean']:+.5f}" in text
             assert f"{run['median_tps']:,.0f}" in text
             assert f"{run['peak_memory_gib']:.2f}" in text
+        assert steady in text
         assert "octavo compare --steps 60" in text
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(figures))
+
+
+def page_text(out: Path) -> str:
+    return unescape(re.sub("<[^>]*>", " ", (out / "report.html").read_text()))
 
 
 def test_the_page_names_no_address(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -182,7 +186,7 @@ def test_health_becomes_a_grid_of_layers_and_steps(folders: dict[str, Path], tmp
     page = (tmp_path / "out" / "report.html").read_text()
     read = json.loads(re.findall("<script type='application/json'[^>]*>(.*?)</script>", page, re.S)[0])
     assert read["heatmaps"]["health_rowwise_grad_output"]["values"] == [[10.0, None], [10.0, 20.0]]
-    for text in (unescape(re.sub("<[^>]*>", " ", page)), (tmp_path / "out" / "report.md").read_text()):
+    for text in (page_text(tmp_path / "out"), (tmp_path / "out" / "report.md").read_text()):
         assert "20.00%: layers.1.w1, step 20" in text
         assert "25.0 dB: layers.0.w1, step 10" in text
 
@@ -201,7 +205,7 @@ def test_health_becomes_a_grid_of_layers_and_steps(folders: dict[str, Path], tmp
         ),
     ],
 )
-def test_a_run_that_differs_in_more_than_its_weights_tells_no_noise(
+def test_a_run_that_differs_in_more_than_its_weights_gives_no_noise(
     folders: dict[str, Path], changes: dict[str, Any], why: str
 ) -> None:
     """It would widen the band until any recipe is inside."""
@@ -216,24 +220,57 @@ def test_a_run_that_differs_in_more_than_its_weights_tells_no_noise(
     assert figures["band"] == figures_of(load_all(folders))["band"] != before["band"]
 
 
-def test_losses_that_are_told_less_often_are_not_judged(folders: dict[str, Path], tmp_path: Path) -> None:
-    folders["rare"] = write_run(tmp_path / "rare", falling(), recipe="rowwise", every=10)
-    run = told(figures_of(load_all(folders)))["rare"]
-    assert run["verdict"] == "not judged"
-    assert run["verdict_reason"] == (
-        "it reports its loss every 10 steps and bf16 every 1; train both with one metrics.log_freq"
-    )
-    assert run["final_loss"] is run["target"] is None
+VERDICTS: list[tuple[dict[str, Any], str, str | None]] = [
+    (
+        {"every": 10},
+        "not judged",
+        "it reports its loss every 10 steps and bf16 every 1; train both with one metrics.log_freq",
+    ),
+    # as a run with more processes has, with the same configuration
+    (
+        {"tokens": 4096},
+        "not judged",
+        "it read 245,760 tokens in the steps in which bf16 read 122,880",
+    ),
+    ({"flavor": "8B"}, "not judged", "it has another model.flavor than bf16"),
+    ({"steps": 1}, "not judged", "it is too short"),
+    ({"steps": 50}, "not judged", "inside, but only known up to step 50 of 60"),
+    ({"steps": 60}, "inside", None),
+    ({"steps": 70}, "inside", None),
+    (
+        {"loss": lambda s: falling()(s) if s < 40 else None, "steps": 40},
+        "outside",
+        "it ended at step 40, because its numbers were not finite",
+    ),
+    (
+        {"loss": lambda s: None if s == 30 else falling()(s)},
+        "outside",
+        "its loss was not finite in step 30",
+    ),
+    ({"loss": falling(9.0), "steps": 3}, "outside", None),
+]
 
 
-def test_steps_of_another_size_are_not_judged(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Such as a run on more processes has, by the same configuration."""
-    folders["larger"] = write_run(tmp_path / "larger", falling(), recipe="rowwise", tokens=4096)
-    run = told(figures_of(load_all(folders)))["larger"]
-    assert run["verdict"] == "not judged"
-    assert run["verdict_reason"] == "it read 245,760 tokens in the steps in which bf16 read 122,880"
-    assert run["same_batches"] is False
-    assert run["mean_gap"] is None
+@pytest.mark.parametrize(
+    ("changes", "verdict", "reason"),
+    VERDICTS,
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
+)
+def test_the_verdict_on_a_run(
+    folders: dict[str, Path], tmp_path: Path, changes: dict[str, Any], verdict: str, reason: str | None
+) -> None:
+    settings = {"loss": falling(), "recipe": "rowwise", **changes}
+    folders["run"] = write_run(tmp_path / "run", **settings)
+    figures = figures_of(load_all(folders))
+    run = told(figures)["run"]
+    assert (run["verdict"], run["verdict_reason"]) == (verdict, reason)
+    if "every" in changes:  # a mean of as many losses would cover other steps
+        assert run["final_loss"] is run["target"] is None
+    if "tokens" in changes:
+        assert (run["same_batches"], run["mean_gap"]) == (False, None)
+    if reason == "it ended at step 40, because its numbers were not finite":
+        assert run["final_loss"] is None
+        assert any("run: the loss was not finite in step 40" in each for each in figures["warnings"])
 
 
 def test_a_run_far_behind_is_looked_up(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -303,27 +340,6 @@ def test_a_control_that_ends_early_is_outside_without_a_warning(
     assert not [each for each in figures["warnings"] if "ends at step" in each]
 
 
-def test_a_run_that_ends_for_its_numbers_is_outside(folders: dict[str, Path], tmp_path: Path) -> None:
-    folders["nan"] = write_run(
-        tmp_path / "nan", lambda s: falling()(s) if s < 40 else None, steps=40, recipe="rowwise"
-    )
-    figures = figures_of(load_all(folders))
-    assert told(figures)["nan"]["verdict"] == "outside"
-    assert told(figures)["nan"]["final_loss"] is None
-    assert told(figures)["nan"]["verdict_reason"] == (
-        "it ended at step 40, because its numbers were not finite"
-    )
-    assert any("nan: the loss was not finite in step 40" in each for each in figures["warnings"])
-
-
-def test_a_loss_that_is_not_finite_on_the_way_is_outside(folders: dict[str, Path], tmp_path: Path) -> None:
-    folders["skips"] = write_run(
-        tmp_path / "skips", lambda s: None if s == 30 else falling()(s), recipe="rowwise"
-    )
-    run = told(figures_of(load_all(folders)))["skips"]
-    assert (run["verdict"], run["verdict_reason"]) == ("outside", "its loss was not finite in step 30")
-
-
 def test_a_baseline_that_failed_judges_nothing(folders: dict[str, Path], tmp_path: Path) -> None:
     shutil.rmtree(folders["bf16"])
     write_run(folders["bf16"], lambda s: falling()(s) if s < 30 else None, steps=30)
@@ -345,38 +361,14 @@ def test_a_seed_that_failed_ends_the_band(folders: dict[str, Path]) -> None:
     assert any("seed44 ended at step 30" in each for each in figures["warnings"])
 
 
-@pytest.mark.parametrize(
-    ("steps", "verdict", "reason"),
-    [
-        (1, "not judged", "it is too short"),
-        (50, "not judged", "inside, but only known up to step 50 of 60"),
-        (60, "inside", None),
-        (70, "inside", None),
-    ],
-)
-def test_inside_is_said_of_whole_runs_only(
-    folders: dict[str, Path], tmp_path: Path, steps: int, verdict: str, reason: str | None
-) -> None:
-    folders["other"] = write_run(tmp_path / "other", falling(), recipe="rowwise", steps=steps)
-    folders["far"] = write_run(tmp_path / "far", falling(9.0), recipe="rowwise", steps=max(steps, 3))
-    runs = told(figures_of(load_all(folders)))
-    assert (runs["other"]["verdict"], runs["other"]["verdict_reason"]) == (verdict, reason)
-    assert runs["far"]["verdict"] == "outside"
-
-
-def test_another_model_is_not_judged(folders: dict[str, Path]) -> None:
-    path = folders["rowwise"] / "run.json"
-    path.write_text(path.read_text().replace('"debugmodel"', '"8B"'))
-    run = told(figures_of(load_all(folders)))["rowwise"]
-    assert (run["verdict"], run["verdict_reason"]) == ("not judged", "it has another model.flavor than bf16")
-
-
-def test_a_control_inside_takes_the_verdicts_back(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_control_inside_withdraws_the_verdicts(folders: dict[str, Path], tmp_path: Path) -> None:
     control = load_run(write_run(tmp_path / "c", falling(), recipe="tensorwise"), name="c", kind="control")
-    runs = told(figures_of([*load_all(folders), control]))
-    assert runs["rowwise"]["verdict"] == "not judged"
+    figures = figures_of([*load_all(folders), control])
+    runs = told(figures)
+    assert figures["control_outside"] is False
+    assert any("too insensitive to judge anything" in each for each in figures["warnings"])
+    assert runs["rowwise"]["verdict"] == runs["seed43"]["verdict"] == "not judged"
     assert runs["rowwise"]["verdict_reason"] == "inside, but the control c is not outside"
-    assert runs["seed43"]["verdict"] == "not judged"
     assert runs["bad"]["verdict"] == "outside"
 
 
@@ -389,7 +381,9 @@ def test_the_baseline_is_the_run_that_most_others_belong_to(folders: dict[str, P
     assert "All runs are in float8; rowwise, in rowwise, is used as the baseline." in warnings
 
 
-def test_a_gap_to_another_run_than_the_baseline_is_told(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_gap_to_another_run_than_the_baseline_is_a_caution(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     folders["rowwise43"] = write_run(tmp_path / "r", falling(), recipe="rowwise", seed=43, data_seed=42)
     figures = figures_of(load_all(folders))
     assert told(figures)["rowwise43"]["compared_with"] == "seed43"
@@ -404,26 +398,10 @@ def test_names_of_folders_are_text_in_markdown(folders: dict[str, Path], tmp_pat
     assert "&lt;img src=x&gt;\\|" in written
 
 
-def test_the_summary_tells_a_steady_difference(folders: dict[str, Path], tmp_path: Path) -> None:
-    figures = report(folders, tmp_path / "out")
-    rowwise = told(figures)["rowwise"]
-    sentence = f"rowwise {rowwise['mean_gap']['mean']:+.4f} ± {rowwise['mean_gap']['half_width']:.4f} nats"
-    assert (
-        f"{sentence} ({rowwise['steps_behind']:.1f} steps behind)" in (tmp_path / "out/report.md").read_text()
-    )
-
-
-def test_one_seed_judges_nothing_and_a_control_inside_is_told(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
-    alone = [load_run(folders[name], name=name) for name in ("bf16", "rowwise")]
-    figures = figures_of(alone)
+def test_one_seed_judges_nothing(folders: dict[str, Path]) -> None:
+    figures = figures_of([load_run(folders[name], name=name) for name in ("bf16", "rowwise")])
     assert told(figures)["rowwise"]["verdict"] == "not judged"
     assert any("its noise is not known" in each for each in figures["warnings"])
-    control = load_run(folders["rowwise"], name="control", kind="control")
-    figures = figures_of([*load_all(folders), control])
-    assert figures["control_outside"] is False
-    assert any("too insensitive to judge anything" in each for each in figures["warnings"])
 
 
 def test_a_target_that_is_given(folders: dict[str, Path]) -> None:

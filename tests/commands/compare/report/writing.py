@@ -19,10 +19,11 @@ def write_run(
     seconds: float = 0.5,
     memory: float = 1.0,
     tokens: int = 2048,
+    flavor: str = "debugmodel",
     settings: dict[str, Any] | None = None,
 ) -> Path:
-    """A folder as a run of 60 steps leaves it that ended after `steps`. `loss` of a step; None is a loss that
-    was not finite. tokens: of a step.
+    """Write the folder of a run of 60 steps that ended after `steps`. loss: of a step, None if not finite.
+    tokens: per step.
     """
     folder.mkdir(parents=True)
     record = {
@@ -33,7 +34,7 @@ def write_run(
         "precision": recipe or "float32",
         "high_precision_dtype": "float32",
         "config": {
-            "model": {"name": "llama3", "flavor": "debugmodel", "converters": ["float8"] if recipe else []},
+            "model": {"name": "llama3", "flavor": flavor, "converters": ["float8"] if recipe else []},
             "training": {"seed": seed, "data_seed": data_seed, "steps": 60},
             "optimizer": {"lr": 1e-3, **(settings or {})},
         },
