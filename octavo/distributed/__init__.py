@@ -1,3 +1,1 @@
-"""Mechanisms for running on several devices: meshes, sharding, checkpointing of activations. They know no
-model.
-"""
+"""Model-independent parallelism: meshes, sharding, activation checkpointing."""

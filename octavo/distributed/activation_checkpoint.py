@@ -1,9 +1,9 @@
 """Activation checkpointing of one layer: trade compute in backward for memory.
 
-none: keep every activation. full: keep the layer's input, run its forward again in backward. selective,
-"op": run it again but for the expensive results, which are kept: attention, and every second matrix
-product, since keeping all of them would save little. selective, "n": full for every n-th layer, none for
-the rest. (Chen et al., arXiv:1604.06174.)
+none: keep every activation. full: keep only the layer's input and rerun its forward in backward. selective,
+"op": rerun the forward, but keep the results of attention and of every second matrix product (keeping all
+products would save little memory). selective, "n": full for every n-th layer, none for the rest. (Chen et
+al., arXiv:1604.06174.)
 """
 
 from typing import Any
@@ -25,14 +25,14 @@ _ATTENTION = frozenset(
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
     }
 )
-# By name, since the operator of emulated float8 products exists only where octavo.float8 is loaded.
+# By name, because the operators of emulated float8 GEMMs exist only once octavo.float8 is loaded.
 _MATMULS = frozenset(
     {"aten::mm", "aten::addmm", "aten::_scaled_mm", "octavo::scaled_mm_blocks", "octavo::mm_codes"}
 )
 
 
 def _selective_contexts() -> Any:
-    """Contexts for one forward and its recomputation; each counts the matrix products for itself."""
+    """Contexts for one forward and its recomputation; each counts its own matrix products."""
     counts = {False: 0, True: 0}  # by whether this is the recomputation
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -55,7 +55,7 @@ def _selective(layer: nn.Module) -> nn.Module:
 
 
 def checkpoint_layer(layer: nn.Module, settings: ActivationCheckpoint, number: int) -> nn.Module:
-    """`layer` under `settings`; `number` is its place in the model, counted from 0."""
+    """`layer`, wrapped as `settings` ask; `number` is its index in the model, from 0."""
     if settings.mode == "none":
         return layer
     if settings.mode == "full":

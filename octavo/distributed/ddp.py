@@ -1,15 +1,14 @@
-"""DDP: every process has the whole model and other data, and gradients are summed over all of them.
+"""DDP: every process has the whole model and its own data; gradients are summed over all processes.
 
-Two mechanisms, and the precision decides. Where the compute is in bfloat16, parameters are cast for each
-layer anyway, which is FSDP2's work: over a mesh of N replicas of one shard it gathers nothing, and
-all-reduces one bucket a layer. In float32 nothing needs a wrapper, and gradients are reduced as they come, by
-the `Buckets` below, while backward goes on.
+The precision selects one of two mechanisms. With bfloat16 compute, parameters must be cast for each layer,
+which FSDP2 does: over a mesh of N replicas of one shard it gathers nothing, and all-reduces one bucket per
+layer. In float32 no wrapper is needed; the `Buckets` below reduce gradients during backward.
 
-Why not PyTorch's DistributedDataParallel: it averages, where the trainer has divided the loss by the global
-number of tokens; and after its first step it sorts the buckets anew, so that from three processes on a
-resumed run would add up in another order than one that went on. Here buckets are the same from the start.
+PyTorch's DistributedDataParallel is not used because it averages, while the trainer has already divided the
+loss by the global number of tokens; and because it reorders its buckets after the first step, so that with
+three or more processes a resumed run would sum in another order than an uninterrupted one.
 
-Either way a step's gradients are reduced once, after its last microbatch.
+Either way, gradients are reduced once per step, after its last microbatch.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from octavo.distributed.parallelize_plan import Replicas
 
-_BUCKET_BYTES = 25 * 2**20  # as DDP's: large enough for the network, small enough to begin early
+_BUCKET_BYTES = 25 * 2**20  # DDP's default: large enough for the network, small enough to start early
 
 
 @dataclass
@@ -33,16 +32,16 @@ class _Bucket:
     sums: Tensor | None = None
     work: dist.Work | None = None
 
-    def give(self, flat: Tensor) -> None:
-        """Let the gradients be parts of `flat`, if it has the parameters' type."""
-        having = [p for p in self.parameters if p.grad is not None]
-        if flat.dtype is having[0].dtype:
-            for parameter, grad in zip(having, flat.split([p.numel() for p in having]), strict=True):
+    def assign(self, flat: Tensor) -> None:
+        """Make the gradients views of `flat`, if it has the parameters' dtype."""
+        with_grad = [p for p in self.parameters if p.grad is not None]
+        if flat.dtype is with_grad[0].dtype:
+            for parameter, grad in zip(with_grad, flat.split([p.numel() for p in with_grad]), strict=True):
                 parameter.grad = grad.view_as(parameter)
 
 
 def _cut(parameters: Iterable[nn.Parameter]) -> list[_Bucket]:
-    """In the order in which their gradients are likely to come: the reverse of forward."""
+    """Fill buckets of at most `_BUCKET_BYTES` with `parameters`, in their order."""
     buckets, space = [], 0
     for parameter in parameters:
         if parameter.nbytes > space:
@@ -56,7 +55,8 @@ def _cut(parameters: Iterable[nn.Parameter]) -> list[_Bucket]:
 class Buckets:
     """Sums the gradients of `parameters` over `replicas` during backward.
 
-    reduces: whether the next backward's gradients, with those that have piled up, are summed; set before it.
+    Buckets are in reverse order of forward, in which gradients usually arrive. reduces: whether the next
+    backward reduces the gradients, including those accumulated before; set it before that backward.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], replicas: Replicas) -> None:
@@ -64,11 +64,11 @@ class Buckets:
         self._replicas = replicas
         self._buckets = _cut(reversed([p for p in parameters if p.requires_grad]))
         self._of = {p: bucket for bucket in self._buckets for p in bucket.parameters}
-        self._next: int | None = None  # the bucket that is reduced next; None outside a backward that reduces
+        self._next: int | None = None  # index of the bucket to reduce next; None outside a reducing backward
         for parameter in self._of:
-            parameter.register_post_accumulate_grad_hook(self._arrived)
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)
 
-    def _arrived(self, parameter: Tensor) -> None:
+    def _on_gradient(self, parameter: Tensor) -> None:
         if not self.reduces:
             return
         if self._next is None:
@@ -83,25 +83,25 @@ class Buckets:
             self._next += 1
 
     def _reduce(self, bucket: _Bucket) -> None:
-        """Begin with one, in the same order on every replica."""
+        """Start the all-reduce of `bucket`; every replica does this in the same order."""
         grads = [p.grad.flatten() for p in bucket.parameters if p.grad is not None]
         if grads:
             bucket.sums = torch.cat(grads).to(self._replicas.reduce_dtype)
-            bucket.give(bucket.sums)  # frees the gradients' own memory now, not after backward
+            bucket.assign(bucket.sums)  # frees the gradients' separate memory during backward
             group = self._replicas.mesh.get_group()
             bucket.work = dist.all_reduce(bucket.sums, group=group, async_op=True)
 
     def _finish(self) -> None:
-        """At the end of backward: the sums take the gradients' places."""
+        """Wait for all reductions at the end of backward, and store the sums as gradients."""
         assert self._next is not None
-        for bucket in self._buckets[self._next :]:  # those with parameters that got no gradient
+        for bucket in self._buckets[self._next :]:  # buckets with parameters without a gradient
             self._reduce(bucket)
         self._next = None
         for bucket in self._buckets:
             if bucket.work is None or bucket.sums is None:
                 continue
             bucket.work.wait()
-            bucket.give(bucket.sums.to(bucket.parameters[0].dtype))
+            bucket.assign(bucket.sums.to(bucket.parameters[0].dtype))
             bucket.sums = bucket.work = None
 
 
@@ -109,16 +109,17 @@ _NAME = "gradient_buckets"
 
 
 def replicate_model(model: nn.Module, replicas: Replicas) -> None:
-    """Sum the gradients of `model`'s whole parameters over `replicas`; they need not have memory yet."""
+    """Sum the gradients of `model` over `replicas`. Its parameters may still be on the meta device."""
     setattr(model, _NAME, replicas)
 
 
 def reduce_gradients_now(model: nn.Module, *, last: bool) -> None:
-    """Say before a microbatch whether it is the `last` of its step, so that replicas' gradients are reduced
-    after it. Gradients that are sharded are scattered after every microbatch, to keep only shards.
+    """Call before each microbatch: gradients are all-reduced over replicas only after the `last` of a step.
+
+    Sharded gradients are reduce-scattered after every microbatch, so that only shards are kept.
     """
     buckets = getattr(model, _NAME, None)
-    if isinstance(buckets, Replicas):  # only now: parameters that got memory since are new objects
+    if isinstance(buckets, Replicas):  # created here because allocation replaces meta parameters
         buckets = Buckets(list(model.parameters()), buckets)
         setattr(model, _NAME, buckets)
     if isinstance(buckets, Buckets):

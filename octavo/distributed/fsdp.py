@@ -1,8 +1,7 @@
-"""FSDP2 as the trainer uses it: given groups, given dtypes, and gradients that are sums over the ranks.
+"""FSDP2 with given groups and dtypes, and with gradients summed (not averaged) over the ranks.
 
-The trainer divides the loss by the global number of tokens, so ranks' gradients add up and nothing is
-averaged. FSDP2 by itself divides by the number of ranks; on gloo it knows no pre-multiplied sum, so there
-the plain sum is forced.
+The trainer divides the loss by the global number of tokens, so the gradients of the ranks are summed. FSDP2
+divides by the number of ranks by default; gloo supports no pre-multiplied sum, so the plain sum is forced.
 """
 
 from collections.abc import Sequence
@@ -28,13 +27,13 @@ def shard(
     *,
     cast_inputs: bool = True,
 ) -> None:
-    """Shard `model` in place: each group's parameters are gathered together, the rest with the root.
+    """Shard `model` in place. Each group's parameters are gathered together, the rest with the root.
 
-    cast_inputs: what a group is called with becomes `sharding.param_dtype`, every tensor of real numbers.
-    False where inputs have that dtype anyway, but for those that must keep theirs.
+    cast_inputs: cast floating-point inputs of a group to `sharding.param_dtype`. False if inputs have that
+    dtype already, except those that must keep theirs.
 
-    The last group stays gathered between forward and backward, because backward begins with it; unless
-    `reshard_last` asks for its memory in between. `model` may be a stage of a pipeline.
+    The last group stays gathered between forward and backward, because backward starts with it, unless
+    `sharding.reshard_last` is set. `model` may be a pipeline stage.
     """
     policy = MixedPrecisionPolicy(param_dtype=sharding.param_dtype, reduce_dtype=sharding.reduce_dtype)
     offload = OffloadPolicy()

@@ -26,21 +26,22 @@ _DISK_TIMEOUT = timedelta(hours=6)
 
 
 def disk_group() -> dist.ProcessGroup:
-    """A group of all processes for collectives that wait until one of them has read or written files. A dead
-    process is found by its lost connection; there is no other timeout to speak of.
+    """A group of all processes for collectives that wait for one process's file I/O.
+
+    Its timeout is six hours; a dead process is still detected by its lost connection.
     """
     return dist.new_group(backend="gloo", timeout=_DISK_TIMEOUT, group_desc=WAITS_FOR_A_DISK)
 
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands.
+    """This process's place in the job, and its process groups.
 
-    rank, size: among all processes. layout: their number along each axis. sharding: the mesh that parameters
-    are sharded over, [replicate, shard x context] or [shard x context]; tensor, context: the group that this
-    process shares its products, or its sequence, with. pipeline: the group whose members hold the layers one
-    after another. data_rank: its place among the `layout.data` groups
-    that read different data. loss_parallel: whether logits stay sharded by vocabulary over `tensor`.
+    rank, size: of all processes. layout: degree of each parallel axis. sharding: the mesh that parameters are
+    sharded over, [replicate, shard x context] or [shard x context]. tensor, context: the groups that share
+    matrix products and sequences. pipeline: the group whose members hold consecutive stages. data_rank: index
+    of this process's data shard, below `layout.data`. loss_parallel: whether logits stay sharded by
+    vocabulary over `tensor`.
     """
 
     rank: int
@@ -54,9 +55,9 @@ class World:
     pipeline: DeviceMesh | None = None
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Floating-point `values`, which each process has summed over its own tokens, over all tokens.
+        """Sum floating-point `values`, per-process sums over local tokens, over all processes.
 
-        Those that share their products have the same tokens, and count for one.
+        Tensor-parallel processes have the same tokens, so their group counts once.
         """
         if self.size > 1:
             values = values / self.layout.tensor
@@ -64,8 +65,8 @@ class World:
         return values
 
     def largest_mean(self, local_sum: torch.Tensor) -> float:
-        """The largest mean over any process's own tokens of what they have in the sum over all tokens that
-        `local_sum`, a scalar, is this process's part of.
+        """Largest per-process mean loss, given `local_sum` (a scalar), this process's share of the global
+        loss.
         """
         mean = local_sum.detach().clone() * (self.layout.data * self.layout.context)
         if self.size > 1:
@@ -74,19 +75,19 @@ class World:
 
     @property
     def tokens_shared(self) -> int:
-        """How many processes work on one token's sequence, products or layers together."""
+        """Number of processes that work on the same tokens (context x tensor x pipeline)."""
         return self.layout.context * self.layout.tensor * self.layout.pipeline
 
     def local_labels(self, labels_BS: torch.Tensor) -> torch.Tensor:
-        """The labels of the positions that this process computes."""
+        """The labels [B, P] of the positions that this process computes, from `labels_BS`."""
         if self.context is None:
             return labels_BS
         return labels_BS[:, local_positions(self.context, labels_BS.shape[1], labels_BS.device)]
 
 
 def _store(world: int, timeout: timedelta) -> dist.Store | None:
-    """Where the processes find each other: a file that the launcher has named, or, None, as torchrun's
-    variables say. A single process needs no place for it.
+    """The rendezvous store: the launcher's file, or None to use torchrun's variables. A single process gets
+    a store in memory.
     """
     path = os.environ.get(STORE_VARIABLE)
     if world > 1 and path is None:
@@ -97,8 +98,8 @@ def _store(world: int, timeout: timedelta) -> dist.Store | None:
 
 
 def init_world(device: torch.device, parallelism: Parallelism, comm: Comm) -> World:
-    """Join the process group that the launcher or torchrun described, or a group of one, and lay the mesh
-    over it.
+    """Join the process group described by the launcher or torchrun (or create a group of one), and build the
+    mesh.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     timeout = timedelta(seconds=comm.init_timeout_seconds)
@@ -118,8 +119,8 @@ def init_world(device: torch.device, parallelism: Parallelism, comm: Comm) -> Wo
 
 
 def build_world(device: torch.device, layout: ParallelDims, *, loss_parallel: bool = True) -> World:
-    """Lay the mesh of `layout` over the default process group."""
-    # Axes of one process take no group of their own, but for the one that is always there.
+    """Build the mesh of `layout` over the default process group."""
+    # Axes of degree 1 get no group, except `shard`, which always exists.
     degrees = {_NAMES[axis]: n for axis, n in layout.degrees.items() if n > 1 or axis == "shard"}
     mesh = init_device_mesh(device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
     sharding = "dp_shard"
@@ -140,9 +141,7 @@ def build_world(device: torch.device, layout: ParallelDims, *, loss_parallel: bo
 
 
 def set_timeout(seconds: int) -> None:
-    """From now on a collective of any group that takes longer than `seconds` is an error; but for groups that
-    wait for a disk.
-    """
+    """Set the timeout of collectives in all groups, except those of `disk_group`."""
     for group in list(dist.distributed_c10d._world.pg_map):
         if group.group_desc == WAITS_FOR_A_DISK:
             continue
@@ -150,7 +149,7 @@ def set_timeout(seconds: int) -> None:
 
 
 def finish() -> None:
-    """Leave together: a process that destroys its group while another still uses it can abort the other."""
+    """Wait for all processes, then destroy the group; doing so earlier can abort processes still using it."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -1,14 +1,13 @@
-"""Computing in another dtype than parameters are kept in, in a process that has all of them: in copies.
+"""Mixed precision in a single process: compute in low-precision copies of the parameters.
 
-The optimizer, checkpoints and the clipping of gradients see the parameters alone. In the scope of
-`computing_in_copies` the modules have the copies in their places, cast anew from the parameters. The gradient
-of a copy goes to its parameter as soon as it is there, in the parameter's dtype, so that those of several
-microbatches add up unrounded. The numbers are FSDP2's, bit for bit.
+The optimizer, checkpoints and gradient clipping see only the parameters. Within `computing_in_copies`, the
+modules hold copies, newly cast from the parameters. The gradient of a copy is moved to its parameter as soon
+as it is computed, in the parameter's dtype, so that microbatches accumulate without rounding. The results
+equal FSDP2's bit for bit.
 
-FSDP2 over one process would do it too, but for nothing but the cast makes every parameter a DTensor, of which
-clipping and the optimizer ask one by one where they are, and casts and copies each layer again for backward:
-3 to 5 % of a step of the debug model on a CPU. The copies stay in memory, in bfloat16 half of the parameters'
-bytes, where FSDP2 frees a layer's after use; so a GPU, for which memory counts, takes FSDP2.
+FSDP2 over one process does the same, but turns every parameter into a DTensor and casts each layer again in
+backward, which costs 3 to 5 % of a step of the debug model on a CPU. The copies stay in memory (in bfloat16,
+half of the parameters' bytes), while FSDP2 frees them after use; so GPUs use FSDP2.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,11 +31,11 @@ class _Copies:
         ]
         for parameter, copy in copy_of.items():
             if copy.requires_grad:
-                copy.register_post_accumulate_grad_hook(self._handing_on_to(parameter))
+                copy.register_post_accumulate_grad_hook(self._gradient_hook(parameter))
 
     @staticmethod
-    def _handing_on_to(parameter: nn.Parameter) -> Callable[[Tensor], None]:
-        def hand_on(copy: Tensor) -> None:
+    def _gradient_hook(parameter: nn.Parameter) -> Callable[[Tensor], None]:
+        def move_gradient(copy: Tensor) -> None:
             assert copy.grad is not None
             grad, copy.grad = copy.grad.to(parameter.dtype), None
             if parameter.grad is None:
@@ -44,7 +43,7 @@ class _Copies:
             else:
                 parameter.grad += grad
 
-        return hand_on
+        return move_gradient
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -60,15 +59,15 @@ class _Copies:
 
 
 def give_copies(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let `model` compute in copies of its parameters, which need not have memory yet."""
+    """Let `model` compute in copies of its parameters, which may still be on the meta device."""
     setattr(model, _NAME, dtype)
 
 
 @contextmanager
 def computing_in_copies(model: nn.Module) -> Iterator[None]:
-    """The scope of forwards and backwards of a `model` that was given copies; does nothing for another."""
+    """The scope of forward and backward of a `model` with copies; does nothing for other models."""
     copies = getattr(model, _NAME, None)
-    if isinstance(copies, torch.dtype):  # only now: parameters that got memory since are new objects
+    if isinstance(copies, torch.dtype):  # created here because allocation replaces meta parameters
         copies = _Copies(model, copies)
         setattr(model, _NAME, copies)
     if isinstance(copies, _Copies):

@@ -1,4 +1,4 @@
-"""What a model's `parallelize` is told: frozen facts, made once from the config and the device."""
+"""The arguments of a model's `parallelize`: frozen, built once from the config and the device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ class FSDPPlan:
     """FSDP2's settings: the data-parallel mesh (replicate x shard, or shard alone) and the dtypes.
 
     param_dtype: of the gathered parameters and the compute; reduce_dtype: of the gradient reduction.
-    reshard: free the gathered parameters after forward and gather them again in backward. reshard_last: those
-    too that backward begins with.
+    reshard: free the gathered parameters after forward and gather them again in backward. reshard_last: do so
+    even for the last group, which backward needs first.
     """
 
     mesh: DeviceMesh
@@ -38,13 +38,12 @@ class Replicas:
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """Every matrix product is shared over `mesh`, and the tokens between them.
+    """Matrix products are sharded over `mesh`, and the tokens between them (sequence parallelism).
 
-    columns, rows: the style for a linear layer that is sharded by its output or input features. gather: the
-    style for a module whose first input is to be gathered for the linear layers named. Each takes the
-    layer, or layers, that it is for, as float8 layers have styles of their own.
-    loss_parallel: logits stay sharded by vocabulary. asynchronous: compiled layers overlap their gathers with
-    their products.
+    columns, rows: return the style of a linear layer sharded by output or input features. gather: returns the
+    style of a module whose first input is gathered for the given linear layers. Each takes the layer or
+    layers, because float8 layers need other styles. loss_parallel: logits stay sharded by vocabulary.
+    asynchronous: compiled layers overlap gathers with matrix products.
     """
 
     mesh: DeviceMesh
@@ -57,10 +56,10 @@ class TensorParallel:
 
 @dataclass(frozen=True)
 class Fusion:
-    """Computes several modules in one pass, by what `octavo/float8/fused` has, for high precision too.
+    """Factories of fused modules from `octavo/float8/fused`, which also fuse high precision.
 
-    normed_input: `(norm, linears)` -> an object that adds, norms and multiplies. gated_linear: `(linear)`
-    -> one that computes linear(silu(gate) * up). shared_input: `(linears)` -> one that multiplies.
+    normed_input: `(norm, linears)` -> residual add, norm and the linears. gated_linear: `(linear)` ->
+    linear(silu(gate) * up). shared_input: `(linears)` -> linears with one input.
     """
 
     normed_input: Callable[..., Any]
@@ -70,11 +69,11 @@ class Fusion:
 
 @dataclass(frozen=True)
 class Parallelize:
-    """The plan for one model. `sharding` is None where a process has whole parameters, in the dtype that it
-    computes in or with copies in that (`replicas`: and is one of several that do),
-    `tensor` and `context` where products and sequences are not shared. ring: keys and values travel round the
-    context group, instead of being gathered. `fusion` is None
-    where modules are called one by one.
+    """The plan for one model.
+
+    sharding: None if each process has all parameters (in the compute dtype, or with copies in it); replicas:
+    then set if several processes do. tensor, context: None without that axis. ring: use ring attention
+    instead of gathering keys and values. fusion: None to call modules one by one.
     """
 
     activation_checkpoint: ActivationCheckpoint

@@ -1,9 +1,9 @@
-"""Pipeline parallelism: microbatches through stages on different processes, in the order of a schedule.
+"""Pipeline parallelism: runs microbatches through stages on different processes, by a schedule.
 
-The schedules, and the sending and receiving, are torch's (`torch.distributed.pipelining`). What is added
-here: the shapes of what is sent are known beforehand, so that torch needn't run a forward pass to find out;
-the loss is a sum over tokens that the trainer has divided already, so gradients of microbatches simply add
-up; and validation goes forward through the same stages, with batches of any shape.
+Schedules and communication are torch's (`torch.distributed.pipelining`). This module adds three things:
+shapes of activations are given in advance, so torch need not run a forward pass to infer them; the trainer
+has already divided the loss by the number of tokens, so gradients of microbatches are summed; and validation
+runs forward through the same stages with batches of any shape.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Activations:
-    """What stages hand on: `[B, S / shared, width]` of `dtype`. shared: the processes that share a sequence's
-    positions.
+    """The tensors sent between stages: `[B, S / shared, width]` of `dtype`. shared: the number of processes
+    that share a sequence.
     """
 
     width: int
@@ -33,13 +33,13 @@ class Activations:
     dtype: torch.dtype
 
     def empty(self, tokens_shape: Sequence[int], device: torch.device | str) -> Tensor:
-        """Memory for those of tokens [B, S]."""
+        """An uninitialized tensor for a batch of tokens of shape [B, S]."""
         batch, length = tokens_shape
         return torch.empty(batch, length // self.shared, self.width, dtype=self.dtype, device=device)
 
 
 class _Stage(PipelineStage):
-    """A stage that says when it has done something."""
+    """A stage that calls `progress` after each forward and backward."""
 
     progress: Callable[[], None] = staticmethod(lambda: None)
 
@@ -54,14 +54,14 @@ class _Stage(PipelineStage):
         return result
 
     def _validate_fwd_outputs(self, outputs: Any) -> None:
-        """Before torch 2.12 logits would have to be of the shape of activations."""
+        """Disabled: before torch 2.12 it requires logits to have the shape of activations."""
 
 
 class Pipeline:
-    """This process's stages of a model, and the schedule that it runs them by.
+    """This process's stages of a model and their schedule.
 
     Args:
-        modules: its stages, as parallelised, in the order of `plan.stages_of` this process.
+        modules: its parallelised stages, in the order of `plan.stages_of` for this process.
         mesh: the processes that hold the stages.
         tokens_shape: of a local batch, [B, S].
         progress: called after each forward or backward of a microbatch.
@@ -89,15 +89,15 @@ class Pipeline:
         self._schedule = self._make_schedule()
 
     def _stage(self, number: int, batch: tuple[int, int], progress: Callable[[], None]) -> _Stage:
-        handed_on = self._activations.empty(batch, "meta").requires_grad_()
+        activations = self._activations.empty(batch, "meta").requires_grad_()
         tokens = torch.empty(batch, dtype=torch.int64, device="meta")
         stage = _Stage(
             self._modules[number],
             number,
             len(self._plan.stages),
             self._device,
-            input_args=(tokens if number == 0 else handed_on,),
-            output_args=(handed_on,),  # what the last one puts out is sent nowhere
+            input_args=(tokens if number == 0 else activations,),
+            output_args=(activations,),  # unused for the last stage, whose output is not sent
             group=self._group,
         )
         stage.progress = progress
@@ -119,12 +119,12 @@ class Pipeline:
 
     @property
     def has_last(self) -> bool:
-        """Whether this process has the last stage, and so the loss."""
+        """Whether this process has the last stage, which computes the loss."""
         return self._last in self._modules
 
     def gradients(self, tokens_BS: Tensor, labels_BS: Tensor, loss: Loss) -> Tensor:
-        """Add up the gradients of a local batch. Returns the sum of its microbatches' losses, a scalar; 0
-        where another process has the last stage.
+        """Accumulate the gradients of a local batch. Returns the summed loss of its microbatches, a scalar; 0
+        if another process has the last stage.
 
         `loss` takes the logits and labels of a microbatch.
         """
@@ -141,7 +141,7 @@ class Pipeline:
 
     @torch.no_grad()
     def forward(self, tokens_BS: Tensor) -> Tensor | None:
-        """The logits of a batch of any shape; None where another process has the last stage."""
+        """The logits of a batch of any shape; None if another process has the last stage."""
         h: Tensor | None = None
         for number, module in sorted(self._modules.items()):
             if number == 0:
@@ -162,7 +162,7 @@ def _no_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def over_stages(norm: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    """The norm of all stages' gradients together, from that of this process's."""
+    """The gradient norm over all stages, given the `norm` over this process's stages."""
     if mesh is None:
         return norm
     square = norm.double() ** 2

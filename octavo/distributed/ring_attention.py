@@ -1,19 +1,19 @@
-"""Attention over a sequence that several processes share, with keys and values that travel round the group.
+"""Ring attention: attention over a sequence shared by several processes, with bounded memory.
 
-Gathering keys and values (`context_parallel.ContextAttention`) holds the whole sequence's on every process.
-Here a process holds its own and one other's: they are passed on from process to process, and the partial
-results are merged by their log-sum-exps, which is exact (Ring Attention, arXiv:2310.01889; the merging is
-online softmax, arXiv:1805.02867). Backward sends them round once more, with their gradients, which arrive
-home after as many hops as there are processes. It costs a second round of messages; what it buys is memory,
-and kernels that need no mask.
+Gathering (`context_parallel.ContextAttention`) holds the keys and values of the whole sequence on every
+process. Here a process holds its own and those of one other process: they are passed around the ring, and the
+partial results are merged by their log-sum-exps, which is exact (Ring Attention, arXiv:2310.01889; the merge
+is online softmax, arXiv:1805.02867). Backward passes them around once more together with their gradients,
+which return to their owner after n hops. This costs a second round of messages, but saves memory and needs no
+mask in the kernels.
 
-Process r of n has the pieces r and 2n - 1 - r of the sequence, in that order, so no block of it needs a mask:
+Process r of n has the pieces r and 2n - 1 - r of the sequence, in that order, so no block needs a mask:
 
     its own keys               causal, as in one sequence: the order of its positions is ascending
     those of a process s < r   all queries see s's first piece and none its second
     those of a process s > r   the second piece's queries see both, the first piece's none
 
-After its own, each block is half a square, so no process waits for another.
+Every block but the process's own has the same work, half a square, so the load is balanced.
 
 Shapes: B batch, H heads, G key/value heads, P positions of this process, E head width.
 """
@@ -27,15 +27,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 _aten = torch.ops.aten
-_functional = torch.ops._c10d_functional  # collectives that the compiler knows
+_functional = torch.ops._c10d_functional  # collectives that torch.compile can trace
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One device's attention without a mask.
+    """The attention kernels of a device type, without a mask.
 
-    forward(q, k, v, causal) -> y, log-sum-exp [B, H, P], what else backward wants.
-    backward(dy, q, k, v, y, log-sum-exp, that, causal) -> dq, dk, dv.
+    forward(q, k, v, causal) -> y, log-sum-exp [B, H, P], further tensors for backward (`rest`).
+    backward(dy, q, k, v, y, log-sum-exp, rest, causal) -> dq, dk, dv.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor, list[Tensor]]]
@@ -50,21 +50,21 @@ def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor,
 def _backward_cpu(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, rest: list[Tensor], causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lse = lse.transpose(1, 2).contiguous().transpose(1, 2)  # as its forward lays it out
+    lse = lse.transpose(1, 2).contiguous().transpose(1, 2)  # the memory layout of its forward
     backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
     return tuple(backward(dy, q, k, v, y, lse, 0.0, causal))  # type: ignore[return-value]
 
 
 def _forward_cuda(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-    found = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
-    return found[0], found[1], [found[6], found[7]]
+    outputs = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+    return outputs[0], outputs[1], [outputs[6], outputs[7]]
 
 
 def _backward_cuda(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, rest: list[Tensor], causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     backward = _aten._scaled_dot_product_flash_attention_backward
-    lengths = (None, None, q.shape[2], k.shape[2])  # no sequences of several lengths in one batch
+    lengths = (None, None, q.shape[2], k.shape[2])  # no variable-length sequences
     return tuple(backward(dy, q, k, v, y, lse.contiguous(), *lengths, 0.0, causal, *rest))  # type: ignore[return-value]
 
 
@@ -73,7 +73,7 @@ KERNELS = {"cpu": Kernel(_forward_cpu, _backward_cpu), "cuda": Kernel(_forward_c
 
 @dataclass(frozen=True)
 class _Block:
-    """What this process computes with the keys of one: the queries from `first` on, the keys up to `last`."""
+    """The part computed with one process's keys: queries from `first`, keys before `last`."""
 
     first: int
     last: int
@@ -88,7 +88,7 @@ def _block(rank: int, source: int, positions: int) -> _Block:
 
 
 def _passed_on(x: Tensor, rank: int, size: int, group: str) -> Tensor:
-    """`x` of the process before this one; not to be read before `_arrived`."""
+    """Send `x` to the next process and receive that of the previous one; read it through `_arrived`."""
     sent, received = [0] * size, [0] * size
     sent[(rank + 1) % size] = received[(rank - 1) % size] = x.numel()
     return _functional.all_to_all_single(x.flatten(), received, sent, group)
@@ -107,14 +107,14 @@ def _for_each_group(x_BHPE: Tensor, groups: int) -> Tensor:
 
 
 def _merged(y: Tensor, lse: Tensor, more_y: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys, from that over each."""
+    """Attention over the union of two sets of keys, from the results over each."""
     both = torch.logaddexp(lse, more_lse)
     share, more = (torch.exp(part - both).unsqueeze(-1) for part in (lse, more_lse))
     return y * share + more_y * more, both
 
 
 class _Ring(torch.autograd.Function):
-    """Causal attention of this process's queries to the keys of all up to their positions."""
+    """Causal attention of this process's queries over the whole sequence."""
 
     @staticmethod
     def forward(
@@ -153,16 +153,18 @@ class _Ring(torch.autograd.Function):
         dy, positions = grads[0], q.shape[2]
         kv = torch.stack([k_BGPE, v_BGPE])
         dq = torch.zeros_like(q, dtype=lse.dtype)
-        dkv = torch.zeros_like(kv, dtype=lse.dtype)  # of the keys that are here, from all who have had them
+        dkv = torch.zeros_like(
+            kv, dtype=lse.dtype
+        )  # gradients of the keys now here, summed over the processes passed
         coming_dkv: Tensor | None = None
         for hop in range(size):
             coming = _passed_on(kv, rank, size, group) if hop + 1 < size else None
             block = _block(rank, (rank - hop) % size, positions)
             rows = slice(block.first, None)
             k, v = (_for_each_head(x[:, :, : block.last], heads) for x in kv)
-            asked = [x[:, :, rows] for x in (dy, q)]
-            known = [x[:, :, rows] for x in (y, lse)]
-            dq_part, dk, dv = kernel.backward(*asked, k, v, *known, rest, block.causal)
+            inputs = [x[:, :, rows] for x in (dy, q)]
+            saved = [x[:, :, rows] for x in (y, lse)]
+            dq_part, dk, dv = kernel.backward(*inputs, k, v, *saved, rest, block.causal)
             dq = torch.cat([dq[:, :, : block.first], dq[:, :, rows] + dq_part], dim=2)
             part = torch.stack([_for_each_group(x.to(lse.dtype), groups) for x in (dk, dv)])
             part = nn.functional.pad(part, (0, 0, 0, positions - block.last))
@@ -187,7 +189,7 @@ class RingAttention(nn.Module):
         self.mesh = mesh
 
     def forward(self, q_BHPE: Tensor, k_BGPE: Tensor, v_BGPE: Tensor, mask: Tensor | None) -> Tensor:
-        assert mask is None, "the configuration's checks keep masks away from here"
+        assert mask is None, "the configuration check rejects masks with ring attention"
         place = self.mesh.get_local_rank(), self.mesh.size(), self.mesh.get_group().group_name
         y: Tensor = _Ring.apply(q_BHPE, k_BGPE, v_BGPE, *place)
         return y

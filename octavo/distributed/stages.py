@@ -1,8 +1,7 @@
-"""A model cut into pipeline stages, each a module whose parameters have the names that they have in the
-whole.
+"""Splits a model into pipeline stages whose parameters keep their names.
 
-A stage is a copy of the whole model, made while that has no memory yet, without the parts that others have.
-So nothing that goes by names, such as initial weights, checkpoints, exports and filters, knows of stages.
+A stage is a copy of the whole model on the meta device, without the modules of other stages. So code that
+uses parameter names (initial weights, checkpoints, exports, filters) needs no special case for stages.
 """
 
 import copy
@@ -12,10 +11,10 @@ from torch import nn
 
 
 def cut(model: nn.Module, names: Iterable[str]) -> nn.Module:
-    """A copy of `model`, built on the meta device, that has only the modules called `names`.
+    """A copy of `model`, built on the meta device, with only the modules called `names`.
 
-    A name is a child's, or one of an `nn.ModuleDict`'s that is a child (`layers.3`). Other children become
-    None; other entries are gone.
+    A name is that of a child, or of an entry of a child `nn.ModuleDict` (`layers.3`). Other children become
+    None; other entries are removed.
     """
     stage, kept = copy.deepcopy(model), set(names)
     for name, child in list(stage.named_children()):
@@ -29,17 +28,16 @@ def cut(model: nn.Module, names: Iterable[str]) -> nn.Module:
 
 
 class LocalStages(nn.Module):
-    """All that one process has of a model, under the names of the whole: the modules of its stages, for what
-    concerns parameters. It computes nothing.
+    """The modules of all stages of one process, under their names in the whole model.
 
-    `depth` tells the stage of a module by its name.
+    Only a container for parameters: it has no forward.
     """
 
     def __init__(self, stages: Sequence[nn.Module], numbers: Sequence[int]):
         super().__init__()
         self._depths: dict[str, int] = {}
         for stage, number in zip(stages, numbers, strict=True):
-            assert not stage._parameters  # they would be in every stage
+            assert not stage._parameters  # a parameter of the root would be in every stage
             for name, child in stage.named_children():
                 if not isinstance(child, nn.ModuleDict):
                     self._add(self, name, child, name, number)
@@ -55,5 +53,5 @@ class LocalStages(nn.Module):
         self._depths[name] = number
 
     def depth(self, name: str) -> int:
-        """The stage that the module or parameter called `name` is in."""
+        """The number of the stage that holds the module or parameter called `name`."""
         return max((d for part, d in self._depths.items() if f"{name}.".startswith(f"{part}.")), default=0)

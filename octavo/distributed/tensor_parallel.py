@@ -1,5 +1,5 @@
-"""What of tensor parallelism lies outside a model's layers: logits that stay sharded by vocabulary, their
-loss, and the compiler's setting that overlaps gathers with products.
+"""The parts of tensor parallelism outside a model's layers: logits sharded by vocabulary, their loss, and the
+compiler setting that overlaps gathers with matrix products.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -14,9 +14,7 @@ from octavo.distributed.parallelize_plan import TensorParallel
 
 
 def lay_logits(model: nn.Module, plan: TensorParallel, layout: Placement) -> None:
-    """Make logits that are a DTensor come out of `model` as `layout`; whole, where the loss is not
-    parallel.
-    """
+    """Redistribute the DTensor logits of `model` to `layout`, or gather them if the loss is not parallel."""
 
     def lay(module: nn.Module, args: Any, logits: Any) -> Any:
         if not isinstance(logits, DTensor):
@@ -27,28 +25,28 @@ def lay_logits(model: nn.Module, plan: TensorParallel, layout: Placement) -> Non
 
 
 def settle(module: nn.Module) -> None:
-    """Make what `module` puts out wait for its communication, by a copy.
+    """Copy the output of `module`, which waits for its communication.
 
-    A style's output is a tensor that is still on its way. Code compiled with PyTorch 2.13 takes such a tensor
-    for an ordinary one, and its backward then hands a wrong gradient, or none, back to the style.
+    A style returns an asynchronous collective tensor. Code compiled with PyTorch 2.13 treats it as an
+    ordinary tensor, and its backward then returns a wrong gradient, or none, to the style.
     """
     module.register_forward_hook(lambda module, args, output: output.clone())
 
 
 def loss_context(*, parallel: bool) -> AbstractContextManager[None]:
-    """The scope of forward, loss and backward in which sharded logits may be given to cross entropy."""
+    """The scope of forward, loss and backward in which cross entropy accepts sharded logits."""
     return loss_parallel() if parallel else nullcontext()
 
 
 def overlap_products(plan: TensorParallel) -> None:
-    """Let inductor split a gather and the product that waits for it (or a product and the scattering of its
-    sum) into pieces that overlap, in all layers compiled from now on.
+    """Let inductor split an all-gather and its GEMM (or a GEMM and its reduce-scatter) into pieces that
+    overlap, in all layers compiled from now on.
 
-    The pieces go through symmetric memory, which GPUs that see each other's memory have.
+    This uses symmetric memory, so the GPUs must be able to access each other's memory.
     """
     import torch._inductor.config as inductor
 
     inductor._micro_pipeline_tp = True
     enable = symmetric_memory.enable_symm_mem_for_group
-    if not hasattr(enable, "__deprecated__"):  # later torch does it by itself
+    if not hasattr(enable, "__deprecated__"):  # newer torch enables it automatically
         enable(plan.mesh.get_group().group_name)

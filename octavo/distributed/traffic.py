@@ -1,17 +1,16 @@
-"""How many bytes a process sends in collectives, by what they carry.
+"""Counts the bytes that a process sends in collectives, by what they carry.
 
-Counted at the dispatcher, where every collective of eager code passes: those of FSDP and DDP as `c10d`
-operators, those of DTensor, tensor and context parallelism as `_c10d_functional` ones. So the first carry
-weights and gradients, the second activations and the maxima for float8 scales. How many bytes a collective
-puts on the wire is up to its algorithm; counted is what a ring sends, which is the least that each process
-must:
+Collectives of eager code are counted at the dispatcher. FSDP and DDP use `c10d` operators, for weights and
+gradients; DTensor, tensor and context parallelism use `_c10d_functional` ones, for activations and the maxima
+of float8 scales. The bytes on the wire depend on the algorithm; counted are those of a ring, the minimum that
+each process must send:
 
     all-gather of n parts of b bytes, and reduce-scatter into them      (n - 1) b
     all-reduce of b bytes                                               2 (n - 1) / n b
-    all-to-all                                                          what is for others
+    all-to-all                                                          the parts for others
     send                                                                b
 
-Compiled code is not seen into; it calls the same collectives.
+Collectives in compiled code are not counted; it calls the same ones.
 """
 
 from collections import Counter
@@ -26,12 +25,12 @@ _FUNCTIONAL = "_c10d_functional"
 
 
 def _bytes(tensors: Any) -> int:
-    """Of one tensor, or of all in a list."""
+    """Bytes of a tensor, or of all tensors in a list."""
     return tensors.nbytes if isinstance(tensors, Tensor) else sum(map(_bytes, tensors))
 
 
 def _group(group: Any) -> Any:
-    """A process group, which functional operators name, and others pass boxed."""
+    """The process group: functional operators pass its name, others a boxed object."""
     resolve: Any = dist.distributed_c10d._resolve_process_group
     return resolve(group) if isinstance(group, str) else dist.ProcessGroup.unbox(group)
 
@@ -75,11 +74,11 @@ _SILENT = ("barrier", "wait_tensor", "wrap_tensor_autograd", "recv", "monitored_
 class Traffic(TorchDispatchMode):
     """Within `with`, counts what this process sends.
 
-    sent: bytes by "weights" (gathered), "gradients" (scattered or reduced), "activations". calls: how often
-    each collective was called.
+    sent: bytes by "weights" (gathered), "gradients" (scattered or reduced), "activations". calls: number of
+    calls of each collective.
 
     Raises:
-        NotImplementedError: a collective that it knows no bytes for.
+        NotImplementedError: a collective without a rule in `_SENT`.
     """
 
     def __init__(self) -> None:
@@ -91,10 +90,10 @@ class Traffic(TorchDispatchMode):
         space, _, name = func._schema.name.partition("::")
         name = name.strip("_")
         if space in ("c10d", _FUNCTIONAL) and name not in _SILENT:
-            known = _SENT.get(f"{space}::{name}")
-            if known is None:
+            count = _SENT.get(f"{space}::{name}")
+            if count is None:
                 raise NotImplementedError(f"the bytes of {func._schema.name} are not known")
-            self.sent[_carried(space, name)] += known(*args, **(kwargs or {}))
+            self.sent[_carried(space, name)] += count(*args, **(kwargs or {}))
             self.calls[f"{space}::{name}"] += 1
         return func(*args, **(kwargs or {}))
 

@@ -1,9 +1,8 @@
-"""What the machine is: its device, its memory in use, its peak arithmetic rate, and whether it computes in
-bfloat16.
+"""The device of this process: its peak FLOP/s, its memory in use, and the dtype to compute in.
 
-Peak rates are dense FLOP/s from the makers' data sheets (`octavo/roofline/devices.py`); a device that is not
-in the table has no peak, and no MFU rather than a wrong one. A CPU has no honest data-sheet
-figure: its peak is measured with a float32 matrix product.
+Peaks are dense FLOP/s from the vendors' data sheets (`octavo/roofline/devices.py`). A GPU that is not in the
+table has no peak, so no MFU is reported. A CPU's data sheet has no usable figure, so its peak is measured
+with a float32 matrix product.
 """
 
 import os
@@ -27,8 +26,8 @@ _FEW_THREADS = 4
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOP/s to measure MFU against, or None, and where the figure comes from. by_precision: the peaks of the
-    precisions ("bfloat16", "float8", "float32") that are known.
+    """Peak FLOP/s for MFU (None if unknown) and the source of the figure. by_precision: the known peaks by
+    precision ("bfloat16", "float8", "float32").
     """
 
     flops: float | None
@@ -47,7 +46,7 @@ def pick_device() -> torch.device:
 
 def _measure_cpu_peak() -> float:
     """The best float32 rate of twelve square products, FLOP/s; takes about 0.05 s."""
-    n = 512 if torch.get_num_threads() <= _FEW_THREADS else 1024  # many threads want more to do
+    n = 512 if torch.get_num_threads() <= _FEW_THREADS else 1024  # many threads need more work
     a, b = torch.randn(n, n), torch.randn(n, n)
     rates = []
     for _ in range(12):
@@ -58,7 +57,7 @@ def _measure_cpu_peak() -> float:
 
 
 def peak_flops(device: torch.device) -> Peak:
-    """The peak that MFU is measured against on `device`."""
+    """The peak FLOP/s of `device`."""
     if device.type == "cpu":
         threads = torch.get_num_threads()
         measured = _measure_cpu_peak()
@@ -79,13 +78,13 @@ def auto_param_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     """The compute dtype for `training.mixed_precision_param = auto`, and the reason.
 
     A CPU computes bfloat16 faster than float32 only with matrix units (AMX): without any bf16 unit it is
-    several times slower, and with AVX-512's dot products alone it measured slower too. The variable
-    OCTAVO_CPU_DTYPE overrides this, to train as another machine would.
+    several times slower, and with only AVX-512's dot products it measured slower too. The environment
+    variable OCTAVO_CPU_DTYPE overrides the choice, to reproduce another machine's.
     """
     if device.type == "cuda":
         return torch.bfloat16, "the GPU's matrix units compute in bfloat16"
-    if asked := os.environ.get("OCTAVO_CPU_DTYPE"):
-        return DTYPES[asked], f"OCTAVO_CPU_DTYPE={asked}"
+    if override := os.environ.get("OCTAVO_CPU_DTYPE"):
+        return DTYPES[override], f"OCTAVO_CPU_DTYPE={override}"
     if torch.cpu._is_amx_tile_supported():
         return torch.bfloat16, "this CPU has bfloat16 matrix units"
     return (
@@ -95,18 +94,18 @@ def auto_param_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     )
 
 
-def choose_param_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype that layers compute in, for `training.mixed_precision_param`; logged with its reason."""
-    if wanted == "auto":
+def choose_param_dtype(setting: str, device: torch.device) -> torch.dtype:
+    """The compute dtype for `training.mixed_precision_param`; logs it with the reason."""
+    if setting == "auto":
         dtype, reason = auto_param_dtype(device)
     else:
-        dtype, reason = DTYPES[wanted], "training.mixed_precision_param asks for it"
+        dtype, reason = DTYPES[setting], "training.mixed_precision_param asks for it"
     logger.info("High precision is %s here: %s", str(dtype).removeprefix("torch."), reason)
     return dtype
 
 
 def fastest_attention() -> AbstractContextManager[None]:
-    """Let scaled_dot_product_attention choose in this order whatever the device and shapes allow."""
+    """The scope in which scaled_dot_product_attention takes the first backend of this order that applies."""
     order = [
         SDPBackend.CUDNN_ATTENTION,
         SDPBackend.FLASH_ATTENTION,
@@ -118,9 +117,8 @@ def fastest_attention() -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Memory in use, GiB and percent of what the device has. active_gib: of tensors that are in use, without
-    what the allocator keeps for later; num_alloc_retries, num_ooms: since the process began. None, and 0,
-    on a CPU.
+    """Memory in use, in GiB and percent of the device's. active_gib: of live tensors, without the allocator's
+    cache; num_alloc_retries, num_ooms: since the process began. None and 0 on a CPU.
     """
 
     gib: float
@@ -140,7 +138,7 @@ def _resident_bytes() -> int:
 
 
 def memory_in_use(device: torch.device) -> DeviceMemory:
-    """GPU: the largest reservation since the last call. CPU: this process's resident memory now."""
+    """GPU: peak reserved memory since the last call. CPU: current resident memory of this process."""
     if device.type == "cpu":
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         used = _resident_bytes()
@@ -160,6 +158,6 @@ def memory_in_use(device: torch.device) -> DeviceMemory:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the work queued on `device`."""
+    """Wait for all work queued on `device`."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

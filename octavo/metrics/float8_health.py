@@ -1,13 +1,13 @@
-"""What float8 does to each layer, told while training: a file, curves, and warnings with their remedy.
+"""Reports float8's numerical health during training: `health.jsonl`, tracker curves, and warnings.
 
-`octavo.float8.health` defines and measures the numbers; here they are written to `health.jsonl`, one object
-a step and cast, handed to the trackers, and held against the limits of `[float8]`. A layer beyond a limit is
-named with what would help: another recipe, which is tried on the same tensors first, or high precision.
+`octavo.float8.health` defines and measures the numbers. This module writes them to `health.jsonl` (one object
+per step and cast), passes them to the trackers, and compares them with the limits of `[float8]`. A warning
+names the layer and a remedy: another recipe, which is tried on the same tensors first, or high precision.
 
-A run of thousands of steps must not repeat itself. A layer's operand is told of once, and again only when it
-has become twice as bad. A measurement tells of the three worst, each in a line, and of the others in one,
-which names them; several layers have one remedy together, which is told last. Trying other recipes costs a
-forward and a backward in eager mode, for the worst layer alone, and happens at most once in ten measurements.
+Warnings do not repeat: each operand of a layer is reported once, and again only when its value has become
+twice as bad. Each measurement logs one line for each of the three worst operands, one line that lists the
+others, and last, if several layers are affected, one remedy for all of them. Trying other recipes costs an
+eager forward and backward; it is done for the worst layer only, at most once in ten measurements.
 """
 
 import math
@@ -20,13 +20,13 @@ from octavo.config.schema import Float8
 from octavo.core.logging import logger
 from octavo.metrics.jsonl import Jsonl
 
-_TOLD_AT_ONCE = 3
-_MOST_NAMED = 24  # layers in a line: more than that is no matter of single layers
+_WARNINGS_PER_STEP = 3
+_MAX_NAMED = 24  # layers listed in one line; beyond that the problem is not in single layers
 _BETWEEN_TRIALS = 10  # measurements
 
 
 class HealthRow(Protocol):
-    """One cast of one layer, as `octavo.float8.health.HealthRow`: shares are of 1, sqnr in decibels."""
+    """One cast of a layer (see `octavo.float8.health.HealthRow`). Shares are in [0, 1], sqnr in decibels."""
 
     @property
     def layer(self) -> str: ...
@@ -52,8 +52,8 @@ class HealthRow(Protocol):
 
 @dataclass(frozen=True)
 class Limit:
-    """A number of a row that can be too bad. loss: how bad it is, growing. exceeded: whether it is too bad.
-    shows: the number, with its unit; means: what it is.
+    """A limit on one number of a row. loss: the number as a badness, larger is worse. exceeded: whether it is
+    beyond the limit. shows: the number with its unit. means: what the number measures.
     """
 
     name: str
@@ -68,7 +68,7 @@ def _percent(share: float) -> str:
 
 
 def _noise(row: HealthRow) -> float:
-    """Noise over signal, as a ratio of amplitudes."""
+    """Noise-to-signal ratio of amplitudes."""
     return math.inf if math.isnan(row.sqnr) else 10 ** (-row.sqnr / 20)
 
 
@@ -110,8 +110,8 @@ class HealthFinding:
 
 
 def findings(rows: Iterable[HealthRow], settings: Float8) -> list[HealthFinding]:
-    """The operands beyond a limit, by the cast of each that is worst, the worst operand first. A row with
-    values that are not finite is none: it is the guard's matter.
+    """The operands beyond a limit, each with its worst cast, the worst operand first. Rows with non-finite
+    values are skipped; the non-finite guard handles those steps.
     """
     worst: dict[tuple[str, str, str], HealthFinding] = {}
     for row in rows:
@@ -127,7 +127,7 @@ def findings(rows: Iterable[HealthRow], settings: Float8) -> list[HealthFinding]
 
 
 def curves(rows: Iterable[HealthRow]) -> dict[str, float]:
-    """What trackers get: the worst cast of each layer's operand."""
+    """The values for the trackers: tag -> the worst value over the casts of that operand."""
     values: dict[str, float] = {}
 
     def keep(tag: str, value: float, pick: Callable[[float, float], float]) -> None:
@@ -144,19 +144,20 @@ def curves(rows: Iterable[HealthRow]) -> dict[str, float]:
 
 
 class HealthReport:
-    """Writes and judges measurements.
+    """Writes measurements and warns where they exceed the limits.
 
-    Every process calls `judge` with the same rows, and so decides the same; only those with a `folder` write.
+    Every process calls `judge` with the same rows and so takes the same decisions. Only processes with a
+    `folder` write.
     """
 
     def __init__(self, settings: Float8, folder: Path | None):
         self._settings = settings
         self._jsonl = None if folder is None else Jsonl(folder / "health.jsonl")
-        self._told: dict[tuple[str, str, str], float] = {}
+        self._reported: dict[tuple[str, str, str], float] = {}
         self._since_trial = _BETWEEN_TRIALS
 
     def start(self, step: int) -> None:
-        """Training begins, or goes on, after `step`."""
+        """Prepare for training to start or resume after `step`."""
         if self._jsonl:
             self._jsonl.start(step)
 
@@ -176,50 +177,52 @@ class HealthReport:
         rows: Sequence[HealthRow],
         trial: Callable[[str], tuple[Sequence[HealthRow], Sequence[str]]],
     ) -> None:
-        """Warn of what is beyond the limits and was not told.
+        """Warn about operands that are beyond the limits and were not reported yet.
 
-        `trial(layer)` gives rows of that layer on the same tensors, in its own recipe and others, and the
-        others by preference.
+        `trial(layer)` measures that layer again on the same tensors. It returns the rows for its own recipe
+        and the alternatives, and the names of the alternatives in order of preference.
         """
-        found = [f for f in findings(rows, self._settings) if self._is_news(f)]
+        new = [f for f in findings(rows, self._settings) if self._is_new(f)]
         self._since_trial += 1
-        if not found:
+        if not new:
             return
         tried: tuple[Sequence[HealthRow], Sequence[str]] = ((), ())
         if self._since_trial > _BETWEEN_TRIALS:
             self._since_trial = 0
-            tried = trial(found[0].row.layer)
-        for finding in found:
-            self._told[finding.key] = finding.limit.loss(finding.row)
-        for number, finding in enumerate(found[:_TOLD_AT_ONCE]):
+            tried = trial(new[0].row.layer)
+        for finding in new:
+            self._reported[finding.key] = finding.limit.loss(finding.row)
+        for number, finding in enumerate(new[:_WARNINGS_PER_STEP]):
             better = self._better(finding, *tried) if number == 0 else None
             logger.warning("Step %d: %s", step, self._warning(finding, better))
-        more = found[_TOLD_AT_ONCE:]
+        more = new[_WARNINGS_PER_STEP:]
         if more:
-            logger.warning("Step %d: and beyond the limits of [float8], too: %s", step, _listed(more))
-        layers = list(dict.fromkeys(layer for layer, _, _ in self._told))
+            logger.warning("Step %d: also beyond the limits of [float8]: %s", step, _listed(more))
+        layers = list(dict.fromkeys(layer for layer, _, _ in self._reported))
         if len(layers) > 1:
-            logger.warning("Step %d: %s", step, self._together(layers))
+            logger.warning("Step %d: %s", step, self._joint_remedy(layers))
 
-    def _together(self, layers: Sequence[str]) -> str:
-        """What would keep all of `layers` from losing so much."""
-        if len(layers) > _MOST_NAMED:
+    def _joint_remedy(self, layers: Sequence[str]) -> str:
+        """One remedy for all of `layers`."""
+        if len(layers) > _MAX_NAMED:
             return (
-                f"{len(layers)} layers are beyond the limits of [float8] by now: a finer recipe for all is "
-                "the remedy, float8.recipe_name = rowwise or blockwise"
+                f"{len(layers)} layers are beyond the limits of [float8]; use a finer recipe for all of "
+                "them: float8.recipe_name = rowwise or blockwise"
             )
         kept = ",".join([*self._settings.filter_fqns, *layers])
-        return f"all {len(layers)} layers told of so far in high precision: --float8.filter_fqns={kept}"
+        return (
+            f"to keep all {len(layers)} layers reported so far in high precision: --float8.filter_fqns={kept}"
+        )
 
-    def _is_news(self, finding: HealthFinding) -> bool:
-        told = self._told.get(finding.key)
-        return told is None or finding.limit.loss(finding.row) > 2 * told
+    def _is_new(self, finding: HealthFinding) -> bool:
+        before = self._reported.get(finding.key)
+        return before is None or finding.limit.loss(finding.row) > 2 * before
 
     def _better(
         self, finding: HealthFinding, rows: Sequence[HealthRow], others: Sequence[str]
     ) -> HealthRow | None:
-        """The same cast in another recipe: the first that is within the limit, or else the best that loses
-        less than half as much.
+        """The same cast in another recipe: the first within the limit, otherwise the best one if it halves
+        the loss. None if there is no such recipe.
         """
         limit, own = finding.limit, finding.row
         same = {
@@ -246,26 +249,25 @@ class HealthReport:
         row, limit = finding.row, finding.limit
         kept = ",".join([*self._settings.filter_fqns, row.layer])
         high = f"keep this layer in high precision: --float8.filter_fqns={kept}"
-        told = f"{row.layer} {row.operand}: {limit.shows(row)} {limit.means} in {row.recipe}"
+        problem = f"{row.layer} {row.operand}: {limit.shows(row)} {limit.means} in {row.recipe}"
         if better is None:
-            return f"{told}; {high}"
+            return f"{problem}; {high}"
         rules = ",".join([*self._settings.layer_recipes, f"{row.layer}={better.recipe}"])
-        return (
-            f"{told}; {better.recipe} gives {limit.shows(better)}: --float8.layer_recipes={rules}, or {high}"
-        )
+        gives = f"{better.recipe} gives {limit.shows(better)}"
+        return f"{problem}; {gives}: --float8.layer_recipes={rules}, or {high}"
 
 
-def _listed(found: Sequence[HealthFinding]) -> str:
-    """`found` in a few words, by operand and limit: which layers, the worst first, and how bad each is."""
+def _listed(more: Sequence[HealthFinding]) -> str:
+    """One line that groups `more` by operand and limit, and lists each layer with its value."""
     groups: dict[tuple[str, str], list[HealthFinding]] = {}
-    for finding in found:
+    for finding in more:
         groups.setdefault((finding.row.operand, finding.limit.name), []).append(finding)
-    told = []
+    parts = []
     for (operand, _), each in groups.items():
-        names = [f"{f.row.layer} {f.limit.shows(f.row)}" for f in each[:_MOST_NAMED]]
-        rest = f" and {len(each) - _MOST_NAMED} more" if len(each) > _MOST_NAMED else ""
-        told.append(f"{operand} {each[0].limit.means} in {', '.join(names)}{rest}")
-    return f"{'; '.join(told)}. See health.jsonl"
+        names = [f"{f.row.layer} {f.limit.shows(f.row)}" for f in each[:_MAX_NAMED]]
+        rest = f" and {len(each) - _MAX_NAMED} more" if len(each) > _MAX_NAMED else ""
+        parts.append(f"{operand} {each[0].limit.means} in {', '.join(names)}{rest}")
+    return f"{'; '.join(parts)}. See health.jsonl"
 
 
 def _line(step: int, row: HealthRow) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Files of JSON lines, one object a line, that stay consistent when a run is killed and resumed."""
+"""JSON Lines files (one object per line) that stay consistent when a run is killed and resumed."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from octavo.core.logging import logger
 
 
 def _step_of(line: str) -> float:
-    """The step that a line tells of; infinite for a torn line, or one that is not ours."""
+    """The step of a line; infinity for a truncated line or one without a step."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, TypeError, LookupError):
@@ -27,27 +27,27 @@ def _finite(value: object) -> object:
 
 
 class Jsonl:
-    """One file, `NAME.jsonl`, whose objects have a `step`; full precision."""
+    """A file `NAME.jsonl` of objects with a `step`, in full precision."""
 
     def __init__(self, path: Path):
         self._path = path
 
     def start(self, step: int) -> None:
-        """Keep the lines up to `step`, so that a resumed run tells each step once; an older run's file is
-        put aside.
+        """Keep the lines up to `step`, so that a resumed run has each step once. If none is left, the file is
+        of an older run and is renamed.
         """
         if not self._path.exists():
-            self._path.unlink(missing_ok=True)  # a link to nothing: lines would be written where it points
+            self._path.unlink(missing_ok=True)  # a dangling link; writing would create its target
             return
         kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
         if not kept:
-            aside = datetime.fromtimestamp(self._path.stat().st_mtime).strftime("%Y%m%d-%H%M%S-%f")
-            self._path.rename(self._path.with_name(f"{self._path.stem}.{aside}.jsonl"))
+            stamp = datetime.fromtimestamp(self._path.stat().st_mtime).strftime("%Y%m%d-%H%M%S-%f")
+            self._path.rename(self._path.with_name(f"{self._path.stem}.{stamp}.jsonl"))
             return
         write_file(self._path, "".join(f"{line}\n" for line in kept))
 
     def write(self, *rows: Mapping[str, Any]) -> None:
-        """Append a line for each of `rows`. A full disk costs the lines, not the run."""
+        """Append one line per row. If that fails (a full disk), the lines are dropped with a warning."""
         line = "".join(
             json.dumps({name: _finite(value) for name, value in row.items()}) + "\n" for row in rows
         )
@@ -58,4 +58,4 @@ class Jsonl:
         except OSError as error:
             logger.warning("%s: a line could not be written: %s", self._path, error.strerror)
             with contextlib.suppress(OSError):
-                os.truncate(self._path, whole)  # no half lines
+                os.truncate(self._path, whole)  # leave no truncated line

@@ -1,10 +1,10 @@
-"""What a run reports: a log line, a line of JSON, and what trackers get, all from one `StepReport`.
+"""Training metrics: the log line, the line of `metrics.jsonl` and the trackers' values of a `StepReport`.
 
     step:  1  loss:  8.1294  memory:  0.63GiB(2.69%)  tps: 3,106  tflops: 0.13  mfu: 34.12%
 
 tps is tokens per second and device since the last line; tflops is tps times the model's FLOPs per token;
-mfu is tflops over the device's peak (`mfu.py` has the other two figures of that kind). Time spent
-waiting for data is measured around the wait itself. `docs/metrics.md` lists every name.
+mfu is tflops over the device's peak (`mfu.py` defines it, mfu_mixed and hfu). Time waiting for data is
+measured around the wait itself. `docs/metrics.md` lists every name.
 """
 
 import time
@@ -29,8 +29,8 @@ from octavo.metrics.trackers import Service, TensorBoard, Tracker
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """loss: nats per token. bits_per_byte: None where the labels stand for no text. tokens: labels counted,
-    over all ranks. seconds: what it took.
+    """loss: nats per token. bits_per_byte: None if the labels decode to no text. tokens: labels counted over
+    all ranks. seconds: duration of the validation.
     """
 
     loss: float
@@ -44,13 +44,13 @@ class StepReport:
     """One reported step. Rates are per device, over the steps since the last report (`interval_steps` of
     them).
 
-    tokens: seen by all devices since the run began. seconds: per step. data_seconds: waited for data, per
-    step. saving_seconds, compile_seconds: that training stood still for checkpoints, and that torch.compile
-    took, in all these steps together. mfu, mfu_mixed, hfu: percent, None where a peak is unknown.
-    loss_max: the mean loss of that process where it is largest. skipped_steps, spikes, rewinds: since the run
-    began. step_p50, step_p90, step_p99: seconds of the last steps in which nothing was compiled.
-    float8_saturated: where scales are the previous step's, the largest share of an operand's elements that
-    lay beyond them in a step; float8_fallbacks: steps since the run began that led to one just in time.
+    tokens: seen by all devices since the run began. seconds: per step. data_seconds: waiting for data, per
+    step. saving_seconds, compile_seconds: total seconds that training was blocked by checkpoints, and that
+    torch.compile took, in the interval. mfu, mfu_mixed, hfu: percent, None where a peak is unknown.
+    loss_max: the largest mean loss of any process. skipped_steps, spikes, rewinds: since the run began.
+    step_p50, step_p90, step_p99: step time percentiles in seconds, over recent steps without compilation.
+    float8_saturated: under delayed scaling, the largest share of an operand's elements that saturated in a
+    step; float8_fallbacks: steps since the run began after which a scale was computed just in time.
     """
 
     step: int
@@ -86,11 +86,11 @@ class StepReport:
 
     @property
     def data_percent(self) -> float:
-        """Share of the time that was spent waiting for data."""
+        """Percentage of the time spent waiting for data."""
         return 100 * self.data_seconds / self.seconds
 
 
-# Trackers' names, which existing dashboards know (most are torchtitan's) -> our fields
+# Tracker tag (most are torchtitan's, for existing dashboards) -> field of StepReport
 _TRACKED = {
     "loss_metrics/global_avg_loss": "loss",
     "loss_metrics/global_max_loss": "loss_max",
@@ -125,13 +125,13 @@ _TRACKED = {
 
 
 def tracked(report: StepReport) -> dict[str, float]:
-    """What trackers get of `report`; what is not known is left out."""
+    """The tracker values of `report`, without those that are None."""
     values = {tag: getattr(report, name) for tag, name in _TRACKED.items()}
     return {tag: value for tag, value in values.items() if value is not None}
 
 
 class _Colors:
-    """Terminal colours by the part of the line, or none."""
+    """Terminal colour codes of the parts of the log line; empty strings if off."""
 
     def __init__(self, on: bool):
         self.step, self.loss, self.memory, self.tps, self.tflops, self.mfu, self.reset = (
@@ -140,7 +140,7 @@ class _Colors:
 
 
 def format_line(report: StepReport, colors: _Colors, *, grad_norm: bool) -> str:
-    """The step's log line, in the form that torchtitan's readers know."""
+    """The log line of a step, in torchtitan's format."""
     mfu = "n/a" if report.mfu is None else f"{report.mfu:.2f}%"
     norm = f"grad_norm: {report.grad_norm:7.4f}  " if grad_norm else ""
     return (
@@ -158,9 +158,9 @@ def _percent(value: float | None) -> str:
 
 
 class MetricsLogger:
-    """Collects tokens and waiting times between reports; reports on the ranks that write.
+    """Collects tokens and waiting times between reports, and writes the reports.
 
-    config, description: what a tracker is told of the run; without secrets.
+    config, description: of the run, sent to the trackers; must contain no secrets.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class MetricsLogger:
             self._trackers.append(TensorBoard(folder / settings.save_tb_folder / stamp / part))
         services = {"wandb": settings.enable_wandb, "trackio": settings.enable_trackio}
         self._services = [name for name, wanted in services.items() if wanted and rank == 0]
-        self._tell_service = (folder, config, description)
+        self._service_args = (folder, config, description)
         self._times = StepTimes()
         self._steady_tokens = self._steady_data = 0.0
         self._step_tokens = self._step_data = 0.0
@@ -197,11 +197,11 @@ class MetricsLogger:
         self._restart(time.perf_counter())
 
     def start(self, step: int) -> None:
-        """Training begins, or goes on, after `step`."""
+        """Prepare for training to start or resume after `step`."""
         if self._jsonl:
             self._jsonl.start(step)
         while self._services:
-            service = Service(self._services.pop(), *self._tell_service, resumed=step > 0)
+            service = Service(self._services.pop(), *self._service_args, resumed=step > 0)
             self._trackers.append(service)
         now = time.perf_counter()
         self._restart(now)
@@ -216,18 +216,18 @@ class MetricsLogger:
         self._compile_seconds = 0.0
 
     def due(self, step: int) -> bool:
-        """Whether `step` is reported: the first one, and every `log_freq`-th."""
+        """Whether `step` is reported: the first step and every `log_freq`-th."""
         return step == 1 or step % self._settings.log_freq == 0
 
     def add_batch(self, tokens: int, data_seconds: float) -> None:
-        """Count one microbatch of this device: its tokens, and the seconds waited for it."""
+        """Count one microbatch of this device: its tokens and the seconds spent waiting for it."""
         self._tokens += tokens
         self._data_seconds += data_seconds
         self._step_tokens += tokens
         self._step_data += data_seconds
 
     def add_saving(self, seconds: float) -> None:
-        """Count time that training stood still for a checkpoint."""
+        """Count seconds that training was blocked by a checkpoint."""
         self._saving_seconds += seconds
         self._times.pause(seconds)
 
@@ -255,8 +255,9 @@ class MetricsLogger:
         loss_max: float | None = None,
         counts: Mapping[str, Any] = MappingProxyType({}),
     ) -> StepReport:
-        """Report the steps since the last report; the device must have finished them. `counts`: the fields
-        of a `StepReport` that the guard counts.
+        """Report the steps since the last report; the device must have finished them.
+
+        `counts`: further fields of `StepReport`, as the guard and delayed scaling count them.
         """
         now = time.perf_counter()
         seconds = now - self._since
@@ -296,68 +297,68 @@ class MetricsLogger:
         if self._jsonl:
             self._jsonl.write(asdict(report))
         self.track(step, tracked(report))
-        self._restart(now)  # not the time after writing: what reporting costs counts in the next interval
+        self._restart(now)  # `now` precedes writing, so the time of writing counts in the next interval
         return report
 
     def track(self, step: int, values: Mapping[str, float]) -> None:
-        """Hand `values` to the trackers, if there are any."""
+        """Write `values` to all trackers."""
         for tracker in self._trackers:
             tracker.write(values, step)
 
     @property
     def tracks(self) -> bool:
-        """Whether somebody looks at what `track` is given."""
+        """Whether there are trackers."""
         return bool(self._trackers)
 
-    def report_validation(self, step: int, found: ValidationReport) -> None:
-        """Report a validation after `step`; its time is no part of the training's rates."""
-        bits = "n/a" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
+    def report_validation(self, step: int, validation: ValidationReport) -> None:
+        """Report a validation after `step`, and exclude its time from the training rates."""
+        bits = "n/a" if validation.bits_per_byte is None else f"{validation.bits_per_byte:.4f}"
         logger.info(
-            f"{self._colors.step}validate step: {step:2}  {self._colors.loss}loss: {found.loss:7.4f}  "
-            f"{self._colors.tps}bits per byte: {bits}{self._colors.reset}  tokens: {found.tokens:,}  "
-            f"seconds: {found.seconds:.1f}"
+            f"{self._colors.step}validate step: {step:2}  {self._colors.loss}loss: {validation.loss:7.4f}  "
+            f"{self._colors.tps}bits per byte: {bits}{self._colors.reset}  tokens: {validation.tokens:,}  "
+            f"seconds: {validation.seconds:.1f}"
         )
         values = {
             "step": step,
-            "validation_loss": found.loss,
-            "validation_bits_per_byte": found.bits_per_byte,
-            "validation_tokens": found.tokens,
-            "validation_seconds": found.seconds,
+            "validation_loss": validation.loss,
+            "validation_bits_per_byte": validation.bits_per_byte,
+            "validation_tokens": validation.tokens,
+            "validation_seconds": validation.seconds,
         }
         if self._jsonl:
             self._jsonl.write(values)
-        tags = {"validation_metrics/global_avg_loss": found.loss}
-        if found.bits_per_byte is not None:
-            tags["validation_metrics/bits_per_byte"] = found.bits_per_byte
+        tags = {"validation_metrics/global_avg_loss": validation.loss}
+        if validation.bits_per_byte is not None:
+            tags["validation_metrics/bits_per_byte"] = validation.bits_per_byte
         self.track(step, tags)
-        self.pause(found.seconds)
+        self.pause(validation.seconds)
 
     def pause(self, seconds: float) -> None:
-        """These seconds are no part of the training's rates."""
+        """Exclude `seconds` from the training rates."""
         self._since += seconds
         self._times.pause(seconds)
 
     def summary(self) -> str | None:
-        """One line on this process's steady steps; None if there were none."""
+        """One line about this process's steady steps; None if there were none."""
         times, steady = self._times.all(), sum(self._times.steady)
         if times is None:
             return None
         tps = self._steady_tokens / steady
         used: Utilization = utilization(self._work, tps, self._peak)
-        apart = f"the first took {self._times.first:.3f} s"
+        first = f"the first took {self._times.first:.3f} s"
         if self._times.compiling:
-            apart += (
+            first += (
                 f", compiling {self._times.compiling:.1f} s in it and {self._times.compiling_steps} others"
             )
         waited = 100 * self._steady_data / steady
         return (
             f"{count(len(self._times.steady), 'step')} took at most {times.p50:.3f} s (half of them), "
-            f"{times.p90:.3f} s (90%), {times.p99:.3f} s (99%); {apart}. "
+            f"{times.p90:.3f} s (90%), {times.p99:.3f} s (99%); {first}. "
             f"Waited for data {waited:.2f}% of the time. tps {round(tps):,}, mfu {_percent(used.mfu)}, "
             f"mfu_mixed {_percent(used.mfu_mixed)}, hfu {_percent(used.hfu)}"
         )
 
     def close(self) -> None:
-        """Flush what is buffered."""
+        """Flush and close the trackers."""
         for tracker in self._trackers:
             tracker.close()

@@ -1,17 +1,16 @@
-"""How much of the hardware's peak a run uses: three figures, which differ in what they count.
+"""Utilization of the hardware's peak: three figures that differ in what they count.
 
     mfu         the model's FLOPs against the high-precision peak, whatever the recipe: comparable with
                 published figures (PaLM, arXiv:2204.02311, appendix B); with float8 it can exceed 100 %
-    mfu_mixed   the same FLOPs, each product against the peak of the precision that it ran in: the share of
-                the time that a machine at its peaks would have needed. 100 % is the limit
-    hfu         as mfu_mixed, with what activation checkpointing computes again
+    mfu_mixed   the same FLOPs, each product against the peak of the precision that it ran in; at most 100 %
+    hfu         as mfu_mixed, plus the FLOPs that activation checkpointing recomputes
 
-With F_p FLOPs a token in precision p, P_p that precision's peak and r tokens a second, the last two are
-r * sum(F_p / P_p). Emulated float8 counts as the float32 that it ran in. Where a precision that did run has
-no known peak, the figure is not known either.
+With F_p FLOPs per token in precision p, peak P_p of that precision and r tokens per second, mfu_mixed and hfu
+are r * sum(F_p / P_p). Emulated float8 counts as float32, the precision it runs in. If the peak of a
+precision that ran is unknown, so is the figure.
 
-Linear layers are told apart by precision; attention and whatever else the model counts runs in high
-precision. Only the model's FLOPs count, so that padding, casts and the optimizer use none of the peak.
+The precision is tracked for each linear layer; attention and all other work counts as high precision. Only
+the model's FLOPs count, not those of padding, casts and the optimizer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,14 +22,14 @@ from octavo.config.schema import ActivationCheckpoint
 from octavo.metrics.device import Peak
 
 LinearPrecisions = Mapping[str, tuple[str, str, str]]
-"""Full name of a linear layer -> the precisions of its products output, grad_input and grad_weight."""
+"""Full name of a linear layer -> the precisions of its output, grad_input and grad_weight GEMMs."""
 
 
 @dataclass(frozen=True)
 class Work:
     """FLOPs per token, by the precision that they run in ("bfloat16", "float32", "float8").
 
-    model: forward and backward. again: what checkpointing computes again; None where that is not known.
+    model: forward and backward. again: recomputation by activation checkpointing; None if unknown.
     """
 
     model: Mapping[str, float]
@@ -38,13 +37,13 @@ class Work:
 
     @property
     def total(self) -> float:
-        """The model's FLOPs per token."""
+        """FLOPs per token of forward and backward, over all precisions."""
         return sum(self.model.values())
 
 
 @dataclass(frozen=True)
 class Utilization:
-    """Percent of the peak, see the module; None: not known."""
+    """Percent of the peak, as the module defines them; None if unknown."""
 
     mfu: float | None
     mfu_mixed: float | None
@@ -52,7 +51,7 @@ class Utilization:
 
 
 def utilization(work: Work, tokens_per_second: float, peak: Peak) -> Utilization:
-    """The three figures at `tokens_per_second` on one device."""
+    """The three figures of one device at `tokens_per_second`."""
 
     def share(*parts: Mapping[str, float] | None) -> float | None:
         seconds = 0.0
@@ -72,14 +71,14 @@ def utilization(work: Work, tokens_per_second: float, peak: Peak) -> Utilization
     )
 
 
-def computed_again(
+def recomputed_products(
     products: Sequence[str], attention: str, settings: ActivationCheckpoint, number: int, *, to_the_end: bool
 ) -> list[str]:
-    """Which of a layer's forward `products`, in the order in which they run, checkpointing runs again.
+    """Which of a layer's forward `products` (in execution order) activation checkpointing recomputes.
 
-    number: the layer's place, from 0. to_the_end: whether the last one is too: nothing in backward needs its
-    result, so recomputation stops before it, except in an eager layer which stores its operands only after
-    the product (`Float8Linear`).
+    number: index of the layer, from 0. to_the_end: whether the last product is recomputed too. Backward does
+    not need its result, so recomputation stops before it, except in an eager layer that saves its operands
+    only after the product (`Float8Linear`).
     """
     if settings.mode == "none":
         return []
@@ -106,15 +105,15 @@ def work_of(
     """The work of a whole model, before it is sharded.
 
     Args:
-        flops_per_token: forward and backward, as the model counts them.
-        precisions: of its linear layers. high: the precision of everything else.
+        flops_per_token: forward and backward, as the model's spec counts them.
+        precisions: of the linear layers. high: the precision of everything else.
         settings: of activation checkpointing.
-        layer: `ModelSpec.layer_products` of it, or None.
-        to_the_end: as in `computed_again`.
+        layer: the result of `ModelSpec.layer_products`, or None.
+        to_the_end: as in `recomputed_products`.
     """
     products = {name: 2.0 * m.weight.numel() for name, m in _linears(model).items()}
     counted = 3 * sum(products.values())
-    # A model that runs its linears on some of the tokens only says so in its own count.
+    # A model whose linears see only some of the tokens (a mixture of experts) counts fewer FLOPs itself.
     scale = min(1.0, flops_per_token / counted) if counted else 1.0
     by_precision = {high: max(0.0, flops_per_token - counted)}
     for name, flops in products.items():
@@ -131,7 +130,7 @@ def work_of(
     again: dict[str, float] = {}
     number = 0
     while any(f"{prefix}{number}.{name}" in products for name in other):
-        for name in computed_again(list(other), attention, settings, number, to_the_end=to_the_end):
+        for name in recomputed_products(list(other), attention, settings, number, to_the_end=to_the_end):
             linear = f"{prefix}{number}.{name}"
             precision = precisions.get(linear, (high,))[0]
             again[precision] = again.get(precision, 0.0) + products.get(linear, other[name])

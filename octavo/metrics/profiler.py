@@ -1,4 +1,4 @@
-"""Traces and memory snapshots at fixed steps; nothing is recorded unless asked for."""
+"""Profiler traces and memory snapshots at fixed steps; off by default."""
 
 import pickle
 import time
@@ -13,7 +13,7 @@ from octavo.config.schema import Profiling
 from octavo.core.logging import logger
 from octavo.metrics.trace_summary import write_summary
 
-_WARMUP, _ACTIVE = 3, 1  # steps of profiling that are thrown away, and that are kept
+_WARMUP, _ACTIVE = 3, 1  # profiled steps: discarded, recorded
 
 
 def _trace_schedule(every: int) -> Callable[[int], torch.profiler.ProfilerAction]:
@@ -25,8 +25,8 @@ def _trace_schedule(every: int) -> Callable[[int], torch.profiler.ProfilerAction
 
 @contextmanager
 def _traces(settings: Profiling, folder: Path, rank: int) -> Iterator[Callable[[], None]]:
-    """Chrome traces, `<folder>/iteration_<step>/rank<rank>_trace.json` for every `profile_freq`-th step, each
-    with a page on it, `rank<rank>_summary.txt`.
+    """Record a Chrome trace of every `profile_freq`-th step,
+    `<folder>/iteration_<step>/rank<rank>_trace.json`, and write its summary to `rank<rank>_summary.txt`.
     """
 
     saved = 0
@@ -34,7 +34,7 @@ def _traces(settings: Profiling, folder: Path, rank: int) -> Iterator[Callable[[
     def save(profiler: torch.profiler.profile) -> None:
         nonlocal saved
         if profiler.step_num % settings.profile_freq or profiler.step_num == saved:
-            return  # training ended as a step's recording had just begun
+            return  # training ended just after a recording began
         saved = profiler.step_num
         start = time.perf_counter()
         path = folder / f"iteration_{profiler.step_num}" / f"rank{rank}_trace.json"
@@ -43,10 +43,10 @@ def _traces(settings: Profiling, folder: Path, rank: int) -> Iterator[Callable[[
         logger.info("Saved trace %s in %.2f seconds", path, time.perf_counter() - start)
         try:
             logger.info("Where the time of that step went: %s", write_summary(path))
-        except (OSError, ValueError) as error:  # a page less is no reason to end a run
-            logger.warning("%s: no summary of it could be written: %s", path, error)
+        except (OSError, ValueError) as error:  # a missing summary must not end the run
+            logger.warning("%s: could not write its summary: %s", path, error)
 
-    # Each trace is saved as its cycle ends, so that nothing is lost.
+    # Each trace is saved at the end of its cycle, so nothing is lost.
     warnings.filterwarnings("ignore", ".*Profiler clears events at the end of each cycle")
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
@@ -60,7 +60,7 @@ def _traces(settings: Profiling, folder: Path, rank: int) -> Iterator[Callable[[
 
 @contextmanager
 def _memory_snapshots(settings: Profiling, folder: Path, rank: int) -> Iterator[Callable[[], None]]:
-    """The CUDA allocator's history, `<folder>/iteration_<step>/rank<rank>_memory_snapshot.pickle`."""
+    """Record CUDA's allocator history in `<folder>/iteration_<step>/rank<rank>_memory_snapshot.pickle`."""
     logger.info("Memory snapshots active. They will be saved at %s", folder)
     torch.cuda.memory._record_memory_history(max_entries=100_000)
     step = 0
@@ -82,7 +82,7 @@ def _memory_snapshots(settings: Profiling, folder: Path, rank: int) -> Iterator[
 
 @contextmanager
 def profiling(settings: Profiling, dump_folder: Path, rank: int) -> Iterator[Callable[[], None]]:
-    """Profile as `settings` say; the yielded function is called at the end of every step."""
+    """Profile according to `settings`; call the yielded function at the end of every step."""
     with ExitStack() as stack:
         end_of_step = []
         if settings.enable_memory_snapshot:

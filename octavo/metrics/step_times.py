@@ -1,8 +1,8 @@
-"""How long steps take: percentiles of those that tell of the training, apart from those that do not.
+"""Step time percentiles over steady steps.
 
-A step is timed from the end of the last one, less the pauses in between (saving, validating): what is left is
-waiting for data, computing, and reporting. The first step since the start, and every step in which something
-was compiled, say nothing of the others; they are counted apart.
+A step is timed from the end of the previous step, minus pauses (saving, validating), so its time covers
+waiting for data, computing and reporting. The first step after the start, and every step in which something
+was compiled, are not representative; they are counted separately.
 """
 
 from array import array
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 RECENT = 1000
-"""Steps that the percentiles in the metrics cover; those at the end cover all."""
+"""Number of recent steps that the percentiles in the metrics cover; the final summary covers all steps."""
 
 
 @dataclass(frozen=True)
 class Percentiles:
-    """Seconds that half, nine in ten, and 99 in a hundred steps took at most."""
+    """50th, 90th and 99th percentile of the step time, in seconds."""
 
     p50: float
     p90: float
@@ -23,7 +23,7 @@ class Percentiles:
 
 
 def percentiles_of(seconds: Sequence[float]) -> Percentiles | None:
-    """By nearest rank, so that each is a time that was measured; None of nothing."""
+    """Percentiles by nearest rank, so each is a measured time; None if `seconds` is empty."""
     if not seconds:
         return None
     ordered = sorted(seconds)
@@ -32,7 +32,7 @@ def percentiles_of(seconds: Sequence[float]) -> Percentiles | None:
 
 
 def seconds_compiling() -> float:
-    """What torch.compile has taken in this process so far, forward and backward."""
+    """Seconds that torch.compile has taken in this process so far, forward and backward."""
     from torch._dynamo.utils import compilation_time_metrics
 
     return sum(
@@ -47,24 +47,24 @@ class StepTimes:
     def __init__(self) -> None:
         self.steady = array("d")
         self.first: float | None = None
-        """The first step since the start."""
+        """Seconds of the first step after the start."""
         self.compiling_steps = 0
-        """Steps in which something was compiled, the first one left out."""
+        """Number of steps in which something was compiled, without the first step."""
         self.compiling = 0.0
-        """Seconds that compiling took, in all steps."""
+        """Total seconds of compilation, in all steps."""
         self._since = self._pause = 0.0
         self._fresh = True
 
     def start(self, now: float) -> None:
-        """Training begins, or goes on, at `now`: what comes next is a first step."""
+        """Training starts or resumes at `now`; the next step is a first step."""
         self._since, self._pause, self._fresh = now, 0.0, True
 
     def pause(self, seconds: float) -> None:
-        """These seconds are no part of the step."""
+        """Exclude `seconds` from the current step."""
         self._pause += seconds
 
     def end(self, now: float, compiling: float) -> None:
-        """A step ended at `now`, in which compiling took that many seconds."""
+        """End a step at `now`, of which `compiling` seconds were compilation."""
         seconds = now - self._since - self._pause
         self._since, self._pause = now, 0.0
         self.compiling += compiling
@@ -76,9 +76,9 @@ class StepTimes:
             self.steady.append(seconds)
 
     def recent(self) -> Percentiles | None:
-        """Of the last `RECENT` steady steps."""
+        """Percentiles of the last `RECENT` steady steps."""
         return percentiles_of(self.steady[-RECENT:])
 
     def all(self) -> Percentiles | None:
-        """Of all steady steps."""
+        """Percentiles of all steady steps."""
         return percentiles_of(self.steady)

@@ -1,18 +1,18 @@
-"""One page on where the time of a recorded step went, from its Chrome trace.
+"""Summarizes a profiled step's Chrome trace on one page: where the time went.
 
     python -m octavo.metrics.trace_summary outputs/profile_traces/iteration_10/rank0_trace.json
 
-A trace with GPU kernels is counted by kernels: the time of a kind is the time in which at least one of its
-kernels ran, communication that no computation hides is told apart, and idle is the time in which none ran. A
-trace without (a CPU's) is counted by operators: the time of each is its own, without that of the operators
-it calls, summed over threads; idle is when no thread was in one.
+A trace with GPU kernels is counted by kernels: the time of a kind is the time during which at least one of
+its kernels ran; exposed communication (not overlapped by computation) has a line of its own; idle is the time
+during which no kernel ran. A CPU trace is counted by operators: each operator's self time, without the
+operators that it calls, summed over threads; idle is the time during which no thread ran an operator.
 
-Kinds are told by name, so by rules that can miss: see `_KINDS`. Quantisation is what is `casts`: our own
-kernels, and those that the compiler made of a maximum of magnitudes or a clamp to float8's range. On a CPU
-float8 is emulated: its products are ordinary ones, and its casts are operators like any other, which count
-as `other`; the page says so rather than 0%.
+Kinds are recognized by name, so a kernel can be misclassified: see `_KINDS`. Quantisation is the kind
+`casts`: octavo's own kernels, and compiled kernels that take an absolute maximum or clamp to float8's range.
+A CPU emulates float8: its GEMMs are ordinary ones, and its casts are ordinary operators, which count as
+`other`; the page then shows n/a instead of 0%.
 
-A trace can have gigabytes. It is read in pieces, and no further than `LARGEST` bytes; the page says so then.
+A trace can have gigabytes. It is read in pieces, up to `LARGEST` bytes; the page notes when it was cut off.
 """
 
 import gzip
@@ -50,27 +50,30 @@ _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
             r"|triton_.*(abs.*max|clamp.*to_copy|to_copy.*clamp)"
         ),
     ),
-    (OTHER, re.compile(r"^float8matmul")),  # our autograd function: what it calls tells for itself
+    (
+        OTHER,
+        re.compile(r"^float8matmul"),
+    ),  # our autograd function; the operators it calls are counted themselves
     (
         GEMM,
         re.compile(
             r"gemm|nvjet|cutlass|cublas|matmul|::mm$|::bmm$|::addmm$|::linear$|wgmma|sm\d\d_xmma"
-            r"|triton_tem_fused\w*_(add)?b?mm|^cijk_"  # inductor's own products; AMD's
+            r"|triton_tem_fused\w*_(add)?b?mm|^cijk_"  # inductor's own GEMMs; AMD's
         ),
     ),
 )
 
 
 def kind_of(name: str) -> str:
-    """What a kernel or operator of this name does."""
+    """The kind of a kernel or operator, by its name."""
     lower = name.lower()
     return next((kind for kind, pattern in _KINDS if pattern.search(lower)), OTHER)
 
 
 @dataclass
 class Summary:
-    """Seconds of one recorded step. kinds: by kind; they may overlap on a GPU. exposed: communication while
-    nothing computed. kernels: name -> (seconds, calls).
+    """Seconds of one profiled step. kinds: by kind; they may overlap on a GPU. exposed: communication that no
+    computation overlaps. kernels: name -> (seconds, calls).
     """
 
     wall: float
@@ -84,25 +87,25 @@ class Summary:
 
     @property
     def quantisation(self) -> float | None:
-        """The share of the time that casts take; None where they cannot be told from other operators."""
+        """The share of the time spent on casts; None if they count as other operators."""
         if not self.on_gpu and CASTS not in self.kinds:
             return None
         return self.kinds.get(CASTS, 0.0) / self.wall if self.wall else 0.0
 
 
 def events_of(file: IO[str], largest: int = LARGEST) -> Iterator[dict[str, Any] | None]:
-    """The events of a trace one by one, read in pieces; None at the end if it was longer than `largest`, or
-    torn.
+    """Iterate over the events of a trace, reading it in pieces. A final None means that the trace was
+    truncated or longer than `largest`.
     """
     decoder, text, read = json.JSONDecoder(), "", 0
     start = -1
     while start < 0:
         piece = file.read(_PIECE)
         if not piece:
-            raise ValueError("there are no traceEvents in it")
+            raise ValueError("it has no traceEvents")
         text, read = text + piece, read + len(piece)
-        found = re.search(r'"traceEvents"\s*:\s*\[|^\s*\[', text)
-        start = found.end() if found else -1
+        match = re.search(r'"traceEvents"\s*:\s*\[|^\s*\[', text)
+        start = match.end() if match else -1
     text = text[start:]
     while True:
         at = 0
@@ -155,23 +158,23 @@ def summarise(events: Iterable[dict[str, Any] | None]) -> Summary:
         ):
             continue
         name, kind = str(event.get("name")), str(event.get("cat", "")).lower()
-        found = _Event(name, start, start + length, (event.get("pid"), event.get("tid")))
+        timed = _Event(name, start, start + length, (event.get("pid"), event.get("tid")))
         if name.startswith("ProfilerStep"):
             if kind != "gpu_user_annotation":
-                steps.append((found.start, found.end))
+                steps.append((timed.start, timed.end))
         elif kind in ("kernel", "gpu_memcpy", "gpu_memset"):
-            kernels.append(found)
+            kernels.append(timed)
         elif kind == "cpu_op":
-            operators.append(found)
+            operators.append(timed)
     if not kernels and not operators:
-        raise ValueError("no operator and no kernel is recorded in it")
+        raise ValueError("it records no operator and no kernel")
     summary = _of_kernels(kernels, steps) if kernels else _of_operators(operators, steps)
     summary.cut_off = cut_off
     return summary
 
 
 def _window(events: Sequence[_Event], steps: Sequence[tuple[float, float]]) -> float:
-    """From the step's begin to the end of its last event, in seconds."""
+    """Seconds from the start of the step to the end of its last event."""
     spans = [(event.start, event.end) for event in events] + list(steps)
     if not spans:
         return 0.0
@@ -179,7 +182,7 @@ def _window(events: Sequence[_Event], steps: Sequence[tuple[float, float]]) -> f
 
 
 def _covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Seconds that at least one of `spans` covers."""
+    """Seconds covered by at least one of `spans`."""
     total, until = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, until))
@@ -214,14 +217,14 @@ def _of_operators(operators: Sequence[_Event], steps: Sequence[tuple[float, floa
         by_name[operator.name] = seconds + own / 1e6, calls + 1
 
     for lane in lanes.values():
-        open_: list[list[Any]] = []  # operators that the next may be called by: event, own time, kind
+        open_: list[list[Any]] = []  # the enclosing operators: event, self time, kind
         for operator in sorted(lane, key=lambda o: (o.start, -o.end)):
             while open_ and open_[-1][0].end <= operator.start:
                 count(*open_.pop())
             kind = kind_of(operator.name)
             if open_:
                 open_[-1][1] -= operator.end - operator.start
-                if kind == OTHER:  # what a product or attention is made of belongs to it
+                if kind == OTHER:  # operators called by a GEMM or attention count as part of it
                     kind = open_[-1][2]
             open_.append([operator, operator.end - operator.start, kind])
         while open_:
@@ -237,7 +240,7 @@ def page(summary: Summary, source: str) -> str:
     what = "GPU kernels" if summary.on_gpu else "operators on the CPU"
     lines = [f"{source}: one step, {summary.wall * 1e3:.2f} ms, by {what}", ""]
     if summary.cut_off:
-        lines[1:1] = ["The trace is torn or too long: only its first part was read.", ""]
+        lines[1:1] = ["The trace is truncated or too long: only its first part was read.", ""]
     rows = [
         *(
             (kind, summary.kinds.get(kind, 0.0))
@@ -253,7 +256,7 @@ def page(summary: Summary, source: str) -> str:
         lines.append(f"{names.get(kind, kind):42} {seconds * 1e3:10.2f} ms {100 * seconds / wall:6.1f}%")
     if summary.on_gpu:
         lines.append(
-            f"{'communication that nothing hides':42} {summary.exposed * 1e3:10.2f} ms "
+            f"{'exposed communication':42} {summary.exposed * 1e3:10.2f} ms "
             f"{100 * summary.exposed / wall:6.1f}%"
         )
     lines += ["", _of_quantisation(summary), ""]
@@ -270,20 +273,20 @@ def page(summary: Summary, source: str) -> str:
 def _of_quantisation(summary: Summary) -> str:
     if summary.quantisation is None:
         return (
-            "What quantisation takes cannot be told: a CPU emulates float8 by ordinary operators, which are "
-            f"in {OTHER!r}."
+            "The share of quantisation is unknown: a CPU emulates float8 with ordinary operators, "
+            f"which count as {OTHER!r}."
         )
     return f"Quantisation takes {100 * summary.quantisation:.1f}% of the step."
 
 
 def summarise_file(path: Path) -> str:
-    """The page of the trace at `path` (.json, or .json.gz); `ValueError` if it is none."""
+    """The page of the trace at `path` (.json, or .json.gz); `ValueError` if it is not a trace."""
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         return page(summarise(events_of(file)), path.name)
 
 
 def write_summary(trace: Path) -> Path:
-    """Write the page beside `trace`, as `…_summary.txt`."""
+    """Write the page next to `trace`, as `…_summary.txt`; returns its path."""
     name = trace.name.removesuffix(".gz").removesuffix(".json").removesuffix("_trace")
     out = trace.with_name(f"{name}_summary.txt")
     write_file(out, summarise_file(trace))
@@ -291,7 +294,7 @@ def write_summary(trace: Path) -> Path:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the page of each trace that `argv` names; the exit code is 2 if one is none."""
+    """Print the page of each trace in `argv`; returns the exit code, 2 if a file is not a trace."""
     if not argv or argv[0].startswith("-"):
         print("usage: python -m octavo.metrics.trace_summary TRACE.json [TRACE.json.gz …]", file=sys.stderr)
         return 0 if argv[:1] in (["-h"], ["--help"]) else 2
@@ -301,7 +304,7 @@ def main(argv: Sequence[str]) -> int:
         except (OSError, EOFError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) and error.strerror else error
             print(
-                f"{argument}: is no Chrome trace that can be read: {why}; name a …_trace.json that "
+                f"{argument}: not a readable Chrome trace: {why}; name a …_trace.json that "
                 "--profiling.enable_profiling wrote",
                 file=sys.stderr,
             )

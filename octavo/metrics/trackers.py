@@ -1,12 +1,12 @@
-"""Where a run's figures go beside `metrics.jsonl`: TensorBoard, Weights & Biases, trackio.
+"""Experiment trackers, in addition to `metrics.jsonl`: TensorBoard, Weights & Biases, trackio.
 
-A tracker has `write(values, step)` and `close()`. All get the same names, those of the dashboards that
-torchtitan's users have. A package that is missing, or a service that does not let us in, is a `ConfigError`
-before training; afterwards a tracker that fails costs its curves, with one warning, and not the run.
+All trackers get the same tags, which match torchtitan's dashboards. A missing package, or a service that
+refuses the login, is a `ConfigError` before training. A tracker that fails later is disabled with one
+warning; the run continues.
 
-Where they write to is left to the variables that each of them reads itself (WANDB_PROJECT, WANDB_ENTITY,
-WANDB_MODE, TRACKIO_PROJECT, TRACKIO_SPACE_ID, …). Keys stay in the environment or where their login put them:
-we neither read nor log them, and the configuration that is sent has been through `redact`.
+Each service reads its own environment variables (WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE, TRACKIO_PROJECT,
+TRACKIO_SPACE_ID, …). octavo neither reads nor logs API keys, and `redact` has removed secrets from the
+configuration that is sent.
 """
 
 import importlib
@@ -25,7 +25,7 @@ _ID_FILE = "{}_run"
 
 
 class Tracker(Protocol):
-    """What figures are written to."""
+    """Receives the metrics of each reported step."""
 
     def write(self, values: Mapping[str, float], step: int) -> None: ...
 
@@ -66,7 +66,7 @@ def _import(package: str) -> ModuleType:
 
 
 def _run_id(folder: Path, package: str, *, resumed: bool) -> str:
-    """The name that a run keeps when it is resumed: made when it begins, kept in its folder."""
+    """The run id, created at the start and stored in `folder`, so that a resumed run keeps it."""
     path = folder / _ID_FILE.format(package)
     if not (resumed and path.exists()):
         write_file(path, f"{folder.resolve().name}-{os.urandom(4).hex()}\n")
@@ -76,8 +76,8 @@ def _run_id(folder: Path, package: str, *, resumed: bool) -> str:
 class Service:
     """wandb or trackio, whose calls have the same form: init, log and finish.
 
-    A resumed run goes on under the same id. Steps are logged as a value as well, because a run that went back
-    to a checkpoint tells some of them twice, and wandb drops what is older than its own counter.
+    A resumed run keeps its id. The step is also logged as a value, because a run that went back to a
+    checkpoint logs some steps twice, and wandb drops values older than its own step counter.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Service:
             self._run = self._package.init(**options)
             if package == "wandb":
                 self._run.define_metric("*", step_metric="step")
-        except Exception as error:  # theirs are of many kinds: no key, no network, no such project
+        except Exception as error:  # of many types: no key, no network, no such project
             raise ConfigError(
                 f"metrics.enable_{package} = true: {package} did not start: "
                 f"{redact(f'{type(error).__name__}: {error}')}; leave it off to train without it"
@@ -126,7 +126,7 @@ class Service:
         except Exception as error:
             self._failed = True
             logger.warning(
-                "%s failed and gets no more figures (metrics.jsonl has them all): %s",
+                "%s failed and is disabled (metrics.jsonl has all values): %s",
                 self._name,
                 redact(f"{type(error).__name__}: {error}"),
             )

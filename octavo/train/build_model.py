@@ -1,5 +1,5 @@
-"""From a job to a model that is ready to train: built on no device, converted, parallelised, and only then
-given memory and its initial weights.
+"""Builds the model of a job: on the meta device, converted to float8, parallelised, and only then allocated
+and given its initial weights.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from octavo.train import quantization
 
 
 def model_args(job: JobConfig, tokenizer: Tokenizer) -> Any:
-    """The model's own arguments, fitted to the job; `ConfigError` where they can't be."""
+    """The model's arguments, adapted to the job; `ConfigError` if they do not fit it."""
     spec = models.get(job.model.name)
     args = spec.configure(spec.args(job.model.flavor), tokenizer.vocab_size, job.training.seq_len)
     for problem in undivided(spec.shared_sizes(args), job.parallelism.tensor_parallel_degree):
@@ -39,13 +39,13 @@ def model_args(job: JobConfig, tokenizer: Tokenizer) -> Any:
         return args
     if spec.mask_documents is None:
         raise ConfigError(
-            f"training.document_mask = true: the model {spec.name} has no such mask; leave it out"
+            f"training.document_mask = true: the model {spec.name} has no document mask; leave it out"
         )
     return spec.mask_documents(args, tokenizer.eos_id)
 
 
 def pipeline_plan(job: JobConfig, args: Any) -> PipelinePlan | None:
-    """How the model with `args` is cut into stages; None where it is not. `ConfigError` where it can't be."""
+    """How the model is split into pipeline stages, or None; `ConfigError` if it can't be."""
     spec = models.get(job.model.name)
     if job.parallelism.pipeline_parallel_degree == 1:
         return None
@@ -57,7 +57,7 @@ def pipeline_plan(job: JobConfig, args: Any) -> PipelinePlan | None:
 
 
 class Built(NamedTuple):
-    """model: what this process has of it. stages: under pipeline parallelism, its stages, which compute."""
+    """model: this process's part of the model. stages: its pipeline stages, which compute; empty without."""
 
     model: nn.Module
     work: Work
@@ -76,12 +76,10 @@ def build_model(
     materialise: Callable[[nn.Module], object] | None = None,
     copies: bool = True,
 ) -> Built:
-    """The model with `args` on `device`, in float8 `recipe` if there is one; its work per token is the
-    whole model's.
+    """Build the model with `args` on `device`, in float8 `recipe` unless that is None.
 
     copies: whether this process may compute in copies of its parameters (see `mixed_precision.py`), as on a
-    CPU. `materialise` gives a part, built on no device, its memory; the default also gives the initial
-    weights.
+    CPU. `materialise` allocates a part built on the meta device; the default also sets the initial weights.
     """
     spec = models.get(job.model.name)
     logger.info("Building %s %s with %s", spec.name, job.model.flavor, args)
@@ -141,13 +139,13 @@ def _chunk_loss(job: JobConfig, spec: models.ModelSpec, model: nn.Module) -> Non
         return
     if spec.chunk_loss is None:
         raise ConfigError(
-            f"training.loss_chunk_tokens = {tokens}: the model {spec.name} computes whole logits; leave it "
-            "out"
+            f"training.loss_chunk_tokens = {tokens}: the model {spec.name} cannot compute its loss in "
+            "chunks; leave it out"
         )
     compiled = job.compile.enable and "loss" in job.compile.components
     softmax = torch.compile(loss_and_gradient) if compiled else loss_and_gradient
     spec.chunk_loss(model, ChunkedLoss(tokens, softmax, quantization.cast_head_once))
-    logger.info("The loss is computed by chunks of %d tokens: logits never exist whole", tokens)
+    logger.info("The loss is computed in chunks of %d tokens; the full logits are never materialized", tokens)
 
 
 def _work(
@@ -158,7 +156,7 @@ def _work(
     device: torch.device,
     param_dtype: torch.dtype,
 ) -> Work:
-    """What a token costs, from the whole model's own shapes."""
+    """The FLOPs per token of the whole model."""
     seq_len, high = job.training.seq_len, str(param_dtype).removeprefix("torch.")
     precisions = quantization.product_precisions(model, device, high)
     compiled = job.compile.enable and "model" in job.compile.components
@@ -182,7 +180,7 @@ def _computes_in_copies(job: JobConfig, device: torch.device, param_dtype: torch
 def _plan(job: JobConfig, param_dtype: torch.dtype, world: World) -> Parallelize:
     sharding = replicas = None
     reduce_dtype = DTYPES[job.training.mixed_precision_reduce]
-    # Whole parameters of the dtype computed in need no wrapper; FSDP2 also casts, and offloads.
+    # Unsharded parameters in the compute dtype need no wrapper; casting and offloading need FSDP2.
     whole = (
         world.layout.sharded == 1
         and param_dtype is DTYPES[job.training.dtype]
@@ -218,8 +216,8 @@ def _plan(job: JobConfig, param_dtype: torch.dtype, world: World) -> Parallelize
 
 
 def _reshards(job: JobConfig, world: World) -> bool:
-    """Whether gathered weights are freed after forward. In a pipeline that is for each microbatch, so there
-    it must be asked for.
+    """Whether gathered weights are freed after forward. In a pipeline they would be gathered again for each
+    microbatch, so there it happens only with `always`.
     """
     policy = job.parallelism.fsdp_reshard_after_forward
     return policy == "always" or (policy == "default" and world.pipeline is None)

@@ -110,9 +110,9 @@ def test_the_three_worst_are_told_each_and_the_rest_by_name(told):
     HealthReport(SETTINGS, None).judge(5, rows, rowwise())
     assert [line.split()[2] for line in told[:3]] == ["layers.7", "layers.6", "layers.5"]
     assert told[3:] == [
-        "Step 5: and beyond the limits of [float8], too: grad_output flushed to zero in layers.4 40%, "
+        "Step 5: also beyond the limits of [float8]: grad_output flushed to zero in layers.4 40%, "
         "layers.3 30%, layers.2 20%, layers.1 10%. See health.jsonl",
-        "Step 5: all 7 layers told of so far in high precision: --float8.filter_fqns=output,"
+        "Step 5: to keep all 7 layers reported so far in high precision: --float8.filter_fqns=output,"
         + ",".join(f"layers.{n}" for n in range(7, 0, -1)),
     ]
 
@@ -121,7 +121,7 @@ def test_many_layers_are_a_matter_of_the_recipe(told):
     rows = [HealthRow(layer=f"layers.{n}", flushed=0.5 - n / 100) for n in range(30)]
     HealthReport(SETTINGS, None).judge(5, rows, rowwise())
     assert told[3].endswith("layers.26 24% and 3 more. See health.jsonl")
-    assert told[4].startswith("Step 5: 30 layers are beyond the limits of [float8] by now: a finer recipe")
+    assert told[4].startswith("Step 5: 30 layers are beyond the limits of [float8]; use a finer recipe")
 
 
 def test_the_rest_is_listed_by_operand_and_limit(told):
@@ -131,8 +131,8 @@ def test_the_rest_is_listed_by_operand_and_limit(told):
     ]
     HealthReport(SETTINGS, None).judge(5, rows, rowwise())
     assert told[3].endswith(
-        "too: grad_output flushed to zero in layers.2 20%, layers.1 10%; input saturated in layers.7 30%. "
-        "See health.jsonl"
+        "[float8]: grad_output flushed to zero in layers.2 20%, layers.1 10%; "
+        "input saturated in layers.7 30%. See health.jsonl"
     )
 
 

@@ -160,7 +160,7 @@ def test_what_is_no_trace_is_told(tmp_path):
     [
         ("missing.json", None, "No such file"),
         ("", None, "Is a directory"),
-        ("x.json", b"hello", "no traceEvents in it"),
+        ("x.json", b"hello", "has no traceEvents"),
         ("x.json", b"\xff\xfe\x00", "can't decode"),
         ("x.json", b'{"traceEvents": []}', "no operator and no kernel"),
         ("x.json", b'{"traceEvents": [{"ph": "X", "cat": "kernel", "ts": "soon", "dur": 1}]}', "no operator"),
@@ -177,7 +177,7 @@ def test_what_is_no_trace_is_one_sentence(tmp_path, capsys, name, content, why):
     assert main([str(path)]) == 2
     told = capsys.readouterr().err
     assert why in told
-    assert told.startswith(f"{path}: is no Chrome trace that can be read")
+    assert told.startswith(f"{path}: not a readable Chrome trace")
     assert told.count("\n") == 1
 
 
@@ -194,7 +194,7 @@ def test_emulated_casts_are_not_told_as_none():
         summarise([{**STEP, "dur": 100}, {**STEP, "cat": "cpu_op", "name": "aten::mul", "dur": 50}]), "x"
     )
     assert re.search(r"^casts +n/a$", told, re.M)
-    assert "What quantisation takes cannot be told" in told
+    assert "The share of quantisation is unknown" in told
     assert "0.0% of the step" not in told
 
 
