@@ -291,6 +291,7 @@ def count_gpus(environ: Mapping[str, str]) -> int:
 
 
 def usable_cores() -> int:
+    """The number of CPU cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -33,7 +33,7 @@ def check_job(
     estimate: of its memory, if one was started.
     """
     try:
-        planned = launcher.plan(options, os.environ, gpus=gpus, cores=os.cpu_count() or 1)
+        planned = launcher.plan(options, os.environ, gpus=gpus, cores=launcher.usable_cores())
         job = config.load(planned.options)
     except ConfigError as error:
         problems = list(_as_findings("config", str(error)))

@@ -67,7 +67,7 @@ class MemoryEstimate:
 def start_estimate(options: Sequence[str], gpus: int) -> MemoryEstimate | None:
     """Start an estimate of the job of `options`; None if they are invalid or import user code."""
     try:
-        planned = launcher.plan(options, os.environ, gpus=gpus, cores=os.cpu_count() or 1)
+        planned = launcher.plan(options, os.environ, gpus=gpus, cores=launcher.usable_cores())
         job = config.load(planned.options)
     except (ConfigError, ImportError):  # reported by the check of the job
         return None

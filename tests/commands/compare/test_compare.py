@@ -43,7 +43,7 @@ def last_step(out: Path, run: str) -> int:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison that was killed during its first runs at step `killed_at`, continued, and started again."""
+    """A comparison killed during its first runs at step `killed_at`, continued, and started again."""
 
     out: Path
     killed_at: int
