@@ -3,7 +3,7 @@
 import gc
 import sys
 
-gc.disable()  # objects made by imports live to the end; scanning them takes a sixth of the imports' time
+gc.disable()  # imported objects are never freed; scanning them takes a sixth of the import time
 
 import torch  # noqa: E402
 
@@ -13,5 +13,5 @@ from octavo.train.trainer import main  # noqa: E402
 gc.freeze()
 code = main()
 if torch.cuda.is_available():
-    sys.exit(code)  # tools that trace a GPU write their findings when its libraries are unloaded
+    sys.exit(code)  # GPU tracing tools write their results at normal exit
 leave(code)

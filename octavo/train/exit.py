@@ -1,5 +1,5 @@
-"""How a training process ends: every way out of the trainer becomes an exit code and, where the cause is
-known, one message instead of a traceback.
+"""Maps every way that training can end to an exit code and, if the cause is known, to one message instead of
+a traceback.
 """
 
 import sys
@@ -18,9 +18,9 @@ from octavo.train.watchdog import Watchdog
 
 
 def exit_code_of(train: Callable[[Signals, Watchdog], None]) -> int:
-    """Call `train` with the process's signals taken and its watchdog on; returns the exit code.
+    """Call `train` with signal handlers installed and the watchdog running; returns the exit code.
 
-    An error whose cause is not known is raised on, for its traceback.
+    Errors of unknown cause are raised again, so that their traceback is printed.
     """
     sys.excepthook = _print_without_tokens
     with Signals() as signals, Watchdog() as watchdog:
@@ -39,7 +39,7 @@ def exit_code_of(train: Callable[[Signals, Watchdog], None]) -> int:
             print(f"octavo: {error}", file=sys.stderr)
             return int(getattr(error, "exit_code", exit_codes.USER_ERROR))
         except Exception as error:
-            # The terminal's Ctrl-C goes to the C++ compiler, too.
+            # Ctrl-C in a terminal also reaches the C++ compiler.
             if signals.received is not None and _is_of_the_compiler(error):
                 logger.info("The signal also ended the compiler: %s", str(error).strip().partition("\n")[0])
                 return exit_codes.REQUEUE if signals.saves else exit_codes.of_signal(signals.received)
@@ -55,7 +55,7 @@ def exit_code_of(train: Callable[[Signals, Watchdog], None]) -> int:
 def _print_without_tokens(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """A traceback may quote the environment."""
+    """An excepthook that redacts secrets, since a traceback may quote the environment."""
     print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 

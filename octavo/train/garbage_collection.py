@@ -1,6 +1,6 @@
 """Garbage collection at fixed steps, the same on every process.
 
-Python collects when it pleases; with many processes one or another is always collecting and all wait for it.
+Python's automatic collection runs at different times in each process, and each time all processes wait.
 """
 
 import gc
@@ -10,7 +10,7 @@ from octavo.core.logging import logger
 
 
 class GarbageCollector:
-    """Automatic collection off; `run(step)` collects at every `every` steps."""
+    """Disables automatic collection; `run(step)` collects every `every` steps."""
 
     def __init__(self, every: int):
         self._every = every
@@ -18,7 +18,7 @@ class GarbageCollector:
         self._collect("Initial GC collection", generation=2)
 
     def run(self, step: int) -> None:
-        """Collect the young generation if it is this step's turn."""
+        """Collect the young generations if `step` is due."""
         if step > 1 and step % self._every == 0:
             self._collect("Performing periodical GC collection", generation=1)
 

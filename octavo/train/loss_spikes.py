@@ -1,12 +1,13 @@
-"""Spikes of the loss, by statistics that no spike and no NaN enters.
+"""Detects loss spikes by robust statistics over recent losses.
 
-A loss falls fast at first, then slowly, under noise that is not normal. So the centre is the median of the
-last losses and the deviation is 1.4826 times the median distance from it, which for normal noise is the
-standard deviation (Rousseeuw and Croux, 1993); half of the window would have to be bad to move them. Only
-what lies above is a spike: the median lags behind a falling loss, on the safe side.
+A loss falls fast at first, then slowly, with noise that is not normal. So the center is the median of the
+recent losses, and the deviation is 1.4826 times the median absolute deviation, which for normal noise is the
+standard deviation (Rousseeuw and Croux, 1993); outliers distort them only if they fill half of the window.
+Only losses above the median can be spikes. The median lags behind a falling loss, which errs on the safe
+side.
 
-What is judged a spike is not taken in. If it lasts, it is no spike but a new level (another mixture of data,
-say): after `LASTING` in a row the statistics start anew.
+Spikes do not enter the statistics. After `LASTING` spikes in a row, the loss has reached a new level (another
+data mixture, for example), and the caller restarts the statistics.
 """
 
 import math
@@ -16,17 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 LEAST = 20
-"""Losses to have seen before anything is judged, or the whole window where that is shorter."""
+"""Losses needed before any is judged, or the window size if that is smaller."""
 
 LASTING = 20
-"""Spikes in a row that are a new level."""
+"""Number of consecutive spikes that count as a new level."""
 
-_SMALLEST = 0.005  # of the median: a flatter loss than this has no deviation worth the name
+_SMALLEST = 0.005  # smallest deviation, relative to the median
 
 
 @dataclass(frozen=True)
 class Spike:
-    """A loss, the median and deviation of those before it, and how many deviations it lies above."""
+    """A spike: the loss, the median and deviation of the last `of` losses, and its height in deviations."""
 
     loss: float
     median: float
@@ -55,7 +56,7 @@ class SpikeDetector:
         self._in_a_row = 0
 
     def judge(self, loss: float) -> Spike | None:
-        """What is wrong with `loss`, a finite number, if it is a spike. Counts it, but takes nothing in."""
+        """The `Spike` if the finite `loss` is one, else None. Counts consecutive spikes."""
         window = self._losses.maxlen or 0
         if len(self._losses) < min(LEAST, window):
             return None
@@ -70,7 +71,7 @@ class SpikeDetector:
 
     @property
     def lasting(self) -> bool:
-        """Whether the last spikes are a new level."""
+        """Whether there were `LASTING` spikes in a row, which is a new level."""
         return self._in_a_row >= LASTING
 
     def restart(self) -> None:
@@ -79,17 +80,17 @@ class SpikeDetector:
         self._in_a_row = 0
 
     def absorb(self, loss: float) -> None:
-        """Take in a loss that is no spike; a non-finite one is ignored."""
+        """Add a loss that is not a spike to the statistics; a non-finite loss is ignored."""
         if math.isfinite(loss):
             self._losses.append(loss)
             self._in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The state, serializable as JSON."""
         return {"losses": list(self._losses), "in_a_row": self._in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; a shorter window keeps its newest losses."""
+        """Restore `state`; a shorter window keeps the newest losses."""
         self._losses.clear()
         self._losses.extend(state["losses"])
         self._in_a_row = state["in_a_row"]

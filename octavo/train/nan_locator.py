@@ -1,14 +1,13 @@
-"""Where the first non-finite number of a step arises: run the step again and look at everything.
+"""Locates the first non-finite number of a step by running the step again with checks on every module.
 
-A training step does not look: to check every tensor of every layer would cost more than the layers. So when a
-step turns out bad, its microbatches run once more, with hooks on every module, before anything else is
-changed. In the order of computation: a weight that is not finite; the first input or output of a module in
-forward; the loss; the first gradient of an output in backward; the gradient of a weight. A module is named by
-its full name; an input that is the first bad value was made by something between modules, such as attention's
-softmax.
+Checking every tensor in every training step would be too expensive. So when a step turns out bad, its
+microbatches run once more, with hooks on every module, before any state changes. Checked, in the order of
+computation: weights; inputs and outputs of modules in forward; the loss; gradients of outputs in backward;
+gradients of weights. Modules are reported by their full name. If the first bad value is an input, it was
+computed between modules, for example by attention's softmax.
 
-All of it is eager, also where training is compiled: a compiled layer has no hooks and fuses what would be
-looked at. Processes look at their own data and compare what they found; the earliest counts.
+The rerun is eager even if training is compiled, because a compiled layer runs no hooks and fuses the tensors
+to be checked. Each process checks its own data; the earliest finding over all processes is reported.
 """
 
 from collections.abc import Callable
@@ -23,13 +22,13 @@ from torch.distributed.tensor import DTensor
 from octavo.distributed.stages import LocalStages
 from octavo.models.init import plain_name
 
-_WEIGHT, _FORWARD, _LOSS, _BACKWARD, _GRADIENT = range(5)  # in the order in which a step makes them
+_WEIGHT, _FORWARD, _LOSS, _BACKWARD, _GRADIENT = range(5)  # in the order of a step's computation
 
 
 @dataclass(frozen=True, order=True)
 class NonFinite:
-    """The first non-finite tensor that one process found: when (phase, stage of a pipeline, place in it), and
-    what it is.
+    """The first non-finite tensor of one process. Ordered by phase, pipeline stage and place in the stage;
+    `what` describes the tensor.
     """
 
     phase: int
@@ -61,10 +60,8 @@ class _Recorder:
         for handle in self._handles:
             handle.remove()
 
-    def look(self, phase: int, tensor: object, what: str, name: str = "") -> None:
-        """Note `what` if nothing was found before and `tensor`, of the module or weight called `name`, has a
-        non-finite number.
-        """
+    def check(self, phase: int, tensor: object, what: str, name: str = "") -> None:
+        """Record `what` if `tensor`, of the module or weight `name`, is the first that is not finite."""
         self._place += 1
         if self.first is None and isinstance(tensor, Tensor) and not _finite(tensor):
             stage = self._depth(name) * (-1 if phase in (_BACKWARD, _GRADIENT) else 1)
@@ -73,16 +70,16 @@ class _Recorder:
     def _before(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             for tensor in inputs:
-                self.look(_FORWARD, tensor, f"the input of {name} in forward", name)
+                self.check(_FORWARD, tensor, f"the input of {name} in forward", name)
 
         return hook
 
     def _after(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
-            self.look(_FORWARD, output, f"the activation that {name} puts out in forward", name)
+            self.check(_FORWARD, output, f"the output of {name} in forward", name)
             if isinstance(output, Tensor) and output.requires_grad:
                 what = f"the gradient of {name}'s output in backward"
-                output.register_hook(lambda grad: self.look(_BACKWARD, grad, what, name))
+                output.register_hook(lambda grad: self.check(_BACKWARD, grad, what, name))
 
         return hook
 
@@ -98,32 +95,32 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def first_non_finite(model: nn.Module, run: Callable[[Callable[[Tensor], None]], object]) -> str:
-    """Name the layer and operand where the first non-finite number of a step arises; the same on every rank.
+    """Describe the first non-finite tensor of a step; a collective call with the same result on every rank.
 
     Args:
-        model: as trained; its gradients must be gone, and are left as `run` leaves them.
-        run: runs the step's microbatches forward and backward, and hands each loss to the function it gets.
+        model: the trained model, with its gradients cleared. They are left as `run` leaves them.
+        run: runs the step's microbatches forward and backward, and calls its argument with each loss.
 
     Returns:
-        In words; also when nothing was found, which is itself a finding: the step does not repeat.
+        A clause for an error message. If nothing is found, it says that the step is not reproducible.
     """
     rank = dist.get_rank()
     recorder = _Recorder(model, rank)
     try:
         for name, parameter in _weights(model):
-            recorder.look(_WEIGHT, parameter, f"the weight {name}, before the step", name)
+            recorder.check(_WEIGHT, parameter, f"the weight {name}, before the step", name)
         with torch.compiler.set_stance("force_eager"):
-            run(lambda loss: recorder.look(_LOSS, loss, "the loss, from finite outputs of the model"))
+            run(lambda loss: recorder.check(_LOSS, loss, "the loss, from finite outputs of the model"))
         for name, parameter in reversed(_weights(model)):
-            recorder.look(_GRADIENT, parameter.grad, f"the gradient of the weight {name}", name)
+            recorder.check(_GRADIENT, parameter.grad, f"the gradient of the weight {name}", name)
     finally:
         recorder.remove()
-    found: list[NonFinite | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, recorder.first)
-    findings = sorted(finding for finding in found if finding is not None)
+    gathered: list[NonFinite | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, recorder.first)
+    findings = sorted(finding for finding in gathered if finding is not None)
     if findings:
         return f"the first number that is not finite is in {findings[0]}"
     return (
-        "run a second time, the same batch gave finite numbers in every layer: "
-        "the step does not repeat, which points to the hardware or, under compile, to the compiled code"
+        "when run again, the same batch gave finite numbers in every layer: "
+        "the step is not reproducible, which points to the hardware or, under compile, to the compiled code"
     )

@@ -1,16 +1,15 @@
-"""What is done about a step with bad numbers, decided before the optimizer touches a parameter.
+"""Decides how to handle steps with a non-finite or spiking loss, before the optimizer changes a parameter.
 
-Every process calls `judge` with the same global loss and gradient norm, and so decides the same without
-asking another. A step is *bad* if either is not finite. The policy `fault_tolerance.non_finite` says what
-then happens; `fault_tolerance.spike` says it for a loss that is finite but far above those before it.
+Every process calls `judge` with the same global loss and gradient norm, and so takes the same decision
+without communication. If either number is not finite, the policy `fault_tolerance.non_finite` applies; if the
+loss is finite but far above the losses before it, `fault_tolerance.spike`.
 
-    stop     the run ends with exit code 4; parameters are as they were before the step
-    skip     this step updates nothing; the step counter, the schedule and the data go on
-    rewind   the last checkpoint is loaded, and training goes on from it with the data after the bad step
-    warn     (spikes) a line in the log; the step updates as any other
+    stop     end the run with exit code 4; parameters keep their values from before the step
+    skip     update nothing; the step counter, the schedule and the data advance
+    rewind   load the last checkpoint and continue with the data after the bad step
+    warn     (spikes) log a warning and update normally
 
-Skipping and rewinding mend accidents. What happens again and again is no accident, so both have a limit,
-beyond which the run stops.
+Skips and rewinds are for isolated faults. Both have a limit, beyond which the run stops.
 """
 
 import math
@@ -24,11 +23,11 @@ from octavo.train.loss_spikes import LASTING, SpikeDetector
 
 
 class BadNumbers(Exception):
-    """The run stops for what its numbers are; parameters are those before the bad step."""
+    """Stops the run because of non-finite numbers or a spike; parameters are those before the bad step."""
 
 
 class GuardAction(Enum):
-    """What to do with a step whose gradients are there."""
+    """What to do with a step once its gradients are computed."""
 
     UPDATE = "update"
     SKIP = "skip"
@@ -38,7 +37,7 @@ class GuardAction(Enum):
 
 @dataclass(frozen=True)
 class StepVerdict:
-    """reason: what is wrong with the step, empty where nothing is. non_finite: whether it is that."""
+    """reason: what is wrong with the step, or empty. non_finite: whether a number is not finite."""
 
     action: GuardAction
     reason: str = ""
@@ -46,23 +45,23 @@ class StepVerdict:
 
 
 class Guard:
-    """Judges each step, and counts what it did.
+    """Judges each step and counts the actions taken.
 
-    `skipped` are the steps that were skipped, `spikes` and `rewinds` numbers since the run began.
+    skipped: the steps that were skipped. spikes, rewinds: their number since the run began.
     """
 
     def __init__(self, settings: FaultTolerance):
         self._settings = settings
         self._detector = SpikeDetector(settings.spike_window, settings.spike_threshold)
         self._skipped_in_a_row = 0
-        self._rewound_here = 0  # since a checkpoint was saved last
+        self._rewound_here = 0  # rewinds since the last new checkpoint
         self._saved: int | None = None
         self.skipped: list[int] = []
         self.spikes = 0
         self.rewinds = 0
 
     def judge(self, step: int, loss: float, grad_norm: float) -> StepVerdict:
-        """Decide about `step`, given its global loss and gradient norm, before its update."""
+        """Decide what to do with `step`, given its global loss and gradient norm, before its update."""
         named = {"loss": loss, "gradient norm": grad_norm}
         wrong = [f"the {name} is {value}" for name, value in named.items() if not math.isfinite(value)]
         if wrong:
@@ -85,42 +84,44 @@ class Guard:
         if policy == "skip":
             self._skipped_in_a_row += 1
             self.skipped.append(step)
-            logger.warning("Step %d is skipped, no parameter is updated: %s", step, reason)
+            logger.warning("Step %d is skipped without an update: %s", step, reason)
         return StepVerdict(GuardAction(policy), reason, non_finite)
 
     def _exhausted(self, policy: str) -> str | None:
-        """Why `policy` has been followed often enough."""
+        """The limit that `policy` has reached, as a clause for a message; None below it."""
         skips, rewinds = self._settings.max_skips, self._settings.max_rewinds
         if policy == "skip" and self._skipped_in_a_row >= skips:
-            return f"{skips} steps in a row were skipped before (fault_tolerance.max_skips)"
+            return f"the {skips} steps before were skipped too (fault_tolerance.max_skips)"
         if policy == "rewind" and self._rewound_here >= rewinds:
-            return f"the last checkpoint was gone back to {rewinds} times (fault_tolerance.max_rewinds)"
+            return f"the last checkpoint was already loaded {rewinds} times (fault_tolerance.max_rewinds)"
         return None
 
     def _warn(self, step: int, reason: str) -> None:
         logger.warning("Step %d: %s", step, reason)
         if self._detector.lasting:
-            logger.warning("%d spikes in a row are a new level: its statistics start anew", LASTING)
+            logger.warning(
+                "%d spikes in a row: the loss has a new level, so its statistics are reset", LASTING
+            )
             self._detector.restart()
 
     def saved(self, step: int | None) -> None:
-        """`step` is what was saved last. A new one means that a rewind gets further than the one before."""
+        """Note the last saved step. A new checkpoint resets the count of rewinds to the last one."""
         if step != self._saved:
             self._saved, self._rewound_here = step, 0
 
     def rewound(self, state: dict[str, Any]) -> None:
-        """Training goes on from an earlier checkpoint with this `state`; what was counted stays counted."""
+        """Restore the statistics from the `state` of an earlier checkpoint, but keep all counts."""
         self._detector.load_state_dict(state["detector"])
         self._skipped_in_a_row = 0
         self._rewound_here += 1
         self.rewinds += 1
 
     def counts(self) -> dict[str, int]:
-        """For the report of a step."""
+        """The counts, as fields of `StepReport`."""
         return {"skipped_steps": len(self.skipped), "spikes": self.spikes, "rewinds": self.rewinds}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to judge as this one would; JSON-able, the same on every process."""
+        """The state that a resumed run needs; serializable as JSON, the same on every process."""
         return {
             "detector": self._detector.state_dict(),
             "skipped_in_a_row": self._skipped_in_a_row,
@@ -130,7 +131,6 @@ class Guard:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
         self._detector.load_state_dict(state["detector"])
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self.skipped = list(state["skipped"])

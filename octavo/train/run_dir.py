@@ -1,8 +1,7 @@
-"""The folder of a run, which one run at a time may write to.
+"""The folder of a run, locked so that only one run at a time writes to it.
 
-Two runs in one folder would interleave their metrics and overwrite each other's checkpoints. A lock on a
-file tells them apart; the system drops it when the process ends, however it ends, so nothing is left behind
-to clean up.
+Two runs in one folder would interleave their metrics and overwrite each other's checkpoints. The operating
+system releases the file lock whenever the process ends, so no stale lock remains.
 """
 
 from pathlib import Path
@@ -14,10 +13,9 @@ LOCK = ".lock"
 
 
 class RunFolder:
-    """`path`, made if it is not there. With `lock`, held for this process until it ends or `release` is
-    called.
+    """The folder `path`, created if missing. With `lock`, it is locked until `release` or the process ends.
 
-    Raises `ConfigError` if the folder can't be made or written to, or if another run holds it.
+    Raises `ConfigError` if the folder can't be created or written to, or if another run holds the lock.
     """
 
     def __init__(self, path: str, *, lock: bool):
@@ -33,6 +31,6 @@ class RunFolder:
             )
 
     def release(self) -> None:
-        """Let others write here."""
+        """Release the lock."""
         if self._file is not None:
             self._file.close()

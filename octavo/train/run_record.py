@@ -1,4 +1,4 @@
-"""`run.json`, what a run was started with; and its last words."""
+"""Writes `run.json`, the record of how a run was started, and logs where its results are."""
 
 import json
 import platform
@@ -23,7 +23,7 @@ def write_run_record(
     recipe: str | None,
     dtype: torch.dtype,
 ) -> None:
-    """Write `run.json` into `folder`. recipe: of float8, or None. dtype: of what is not in float8."""
+    """Write `run.json` into `folder`. recipe: the float8 recipe, or None. dtype: the high-precision dtype."""
     high = str(dtype).removeprefix("torch.")
     record: dict[str, Any] = {
         "octavo": octavo.__version__,
@@ -50,22 +50,20 @@ def write_run_record(
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that octavo runs from, with "-dirty" where files differ; None if it is
-    installed.
-    """
+    """The commit of octavo's checkout, with "-dirty" if files differ; None if octavo is installed."""
     root = Path(octavo.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return told.stdout.strip()
+    return result.stdout.strip()
 
 
 def processor() -> str:
-    """The processor's name, as the system tells it."""
+    """The CPU's model name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -74,10 +72,8 @@ def processor() -> str:
     return next(names, platform.processor())
 
 
-def farewell(folder: Path, job: JobConfig) -> None:
-    """Say where everything is."""
-    logger.info(
-        "Everything was written to %s. To look at the losses: tail %s", folder, folder / "metrics.jsonl"
-    )
+def log_results(folder: Path, job: JobConfig) -> None:
+    """Log where the results are and how to view them."""
+    logger.info("Everything was written to %s. To view the losses: tail %s", folder, folder / "metrics.jsonl")
     if job.metrics.enable_tensorboard:
-        logger.info("To see the curves: tensorboard --logdir %s", folder / job.metrics.save_tb_folder)
+        logger.info("To view the curves: tensorboard --logdir %s", folder / job.metrics.save_tb_folder)

@@ -1,11 +1,10 @@
-"""Signals that ask a run to stop: remembered here, acted on by the loop at the next step boundary.
+"""Handles signals that ask a run to stop: they are recorded, and the loop stops at the next step boundary.
 
-A handler that did more would run between any two instructions of a save or a collective. So it notes the
-signal and returns; the training loop lets all processes agree (the note travels with the all-reduce that each
-step makes anyway), saves, and leaves. A scheduler that sends several signals, or one signal to the launcher
-and to every process, asks once. The one exception is a second Ctrl-C from someone who will not wait: at least
-a second after the first signal, it ends the process at once, and published checkpoints are whole because
-publishing is one rename.
+A handler may run in the middle of a save or a collective, so it only records the signal. The training loop
+shares the request with all processes (in the all-reduce that each step does anyway), saves, and exits.
+Several signals, or one sent to both the launcher and every process, count as one request. Exception: a second
+Ctrl-C, at least a second after the first signal, ends the process immediately. Published checkpoints stay
+complete because publishing is one rename.
 """
 
 import os
@@ -20,11 +19,11 @@ import torch.distributed as dist
 
 from octavo.core import exit_codes
 
-_INSISTS_AFTER = 1.0  # seconds; below, it is the same Ctrl-C that came by two ways
+_INSISTS_AFTER = 1.0  # seconds; sooner, it is the same Ctrl-C, forwarded by the launcher
 
 
 class Stopped(Exception):
-    """Training ended at a step boundary because a signal asked for it."""
+    """Training stopped at a step boundary because of a signal."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -32,24 +31,26 @@ class Stopped(Exception):
 
     @classmethod
     def after(cls, step: int, received: Mapping[int, int], *, saves: bool, saved: int | None) -> "Stopped":
-        """After `step` steps. received: rank -> signal. saves: whether the run saves checkpoints. saved: the
-        step that the newest has, None where there is none; 0 before the first step.
+        """Stopped after `step` steps. received: rank -> signal. saves: whether the run saves checkpoints.
+        saved: the step of the newest checkpoint, None if there is none; 0 before the first step.
         """
         by = ", ".join(f"{signal.Signals(number).name} on rank {rank}" for rank, number in received.items())
-        told = f"Stopped by {by} {f'after step {step}' if step else 'before the first step'}"
+        text = f"Stopped by {by} {f'after step {step}' if step else 'before the first step'}"
         if not saves:
             code = exit_codes.of_signal(min(received.values()))
-            return cls(f"{told}. Nothing was saved: the job saves no checkpoints (exit code {code})", code)
+            return cls(f"{text}. Nothing was saved: the job saves no checkpoints (exit code {code})", code)
         if saved == step:
-            told += f"{', which is saved' if step else ''}. The same command goes on with step {step + 1}"
+            saved_here = ", which is saved" if step else ""
+            text += f"{saved_here}. Rerun the command to continue with step {step + 1}"
         else:
-            told += ", which could not be saved. The same command goes on from the checkpoint before it"
-        return cls(f"{told} (exit code {exit_codes.REQUEUE})", exit_codes.REQUEUE)
+            text += ", which could not be saved. Rerun the command to continue from the previous checkpoint"
+        return cls(f"{text} (exit code {exit_codes.REQUEUE})", exit_codes.REQUEUE)
 
 
 class Signals:
-    """`received` is the first signal that asked to stop, or None. Handlers stand within `with`. `saves`:
-    whether the run saves checkpoints, so that the same command would go on.
+    """Handles the stop signals within `with`.
+
+    received: the first stop signal, or None. saves: whether the run saves checkpoints, so that it can resume.
     """
 
     def __init__(self) -> None:
@@ -59,11 +60,11 @@ class Signals:
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():  # Python allows no other
+        if threading.current_thread() is threading.main_thread():  # only the main thread may set handlers
             for number in exit_codes.STOPPING:
                 former = signal.getsignal(number)
                 if number is signal.SIGHUP and former is signal.SIG_IGN:
-                    continue  # nohup
+                    continue  # under nohup
                 self._former[number] = former
                 signal.signal(number, self._handle)
         return self
@@ -75,17 +76,17 @@ class Signals:
 
     @property
     def asked(self) -> float:
-        """1 if a signal has asked to stop, else 0: to be added up over the processes."""
+        """1 if a stop signal was received, else 0; a number, so that it can be summed over processes."""
         return float(self.received is not None)
 
     def gather(self) -> dict[int, int]:
-        """rank -> the signal that it received, for those that did; a collective."""
+        """The received signal of each rank that has one, rank -> signal; a collective call."""
         received: list[int | None] = [None] * dist.get_world_size()
         dist.all_gather_object(received, self.received and int(self.received))
         return {rank: number for rank, number in enumerate(received) if number is not None}
 
     def ask(self, number: int) -> None:
-        """Note that `number` was received, here or where it had to wait for this process."""
+        """Record that signal `number` was received by this process, or by the launcher before it started."""
         if self.received is None:
             self.received, self._at = signal.Signals(number), time.monotonic()
 

@@ -1,13 +1,12 @@
-"""The trainer, from a config to a trained model. Read from the top: `main`, then `Trainer.__init__`, then
+"""The trainer: from a config to a trained model. Read `main` first, then `Trainer.__init__` and
 `Trainer.train`.
 
 Run it by `./run_train.sh`, by `octavo train`, or by `torchrun … -m octavo.train --job.config_file …`.
 
-Two laws hold for any number of processes. The model starts from weights that depend on the seed and the
-parameters' names alone (`models/init.py`), and step s consumes the global samples [s G, (s+1) G) of the
-data, G the global batch (`data/dataloader.py`). The loss of a microbatch is its sum over tokens divided by
-the number of tokens in the global batch, so the gradients of all microbatches of all processes simply add
-up.
+Results do not depend on the number of processes. Initial weights depend only on the seed and the parameters'
+names (`models/init.py`), and step s consumes the global samples [s G, (s+1) G), where G is the global batch
+size (`data/dataloader.py`). The loss of a microbatch is its sum over tokens divided by the number of tokens
+in the global batch, so gradients of all microbatches and processes are summed.
 """
 
 import os
@@ -56,7 +55,7 @@ from octavo.train.garbage_collection import GarbageCollector
 from octavo.train.nan_locator import first_non_finite
 from octavo.train.nonfinite_guard import BadNumbers, Guard, GuardAction, StepVerdict
 from octavo.train.run_dir import RunFolder
-from octavo.train.run_record import farewell, write_run_record
+from octavo.train.run_record import log_results, write_run_record
 from octavo.train.signals import Signals, Stopped
 from octavo.train.validate import build_validator
 from octavo.train.watchdog import Watchdog
@@ -69,9 +68,7 @@ def loss_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
 
 
 class Trainer:
-    """One process's part of a job: everything is built here, in the order in which it depends on each
-    other.
-    """
+    """One process of a job. The constructor builds all components in the order of their dependencies."""
 
     def __init__(self, job: JobConfig, signals: Signals | None = None, watchdog: Watchdog | None = None):
         self.job = job
@@ -90,7 +87,7 @@ class Trainer:
         self.world = mesh.init_world(self.device, job.parallelism, job.comm)
 
         tokenizer = self.tokenizer = build_tokenizer(job.model.hf_assets_path)
-        self.model_args = model_args(job, tokenizer)  # before the data: a misfit needn't wait for it
+        self.model_args = model_args(job, tokenizer)  # before the data, so that errors come early
         plan = pipeline_plan(job, self.model_args)
         self.initial = open_initial_weights(
             job.checkpoint, self.folder.path / job.checkpoint.folder, job.model, self.model_args
@@ -144,7 +141,7 @@ class Trainer:
         compile_loss = job.compile.enable and "loss" in job.compile.components
         self.chunked = job.training.loss_chunk_tokens is not None
         self.loss_sum: Callable[[Tensor, Tensor], Tensor] = loss_sum
-        if self.chunked:  # `_logits` hands on the tokens, since there never are all logits
+        if self.chunked:  # `_logits` returns the tokens, since the full logits never exist
             self.loss_sum = lambda tokens, labels: self.model(tokens, labels_BS=labels)
         elif compile_loss:
             self.loss_sum = torch.compile(loss_sum)
@@ -192,7 +189,7 @@ class Trainer:
         )
 
     def _pipeline(self, plan: PipelinePlan, stages: Sequence[nn.Module]) -> Pipeline:
-        """The schedule that this process runs its stages by."""
+        """The pipeline of this process's stages."""
         spec, layout, training = models.get(self.job.model.name), self.world.layout, self.job.training
         assert spec.pipeline is not None
         assert self.world.pipeline is not None
@@ -209,7 +206,7 @@ class Trainer:
         )
 
     def train(self) -> None:
-        """Run the steps that are left, and say where everything is."""
+        """Run the remaining steps, and log where the results are."""
         if self.job.checkpoint.create_seed_checkpoint:
             self._save_seed()
             return
@@ -221,10 +218,10 @@ class Trainer:
             logger.info("%s", summary)
         logger.info("Training completed")
         if self.world.rank == 0:
-            farewell(self.folder.path, self.job)
+            log_results(self.folder.path, self.job)
 
     def steps(self) -> Iterator[int]:
-        """Run the steps that are left, yielding the number of each one when it is done."""
+        """Run the remaining steps, yielding the number of each when it is done."""
         last = self.job.training.steps
         done = self._resume()
         if self.world.rank == 0:
@@ -240,7 +237,7 @@ class Trainer:
         if done < last:
             logger.info("Training starts at step %d.", done + 1)
         else:
-            logger.info("All %d steps of this run are done; a larger training.steps goes on from here", done)
+            logger.info("All %d steps of this run are done; raise training.steps to continue", done)
         self.metrics.start(done)
         self.health.start(done)
         with (
@@ -258,11 +255,11 @@ class Trainer:
                 collector.run(step)
                 self.watchdog.begin(step, timeout)
                 verdict, asked = self._step(step)
-                self.watchdog.pause()  # a save takes its time
+                self.watchdog.pause()  # a save may be slow
                 if verdict.action is GuardAction.REWIND:
                     step = self._rewind(step, verdict)
                     continue
-                if not asked:  # who asks to stop does not wait for a measurement
+                if not asked:  # a stop must not wait for validation
                     self._validate(step, last)
                 if self.checkpointer.due(step, last):
                     self.checkpointer.save(step, last, self._state())
@@ -281,27 +278,28 @@ class Trainer:
                 self._export(last)
 
     def _step(self, step: int) -> tuple[StepVerdict, float]:
-        """One optimizer step. Returns what the guard made of it, and whether any process was asked to stop
-        (above 0); `BadNumbers` if the run stops for it.
+        """Run one optimizer step. Returns the guard's verdict, and the number of processes asked to stop.
+
+        Raises `BadNumbers` if the guard stops the run.
         """
         settings = self.job
         lr = settings.optimizer.lr * lr_factor(step, settings.training.steps, settings.lr_scheduler)
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad()
 
-        batches: list[tuple[Tensor, Tensor]] = []  # kept until the step is known to be sound
+        batches: list[tuple[Tensor, Tensor]] = []  # kept in case the step must be rerun
         monitor = self.monitor if self.health.due(step) else None
         with quantization.measure_step(monitor):
             local_loss = self._gradients(self._next_batches(batches))
         self.scales.end_step(step)
         norm = clip_gradients(self.model, settings.training.max_norm, self.world.pipeline)
-        # The one place where the host waits for the device: no update without finite numbers.
+        # The only place where the host waits for the device: the guard needs the numbers before the update.
         both = self.world.sum(torch.stack([local_loss, local_loss.new_tensor(self.signals.asked)]))
         loss, asked, grad_norm = torch.cat([both, norm.to(both).view(1)]).tolist()
 
         verdict = self.guard.judge(step, loss, grad_norm)
         if monitor is not None:
-            self._tell_health(step, monitor.table.rows, batches[0])
+            self._report_health(step, monitor.table.rows, batches[0])
         if verdict.action is GuardAction.UPDATE:
             self.optimizer.step()
             quantization.after_optimizer_step(self.model, settings.float8)
@@ -322,15 +320,16 @@ class Trainer:
         return verdict, asked
 
     def _gradients(
-        self, batches: Iterable[tuple[Tensor, Tensor]], look: Callable[[Tensor], None] = lambda loss: None
+        self, batches: Iterable[tuple[Tensor, Tensor]], on_loss: Callable[[Tensor], None] = lambda loss: None
     ) -> Tensor:
-        """Add up the gradients of microbatches. Returns the sum of their losses on this process, a scalar;
-        `look` is called with each.
+        """Accumulate the gradients of `batches`. Returns the sum of their losses on this process, a scalar.
+
+        `on_loss` is called with the loss of each microbatch.
         """
 
         def share(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
             loss = self.loss_sum(logits_BSV, labels_BS) / self.global_tokens
-            look(loss)
+            on_loss(loss)
             return loss
 
         total = torch.zeros((), device=self.device)
@@ -351,11 +350,11 @@ class Trainer:
         return total
 
     def _logits(self, tokens_BS: Tensor) -> Tensor:
-        """What `loss_sum` takes."""
+        """The first argument of `loss_sum`: the logits, or the tokens if the loss is chunked."""
         return tokens_BS if self.chunked else self.model(tokens_BS)
 
-    def _tell_health(self, step: int, rows: Sequence[HealthRow], batch: tuple[Tensor, Tensor]) -> None:
-        """Write what was measured, and warn where it is bad; other recipes are tried on `batch`."""
+    def _report_health(self, step: int, rows: Sequence[HealthRow], batch: tuple[Tensor, Tensor]) -> None:
+        """Write the health measurements and warn about bad ones; other recipes are tried on `batch`."""
         tokens_BS, labels_BS = batch
         self.health.write(step, rows)
         if self.metrics.tracks:
@@ -363,9 +362,9 @@ class Trainer:
 
         def trial(layer: str) -> tuple[Sequence[HealthRow], Sequence[str]]:
             start = time.perf_counter()
-            reduce_gradients_now(self.model, last=False)  # it makes none
+            reduce_gradients_now(self.model, last=False)  # the trial computes no gradients to reduce
             with computing_in_copies(self.model), loss_context(parallel=self.world.loss_parallel):
-                found = quantization.try_recipes(
+                result = quantization.try_recipes(
                     self.model,
                     layer,
                     self.job.float8,
@@ -373,18 +372,18 @@ class Trainer:
                 )
             self.metrics.pause(time.perf_counter() - start)
             self.watchdog.progress()
-            return found
+            return result
 
         self.health.judge(step, rows, trial)
 
     def _next_batches(self, keep: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The microbatches of one step, which are also put into `keep`."""
+        """Yield the microbatches of one step, and append them to `keep`."""
         for _ in range(self.accumulation):
             keep.append(self._next_batch())
             yield keep[-1]
 
     def _validate(self, step: int, last: int) -> None:
-        """Measure the loss on held-out text, where that is due after `step`."""
+        """Measure the loss on held-out text if validation is due after `step`."""
         freq = self.job.validation.freq
         if self.validator is not None and (step % freq == 0 or step == last):
             with computing_in_copies(self.model), loss_context(parallel=self.world.loss_parallel):
@@ -401,19 +400,19 @@ class Trainer:
         return tokens_BS.to(self.device, non_blocking=True), labels_BS.to(self.device, non_blocking=True)
 
     def _diagnosis(self, step: int, verdict: StepVerdict, batches: Sequence[tuple[Tensor, Tensor]]) -> str:
-        """What to tell about a step that ends the run."""
-        told = f"Step {step} stops the run before it updates anything: {verdict.reason}"
+        """The message about a step that stops the run."""
+        message = f"Step {step}: stopped before the update: {verdict.reason}"
         if verdict.non_finite:
             self.watchdog.pause()
             self.optimizer.zero_grad()
-            told += f"; {first_non_finite(self.model, lambda look: self._gradients(batches, look))}"
+            message += f"; {first_non_finite(self.model, lambda check: self._gradients(batches, check))}"
         return (
-            f"{told}. The same command would come here again: lower optimizer.lr, or get past it with "
+            f"{message}. Rerunning the same command fails again: lower optimizer.lr, or skip the step with "
             "--fault_tolerance.non_finite=skip or rewind"
         )
 
     def _rewind(self, step: int, verdict: StepVerdict) -> int:
-        """Go back to the last checkpoint, but not in the data; returns the steps that are done then."""
+        """Load the last checkpoint, but keep the data position; returns its step."""
         state = self.checkpointer.load()
         if state is None:
             raise BadNumbers(f"Step {step}: {verdict.reason}, and there is no checkpoint yet to go back to")
@@ -424,14 +423,14 @@ class Trainer:
         self.metrics.start(done)
         self.health.start(done)
         logger.warning(
-            "Step %d: %s. Back to the checkpoint of step %d; the data goes on after step %d, so that what "
-            "was read since is skipped",
+            "Step %d: %s. Rewound to the checkpoint of step %d; the data continues after step %d, so the "
+            "batches in between are skipped",
             *(step, verdict.reason, done, step),
         )
         return done
 
     def _stop(self, step: int, *, began: int) -> NoReturn:
-        """Save `step`, unless the run `began` with it, and raise `Stopped`; all processes have agreed to."""
+        """Save `step` unless the run `began` with it, and raise `Stopped`; all processes call it together."""
         settings = self.job.checkpoint
         saves = settings.enable and not settings.load_only
         self.checkpointer.wait()
@@ -442,7 +441,7 @@ class Trainer:
         raise Stopped.after(step, self.signals.gather(), saves=saves, saved=saved)
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside tensors; the same on every process."""
+        """The non-tensor state of a checkpoint; the same on every process."""
         data_states: list[Any] = [None] * self.world.size
         dist.all_gather_object(data_states, self.data.state_dict())
         return {
@@ -459,7 +458,7 @@ class Trainer:
         }
 
     def _resume(self) -> int:
-        """Go on from a checkpoint if there is one; returns the steps already done."""
+        """Resume from a checkpoint if there is one; returns the number of steps done."""
         state = self.checkpointer.load(self.job.training.steps)
         if state is None:
             state = self._load_initial()
@@ -474,15 +473,15 @@ class Trainer:
         logger.info("%s", resume_message(state["step"], self.tokens_seen, not_exact))
         if state["schedule"] != self.schedule:
             logger.warning(
-                "The optimizer goes on otherwise than the checkpoint's run would have: %s then, %s now",
+                "The optimizer settings differ from the checkpoint's: %s then, %s now",
                 state["schedule"],
                 self.schedule,
             )
         return int(state["step"])
 
     def _load_initial(self) -> dict[str, Any] | None:
-        """Start from the weights of another run or model, if the job names one; or go on from all of it, and
-        return its state.
+        """Load the initial weights that the job names, if any. Returns the state of the other run if the job
+        loads all of it, else None.
         """
         if self.initial is None:
             return None
@@ -492,7 +491,7 @@ class Trainer:
         return None
 
     def _save_seed(self) -> None:
-        """Write step 0, which runs on any number of processes can start from."""
+        """Save step 0, from which runs on any number of processes can start."""
         folder = self.folder.path / self.job.checkpoint.folder
         if self._resume() or self.checkpointer.found_checkpoints:
             raise ConfigError(
@@ -506,12 +505,12 @@ class Trainer:
             raise ConfigError(f"{folder}: the seed checkpoint was not saved")
 
     def _export(self, step: int) -> None:
-        """Write the trained model in Hugging Face's format, unless an earlier run of this job did."""
+        """Export the trained model in Hugging Face's format, unless an earlier run of this job did."""
         settings, spec = self.job.checkpoint, models.get(self.job.model.name)
         out = final_export_folder(self.folder.path / settings.folder, step)
-        there = torch.tensor(int(out.exists()), device=self.device)
-        dist.broadcast(there, 0)  # the first process writes it, and need not share its disk with the others
-        if not there.item():
+        exported = torch.tensor(int(out.exists()), device=self.device)
+        dist.broadcast(exported, 0)  # rank 0 writes; the others may not see its disk
+        if not exported.item():
             mesh.set_timeout(self.job.comm.init_timeout_seconds)  # the others wait while one writes
             export_final(
                 self.model,
@@ -525,7 +524,7 @@ class Trainer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as `argv` (default: the command line) says; returns the exit code (see `exits`)."""
+    """Train as `argv` (default: the command line) says; returns the exit code (see `exit_codes`)."""
     init_logger()
 
     def train(signals: Signals, watchdog: Watchdog) -> None:

@@ -1,13 +1,12 @@
-"""The loss on text that is not trained on, measured during training without changing a bit of it.
+"""Measures the loss on held-out text during training, without changing training by a single bit.
 
-Validation reads samples by number from a source of its own, forwards them without gradients, and leaves no
-trace: no random number is drawn, no gradient or float8 scale is kept, weights that were gathered for it are
-freed again. The samples are the same at every validation, on any number of ranks; where they do not fill the
-last batch, its rest is read but not counted.
+Validation reads samples by index from a source of its own and runs forward without gradients. It draws no
+random number, keeps no gradient or float8 scale, and frees gathered weights again. The samples are the same
+at every validation, on any number of ranks. Samples that pad the last batch are read but not counted.
 
 loss: nats per token, the mean over all labels, as in training. bits per byte: the bits that the model needs
-for all labels, the ends of documents included, over the bytes of text that they stand for. It does not
-depend on the tokenizer's vocabulary, so models with different ones can be compared.
+for all labels, including ends of documents, divided by the bytes of the text. It does not depend on the
+vocabulary, so models with different tokenizers can be compared.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from octavo.distributed.mesh import World
 from octavo.metrics.logger import ValidationReport
 from octavo.tokenizer import Tokenizer
 
-IGNORED = -100  # a label that cross entropy passes over
-_SEED = 0  # of the order: the same samples for every training.seed
+IGNORED = -100  # the label that cross entropy ignores
+_SEED = 0  # of the order; samples must not depend on training.seed
 
 
 class Validator:
@@ -40,8 +39,8 @@ class Validator:
 
     Args:
         loss_sum: logits [B, S, V] and labels [B, S] -> the summed cross entropy, a scalar.
-        byte_lengths: bytes of text of each id.
-        samples: how many to count; the first ones of the source.
+        byte_lengths: number of bytes of each token id.
+        samples: number of samples to count, from the start of the source.
     """
 
     def __init__(
@@ -65,11 +64,12 @@ class Validator:
         loss_sum: Callable[[Tensor, Tensor], Tensor],
         forward: Callable[[Tensor], Tensor | None] | None = None,
     ) -> ValidationReport:
-        """Measure; a collective call of all ranks. `forward` computes the logits, or None where another
-        process has them; by default the model does.
+        """Measure the loss; a collective call of all ranks.
+
+        `forward` returns the logits, or None if another process has them; the default is `model`.
         """
         start = time.perf_counter()
-        # float64 sums: the order in which ranks and batches are added must not show
+        # float64: the result must not depend on the order of summation
         totals = torch.zeros(3, dtype=torch.float64, device=self._device)  # nats, tokens, bytes
         self._source.load_state_dict({})
         was_training = model.training
@@ -108,7 +108,7 @@ class Validator:
 
 
 def _free_gathered(model: nn.Module) -> None:
-    """What a forward without its backward leaves gathered is sharded again."""
+    """Reshard weights that a forward without a backward leaves gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -123,12 +123,12 @@ def build_validator(
     device: torch.device,
     bad: BadRecords | None = None,
 ) -> Validator | None:
-    """The validator that `[validation]` asks for; None where it is off.
+    """The validator for `[validation]`, or None if it is disabled.
 
-    `training_source` has held out its share, where there is one to hold out.
+    training_source: must already exclude its held-out share if `validation.fraction` is set.
 
     Raises:
-        ConfigError: there is no text to validate on, or no end to it.
+        ConfigError: there is no validation text, or it is endless and `validation.steps` is not set.
     """
     settings, training = job.validation, job.training
     if not settings.enable:
@@ -159,12 +159,12 @@ def build_validator(
 
 
 def _samples(job: JobConfig, source: SampleSource, per_step: int) -> int:
-    there: int | None = getattr(source, "samples", None)
+    available: int | None = getattr(source, "samples", None)
     steps = job.validation.steps
-    if steps == -1 and there is None:
+    if steps == -1 and available is None:
         raise ConfigError(
             "validation.steps = -1: a stream or a mixture to validate on has no end; set validation.steps"
         )
-    if steps == -1 or there is None:
-        return there if there is not None else steps * per_step
-    return min(there, steps * per_step)
+    if steps == -1 or available is None:
+        return available if available is not None else steps * per_step
+    return min(available, steps * per_step)

@@ -1,18 +1,17 @@
-"""A process that hangs or dies leaves the step it was in and the stacks of its threads behind.
+"""Ends a process that hangs, and records the step and the stacks of processes that hang or die.
 
-A collective has a timeout of its own (gloo raises, NCCL aborts), which catches a process that waits for
-another. This here catches the other one. A timer in C, which needs no lock of Python's, is wound up at each
-sign of progress (a microbatch, an update); if it runs down, it writes all stacks and ends the process. And on
-SIGUSR2, which the launcher sends to those who are left when one has died, the stacks are written and the
-process goes on. Winding up costs some 30 microseconds.
+Collectives have timeouts (gloo raises, NCCL aborts), which end the processes that wait for a hung one. The
+watchdog ends the hung process itself. A timer in C, which works without the GIL, is reset at each sign of
+progress (a microbatch, an update); when it expires, it writes all stacks and ends the process. On SIGUSR2,
+which the launcher sends to the remaining processes when one has died, the stacks are written and the process
+continues. A reset takes about 30 microseconds.
 
-In a pipeline it catches both: torch's sends and receives between stages take no timeout, so nobody else would
-end a stage that waits for another. The launcher says by a variable that there is one.
+In a pipeline the timer also ends the waiting processes, because torch's sends and receives between stages
+have no timeout. The launcher announces a pipeline by an environment variable.
 
-A process ends with its launcher, too, which Linux sees to: nobody else would look after it, and it would keep
-its GPU.
+On Linux a process is killed together with its launcher, since otherwise it would keep its GPU.
 
-Where a step of one process alone takes its time nobody waits, so a job of one process has no timer.
+A single process has no timer, because no other process waits for it.
 """
 
 import ctypes
@@ -35,15 +34,15 @@ from octavo.launch.status import (
 )
 from octavo.launch.supervisor import PIPELINE_VARIABLE
 
-_LATER = 10.0  # seconds: those who wait in a collective for this process come first, and say so
-_LATER_IN_A_PIPELINE = 1.0  # there they wait in a receive, which says nothing
+_LATER = 10.0  # seconds; processes waiting in a collective time out first, with a message
+_LATER_IN_A_PIPELINE = 1.0  # there they wait in a receive, which has no timeout
 _STANDARD_ERROR = 2
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_open_till_the_end: list[IO[str]] = []  # faulthandler keeps a file's number, and writes whatever has it
+_open_till_the_end: list[IO[str]] = []  # faulthandler holds only the file descriptor
 
 
 class Watchdog:
-    """Watches this process. Stacks go to the launcher's folder, or to standard error without a launcher."""
+    """Watches this process. Stacks go to the launcher's folder, or without a launcher to standard error."""
 
     def __init__(self) -> None:
         self._status: StatusFile | None = None
@@ -54,7 +53,7 @@ class Watchdog:
         self._follows = False
         self.step = 0
         self.asked_to_stop: int | None = None
-        """A signal that the launcher was sent before this process was there to be sent it."""
+        """A stop signal that the launcher received before this process started."""
 
     def __enter__(self) -> "Watchdog":
         folder = os.environ.get(STATUS_VARIABLE)
@@ -66,7 +65,7 @@ class Watchdog:
             _open_till_the_end.append(self._stacks)
         faulthandler.enable(self._file, all_threads=True)
         faulthandler.register(signal.SIGUSR2, self._file, all_threads=True)
-        if folder:  # after the handler stands: who has a status can be asked for stacks
+        if folder:  # after the handler is set: a process with a status may be sent SIGUSR2
             self._status = StatusFile(Path(folder), rank)
             self._status.write(0)
             self.asked_to_stop = asked_to_stop(Path(folder))
@@ -82,25 +81,25 @@ class Watchdog:
         return _STANDARD_ERROR if self._stacks is None else self._stacks
 
     def begin(self, step: int, seconds: float) -> None:
-        """Step `step` begins; from now on `seconds` may pass from one sign of progress to the next."""
+        """Start `step`; from now on at most `seconds` may pass between signs of progress."""
         self.step, self._seconds = step, seconds
         if self._status is not None:
             self._status.write(step)
         self.progress()
 
     def progress(self) -> None:
-        """A sign of progress: the timer starts anew."""
+        """Reset the timer."""
         if self._timed and self._seconds is not None:
             faulthandler.dump_traceback_later(self._seconds + self._later, exit=True, file=self._file)
 
     def pause(self) -> None:
-        """What comes may take its time (a save, a validation); the next sign of progress ends the pause."""
+        """Stop the timer for a long operation (a save, a validation); the next `progress` restarts it."""
         faulthandler.cancel_dump_traceback_later()
 
     def explain(self, error: BaseException) -> str | None:
-        """One sentence for an error that another process caused; None for any other.
+        """A message for an error that another process caused, else None.
 
-        The traceback then goes to the file of stacks, since it tells where this process waited.
+        The traceback goes to the file of stacks, because it shows where this process waited.
         """
         if not _lost_a_peer(error):
             return None
@@ -111,7 +110,7 @@ class Watchdog:
         text = str(error).strip().partition("\n")[0] or type(error).__name__
         text = re.sub(r"^\[[^]]*\] ", "", text).partition(" This is typically")[
             0
-        ]  # gloo's file, and its advice
+        ]  # without gloo's file name and advice
         slow = "timed out" in text.lower()
         return (
             f"Step {self.step}: a collective {'timed out' if slow else 'broke off'}, since another process "
@@ -120,17 +119,17 @@ class Watchdog:
 
 
 def _end_with_the_launcher() -> None:
-    """From now on, if the launcher is killed this process is, too."""
+    """Let the kernel kill this process when its launcher dies."""
     launcher = os.environ.get(LAUNCHER_VARIABLE)
     if launcher is None or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(launcher):  # it was killed before that
+    if os.getppid() != int(launcher):  # it died before prctl took effect
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _lost_a_peer(error: BaseException) -> bool:
-    """Whether a collective failed: NCCL's errors have a type, gloo's name the file that raises them."""
+    """Whether a collective failed. NCCL's errors have a type; gloo's contain the name of its source file."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and "gloo" in str(error)

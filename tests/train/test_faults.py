@@ -83,7 +83,7 @@ def test_signalled_run_saves_and_goes_on_bit_for_bit(kind, world, rank, sent, fa
     after = 3 if kind == "signal in save" else 2
     assert stopped.exit_codes == [75] * world
     assert f"Stopped by {sent} on rank {rank} after step {after}, which is saved." in stopped.log
-    assert f"The same command goes on with step {after + 1}" in stopped.log
+    assert f"Rerun the command to continue with step {after + 1}" in stopped.log
     assert (tmp_path / "checkpoint" / f"step-{after}").is_dir()
 
     fault()
@@ -137,7 +137,7 @@ BAD = "layers.2.feed_forward.w2"
 @pytest.mark.parametrize(
     ("kind", "named"),
     [
-        ("activation", f"the activation that {BAD} puts out in forward, on rank 1"),
+        ("activation", f"the output of {BAD} in forward, on rank 1"),
         ("gradient", f"the gradient of {BAD}'s output in backward, on rank 1"),
         ("weight", f"the weight {BAD}.weight, before the step"),
     ],
@@ -147,7 +147,7 @@ def test_stop_names_the_first_layer_and_operand(kind, named, fault, tmp_path):
     fault(kind, step=3, rank=1, module=BAD.removesuffix(".w2") if kind == "gradient" else BAD)
     run = launching.train(tmp_path, SAVES, world=2)
     assert run.exit_codes == [4, 4]
-    assert "Step 3 stops the run before it updates anything: the " in run.log
+    assert "Step 3: stopped before the update: the " in run.log
     assert f"the first number that is not finite is in {named}. " in run.log
     assert "Traceback" not in run.log
     assert [line["step"] for line in run.metrics] == [1, 2, 3]
@@ -162,7 +162,7 @@ def test_skip_leaves_every_parameter_as_it_was(fault, tmp_path):
     before, after, last = (read_model(steps / f"step-{n}") for n in (2, 3, 4))
     same(before, after)
     assert any(not torch.equal(after[name], last[name]) for name in after)
-    assert "Step 3 is skipped, no parameter is updated: the loss is nan" in run.log
+    assert "Step 3 is skipped without an update: the loss is nan" in run.log
     assert [line["skipped_steps"] for line in run.metrics] == [0, 0, 1, 1]
     assert [line["tokens"] for line in run.metrics] == [512 * n for n in (1, 2, 3, 4)]
     assert run.losses[2] is None
@@ -176,7 +176,7 @@ def test_skips_in_a_row_are_limited(fault, tmp_path):
     flags = {**FLAG, "fault_tolerance.non_finite": "skip", "fault_tolerance.max_skips": 2}
     run = launching.train(tmp_path, flags)
     assert run.exit_codes == [4]
-    assert "2 steps in a row were skipped before (fault_tolerance.max_skips)" in run.log
+    assert "the 2 steps before were skipped too (fault_tolerance.max_skips)" in run.log
     assert [line["step"] for line in run.metrics] == [1, 2, 3, 4]
 
 
@@ -185,8 +185,8 @@ def test_rewind_goes_back_and_past_the_data(fault, tmp_path):
     flags = {**SAVES, "checkpoint.interval": 2, "training.steps": 5, "fault_tolerance.non_finite": "rewind"}
     run = launching.train(tmp_path, {**flags, "fault_tolerance.max_rewinds": 1}, world=2)
     assert run.exit_codes == [4, 4]  # the fault is at step 4 of the second try, too
-    assert "Back to the checkpoint of step 2; the data goes on after step 4" in run.log
-    assert "the last checkpoint was gone back to 1 times (fault_tolerance.max_rewinds)" in run.log
+    assert "Rewound to the checkpoint of step 2; the data continues after step 4" in run.log
+    assert "the last checkpoint was already loaded 1 times (fault_tolerance.max_rewinds)" in run.log
 
 
 def test_rewound_run_goes_on_to_its_end(fault, tmp_path):

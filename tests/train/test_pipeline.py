@@ -83,7 +83,7 @@ def test_a_pipeline_starts_from_a_seed_checkpoint_and_from_an_export(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "flags", "module", "named"),
     [
-        ("activation", LOOPED, "layers.1.feed_forward.w2", "the activation that {} puts out in forward"),
+        ("activation", LOOPED, "layers.1.feed_forward.w2", "the output of {} in forward"),
         ("gradient", PP, "layers.3.feed_forward", "the gradient of {}.w2's output in backward"),
         ("weight", PP, "layers.3.feed_forward.w2", "the weight {}.weight, before the step"),
     ],

@@ -61,14 +61,14 @@ def test_who_ignores_the_terminals_end_goes_on_ignoring_it():
 @pytest.mark.parametrize(
     ("step", "saves", "saved", "code", "told"),
     [
-        (7, True, 7, 75, "after step 7, which is saved. The same command goes on with step 8"),
-        (0, True, 0, 75, "before the first step. The same command goes on with step 1"),
+        (7, True, 7, 75, "after step 7, which is saved. Rerun the command to continue with step 8"),
+        (0, True, 0, 75, "before the first step. Rerun the command to continue with step 1"),
         (
             7,
             True,
             5,
             75,
-            "after step 7, which could not be saved. The same command goes on from the checkpoint",
+            "after step 7, which could not be saved. Rerun the command to continue from the previous",
         ),
         (
             7,
