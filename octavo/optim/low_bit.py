@@ -1,20 +1,20 @@
-"""AdamW whose moments take two bytes a parameter, or one: for models whose float32 moments do not fit.
+"""AdamW with moments of two bytes per parameter, or one, for models whose float32 moments do not fit.
 
-    AdamW with m, v in float32   8 bytes a parameter
+    AdamW with m, v in float32   8 bytes per parameter
     `AdamW`, bfloat16            4
-    `AdamW8bit`                  2, and one float32 for 256 of them
+    `AdamW8bit`                  2, and one float32 per block of 256 and moment
 
-bfloat16 has 8 bits of mantissa: a moment or a weight that changes by less than 0.4 % a step would stay where
-it is. So what is stored in bfloat16 is rounded stochastically, up or down with a chance that makes it right
-on average; arithmetic is in float32. The random bits are a function of the step and the
-parameter's place, so that a run that resumes draws those that the uninterrupted one drew, and processes that
-hold copies of a parameter keep equal copies. Parameters may be bfloat16 too (`training.dtype`).
+bfloat16 has 8 bits of precision: with rounding to nearest, a moment or weight that changes by less than about
+0.4 % per step would never change. So values stored in bfloat16 are rounded stochastically, which is unbiased;
+arithmetic is in float32. The random bits are a function of the step and the parameter's index, so that a
+resumed run equals an uninterrupted one, and replicas of a parameter stay equal. Parameters may be bfloat16
+too (`training.dtype`).
 
 `AdamW8bit` leaves moments to bitsandbytes' kernels: blocks of 256 numbers share a scale, and each is one of
-256 of a dynamic map (arXiv:2110.02861). Parameters under 4,096 elements keep float32 moments. It needs whole
-parameters: blocks of one shard are no blocks of another. Its kernels round bfloat16 weights to nearest.
+256 of a dynamic map (arXiv:2110.02861). Parameters under 4,096 elements keep float32 moments. It needs
+unsharded parameters, because blocks depend on the sharding. Its kernels round bfloat16 weights to nearest.
 
-Each takes one parameter at a time, in pieces, so that the float32 copies it computes with stay small. AdamW:
+Both update one parameter at a time, in pieces, so that the temporary float32 copies stay small. AdamW:
 arXiv:1711.05101.
 """
 
@@ -36,13 +36,13 @@ BLOCK_8BIT = 256
 
 
 def _steps(state: dict[str, Any]) -> int:
-    """How many steps a parameter has had; of tensors without memory, which have no numbers, the first."""
+    """The number of steps of a parameter; 1 for fake tensors, which have no values."""
     done = state["step"]
     return 1 if isinstance(done, FakeTensor) else int(done.item())
 
 
 def _in_one_kernel(w: Tensor) -> bool:
-    """Whether `w` is updated by `one_kernel`: on GPUs. A CPU keeps the bits of the generator's rounding."""
+    """Whether `w` is updated by `one_kernel`: on GPUs. CPUs round with a generator's random bits."""
     return w.is_cuda and not isinstance(w, FakeTensor)
 
 
@@ -51,8 +51,8 @@ def _local(x: Tensor) -> Tensor:
 
 
 def store(into: Tensor, value: Tensor, generator: torch.Generator) -> None:
-    """Write float32 `value` to `into`; stochastically rounded if that is bfloat16. What is not finite stays
-    so.
+    """Write float32 `value` to `into`, rounded stochastically if that is bfloat16. Non-finite values are
+    kept.
     """
     if into.dtype != torch.bfloat16:
         into.copy_(value)
@@ -150,7 +150,7 @@ class AdamW(torch.optim.Optimizer):
         return self._numbers[1]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what `state_dict()` gave, bit for bit: PyTorch would cast it to the parameters' dtype."""
+        """Load `state_dict` bit for bit; PyTorch alone would cast it to the parameters' dtype."""
         super().load_state_dict(state_dict)
         names = [name for group in state_dict["param_groups"] for name in group["params"]]
         for name, (_, _, p) in zip(names, self._parameters(), strict=True):
@@ -161,14 +161,14 @@ class AdamW(torch.optim.Optimizer):
 
 
 def _pieces(x: Tensor) -> tuple[Tensor, ...]:
-    """`x` as flat views of `PIECE` elements at most; one as it is where it is not contiguous."""
+    """Flat views of `x` with at most `PIECE` elements each; `x` itself if it is not contiguous."""
     return x.view(-1).split(PIECE) if x.is_contiguous() else (x,)
 
 
 class AdamW8bit(AdamW):
     """AdamW with moments of one byte, by bitsandbytes. Takes whole parameters.
 
-    The first step raises ImportError without bitsandbytes, but for tensors without memory.
+    The first step raises ImportError if bitsandbytes is missing, except for fake tensors.
     """
 
     def __init__(self, params: Iterable[Tensor], **settings: Any) -> None:
@@ -186,7 +186,7 @@ class AdamW8bit(AdamW):
             state[f"{name}_amax"] = torch.zeros(blocks, dtype=torch.float32, device=local.device)
 
     def _map(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The numbers that the codes of the first and of the second moment stand for."""
+        """The code tables of the first (signed) and second (unsigned) moment."""
         if device not in self._maps:
             from bitsandbytes import functional
 
@@ -201,7 +201,7 @@ class AdamW8bit(AdamW):
             super()._update(p, grad, state, group, place)
             return
         w = _local(p)
-        if isinstance(w, FakeTensor):  # the kernels want numbers; nothing else is made
+        if isinstance(w, FakeTensor):  # the kernels need real memory
             return
         from bitsandbytes import functional
 

@@ -1,7 +1,6 @@
 """The learning rate as a pure function of the step: warmup, then stable, then decay (arXiv:2404.06395).
 
-Nothing is stateful: the rate of step s is `settings` and s alone, so a resumed run needs no state to go on
-with it.
+The rate of step s depends only on `settings` and s, so a resumed run needs no scheduler state.
 """
 
 import math
@@ -47,7 +46,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def schedule_of(optimizer: Optimizer, lr_scheduler: LRScheduler, training_steps: int) -> dict[str, Any]:
-    """What an update depends on beside the step and the gradients."""
+    """The settings that an update depends on, stored in checkpoints to detect changes."""
     return {
         "optimizer": asdict(optimizer),
         "lr_scheduler": asdict(lr_scheduler),

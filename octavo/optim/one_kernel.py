@@ -37,8 +37,8 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def rounded(value: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 `value` in `dtype`. bfloat16 is rounded up with a chance equal to the share of the interval
-    that lies below the value; `noise` is int32 in [0, 2**16). Values that are not finite stay so.
+    """float32 `value` in `dtype`; bfloat16 is rounded stochastically with `noise`, int32 in [0, 2**16).
+    Non-finite values are kept.
     """
     if dtype != torch.bfloat16:
         return value.to(dtype)

@@ -1,5 +1,5 @@
-"""The optimizer from its config section. Every parameter is in one group: Llama's norms are decayed too,
-as in its peers.
+"""Builds the optimizer from its config section. All parameters are in one group, so weight decay applies to
+norms too.
 """
 
 from collections.abc import Sequence
@@ -46,15 +46,15 @@ def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimi
 
 
 def clip_gradients(model: nn.Module, max_norm: float, pipeline: DeviceMesh | None = None) -> Tensor:
-    """Scale the gradients of `model` so that their global norm is `max_norm` at most.
+    """Scale the gradients of `model` so that their global norm is at most `max_norm`.
 
-    `pipeline`: the processes that have the other stages of the model. Returns the norm before that, over all
+    pipeline: the group of processes with the other stages. Returns the norm before clipping over all
     processes, a scalar that is the same on each.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     if grads and grads[0].device.type == "cpu":
-        # A CPU adds up float32 squares one after another, which loses 1e-4 of a large gradient's norm: more
-        # than a change of the layout may show.
+        # A CPU sums float32 squares sequentially, with a relative error of 1e-4 for large gradients, more
+        # than a change of the parallel layout may cause.
         norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
         norm = torch.linalg.vector_norm(torch.stack(norms)).float()
     else:
@@ -68,8 +68,8 @@ def clip_gradients(model: nn.Module, max_norm: float, pipeline: DeviceMesh | Non
 
 @torch.no_grad()
 def _scale(grads: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply each by `factor`, a scalar: what a process has of it, without asking DTensor, which takes
-    seconds to work out, for hundreds of tensors on a mesh of three axes, that such a product moves nothing.
+    """Multiply each gradient by the scalar `factor`, in place on local shards. DTensor would take seconds to
+    derive, for hundreds of tensors on a three-axis mesh, that this needs no communication.
     """
     local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
     if local:

@@ -1,7 +1,7 @@
-"""What the hardware allows, on paper: GPUs' ceilings, and the time of products, casts, attention and layers.
+"""Roofline model: peak rates of GPUs, and the predicted time of GEMMs, casts, attention and layers.
 
-Nothing here is measured by octavo: every figure carries its source, and `E` marks an estimate. No torch: the
-launcher and a laptop can ask as well as a trainer. Read `devices.py` first, then `layer.py`.
+octavo measures none of the figures: each has its source, and `E` marks an estimate. All modules but
+`timing.py` work without torch. Read `devices.py` first, then `layer.py`.
 """
 
 from octavo.roofline.casts import WAYS, Tensors, cast_bytes, cast_seconds

@@ -1,18 +1,18 @@
 """The bytes that casting to float8 reads and writes, and their time.
 
-A cast costs no arithmetic worth the name: it costs passes over memory. What a way of casting costs is
-counted here against the same layer in bfloat16, in bytes an element, for three kinds of tensors: inputs of
-linears, gradients of their outputs, and weights. A tensor is `fused` where one of our kernels makes it (norm,
-SwiGLU, rotation's backward, AdamW), and `kept` where somebody also needs it in bfloat16 (the gradient of the
-residual stream). Where nobody does, its producer saves the two bytes of writing it.
+A cast is bound by memory traffic, not arithmetic. The cost of each way of casting is counted relative to the
+same layer in bfloat16, in bytes per element, for three kinds of tensors: inputs of linears, gradients of
+their outputs, and weights. A tensor is `fused` if one of octavo's kernels produces it (norm, SwiGLU, the
+backward of rotary embeddings, AdamW), and `kept` if it is also needed in bfloat16 (the gradient of the
+residual stream). If it is not, its producer saves the two bytes of writing it.
 
     torchao      compiled code. Inputs and weights are kept in bfloat16 and cast again in backward.
-    kernels      our kernels, none of them in a producer: a pass for the maxima, a pass that casts both ways
-    producers    maxima taken where the tensor is made, then one read and two casts
-    transpose    rows cast where the tensor is made, columns by transposing float8 (powers of two only)
-    previous     last step's scale: both casts are made where the tensor is made
+    kernels      octavo's kernels, not fused: one pass for the maxima, one pass that casts rows and columns
+    producers    maxima computed by the producer, then one read and two casts
+    transpose    rows cast by the producer, columns by transposing float8 (power-of-two scales only)
+    previous     delayed scaling: the producer makes both casts
 
-Weights are cast once a step, by ours; torchao does it in every microbatch.
+octavo casts weights once per step, torchao in every microbatch.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,7 +35,7 @@ FLOAT8_GEMMS: Final[Mapping[str | None, tuple[str, ...]]] = MappingProxyType(
 )
 """Recipe (None: bfloat16) -> the products that it computes in float8."""
 
-# Which recipes' scales come from a tile that one thread block holds: no maxima to wait for.
+# Recipes whose scales cover a tile that one thread block holds, so no separate pass for maxima.
 _LOCAL = frozenset({"blockwise", "mxfp8"})
 
 STREAM: Final = 0.8
@@ -50,8 +50,8 @@ _COMPILED_ACROSS: Final = 0.46
 class Tensors:
     """Elements that a layer casts in forward and backward. inputs and grads: (fused, kept beside, not fused).
 
-    fused: made by a kernel that can cast; kept: so, but wanted in bfloat16 too; other: made by somebody
-    else's kernel.
+    fused: made by a kernel that can cast; kept: so, but wanted in bfloat16 too; other: made by another
+    library's kernel.
     """
 
     inputs: tuple[float, float, float]
@@ -86,7 +86,7 @@ def _torchao(tensors: Tensors, recipe: str, microbatches: int) -> Bytes:
 
 
 def _ours(fused: float, kept: float, other: float, weight: float) -> Callable[[Tensors, str, int], Bytes]:
-    """Bytes an element of each kind; a weight's once a step."""
+    """Counts by bytes per element of each kind; weights once per step."""
 
     def count(tensors: Tensors, recipe: str, microbatches: int) -> Bytes:
         per_kind = (fused, kept, other)
@@ -119,13 +119,13 @@ WAYS: Final[Mapping[str, Callable[[Tensors, str, int], Bytes]]] = MappingProxyTy
 def cast_bytes(tensors: Tensors, recipe: str, way: str, *, microbatches: int = 1) -> float:
     """Bytes that casting adds to one microbatch's forward and backward.
 
-    `microbatches`: how many of them a step has, which share what is done once a step.
+    microbatches: microbatches per step, which share the work done once per step.
     """
     return WAYS[way](tensors, recipe, microbatches).total
 
 
 def cast_seconds(gpu: Gpu, tensors: Tensors, recipe: str, way: str, *, microbatches: int = 1) -> float:
-    """Their time."""
+    """Seconds that casting adds to one microbatch's forward and backward."""
     made = WAYS[way](tensors, recipe, microbatches)
     straight, across = (_COMPILED, _COMPILED_ACROSS) if way == "torchao" else (STREAM, STREAM)
     return made.straight / (gpu.hbm * straight) + made.across / (gpu.hbm * across)

@@ -1,8 +1,8 @@
 """GPUs as data: the one table of peaks, bandwidths and sizes, for the trainer, estimates and benchmarks.
 
 Units: FLOP/s, bytes/s and bytes; links per GPU and direction. Peaks are dense, from the makers' data sheets
-(sparse figures halved). A ceiling is what a large matrix product has been seen to reach; where nobody is
-quoted, the H100's share of its peak stands in (`bf16_ceiling`, `float8_ceiling`). E: an estimate of ours.
+(sparse figures halved). A ceiling is the best published rate of a large GEMM; without a published figure,
+the H100's share of its peak is assumed (`bf16_ceiling`, `float8_ceiling`). E: our estimate.
 """
 
 import re
@@ -16,13 +16,13 @@ _T, _G = 1e12, 1e9
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU. `part`: what its name, as the driver tells it, contains.
+    """One GPU model. part: a substring of the driver's name for it.
 
-    bf16, float8: dense peak; None: no such units. bf16_seen, float8_seen: a large product, as quoted.
-    attention: FLOP/s of fused causal attention, (forward, backward). hbm, hbm_bytes: memory, as it is sold;
-    drivers show some 5 % more, which pays for CUDA's context, NCCL and fragmentation. link: to a neighbour in
-    the machine; network: to another machine. sms: streaming multiprocessors (compute units).
-    capability: which float8 products its units have; (0, 0): none that we use.
+    bf16, float8: dense peak; None: no such units. bf16_seen, float8_seen: published rate of a large GEMM.
+    attention: FLOP/s of fused causal attention, (forward, backward). hbm, hbm_bytes: memory, as advertised;
+    drivers report about 5 % more, which covers the CUDA context, NCCL and fragmentation. link: to a neighbour
+    in the machine; network: to another machine. sms: streaming multiprocessors (compute units). capability:
+    which float8 products its units have; (0, 0): none that we use.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The time of one matrix product, after its shape, and of attention.
+"""The predicted time of a GEMM, from its shape, and of attention.
 
 A GPU computes a product in tiles, one tile a multiprocessor at a time, so a product whose tiles do not fill
 the last wave leaves processors idle, and one whose sides are no multiples of a tile computes padding.
@@ -64,7 +64,7 @@ def shape_efficiency(M: int, K: int, N: int, sms: int) -> float:
 
 
 def gemm_seconds(gpu: Gpu, shape: Shape) -> float:
-    """Seconds of one product on `gpu`; float8 on a GPU without float8 units takes bfloat16's time."""
+    """Seconds of one GEMM on `gpu`; float8 on a GPU without float8 units takes bfloat16's time."""
     ceiling = (gpu.float8_ceiling if shape.float8 else None) or gpu.bf16_ceiling
     # The quoted product has an efficiency too, and reaches the ceiling with it.
     large = shape_efficiency(_LARGE, _LARGE, _LARGE, gpu.sms)

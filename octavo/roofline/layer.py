@@ -1,4 +1,4 @@
-"""One Llama layer, forward and backward, on paper: products, attention, elementwise kernels and casts.
+"""Predicted time of one Llama layer, forward and backward: GEMMs, attention, elementwise kernels and casts.
 
 Elementwise work is counted as what fused kernels must read and write in bfloat16 (T tokens, D width, Q and G
 query and key/value features, F feed-forward width), elements:

@@ -1,14 +1,14 @@
-"""How long things take: several ways to do one job, timed in turn, in one process.
+"""Benchmarks alternatives against each other, interleaved in one process.
 
 A GPU's clock follows its temperature and power, and a shared CPU follows its other users, so two times taken
-minutes apart say little about which of two functions is faster. So all sides of a comparison run in every
-round, another one first each time, and what is compared is their times within a round.
+minutes apart cannot show which of two functions is faster. So every round runs all sides of a comparison,
+starting with a different one each time, and times are compared within a round.
 
 On a GPU each call is timed by two events. Before the first, the cache is emptied by writing more bytes than
-it holds, because in training the operands of one product are not in it from the last. There are as many such
-writes as it takes to keep the GPU busy while Python queues the call: what is measured are the kernels, not
-their launches. Where launches belong to the job, as in a whole model, `empty_cache=False` leaves both out and
-the clock of the wall is read.
+it holds, because in training the operands of a GEMM are not in the cache either. The writes are repeated
+until they keep the GPU busy while Python queues the call, so the kernels are measured without their launches.
+Where launches are part of the work, as in a whole model, `empty_cache=False` measures wall-clock time
+instead.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Spread:
-    """What a set of numbers is like: all of them, and their order statistics."""
+    """A set of measurements and their order statistics."""
 
     values: tuple[float, ...]
 
@@ -69,11 +69,11 @@ def time_in_turn(
     empty_cache: bool = True,
     until: float | None = None,
 ) -> dict[str, Spread]:
-    """Seconds of each side, one value a round, in rounds in which every side runs once.
+    """Seconds of each side, one value per round; every side runs once per round.
 
-    Another side is the first in each round, and the others follow in an order of the round's own, so that
-    none always runs on what the same other left in the caches. `until`, on the clock of `time.perf_counter`,
-    is when no more rounds begin; one always runs. Raises ValueError if there is nothing to time.
+    Each round starts with a different side and shuffles the others, so that no side always follows the same
+    one. `until`, on the clock of `time.perf_counter`,
+    is the time after which no round starts; the first always runs. Raises ValueError without sides or rounds.
     """
     if not sides or rounds < 1:
         raise ValueError(f"{len(sides)} sides in {rounds} rounds: there must be at least one of each")
