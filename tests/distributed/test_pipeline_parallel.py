@@ -139,7 +139,7 @@ def test_a_pipeline_computes_what_the_whole_model_does(
         csv = tmp_path / "schedule.csv"
         csv.write_text(BY_HAND)
         schedule, csv = "PipelineScheduleSingle", str(csv)
-    told = ranks.run(2, measured, schedule, recipe, csv, recipe == "rowwise")
+    results = ranks.run(2, measured, schedule, recipe, csv, recipe == "rowwise")
     model, (tokens, labels) = ready(whole(recipe)), batch()
     total = 0.0
     for _ in range(2):
@@ -147,14 +147,14 @@ def test_a_pipeline_computes_what_the_whole_model_does(
             loss = loss_sum(model(sequence), wanted)
             loss.backward()
             total += float(loss.detach())
-    got = {name: grad for rank in told for name, grad in rank["grads"].items()}
-    assert sum(rank["losses"][0] + rank["losses"][1] for rank in told) == pytest.approx(total, rel=1e-6)
+    got = {name: grad for rank in results for name, grad in rank["grads"].items()}
+    assert sum(rank["losses"][0] + rank["losses"][1] for rank in results) == pytest.approx(total, rel=1e-6)
     assert set(got) == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(torch.from_numpy(got[name]), parameter.grad, rtol=1e-4, atol=1e-5)
-    assert [rank["products"] for rank in told] == [3.0, 3.0]
-    assert all(rank["progress"] >= 4 * BATCH for rank in told)
-    logits = [torch.from_numpy(rank["logits"]) for rank in told if rank["logits"] is not None]
+    assert [rank["products"] for rank in results] == [3.0, 3.0]
+    assert all(rank["progress"] >= 4 * BATCH for rank in results)
+    logits = [torch.from_numpy(rank["logits"]) for rank in results if rank["logits"] is not None]
     with torch.no_grad():
         torch.testing.assert_close(logits, [model(tokens[:3, :8])], rtol=1e-5, atol=1e-5)
 

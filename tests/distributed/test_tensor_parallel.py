@@ -49,9 +49,9 @@ def test_compiled_layers_hand_the_embedding_its_gradient():
 
 def test_a_degree_that_divides_no_model_is_told_with_the_sum():
     job = config.load(["--parallelism.tensor_parallel_degree=3"])
-    told = (
+    message = (
         r"degree = 3: the model has 16 heads \(16 / 3 = 5.33\) and .* which do not divide evenly; degrees "
         "that divide them: 1, 2, 4, 8, 16"
     )
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         model_args(job, build_tokenizer(job.model.hf_assets_path))

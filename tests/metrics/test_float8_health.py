@@ -29,7 +29,7 @@ class HealthRow:
 
 
 @pytest.fixture
-def told(monkeypatch):
+def warnings(monkeypatch):
     lines = []
     monkeypatch.setattr(float8_health.logger, "warning", lambda text, *args: lines.append(text % args))
     return lines
@@ -50,11 +50,11 @@ def rowwise(**numbers):
     )
 
 
-def test_names_the_layer_the_loss_and_both_remedies(told):
+def test_names_the_layer_the_loss_and_both_remedies(warnings):
     HealthReport(SETTINGS, None).judge(
         40, [HealthRow(), HealthRow(layer="x"), HealthRow(flushed=0.12)], rowwise(flushed=0.004)
     )
-    assert told == [
+    assert warnings == [
         "Step 40: layers.3.feed_forward.w2 grad_output: 12% flushed to zero in tensorwise; "
         "rowwise gives 0.4%: --float8.layer_recipes=layers.3.feed_forward.w2=rowwise, or "
         "keep this layer in high precision: "
@@ -62,9 +62,9 @@ def test_names_the_layer_the_loss_and_both_remedies(told):
     ]
 
 
-def test_a_recipe_that_is_no_better_is_not_named(told):
+def test_a_recipe_that_is_no_better_is_not_named(warnings):
     HealthReport(SETTINGS, None).judge(40, [HealthRow(flushed=0.12)], rowwise(flushed=0.11))
-    assert told == [
+    assert warnings == [
         "Step 40: layers.3.feed_forward.w2 grad_output: 12% flushed to zero in tensorwise; "
         "keep this layer in high precision: --float8.filter_fqns=output,layers.3.feed_forward.w2"
     ]
@@ -77,22 +77,22 @@ def test_a_recipe_that_is_no_better_is_not_named(told):
         (HealthRow(sqnr=12.34), "12.3 dB between values and rounding error in tensorwise"),
     ],
 )
-def test_other_limits(told, row, part):
+def test_other_limits(warnings, row, part):
     HealthReport(SETTINGS, None).judge(1, [row], rowwise())
-    assert part in told[0]
-    assert "--float8.layer_recipes=layers.3.feed_forward.w2=rowwise" in told[0]
+    assert part in warnings[0]
+    assert "--float8.layer_recipes=layers.3.feed_forward.w2=rowwise" in warnings[0]
 
 
-def test_within_the_limits_there_is_nothing_to_tell(told):
+def test_no_warning_within_the_limits(warnings):
     edge = HealthRow(flushed=0.05, saturated=0.01, sqnr=15.0)
     HealthReport(SETTINGS, None).judge(1, [edge], never)
-    assert told == []
+    assert warnings == []
     assert not findings(
         [HealthRow(flushed=0.5, nonfinite=0.1), HealthRow(sqnr=float("nan"), amax=float("inf"))], SETTINGS
     )
 
 
-def test_the_same_warning_comes_once_and_again_when_twice_as_bad(told):
+def test_the_same_warning_comes_once_and_again_when_twice_as_bad(warnings):
     report, tried = HealthReport(SETTINGS, None), []
 
     def trial(layer):
@@ -101,15 +101,15 @@ def test_the_same_warning_comes_once_and_again_when_twice_as_bad(told):
 
     for step, flushed in enumerate([0.12, 0.12, 0.2, 0.24, 0.25, 0.3]):
         report.judge(step, [HealthRow(flushed=flushed)], trial)
-    assert [line.split(":")[0] for line in told] == ["Step 0", "Step 4"]
+    assert [line.split(":")[0] for line in warnings] == ["Step 0", "Step 4"]
     assert len(tried) == 1  # trials are dear
 
 
-def test_the_three_worst_are_told_each_and_the_rest_by_name(told):
+def test_the_three_worst_have_a_line_each_and_the_rest_are_listed(warnings):
     rows = [HealthRow(layer=f"layers.{n}", flushed=n / 10) for n in range(1, 8)]
     HealthReport(SETTINGS, None).judge(5, rows, rowwise())
-    assert [line.split()[2] for line in told[:3]] == ["layers.7", "layers.6", "layers.5"]
-    assert told[3:] == [
+    assert [line.split()[2] for line in warnings[:3]] == ["layers.7", "layers.6", "layers.5"]
+    assert warnings[3:] == [
         "Step 5: also beyond the limits of [float8]: grad_output flushed to zero in layers.4 40%, "
         "layers.3 30%, layers.2 20%, layers.1 10%. See health.jsonl",
         "Step 5: to keep all 7 layers reported so far in high precision: --float8.filter_fqns=output,"
@@ -117,20 +117,20 @@ def test_the_three_worst_are_told_each_and_the_rest_by_name(told):
     ]
 
 
-def test_many_layers_are_a_matter_of_the_recipe(told):
+def test_many_layers_are_a_matter_of_the_recipe(warnings):
     rows = [HealthRow(layer=f"layers.{n}", flushed=0.5 - n / 100) for n in range(30)]
     HealthReport(SETTINGS, None).judge(5, rows, rowwise())
-    assert told[3].endswith("layers.26 24% and 3 more. See health.jsonl")
-    assert told[4].startswith("Step 5: 30 layers are beyond the limits of [float8]; use a finer recipe")
+    assert warnings[3].endswith("layers.26 24% and 3 more. See health.jsonl")
+    assert warnings[4].startswith("Step 5: 30 layers are beyond the limits of [float8]; use a finer recipe")
 
 
-def test_the_rest_is_listed_by_operand_and_limit(told):
+def test_the_rest_is_listed_by_operand_and_limit(warnings):
     rows = [
         *(HealthRow(layer=f"layers.{n}", flushed=n / 10) for n in range(1, 6)),
         HealthRow(layer="layers.7", operand="input", saturated=0.3),
     ]
     HealthReport(SETTINGS, None).judge(5, rows, rowwise())
-    assert told[3].endswith(
+    assert warnings[3].endswith(
         "[float8]: grad_output flushed to zero in layers.2 20%, layers.1 10%; "
         "input saturated in layers.7 30%. See health.jsonl"
     )
@@ -170,7 +170,7 @@ HEALTH = {**launching.recipe("tensorwise"), "float8.health_every": 2}
 
 
 def test_measures_what_a_training_step_casts(tmp_path):
-    """Every second step, every layer; measuring changes no bit; a resume tells each step once. On two
+    """Every second step, every layer; measuring changes no bit; a resumed run has each step once. On two
     processes, the numbers of the weights stay, and those of the rest are over all tokens.
     """
     saved = {"checkpoint.enable": "true", "checkpoint.interval": 2}

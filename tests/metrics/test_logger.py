@@ -130,7 +130,7 @@ def test_json_lines_hold_full_precision(tmp_path, clock):
     assert lines(tmp_path)[0]["loss"] == 1 / 3
 
 
-def test_resumed_run_tells_each_step_once(tmp_path, clock):
+def test_a_resumed_run_has_each_step_once(tmp_path, clock):
     logger = build(tmp_path, log_freq=1)
     logger.start(0)
     for number in (1, 2, 3, 4):
@@ -198,8 +198,8 @@ def test_tensorboard_events_read_back(tmp_path, clock):
 def test_trackers_get_the_names_that_dashboards_know(tmp_path, clock):
     """The left column of torchtitan's dashboards."""
     logger = build(tmp_path, log_freq=1)
-    told = {}
-    logger._trackers.append(type("Fake", (), {"write": lambda _, values, step: told.update(values)})())
+    tracked = {}
+    logger._trackers.append(type("Fake", (), {"write": lambda _, values, step: tracked.update(values)})())
     logger.start(0)
     logger.add_batch(1000, 0.5)
     clock.now += 2
@@ -226,25 +226,25 @@ def test_trackers_get_the_names_that_dashboards_know(tmp_path, clock):
         "mfu_mixed(%)": 10,
         "hfu(%)": 10,
     }
-    assert {name: told.get(name) for name in expected} == pytest.approx(expected)
-    assert "time_metrics/step_p50(s)" not in told  # no step but the first: not known
+    assert {name: tracked.get(name) for name in expected} == pytest.approx(expected)
+    assert "time_metrics/step_p50(s)" not in tracked  # no step but the first: not known
 
 
 def test_validation_reaches_the_trackers_and_no_rate(tmp_path, clock):
     logger = build(tmp_path, log_freq=1)
-    told = {}
-    logger._trackers.append(type("Fake", (), {"write": lambda _, values, step: told.update(values)})())
+    tracked = {}
+    logger._trackers.append(type("Fake", (), {"write": lambda _, values, step: tracked.update(values)})())
     logger.start(0)
     step(logger, clock, 1)
     clock.now += 50
     logger.report_validation(1, ValidationReport(loss=3.5, bits_per_byte=1.25, tokens=10, seconds=50.0))
-    assert told["validation_metrics/global_avg_loss"] == 3.5
-    assert told["validation_metrics/bits_per_byte"] == 1.25
+    assert tracked["validation_metrics/global_avg_loss"] == 3.5
+    assert tracked["validation_metrics/bits_per_byte"] == 1.25
     assert step(logger, clock, 2).tps == pytest.approx(500)
     assert lines(tmp_path)[-1]["step_p99"] == pytest.approx(2)
 
 
-def test_summary_tells_of_the_steps_that_are_alike(tmp_path, clock, monkeypatch):
+def test_the_summary_covers_steady_steps(tmp_path, clock, monkeypatch):
     compiled = [0.0]
     monkeypatch.setattr(metrics, "seconds_compiling", lambda: compiled[0])
     logger = build(tmp_path, log_freq=100)

@@ -133,9 +133,9 @@ def test_a_torn_trace_is_read_as_far_as_it_goes(tmp_path):
     whole = trace(CUDA).read()
     torn = tmp_path / "rank0_trace.json"
     torn.write_text(whole[: whole.index("cudnn_generated")])
-    told = summarise_file(torn)
-    assert "only its first part was read" in told
-    assert "_cast_rows" in told
+    text = summarise_file(torn)
+    assert "only its first part was read" in text
+    assert "_cast_rows" in text
 
 
 def test_a_long_trace_is_read_in_pieces_and_to_a_limit():
@@ -175,10 +175,10 @@ def test_what_is_no_trace_is_one_sentence(tmp_path, capsys, name, content, why):
     if content is not None:
         path.write_bytes(content)
     assert main([str(path)]) == 2
-    told = capsys.readouterr().err
-    assert why in told
-    assert told.startswith(f"{path}: not a readable Chrome trace")
-    assert told.count("\n") == 1
+    text = capsys.readouterr().err
+    assert why in text
+    assert text.startswith(f"{path}: not a readable Chrome trace")
+    assert text.count("\n") == 1
 
 
 def test_a_trace_is_printed(tmp_path, capsys):
@@ -190,12 +190,12 @@ def test_a_trace_is_printed(tmp_path, capsys):
 
 
 def test_emulated_casts_are_not_told_as_none():
-    told = page(
+    text = page(
         summarise([{**STEP, "dur": 100}, {**STEP, "cat": "cpu_op", "name": "aten::mul", "dur": 50}]), "x"
     )
-    assert re.search(r"^casts +n/a$", told, re.M)
-    assert "The share of quantisation is unknown" in told
-    assert "0.0% of the step" not in told
+    assert re.search(r"^casts +n/a$", text, re.M)
+    assert "The share of quantisation is unknown" in text
+    assert "0.0% of the step" not in text
 
 
 def test_every_step_is_recorded_once_and_without_torchs_warning(tmp_path, recwarn):
@@ -214,10 +214,10 @@ def test_compressed_traces_are_read(tmp_path):
     path = tmp_path / "x.json.gz"
     with gzip.open(path, "wt") as file:
         file.write(trace(CUDA).read())
-    told = summarise_file(path)
-    assert "x.json.gz: one step, 1.00 ms, by GPU kernels" in told
-    assert "Quantisation takes 10.0% of the step." in told
-    assert "[float8 GEMM] void cutlass::device_kernel<e4m3 gemm sm90_>" in told
+    text = summarise_file(path)
+    assert "x.json.gz: one step, 1.00 ms, by GPU kernels" in text
+    assert "Quantisation takes 10.0% of the step." in text
+    assert "[float8 GEMM] void cutlass::device_kernel<e4m3 gemm sm90_>" in text
 
 
 def test_a_recorded_step_gets_its_page(tmp_path, monkeypatch):
@@ -227,10 +227,10 @@ def test_a_recorded_step_gets_its_page(tmp_path, monkeypatch):
             (a @ a).relu()
             end_of_step()
     (page,) = tmp_path.rglob("rank0_summary.txt")
-    told = page.read_text()
-    assert "rank0_trace.json: one step, " in told
-    assert "[GEMM] aten::mm" in told
-    assert "by operators on the CPU" in told
+    text = page.read_text()
+    assert "rank0_trace.json: one step, " in text
+    assert "[GEMM] aten::mm" in text
+    assert "by operators on the CPU" in text
 
     def fails(path):
         raise ValueError("odd trace")

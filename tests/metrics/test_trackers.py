@@ -1,4 +1,4 @@
-"""wandb and trackio, by modules in their place: what they are told, that a resumed run goes on, that no
+"""wandb and trackio, with fake modules: what is sent, that a resumed run keeps its id, that no
 secret reaches them, and that their failures cost curves only.
 """
 

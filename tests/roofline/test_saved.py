@@ -46,5 +46,5 @@ def test_compiled_layers_keep_what_is_told(recipe: str | None, way: str) -> None
     fixed |= {shape[::-1] for shape in fixed}
     kept = [t for t in graphs.saved() if tuple(t.shape) not in fixed]
     block = Block(ARGS.dim, ARGS.dim, ARGS.n_kv_heads * ARGS.head_dim, ARGS.hidden_dim)
-    told = block.saved(T)[way]
-    assert sum(t.numel() * t.element_size() for t in kept) == pytest.approx(told, rel=0.03)
+    expected = block.saved(T)[way]
+    assert sum(t.numel() * t.element_size() for t in kept) == pytest.approx(expected, rel=0.03)

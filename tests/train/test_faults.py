@@ -1,4 +1,4 @@
-"""Whatever happens to a run: it ends with the promised code and word, and goes on bit for bit."""
+"""Whatever happens to a run: it ends with the documented exit code and message, and resumes bit for bit."""
 
 import faulthandler
 import json

@@ -109,6 +109,6 @@ def test_linears_with_one_input_in_several_recipes_share_it_over_ranks(flags, tm
     alone = launching.train(tmp_path / "alone", job)
     both = launching.train(tmp_path / "both", job | flags | {"training.local_batch_size": 2}, world=2)
     assert "recipe blockwise in 6 layers, emulated: no cpu backend" in alone.log
-    assert "EmulationWarning" not in alone.log  # the line above has told it
+    assert "EmulationWarning" not in alone.log  # the line above reports it
     assert both.losses == pytest.approx(alone.losses, rel=2e-3)
     assert both.losses[0] == pytest.approx(alone.losses[0], rel=1e-4)

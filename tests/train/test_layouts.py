@@ -167,12 +167,12 @@ def loaded(argv, port, rank, world, again=None):
 
 
 def everywhere(world, flags, again=None):
-    """What `world` processes have after loading; each knows all that it has as the others do."""
+    """The state that `world` processes have after loading; shared entries must be equal on all of them."""
     port = ranks.free_port()
     argv = [f"--{key}={value}" for key, value in flags.items()]
-    told = ranks.fork([(loaded, (argv, port, rank, world, again)) for rank in range(world)])
+    results = ranks.fork([(loaded, (argv, port, rank, world, again)) for rank in range(world)])
     found = {}
-    for one in told:
+    for one in results:
         assert all(found.get(key, value) == value for key, value in one.items())
         found |= one
     return found
@@ -211,10 +211,10 @@ def test_a_checkpoint_goes_from_layout_to_layout_bit_for_bit(tmp_path):
 
 def test_sizes_that_do_not_divide_are_one_error(tmp_path):
     flags = {TENSOR: 3, "training.seq_len": 63}
-    told = launching.train(tmp_path, flags, world=3)
-    assert told.exit_codes == [2, 2, 2]
-    assert "parallelism.tensor_parallel_degree = 3: the model has 16 heads" in told.log
-    assert "Traceback" not in told.log
+    run = launching.train(tmp_path, flags, world=3)
+    assert run.exit_codes == [2, 2, 2]
+    assert "parallelism.tensor_parallel_degree = 3: the model has 16 heads" in run.log
+    assert "Traceback" not in run.log
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit_and_exports_its_model(tmp_pat
     last = "checkpoint/step-4"
     same(read_model(tmp_path / "stopped" / last), read_model(tmp_path / "whole" / last))
 
-    # one process goes on from it, and exports the same model
+    # one process resumes from it and exports the same model
     monkeypatch.undo()
     alone = {"checkpoint.initial_load_path": tmp_path / "whole" / last, "optimizer.lr": 1e-30}
     more = {"training.steps": 2, "optimizer.weight_decay": 0, "optimizer.eps": 1e3}

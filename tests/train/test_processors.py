@@ -38,12 +38,12 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 
 @dataclass(frozen=True)
 class Processor:
-    """variables: what makes the libraries choose as on it. told: what they then say, a regular expression.
+    """variables: what makes the libraries choose as on it. message: what they then say, a regular expression.
     tests: what is run.
     """
 
     variables: dict[str, str]
-    told: str
+    message: str
     tests: tuple[str, ...]
 
 
@@ -91,5 +91,5 @@ def test_a_few_tests_pass_as_on(name):
         timeout=LIMIT,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert re.search(processor.told, ended.stdout), ended.stdout
+    assert re.search(processor.message, ended.stdout), ended.stdout
     assert f"\n{len(processor.tests)} passed" in ended.stdout

@@ -59,7 +59,7 @@ def test_who_ignores_the_terminals_end_goes_on_ignoring_it():
 
 
 @pytest.mark.parametrize(
-    ("step", "saves", "saved", "code", "told"),
+    ("step", "saves", "saved", "code", "message"),
     [
         (7, True, 7, 75, "after step 7, which is saved. Rerun the command to continue with step 8"),
         (0, True, 0, 75, "before the first step. Rerun the command to continue with step 1"),
@@ -79,7 +79,7 @@ def test_who_ignores_the_terminals_end_goes_on_ignoring_it():
         ),
     ],
 )
-def test_what_is_told_is_what_was_done(step, saves, saved, code, told):
+def test_the_message_matches_what_was_saved(step, saves, saved, code, message):
     stopped = Stopped.after(step, {3: int(signal.SIGTERM)}, saves=saves, saved=saved)
-    assert str(stopped).startswith(f"Stopped by SIGTERM on rank 3 {told}")
+    assert str(stopped).startswith(f"Stopped by SIGTERM on rank 3 {message}")
     assert stopped.exit_code == code

@@ -34,7 +34,7 @@ def losses(folder, flags, world=1):
     ],
 )
 def test_fused_layers_train_alike_and_share_checkpoints(tmp_path, recipe, starts_fused):
-    """Also where one stops and the other goes on, in both directions."""
+    """Also if one stops and the other resumes, in both directions."""
     flags = {**(launching.recipe(recipe) if recipe else {}), "float8.emulate": True} if recipe else {}
     want = losses(tmp_path / "plain", {**flags, **CHECKPOINTED})
     near(losses(tmp_path / "fused", {**flags, **CHECKPOINTED, "model.fuse": "on"}), want)

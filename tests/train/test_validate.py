@@ -120,7 +120,7 @@ VALIDATE = {**HELD_OUT, "validation.enable": "true", "validation.freq": 2, "vali
     ids=["float32", "float8, gathered, two ranks"],
 )
 def test_the_training_is_bitwise_the_same(tmp_path, flags, world):
-    """Parameters too, for the loss after an update tells of them; and the checkpoint that follows."""
+    """Parameters too, because the loss after an update depends on them; and the checkpoint that follows."""
     without = launching.train(tmp_path / "off", {**HELD_OUT, **flags}, world=world)
     run = launching.train(tmp_path / "on", {**VALIDATE, **flags}, world=world)
     assert run.losses == without.losses
