@@ -43,13 +43,13 @@ MOST_ARROWS = 75
 ALONE = {
     "octavo.float8": ("octavo.float8",),
     "octavo.float8.kernels": ("octavo.float8.kernels",),
-    "octavo.utils": ("octavo.float8",),  # an import path of the library's tutorial
+    "octavo.utils": (),  # an import path of the library's tutorial
     "octavo.core": ("octavo.core",),
     "octavo.roofline": ("octavo.roofline",),
     "octavo.assets": ("octavo.assets",),
 }
 # The only files that know the library; all others reach it through octavo.train.quantization.
-KNOW_FLOAT8 = ("octavo.float8", "octavo.utils", "octavo.train.quantization", "octavo.commands.tune")
+KNOW_FLOAT8 = ("octavo.float8", "octavo.train.quantization", "octavo.commands.tune")
 
 # What the library may import from elsewhere.
 LIBRARY_NEEDS = {"torch"}

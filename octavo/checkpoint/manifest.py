@@ -8,10 +8,9 @@ too.
 Files are hashed while they are written and verified before they are loaded, in blocks of 16 MiB, so that
 several threads can verify one file and a difference is located.
 
-    crc32    detects every error of up to 32 adjacent bits in a block, so each single flipped bit, and all but
-    one
-             in 2^32 of other errors. No protection against forgery: whoever can write the files can write the
-             manifest. Faster than reading a disk
+    crc32    detects every error of up to 32 adjacent bits in a block, so each single flipped bit, and all
+             but one in 2^32 of other errors. No protection against forgery, since an attacker can rewrite the
+             manifest too. Faster than reading a disk
     sha256   detects any error; a few times slower than crc32
     none     sizes only
 

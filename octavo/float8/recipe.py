@@ -175,8 +175,9 @@ class Gemm:
 class Recipe:
     """How the three products of a linear layer are computed; letters as in the module's docstring.
 
-    output:      a casts x[M, K],  b casts w[N, K] grad_input:  a casts dy[M, N], b casts w[K, N] (the
-    transpose) grad_weight: a casts dy[N, M], b casts x[K, M] (both transposes)
+    output:         a casts x[M, K]     b casts w[N, K]
+    grad_input:     a casts dy[M, N]    b casts w[K, N], the transpose
+    grad_weight:    a casts dy[N, M]    b casts x[K, M], both transposes
     """
 
     name: str

@@ -6,10 +6,9 @@
 - The token gives access to the user's account. It is sent only to the endpoint's own host, and never along a
   redirect or over plain http.
 - Connections break. A file grows as `NAME.HASH.part` and is continued by a range request, in this run or a
-later
-  one. When its size and hash are right it is renamed.
+  later one. When its size and hash are right it is renamed.
 - The listing is not trusted. A path that leaves the folder, or contains control characters, stops the
-download.
+  download.
 """
 
 from __future__ import annotations

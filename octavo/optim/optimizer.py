@@ -27,7 +27,7 @@ _NORM_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
     """The optimizer over the parameters of `model` that need gradients.
 
-    AdamW with bfloat16 moments, or over bfloat16 parameters, and AdamW8bit are our own (`low_bit.py`).
+    AdamW with bfloat16 moments or parameters, and AdamW8bit, are in `low_bit.py`.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     numbers: dict[str, Any] = {

@@ -4,7 +4,7 @@
 Run it by `./run_train.sh`, by `octavo train`, or by `torchrun … -m octavo.train --job.config_file …`.
 
 Results do not depend on the number of processes. Initial weights depend only on the seed and the parameters'
-names (`models/init.py`), and step s consumes the global samples [s G, (s+1) G), where G is the global batch
+names (`models/init.py`), and step s consumes the global samples [(s - 1) G, s G), where G is the global batch
 size (`data/dataloader.py`). The loss of a microbatch is its sum over tokens divided by the number of tokens
 in the global batch, so gradients of all microbatches and processes are summed.
 """

@@ -1,8 +1,8 @@
-"""Float8 as on a GPU, for tensors without memory that call themselves CPU tensors.
+"""Traces float8 as on a GPU with fake tensors on the device `cpu`.
 
-An estimate of a job wants the shapes and the memory of a GPU's way: casts by kernels, which make nothing but
-their results, and products of float8 operands. Neither is computed here; within `simulate_gpu` both are shown
-by operations with the right operands and results. `gather_in_float8` is for float8 gathers, on a GPU or not.
+An estimate of a job needs the shapes and memory of the GPU path: casts by kernels, which allocate only their
+results, and products of float8 operands. Nothing is computed; within `simulate_gpu` operations with the same
+operands and results stand for both. `gather_in_float8` is for float8 gathers, on a GPU or not.
 """
 
 from collections.abc import Iterator
