@@ -29,6 +29,7 @@ from torch import Tensor
 
 from benchmarks.harness import sizes
 from benchmarks.harness.comparison import Side, compare, predicted_only
+from benchmarks.harness.goals import COPY_SHARE
 from benchmarks.harness.machine import Conditions
 from benchmarks.harness.makers import MAKERS, Maker, without_kernels
 from benchmarks.harness.options import Options, parse
@@ -38,7 +39,6 @@ from octavo.float8.quantize import quantize_both
 from octavo.roofline import Gpu
 
 E4M3 = torch.float8_e4m3fn
-GOAL = 0.85
 STREAM = 0.9
 """Share of the memory's bandwidth, as it is sold, that a large copy reaches; E."""
 
@@ -155,12 +155,14 @@ def shapes(smoke: bool, names: Sequence[str]) -> list[tuple[int, int]]:
 
 def predicted(job: Job, gpu: Gpu | None, elements: int) -> float | None:
     """Seconds at the goal's share of what a copy reaches."""
-    return None if gpu is None else job.bytes * elements / (gpu.hbm * STREAM * GOAL)
+    return None if gpu is None else job.bytes * elements / (gpu.hbm * STREAM * COPY_SHARE)
 
 
 def measure(job: Job, M: int, K: int, options: Options) -> dict[str, Any]:
     """One job on one shape, beside a copy of as many bytes."""
     calls = job.make(M, K, options)
+    if options.own.ours_only:
+        calls = {name: call for name, call in calls.items() if name == "octavo"}
     half = int(job.bytes * M * K) // 2
     source = torch.randint(256, (half,), dtype=torch.uint8, device=options.device)
     target = torch.empty_like(source)
@@ -178,8 +180,11 @@ def measure(job: Job, M: int, K: int, options: Options) -> dict[str, Any]:
 def main() -> dict[str, Any]:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", default=["8B"], choices=["8B", "70B", "405B"])
+    parser.add_argument("--ours-only", action="store_true", help="skip compiled PyTorch and torchao")
     options = parse(__doc__, rounds=30, parser=parser)
-    report = Report("cast_bandwidth", options, {"rounds": options.rounds, "goal, share of a copy": GOAL})
+    report = Report(
+        "cast_bandwidth", options, {"rounds": options.rounds, "goal, share of a copy": COPY_SHARE}
+    )
     report.columns = {"gbps": "{:.4g} GB/s", "share": "{:.2f} of copy"}
     report.begin()
     torch.manual_seed(0)

@@ -36,6 +36,7 @@ from benchmarks.harness.comparison import CONTROL, Side, judge, predicted_only
 from benchmarks.harness.machine import ROOT, Conditions
 from benchmarks.harness.options import Options, parse
 from benchmarks.harness.report import Report
+from octavo.commands.argparser import bounded_int
 from octavo.roofline import Block, Gpu, gemm_seconds, layer_time, linear_shapes
 from octavo.roofline.timing import Spread
 
@@ -85,6 +86,8 @@ COMMON = {
 def flags_of(side: str, options: Options, dataset: str | None) -> dict[str, Any]:
     """The trainer's flags for a side."""
     flags: dict[str, Any] = COMMON | (SMOKE if options.smoke else ON_A_GPU) | FITTING
+    if not options.smoke:
+        flags["training.steps"] = options.own.steps
     flags |= STATES[options.own.states][0]
     if dataset is not None:
         flags["training.dataset"] = dataset
@@ -168,6 +171,8 @@ def main() -> dict[str, Any]:
         default="8bit" if importlib.util.find_spec("bitsandbytes") else "bfloat16",
         help="the optimizer's moments: 8bit where bitsandbytes is installed, else bfloat16",
     )
+    parser.add_argument("--steps", type=bounded_int(2), default=STEPS)
+    parser.add_argument("--no-control", action="store_true", help="run the first side only once")
     parser.add_argument("--dataset", help="training.dataset; the shipped corpus if not given")
     options = parse(__doc__, rounds=1, minutes=10.0, parser=parser)
     names = ["rowwise", "bf16"] if options.smoke else options.own.sides
@@ -191,7 +196,7 @@ def main() -> dict[str, Any]:
     sides: dict[str, Side] = {}
     with Conditions(options.device) as conditions:
         for name in [*names, CONTROL]:
-            if name == CONTROL and not sides:
+            if name == CONTROL and (options.own.no_control or not sides):
                 break
             if name != CONTROL and sides and options.budget.over(name):
                 continue

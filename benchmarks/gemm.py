@@ -79,14 +79,17 @@ class Case:
 
 
 def cases(smoke: bool, models: list[str], tokens: int) -> Iterator[Case]:
-    """All products, one size at a time."""
+    """All products, a model at a time, the largest first: a time limit leaves out the small ones."""
     args_of = {"smoke": sizes.SMOKE} if smoke else {name: sizes.model(name) for name in models}
     for name, args in args_of.items():
-        for linear, (K, N) in sizes.linears(args).items():
+        found = [
+            Case(name, linear, product, m, c, n)
+            for linear, (K, N) in sizes.linears(args).items()
             for product, (m, c, n) in zip(
                 PRODUCTS, ((tokens, K, N), (tokens, N, K), (N, tokens, K)), strict=True
-            ):
-                yield Case(name, linear, product, m, c, n)
+            )
+        ]
+        yield from sorted(found, key=lambda case: case.flops, reverse=True)
 
 
 def ways(case: Case) -> dict[str, Gemm]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Report:
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
+    written: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def say(self, line: str = "") -> None:
         """Print, and keep for the table's file."""
@@ -40,7 +42,7 @@ class Report:
 
     def begin(self) -> None:
         """Say what it runs on."""
-        machine = describe(self.options.device)
+        machine = self._machine
         if self.options.predict is not None:
             self.say(f"{self.name}: predictions for {self.options.predict}; nothing is measured")
         else:
@@ -51,25 +53,44 @@ class Report:
         self.say(", ".join(f"{name} {value}" for name, value in self.settings.items()))
 
     def add(self, comparison: dict[str, Any]) -> None:
-        """One comparison, in a table of its own."""
+        """One comparison, in a table of its own. The files are written each time: a run may be stopped."""
         self.comparisons.append(comparison)
         facts = ", ".join(f"{name} {_short(value)}" for name, value in comparison["facts"].items())
         self.say()
         self.say(f"{comparison['title']}{f'  ({facts})' if facts else ''}")
         for line in table(comparison, self.columns):
             self.say(line)
+        if self.options.out is not None:
+            self._write(self._whole(None, complete=False), self.options.out)
 
     def finish(self, conditions: Conditions | None = None) -> dict[str, Any]:
         """Close the report: what was left out, the state of the GPU, the files. Returns the whole JSON."""
         measured = None if conditions is None else conditions.summary()
         budget = self.options.budget
-        whole = {
+        self.say()
+        for name, value in self.summary.items():
+            self.say(f"{name}: {_short(value)}")
+        if budget.left_out:
+            self.say(f"left out, for want of time ({budget.minutes:g} minutes): {', '.join(budget.left_out)}")
+        if self.options.predict is None:
+            self.say(_conditions_line(measured))
+            self.say(f"{budget.seconds:.0f} s")
+        whole = self._whole(measured, complete=True)
+        if self.options.out is not None:
+            paths = self._write(whole, self.options.out)
+            print("written: " + ", ".join(map(str, paths)))
+        return whole
+
+    def _whole(self, measured: Mapping[str, Any] | None, *, complete: bool) -> dict[str, Any]:
+        budget = self.options.budget
+        return {
             "format": FORMAT,
             "benchmark": self.name,
-            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            "written": self.written,
+            "complete": complete,
             "smoke": self.options.smoke,
             "predict": self.options.predict,
-            "machine": describe(self.options.device),
+            "machine": self._machine,
             "conditions": measured,
             "settings": dict(self.settings),
             "rounds": self.options.rounds,
@@ -79,18 +100,10 @@ class Report:
             "comparisons": self.comparisons,
             "summary": self.summary,
         }
-        self.say()
-        for name, value in self.summary.items():
-            self.say(f"{name}: {_short(value)}")
-        if budget.left_out:
-            self.say(f"left out, for want of time ({budget.minutes:g} minutes): {', '.join(budget.left_out)}")
-        if self.options.predict is None:
-            self.say(_conditions_line(measured))
-            self.say(f"{budget.seconds:.0f} s")
-        if self.options.out is not None:
-            paths = self._write(whole, self.options.out)
-            print("written: " + ", ".join(map(str, paths)))
-        return whole
+
+    @cached_property
+    def _machine(self) -> dict[str, Any]:
+        return describe(self.options.device)
 
     def _write(self, whole: Mapping[str, Any], folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)

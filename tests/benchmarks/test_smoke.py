@@ -149,12 +149,12 @@ def test_predictions(name, monkeypatch, capsys):
 
 def test_predictions_agree_with_the_goals(monkeypatch):
     """The goals of layer_stack.py follow from the model: within 8 % where all is fused."""
-    from benchmarks.layer_stack import GOALS
+    from benchmarks.harness.goals import OVER_BF16
 
     sides = run("layer_stack", monkeypatch, "--predict", "H100")["comparisons"][0]["sides"]
-    known = [name for name in GOALS if name in sides]
+    known = [name for name in OVER_BF16 if name in sides]
     for name in known:
-        assert sides[name]["predicted_speedup"] == pytest.approx(GOALS[name], rel=0.08)
+        assert sides[name]["predicted_speedup"] == pytest.approx(OVER_BF16[name], rel=0.08)
     assert sides["torchao rowwise"]["predicted_speedup"] < sides["rowwise"]["predicted_speedup"]
 
 
