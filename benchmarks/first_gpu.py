@@ -27,6 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.harness import first_gpu_report
+from octavo.core.fs import replacing, write_file
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL_SECONDS = 535.0
@@ -197,10 +198,10 @@ def run(
             "complete": len(outcomes) == len(parts),
             "parts": [asdict(outcome) for outcome in outcomes],
         }
-        (out / "parts.json").write_text(json.dumps(whole, indent=1) + "\n")
+        write_file(out / "parts.json", json.dumps(whole, indent=1) + "\n")
         table = first_gpu_report.text_table(first_gpu_report.rows(out))
         smoke_note = "a --smoke run: tiny sizes, no figure counts\n" if smoke else ""
-        (out / "table.txt").write_text(f"{smoke_note}{table}\n")
+        write_file(out / "table.txt", f"{smoke_note}{table}\n")
         pack(out, archive)
         if outcomes[-1].ended == "interrupted":
             break
@@ -210,12 +211,10 @@ def run(
 def pack(out: Path, archive: Path) -> None:
     """Everything of a run that is worth keeping, as one file, replaced as a whole."""
     archive.parent.mkdir(parents=True, exist_ok=True)
-    partial = archive.with_name(f".{archive.name}.partial")
-    with tarfile.open(partial, "w:gz", compresslevel=6) as tar:
+    with replacing(archive) as file, tarfile.open(fileobj=file, mode="w:gz", compresslevel=6) as tar:
         for name in ("parts.json", "table.txt", "logs", "results"):
             if (out / name).exists():
                 tar.add(out / name, name)
-    partial.replace(archive)
 
 
 def _run_command(own: argparse.Namespace) -> int:

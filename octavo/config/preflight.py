@@ -9,7 +9,6 @@ import importlib.machinery
 import importlib.util
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from octavo.config.ranges import get, named, out_of_range
 from octavo.config.schema import JobConfig
 from octavo.config.sizes import sizes_of, undivided, units
 from octavo.core.errors import ConfigError, did_you_mean
+from octavo.core.python_path import working_directory_last
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -291,13 +291,11 @@ def _custom_import(job: JobConfig) -> Iterator[str]:
 
 def _findable(parts: Sequence[str]) -> bool:
     """Whether the module exists, without importing it or its parent packages."""
-    sys.path.append(os.getcwd())
     try:
-        spec = importlib.util.find_spec(parts[0])
+        with working_directory_last():
+            spec = importlib.util.find_spec(parts[0])
     except (ImportError, ValueError):
         return False
-    finally:
-        sys.path.pop()
     for part in parts[1:]:
         if spec is None or spec.submodule_search_locations is None:
             return False

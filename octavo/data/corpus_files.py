@@ -267,8 +267,9 @@ def _read_lines(path: Path, after: Record | None) -> Iterator[Record]:
 def _skip(stream: BinaryIO, size: int) -> None:
     if stream.seekable():
         stream.seek(size)
-    while size and not stream.seekable():
-        size -= len(stream.read(min(size, 1 << 20))) or size
+        return
+    while size and (content := stream.read(min(size, 1 << 20))):
+        size -= len(content)
 
 
 def _read_rows(path: Path, key: str, after: int) -> Iterator[Record]:

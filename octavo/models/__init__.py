@@ -13,8 +13,6 @@ To add a model:
 """
 
 import importlib
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from octavo.config import ConfigError
+from octavo.core.python_path import working_directory_last
 from octavo.models.loss import ChunkedLoss
 
 
@@ -146,8 +145,6 @@ def register(spec: ModelSpec) -> None:
 def import_custom(module: str, name: str | None = None) -> None:
     """Import the user's `module` from Python's path or the working directory; do nothing for "".
 
-    The working directory is on the path only meanwhile, and last: it cannot shadow another module.
-
     Raises:
         ConfigError: the module calls sys.exit, or registers no model called `name`.
         Exception: what the module itself raises, with a note that names the option.
@@ -155,9 +152,9 @@ def import_custom(module: str, name: str | None = None) -> None:
     if not module:
         return
     option = f"experimental.custom_import = {module}"
-    sys.path.append(here := os.getcwd())
     try:
-        importlib.import_module(module)
+        with working_directory_last():
+            importlib.import_module(module)
     except SystemExit as error:
         raise ConfigError(
             f"{option}: this module calls sys.exit when it is imported; move that call below "
@@ -166,10 +163,6 @@ def import_custom(module: str, name: str | None = None) -> None:
     except Exception as error:
         error.add_note(f"octavo: raised by {option}")
         raise
-    finally:
-        sys.path.reverse()  # the last one, whatever the module itself has added
-        sys.path.remove(here)
-        sys.path.reverse()
     if name is not None and name not in _SPECS:
         raise ConfigError(
             f"model.name = {name!r}: {option} registers no such model (octavo.models.register); "

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,8 @@ def set_determinism(seed: int, *, deterministic: bool) -> None:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without the prefixes of activation checkpointing and compile wrappers."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    """The name of a parameter or module without the wrappers of activation checkpointing and compile."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def stream_seed(seed: int, name: str) -> int:

@@ -54,13 +54,12 @@ def store(into: Tensor, value: Tensor, generator: torch.Generator) -> None:
     """Write float32 `value` to `into`, rounded stochastically if that is bfloat16. Non-finite values are
     kept.
     """
-    if into.dtype != torch.bfloat16:
-        into.copy_(value)
-        return
-    bits = value.contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
-    up = ((bits + noise) & -0x10000).view(torch.float32)
-    into.copy_(torch.where(value.isfinite(), up, value))
+    if into.dtype == torch.bfloat16:
+        noise = torch.randint(
+            0, 1 << 16, value.shape, dtype=torch.int32, device=value.device, generator=generator
+        )
+        value = one_kernel.rounded(value, noise, into.dtype)
+    into.copy_(value)
 
 
 class AdamW(torch.optim.Optimizer):

@@ -52,7 +52,7 @@ class _Recorder:
         self.first: NonFinite | None = None
         self._handles = []
         for raw, module in model.named_modules():
-            name = plain_name(raw + ".").rstrip(".") or "the model"
+            name = plain_name(raw) or "the model"
             self._handles.append(module.register_forward_pre_hook(self._before(name)))
             self._handles.append(module.register_forward_hook(self._after(name)))
 

@@ -134,7 +134,7 @@ def try_recipes(
     own = {
         module.recipe.name
         for name, module in model.named_modules()
-        if isinstance(module, Float8Linear) and plain_name(f"{name}.") == f"{layer}."
+        if isinstance(module, Float8Linear) and plain_name(name) == layer
     }
     possible = names.GATHERABLE_RECIPES if settings.enable_fsdp_float8_all_gather else names.RECIPES
     others = [name for name in REMEDIES if name in possible and name not in own]
