@@ -9,8 +9,8 @@ Only results of operations are cached, never a tensor from outside, whose values
 version (a pipeline's receive buffer, memory shared with numpy). An in-place edit of a result advances its
 version and so invalidates the cache; an edit through `.data` does not.
 
-This is for eager mode. A compiled graph merges equal casts written in PyTorch by itself; those of the Triton
-kernels are opaque operators to it, and stay.
+This is for eager mode. The compiler merges equal operators of a graph by itself: those of a cast in plain
+PyTorch, and the calls of a kernel (`kernels/ops.py`).
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ from octavo.float8.kernels.kernel_launch import (
     empty_codes,
     empty_scale,
     tuned,
-    wrap_triton,
 )
 from octavo.float8.kernels.kernel_maxima import WithMaxima
 from octavo.float8.kernels.numerics import magnitude, rounded, scales_of, to_float8, to_float32
@@ -152,7 +151,7 @@ def adamw_maxima(
     tiles = triton.cdiv(M, TILE_M), triton.cdiv(K, TILE_K)
     rows = w.new_empty((tiles[1], M), dtype=torch.int32)
     columns = w.new_empty((tiles[0], K), dtype=torch.int32)
-    wrap_triton(_adamw_maxima)[tiles](
+    _adamw_maxima[tiles](
         w, grad, m, v, rows, columns, M, K, *astuple(step),
         SOURCE=SOURCES[source], TILE_M=TILE_M, TILE_K=TILE_K,
     )  # fmt: skip
@@ -168,7 +167,7 @@ def adamw_squares(
     grid = triton.cdiv(M, side), triton.cdiv(K, side)
     data, data_t = empty_codes(w)
     scale = empty_scale(w, grid, scales)
-    wrap_triton(_adamw_squares)[grid](
+    _adamw_squares[grid](
         w, grad, m, v, data, data_t, scale, M, K, *astuple(step),
         SOURCE=SOURCES[source], SIDE=side, TILE_M=TILE_M, **cast_constants(dtype, scales),
     )  # fmt: skip

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.float8.kernels.kernel_launch import Config, tuned, wrap_triton
+from octavo.float8.kernels.kernel_launch import Config, tuned
 from octavo.float8.kernels.kernel_maxima import WithMaxima
 from octavo.float8.kernels.numerics import magnitude, rounded, to_float32
 
@@ -127,7 +127,7 @@ def _norm(
     if K > WIDEST:
         raise ValueError(f"rows of {K} do not fit on a chip: at most {WIDEST}; use plain PyTorch for them")
     rms, (y, rows, columns) = x.new_empty((M,), dtype=torch.float32), _empty(x)
-    wrap_triton(_forward)[(triton.cdiv(M, STRIP),)](
+    _forward[(triton.cdiv(M, STRIP),)](
         x, x if residual is None else residual, w, y if h is None else h, y, rms, rows, columns, M, K, eps,
         STRIP=STRIP, BLOCK_K=triton.next_power_of_2(K), RESIDUAL=residual is not None,
     )  # fmt: skip
@@ -142,7 +142,7 @@ def add_rms_norm_backward(
     dx, rows, columns = _empty(h)
     strips = triton.cdiv(M, STRIP)
     dw = h.new_empty((strips, K), dtype=torch.float32)
-    wrap_triton(_backward)[(strips,)](
+    _backward[(strips,)](
         dy, dh, h, rms, w, dx, dw, rows, columns, M, K, STRIP=STRIP, BLOCK_K=triton.next_power_of_2(K)
     )
     return (dx, rows, columns), dw.sum(dim=0)

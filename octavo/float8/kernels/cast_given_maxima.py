@@ -20,7 +20,6 @@ from octavo.float8.kernels.kernel_launch import (
     empty_codes,
     empty_scale,
     tuned,
-    wrap_triton,
 )
 from octavo.float8.kernels.numerics import scales_of, to_float8, to_float32
 
@@ -61,7 +60,7 @@ def cast_given_maxima(
     M, K = x.shape
     data, data_t = empty_codes(x)
     scale, scale_t = empty_scale(x, (M, 1), scales), empty_scale(x, (K, 1), scales)
-    wrap_triton(_cast_given_maxima)[block_grid(M, K)](
+    _cast_given_maxima[block_grid(M, K)](
         x, rows.amax(dim=0), columns.amax(dim=0), data, scale, data_t, scale_t, M, K,
         **cast_constants(dtype, scales),
     )  # fmt: skip

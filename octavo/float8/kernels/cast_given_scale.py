@@ -20,7 +20,6 @@ from octavo.float8.kernels.kernel_launch import (
     empty_codes,
     empty_scale,
     tuned,
-    wrap_triton,
 )
 from octavo.float8.kernels.numerics import magnitude, scales_of, to_float8, to_float32
 
@@ -88,7 +87,7 @@ def cast_given_scale(
     data, data_t = empty_codes(x, rows, columns)
     scale = empty_scale(x, (1, 1), scales)
     maxima, saturated = (x.new_empty((programs_of(M, K),), dtype=torch.int32) for _ in range(2))
-    wrap_triton(_cast_given_scale)[(triton.cdiv(M, TILE_M), triton.cdiv(K, TILE_K))](
+    _cast_given_scale[(triton.cdiv(M, TILE_M), triton.cdiv(K, TILE_K))](
         x, amax.view(torch.int32), data, data_t, scale, maxima, saturated, M, K,
         ROWS=rows, COLUMNS=columns, TILE_M=TILE_M, TILE_K=TILE_K, **cast_constants(dtype, scales),
     )  # fmt: skip

@@ -20,7 +20,6 @@ from octavo.float8.kernels.kernel_launch import (
     empty_codes,
     empty_scale,
     tuned,
-    wrap_triton,
 )
 from octavo.float8.kernels.numerics import magnitude, scales_of, to_float8, to_float32
 
@@ -83,7 +82,7 @@ def cast_lines(
     def grid(meta: Config) -> tuple[int, int]:
         return triton.cdiv(M, max(meta["TILE_M"], least_m)), triton.cdiv(K, max(meta["TILE_K"], least_k))
 
-    wrap_triton(_cast_lines)[grid](
+    _cast_lines[grid](
         x, data, scale, data_t, scale_t, M, K,
         ROWS=rows, COLUMNS=columns, GROUP=group, **cast_constants(dtype, scales),
     )  # fmt: skip

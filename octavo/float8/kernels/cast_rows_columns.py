@@ -23,7 +23,6 @@ from octavo.float8.kernels.kernel_launch import (
     empty_codes,
     empty_scale,
     tuned,
-    wrap_triton,
 )
 from octavo.float8.kernels.numerics import magnitude, scales_of, to_float8, to_float32
 
@@ -151,7 +150,7 @@ def cast_rows(x: Tensor, dtype: torch.dtype, scales: str, maxima: bool) -> tuple
     kernel = _cast_wide_rows
     if K <= WIDEST:
         kernel, constants["BLOCK_K"] = _cast_rows, triton.next_power_of_2(K)
-    wrap_triton(kernel)[(triton.cdiv(M, strip),)](x, data, scale, down, M, K, **constants)
+    kernel[(triton.cdiv(M, strip),)](x, data, scale, down, M, K, **constants)
     return data.view(dtype), scale, down
 
 
@@ -164,7 +163,7 @@ def column_maxima(x: Tensor) -> Tensor:
     def grid(meta: Config) -> tuple[int, int]:
         return triton.cdiv(M, strip), triton.cdiv(K, meta["BLOCK_K"])
 
-    wrap_triton(_column_maxima)[grid](x, maxima, M, K, STRIP=strip)
+    _column_maxima[grid](x, maxima, M, K, STRIP=strip)
     return maxima
 
 
@@ -173,7 +172,7 @@ def cast_columns(x: Tensor, maxima: Tensor, dtype: torch.dtype, scales: str) -> 
     M, K = x.shape
     _, data_t = empty_codes(x, rows=False)
     scale_t = empty_scale(x, (K, 1), scales)
-    wrap_triton(_cast_columns)[block_grid(M, K)](
+    _cast_columns[block_grid(M, K)](
         x, maxima.amax(dim=0), data_t, scale_t, M, K, **cast_constants(dtype, scales)
     )
     return data_t.view(dtype), scale_t

@@ -21,7 +21,6 @@ from octavo.float8.kernels.kernel_launch import (
     empty_codes,
     empty_scale,
     tuned,
-    wrap_triton,
 )
 from octavo.float8.kernels.numerics import magnitude, scales_of, to_float8, to_float32
 
@@ -82,7 +81,7 @@ def magnitudes(x: Tensor) -> Tensor:
     N = x.numel()
     programs = min(MAX_PROGRAMS, triton.cdiv(N, CONFIGS_MAGNITUDES[0]["BLOCK"]))
     maxima = x.new_empty((programs,), dtype=torch.int32)
-    wrap_triton(_magnitudes)[(programs,)](x, maxima, N, programs)
+    _magnitudes[(programs,)](x, maxima, N, programs)
     return maxima
 
 
@@ -93,7 +92,7 @@ def cast_tensor(
     M, K = x.shape
     data, data_t = empty_codes(x, rows, columns)
     scale = empty_scale(x, (1, 1), scales)
-    wrap_triton(_cast_tensor)[block_grid(M, K)](
+    _cast_tensor[block_grid(M, K)](
         x, maxima, data, data_t, scale, M, K, maxima.shape[0],
         ROWS=rows, COLUMNS=columns, PROGRAMS=MAX_PROGRAMS, **cast_constants(dtype, scales),
     )  # fmt: skip

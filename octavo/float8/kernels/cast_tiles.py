@@ -18,7 +18,6 @@ from octavo.float8.kernels.kernel_launch import (
     empty_codes,
     empty_scale,
     tuned,
-    wrap_triton,
 )
 from octavo.float8.kernels.numerics import magnitude, scales_of, to_float8, to_float32
 
@@ -57,7 +56,7 @@ def cast_tiles(
     grid = (triton.cdiv(M, side), triton.cdiv(K, side))
     data, data_t = empty_codes(x, rows, columns)
     scale = empty_scale(x, grid, scales)
-    wrap_triton(_cast_tiles)[grid](
+    _cast_tiles[grid](
         x, data, data_t, scale, M, K,
         ROWS=rows, COLUMNS=columns, SIDE=side, **cast_constants(dtype, scales),
     )  # fmt: skip

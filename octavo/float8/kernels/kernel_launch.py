@@ -19,32 +19,6 @@ SCALE_FORMATS = {"fp32": 0, "pow2": 1, "e8m0": 2, "e8m0_floor": 3}
 """Any float32; a float32 power of two; one-byte powers of two, rounded up; the same, rounded down."""
 
 
-def wrap_triton(kernel: Any) -> Any:
-    """`kernel` as the compiler can trace it; unchanged if it has a fixed configuration."""
-    return kernel if isinstance(kernel, Untuned) else OnItsDevice(torch.library.wrap_triton(kernel))
-
-
-_REAL = (Tensor, torch.nn.Parameter)  # not what stands for a tensor while a graph is traced
-
-
-class OnItsDevice:
-    """A kernel that is launched on the GPU of its first argument, whichever GPU is the current one."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: Any) -> Any:
-        launch = self.kernel[grid]
-
-        def on_its_device(x: Tensor, *args: Any, **constants: Any) -> Any:
-            if type(x) not in _REAL or not x.is_cuda:
-                return launch(x, *args, **constants)
-            with torch.cuda.device(x.device):
-                return launch(x, *args, **constants)
-
-        return on_its_device
-
-
 def tuned(configs: tuple[Config, ...], key: list[str], updates: tuple[str, ...] = ()) -> Any:
     """Decorates a kernel that chooses among `configs` by timing them, once for each value of `key`.
 

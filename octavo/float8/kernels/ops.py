@@ -1,8 +1,9 @@
 """The kernels as PyTorch operators, callable from eager code and traceable by the compiler.
 
-`triton_op` exposes the kernels to the compiler, which then allocates and launches them itself. Under Triton's
-interpreter, which the compiler does not support, they are opaque custom operators. Each operator has a
-function that gives the shapes of its results, so that a graph can be traced without a GPU.
+They are opaque to the compiler. So it merges equal calls, such as the casts of one input by several linears,
+and never recomputes one in backward: what a cast returns to forward is saved. (`torch.library.triton_op`
+would show it the launches and their empty outputs, which it does not merge.) Each operator has a function
+that gives the shapes of its results, so that a graph can be traced without a GPU.
 
 Importing this file imports triton. Casts return `(data, scale, data_t, scale_t)`, or `(data, data_t, scale)`
 if blocks are square, where the transpose's scales are `scale` transposed. See
@@ -28,7 +29,6 @@ from octavo.float8.kernels.cast_tensor import cast_tensor, magnitudes
 from octavo.float8.kernels.cast_tiles import cast_tiles
 from octavo.float8.kernels.kernel_launch import empty_scale
 from octavo.float8.kernels.kernel_maxima import WithMaxima, empty_with_maxima
-from octavo.float8.kernels.numerics import INTERPRETING
 from octavo.float8.kernels.rope_backward import rope_backward
 from octavo.float8.kernels.silu_mul import silu_mul, silu_mul_backward
 
@@ -38,15 +38,24 @@ Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
+_LIBRARY = torch.library.Library("octavo", "FRAGMENT")
+
+
 def _operator(
     name: str, shapes: Callable[..., Any], writes: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function as an operator with the fake implementation `shapes`; it mutates `writes`."""
-    make: Any = torch.library.custom_op if INTERPRETING else torch.library.triton_op
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        operator = make(f"octavo::{name}", function, mutates_args=writes)
-        operator.register_fake(shapes)
+        def launch(first: Tensor | list[Tensor], *rest: Any) -> Any:
+            with torch.cuda.device_of(first):  # launch on its GPU, whichever is the current one
+                return function(first, *rest)
+
+        schema = torch.library.infer_schema(function, mutates_args=writes)
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"octavo::{name}", shapes, lib=_LIBRARY)
+        operator: Callable[..., Any] = getattr(torch.ops.octavo, name).default
         return operator
 
     return register

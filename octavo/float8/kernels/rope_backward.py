@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.float8.kernels.kernel_launch import Config, tuned, wrap_triton
+from octavo.float8.kernels.kernel_launch import Config, tuned
 from octavo.float8.kernels.kernel_maxima import (
     TILE_K,
     TILE_M,
@@ -71,7 +71,7 @@ def rope_backward(dy: Tensor, cos: Tensor, sin: Tensor) -> WithMaxima:
     dy = dy if dy.stride(3) == 1 else dy.contiguous()
     M, K = B * S, H * E
     made = empty_with_maxima(dy, M, K)
-    wrap_triton(_rope_backward)[grid_of(M, K)](
+    _rope_backward[grid_of(M, K)](
         dy, cos.contiguous(), sin.contiguous(), *made, M, K, S, dy.stride(0), dy.stride(1), dy.stride(2),
         E=E, TILE_M=TILE_M, TILE_K=TILE_K,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.float8.kernels.kernel_launch import Config, tuned, wrap_triton
+from octavo.float8.kernels.kernel_launch import Config, tuned
 from octavo.float8.kernels.kernel_maxima import (
     TILE_K,
     TILE_M,
@@ -78,7 +78,7 @@ def silu_mul(a: Tensor, b: Tensor) -> WithMaxima:
     """`h` with its maxima. Rows of `a[M, K]` and `b[M, K]` are contiguous and have one stride."""
     M, K = a.shape
     h = empty_with_maxima(a, M, K)
-    wrap_triton(_forward)[grid_of(M, K)](a, b, *h, M, K, _stride(a, b), TILE_M=TILE_M, TILE_K=TILE_K)
+    _forward[grid_of(M, K)](a, b, *h, M, K, _stride(a, b), TILE_M=TILE_M, TILE_K=TILE_K)
     return h
 
 
@@ -86,9 +86,7 @@ def silu_mul_backward(dh: Tensor, a: Tensor, b: Tensor) -> tuple[WithMaxima, Wit
     """`da` and `db`, each with its maxima, given contiguous `dh[M, K]` and `a`, `b` as in `silu_mul`."""
     M, K = a.shape
     da, db = empty_with_maxima(a, M, K), empty_with_maxima(a, M, K)
-    wrap_triton(_backward)[grid_of(M, K)](
-        dh, a, b, *da, *db, M, K, _stride(a, b), TILE_M=TILE_M, TILE_K=TILE_K
-    )
+    _backward[grid_of(M, K)](dh, a, b, *da, *db, M, K, _stride(a, b), TILE_M=TILE_M, TILE_K=TILE_K)
     return da, db
 
 

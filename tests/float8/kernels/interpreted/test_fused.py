@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from octavo.float8 import Float8LinearConfig, convert_to_float8_training
 from octavo.float8.casts import gpu_cast
@@ -116,6 +117,34 @@ def test_compiled_in_one_graph_that_keeps_float8() -> None:
     assert kept.count(40 * DIM) >= 3
     casts = [node for node in graphs.backward[0].graph.nodes if "cast_with_maxima" in str(node.target)]
     assert len(casts) >= 3  # of the gradients of w3, w1 and wo
+
+
+class Plain(nn.Module):
+    """The products of `Block`, called one by one."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = self.block
+        h = x + b.wo(b.wq(x) * b.wk(x))
+        return h + b.w2(F.silu(b.w1(h)) * b.w3(h))
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise"])
+def test_compiled_linears_of_one_input_share_its_cast(recipe: str) -> None:
+    graphs = compile_and_capture(Plain(Block(recipe)), torch.randn(40, DIM, requires_grad=True))
+
+    def cast(graph: fx.GraphModule) -> list[tuple[int, int]]:
+        calls = [node for node in graph.graph.nodes if "cast_by_" in str(node.target)]
+        return sorted(
+            tuple(node.args[0].meta["val"].shape) for node in calls if 40 in node.args[0].meta["val"].shape
+        )
+
+    # x, the input of wo, h and the input of w2; then their products' gradients.
+    assert cast(graphs.forward[0]) == [(40, DIM)] * 3 + [(40, HIDDEN)]
+    assert cast(graphs.backward[0]) == [(40, DIM)] * 4 + [(40, HIDDEN)] * 2
 
 
 def test_less_is_kept_than_in_plain_pytorch() -> None:

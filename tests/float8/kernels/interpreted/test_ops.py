@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -47,5 +48,13 @@ def test_operator(call: str) -> None:
 
 
 def test_all_are_checked() -> None:
-    named = {value for name, value in vars(ops).items() if hasattr(value, "_opoverload")}
+    named = {value for value in vars(ops).values() if isinstance(value, torch._ops.OpOverload)}
     assert named == {operator for operator, _ in CALLS.values()}
+
+
+def test_a_kernel_runs_on_the_gpu_of_its_first_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    of: list[object] = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: of.append(x) or nullcontext())
+    ops.silu_mul_with_maxima(X, Y)
+    assert len(of) == 1
+    assert of[0] is X
