@@ -2,7 +2,8 @@
 
 An estimate of a job needs the shapes and memory of the GPU path: casts by kernels, which allocate only their
 results, and products of float8 operands. Nothing is computed; within `simulate_gpu` operations with the same
-operands and results stand for both. `gather_in_float8` is for float8 gathers, on a GPU or not.
+operands and results stand for both. `force_kernels` keeps both as they are, for graphs (`traced.py`).
+`gather_in_float8` is for float8 gathers, on a GPU or not.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.distributed.fsdp import FSDPModule
 
 from octavo.float8 import gemm_backends
@@ -62,6 +64,24 @@ def simulate_gpu(capability: tuple[int, int]) -> Iterator[None]:
         patch.object(gemm_backends, "find_backend", find_fake_backend),
         patch.object(gpu_cast, "_device_supported", lambda _: has_kernels),
         patch.object(gpu_cast, "_launch", _launch),
+    ):
+        yield
+
+
+@contextmanager
+def force_kernels(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+    """Scope in which float8 layers are traced with the Triton kernels and products of a GPU of `capability`.
+
+    Needs triton, and `force_hardware_path` on the model. Tensors stay on their device; no kernel can run.
+    """
+    from octavo.float8.kernels.kernel_launch import compiling_for
+
+    device, find_backend = Device("cuda", capability, _CUDA), gemm_backends.find_backend
+    with (
+        patch.object(gemm_backends, "find_backend", lambda gemm, _: find_backend(gemm, device)),
+        patch.object(gpu_cast, "_device_supported", lambda _: True),
+        patch.object(gpu_cast, "_PLAIN", (*gpu_cast._PLAIN, FakeTensor)),
+        compiling_for(10 * capability[0] + capability[1]),
     ):
         yield
 
