@@ -119,11 +119,6 @@ def _call_on_rank_0(find: Callable[[], Path | None]) -> Path | None:
     return found
 
 
-def final_export_folder(checkpoints: Path, step: int) -> Path:
-    """The folder of the final export of a run of `step` steps."""
-    return checkpoints / f"step-{step}-hf"
-
-
 def require_exportable(spec: models.ModelSpec) -> None:
     """`ConfigError` unless models of `spec` can be exported; called before training starts."""
     safetensors_folder.import_safetensors()
@@ -136,7 +131,8 @@ def require_exportable(spec: models.ModelSpec) -> None:
 
 def export_final(
     model: nn.Module,
-    out: Path,
+    checkpoints: Path,
+    step: int,
     dtype: str,
     spec: models.ModelSpec,
     args: Any,
@@ -144,10 +140,16 @@ def export_final(
     *,
     pipeline: DeviceMesh | None = None,
 ) -> None:
-    """Export `model`, sharded or not, to the folder `out` in `dtype`; a collective call.
+    """Export `model` after `step`, its last, to a folder beside its `checkpoints`, unless that is done; a
+    collective call.
 
     `pipeline`: the mesh of the model's other pipeline stages.
     """
+    out = checkpoints / f"step-{step}-hf"
+    done = [out.exists()]
+    dist.broadcast_object_list(done)  # rank 0 writes; the others may not see its disk
+    if done[0]:
+        return
     state: dict[str, Any] = get_model_state_dict(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     weights = Weights("the model", shapes, lambda name: _full_tensor(state[name]))

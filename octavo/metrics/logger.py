@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from octavo.config.schema import Metrics
+from octavo.config.schema import JobConfig, Metrics
 from octavo.core.format import count
-from octavo.core.logging import logger
-from octavo.metrics.device import Peak, memory_in_use
+from octavo.core.logging import logger, wants_color
+from octavo.metrics.device import Peak, memory_in_use, peak_flops
 from octavo.metrics.jsonl import Jsonl
 from octavo.metrics.mfu import Utilization, Work, utilization
 from octavo.metrics.step_times import StepTimes, seconds_compiling
@@ -362,3 +362,26 @@ class MetricsLogger:
         """Flush and close the trackers."""
         for tracker in self._trackers:
             tracker.close()
+
+
+def build_metrics(
+    job: JobConfig, folder: Path, *, rank: int, device: torch.device, work: Work
+) -> MetricsLogger:
+    """The logger of a run in `folder`; logs the peak that utilisation is measured against."""
+    peak = peak_flops(device)
+    logger.info(
+        "Peak FLOPS used for computing MFU: %s (%s)",
+        "none" if peak.flops is None else f"{peak.flops:.3e}",
+        peak.source,
+    )
+    return MetricsLogger(
+        job.metrics,
+        folder,
+        rank=rank,
+        device=device,
+        work=work,
+        peak=peak,
+        color=wants_color(),
+        config=job.to_dict(),
+        description=job.job.description,
+    )

@@ -2,7 +2,7 @@
 norms too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,11 @@ def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimi
     return _CLASSES[settings.name](parameters, **numbers)
 
 
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of the gradients of `parameters`, sharded or not: a scalar, and a collective call."""
+    return _norm([p.grad for p in parameters if p.grad is not None])
+
+
 def clip_gradients(model: nn.Module, max_norm: float, pipeline: DeviceMesh | None = None) -> Tensor:
     """Scale the gradients of `model` so that their global norm is at most `max_norm`.
 
@@ -52,6 +57,12 @@ def clip_gradients(model: nn.Module, max_norm: float, pipeline: DeviceMesh | Non
     processes, a scalar that is the same on each.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = over_stages(_norm(grads), pipeline)
+    _scale(grads, torch.clamp(max_norm / (norm + _NORM_EPS), max=1.0))
+    return norm
+
+
+def _norm(grads: Sequence[Tensor]) -> Tensor:
     if grads and grads[0].device.type == "cpu":
         # A CPU sums float32 squares sequentially, with a relative error of 1e-4 for large gradients, more
         # than a change of the parallel layout may cause.
@@ -59,11 +70,7 @@ def clip_gradients(model: nn.Module, max_norm: float, pipeline: DeviceMesh | Non
         norm = torch.linalg.vector_norm(torch.stack(norms)).float()
     else:
         norm = nn.utils.get_total_norm(grads)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    norm = over_stages(norm, pipeline)
-    _scale(grads, torch.clamp(max_norm / (norm + _NORM_EPS), max=1.0))
-    return norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @torch.no_grad()

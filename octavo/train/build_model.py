@@ -57,11 +57,15 @@ def pipeline_plan(job: JobConfig, args: Any) -> PipelinePlan | None:
 
 
 class Built(NamedTuple):
-    """model: this process's part of the model. stages: its pipeline stages, which compute; empty without."""
+    """model: this process's part of the model. stages: its pipeline stages, which compute; empty without.
+    args: the whole model's arguments. param_dtype: what it computes in.
+    """
 
     model: nn.Module
     work: Work
     stages: list[nn.Module]
+    args: Any
+    param_dtype: torch.dtype
 
 
 def build_model(
@@ -125,12 +129,12 @@ def build_model(
         return part.train()
 
     if pipeline is None or world.pipeline is None:
-        return Built(ready(model), work, [])
+        return Built(ready(model), work, [], args, param_dtype)
     numbers = pipeline.stages_of(world.pipeline.get_local_rank())
     stages = [ready(cut(model, pipeline.stages[number])) for number in numbers]
     for number in numbers:
         logger.info("Pipeline stage %d has %s", number, ", ".join(pipeline.stages[number]))
-    return Built(LocalStages(stages, numbers), work, stages)
+    return Built(LocalStages(stages, numbers), work, stages, args, param_dtype)
 
 
 def _chunk_loss(job: JobConfig, spec: models.ModelSpec, model: nn.Module) -> None:

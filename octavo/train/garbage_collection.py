@@ -7,17 +7,23 @@ import gc
 import time
 
 from octavo.core.logging import logger
+from octavo.train.hooks import Hook
 
 
-class GarbageCollector:
-    """Disables automatic collection; `run(step)` collects every `every` steps."""
+class GarbageCollector(Hook):
+    """Disables automatic collection; collects at the start and every `every` steps."""
 
     def __init__(self, every: int):
         self._every = every
-        gc.disable()
-        self._collect("Initial GC collection", generation=2)
+        self._started = False
 
-    def run(self, step: int) -> None:
+    def on_start(self, step: int) -> None:
+        if not self._started:
+            self._started = True
+            gc.disable()
+            self._collect("Initial GC collection", generation=2)
+
+    def before_step(self, step: int) -> None:
         """Collect the young generations if `step` is due."""
         if step > 1 and step % self._every == 0:
             self._collect("Performing periodical GC collection", generation=1)

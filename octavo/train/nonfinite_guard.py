@@ -13,12 +13,11 @@ Skips and rewinds are for isolated faults. Both have a limit, beyond which the r
 """
 
 import math
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from octavo.config.schema import FaultTolerance
 from octavo.core.logging import logger
+from octavo.train.hooks import GuardAction, Hook, StepRecord, StepVerdict
 from octavo.train.loss_spikes import LASTING, SpikeDetector
 
 
@@ -26,25 +25,7 @@ class BadNumbers(Exception):
     """Stops the run because of non-finite numbers or a spike; parameters are those before the bad step."""
 
 
-class GuardAction(Enum):
-    """What to do with a step once its gradients are computed."""
-
-    UPDATE = "update"
-    SKIP = "skip"
-    REWIND = "rewind"
-    STOP = "stop"
-
-
-@dataclass(frozen=True)
-class StepVerdict:
-    """reason: what is wrong with the step, or empty. non_finite: whether a number is not finite."""
-
-    action: GuardAction
-    reason: str = ""
-    non_finite: bool = False
-
-
-class Guard:
+class Guard(Hook):
     """Judges each step and counts the actions taken.
 
     skipped: the steps that were skipped. spikes, rewinds: their number since the run began.
@@ -59,6 +40,9 @@ class Guard:
         self.skipped: list[int] = []
         self.spikes = 0
         self.rewinds = 0
+
+    def before_update(self, record: StepRecord) -> None:
+        record.verdict = self.judge(record.step, record.loss, record.grad_norm)
 
     def judge(self, step: int, loss: float, grad_norm: float) -> StepVerdict:
         """Decide what to do with `step`, given its global loss and gradient norm, before its update."""

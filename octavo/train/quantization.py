@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from octavo.config import ConfigError, JobConfig, names
-from octavo.config.effects import casts_weights_again, fuses
+from octavo.config.effects import fuses
 from octavo.config.layer_recipes import LayerRecipe, layer_recipes, matching, recipes_named
 from octavo.config.schema import Float8
 from octavo.core.format import count
@@ -48,6 +48,7 @@ from octavo.float8.fused import GatedLinear, NormedInput, SharedInput
 from octavo.float8.health import Measurement, Monitor, audit
 from octavo.float8.matmul import EmulationWarning, choose_backend, describe_backend
 from octavo.models.init import plain_name
+from octavo.train.hooks import Hook, StepRecord
 
 DEFAULT_RECIPE = "tensorwise"
 REMEDIES = ("rowwise", "blockwise")
@@ -118,11 +119,6 @@ def _world_group() -> dist.ProcessGroup | None:
     return dist.group.WORLD if dist.get_world_size() > 1 else None
 
 
-def measure_step(monitor: Monitor | None) -> AbstractContextManager[object]:
-    """Scope of all forwards and backwards of a step, measured by `monitor` if there is one."""
-    return nullcontext() if monitor is None else monitor.step()
-
-
 def try_recipes(
     model: nn.Module, layer: str, settings: Float8, loss: Callable[[], Tensor]
 ) -> tuple[Sequence[Measurement], Sequence[str]]:
@@ -181,11 +177,9 @@ def product_precisions(model: nn.Module, device: torch.device, high: str) -> dic
     return by_layer
 
 
-def cast_weights_in_step(model: nn.Module, job: JobConfig, world_size: int) -> AbstractContextManager[None]:
-    """Scope of one step's microbatches. Float8 weights are cast once if that saves a cast; no bit changes."""
-    return cast_weights_once(
-        model, enabled=job.float8.cast_weights_once and casts_weights_again(job, world_size)
-    )
+def cast_weights_in_step(model: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
+    """Scope of one step's microbatches, float8 weights are cast once if `enabled`. No bit changes."""
+    return cast_weights_once(model, enabled=enabled)
 
 
 def cast_head_once(head: nn.Module) -> AbstractContextManager[None]:
@@ -267,15 +261,15 @@ def after_optimizer_step(model: nn.Module, settings: Float8) -> None:
         precompute_float8_dynamic_scale_for_fsdp(model)
 
 
-class DelayedScalingSteps:
+class DelayedScalingSteps(Hook):
     """Delayed scaling in the trainer: ends steps, logs and saves. Does nothing for other recipes."""
 
     def __init__(self, scales: DelayedScaling | None) -> None:
         self._scales = scales
         self._saturated, self._fallbacks = 0.0, 0
 
-    def end_step(self, step: int) -> None:
-        """Make the maxima of `step` the next step's scales. All processes call it, after the gradients."""
+    def after_backward(self, record: StepRecord) -> None:
+        """Make the maxima of this step the next step's scales."""
         if self._scales is None:
             return
         report = self._scales.end_step()
@@ -285,7 +279,7 @@ class DelayedScalingSteps:
             logger.warning(
                 "Step %d: %.2g of the elements of %s lay beyond the previous step's maximum, more than "
                 "float8.max_saturated = %g; the next step measures its own",
-                *(step, report.saturated, report.operand, self._scales.bound),
+                *(record.step, report.saturated, report.operand, self._scales.bound),
             )
 
     def take_counts(self) -> dict[str, Any]:

@@ -12,41 +12,54 @@ import octavo
 from octavo.config import ConfigError, JobConfig
 from octavo.core.fs import write_file
 from octavo.core.logging import logger
+from octavo.train.hooks import Hook
 
 
-def write_run_record(
-    folder: Path,
-    job: JobConfig,
-    *,
-    device: torch.device,
-    processes: int,
-    recipe: str | None,
-    dtype: torch.dtype,
-) -> None:
-    """Write `run.json` into `folder`. recipe: the float8 recipe, or None. dtype: the high-precision dtype."""
-    high = str(dtype).removeprefix("torch.")
-    record: dict[str, Any] = {
-        "octavo": octavo.__version__,
-        "commit": _commit(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cpu": processor(),
-        "processes": processes,
-        "threads": torch.get_num_threads(),
-        "precision": recipe or high,
-        "high_precision_dtype": high,
-        "config": job.to_dict(),
-    }
-    try:
-        write_file(folder / "run.json", json.dumps(record, indent=1) + "\n")
-    except OSError as error:
-        raise ConfigError(
-            f"job.dump_folder: {folder / 'run.json'} cannot be written: {error.strerror}; name another "
-            "folder, or free some space"
-        ) from None
+class RecordRun(Hook):
+    """Writes `run.json` into `folder`, if that is given, once the run starts.
+
+    recipe: the float8 recipe, or None. dtype: the high-precision dtype.
+    """
+
+    def __init__(
+        self,
+        job: JobConfig,
+        folder: Path | None,
+        *,
+        device: torch.device,
+        processes: int,
+        recipe: str | None,
+        dtype: torch.dtype,
+    ):
+        self._job, self._folder, self._device, self._processes = job, folder, device, processes
+        self._recipe, self._high = recipe, str(dtype).removeprefix("torch.")
+
+    def on_start(self, step: int) -> None:
+        if self._folder is None:
+            return
+        record: dict[str, Any] = {
+            "octavo": octavo.__version__,
+            "commit": _commit(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu",
+            "cpu": processor(),
+            "processes": self._processes,
+            "threads": torch.get_num_threads(),
+            "precision": self._recipe or self._high,
+            "high_precision_dtype": self._high,
+            "config": self._job.to_dict(),
+        }
+        path, self._folder = self._folder / "run.json", None  # a rewind starts no new run
+        try:
+            write_file(path, json.dumps(record, indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"job.dump_folder: {path} cannot be written: {error.strerror}; name another folder, or free "
+                "some space"
+            ) from None
 
 
 def _commit() -> str | None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -29,18 +28,17 @@ from octavo.data.sample_source import SampleSource, SourceOptions
 from octavo.distributed.mesh import World
 from octavo.metrics.logger import ValidationReport
 from octavo.tokenizer import Tokenizer
+from octavo.train.step import TrainStep
 
 IGNORED = -100  # the label that cross entropy ignores
 _SEED = 0  # of the order; samples must not depend on training.seed
 
 
 class Validator:
-    """Validates `model` on `batches` microbatches of each rank.
+    """Measures the loss on the first `samples` samples of `source`.
 
     Args:
-        loss_sum: logits [B, S, V] and labels [B, S] -> the summed cross entropy, a scalar.
         byte_lengths: number of bytes of each token id.
-        samples: number of samples to count, from the start of the source.
     """
 
     def __init__(
@@ -58,29 +56,19 @@ class Validator:
         self._bytes_V = torch.tensor(byte_lengths, dtype=torch.int64, device=device)
         self.description = f"{source.description}; {samples:,} samples each time"
 
-    def run(
-        self,
-        model: nn.Module,
-        loss_sum: Callable[[Tensor, Tensor], Tensor],
-        forward: Callable[[Tensor], Tensor | None] | None = None,
-    ) -> ValidationReport:
-        """Measure the loss; a collective call of all ranks.
-
-        `forward` returns the logits, or None if another process has them; the default is `model`.
-        """
+    def run(self, step: TrainStep) -> ValidationReport:
+        """Measure the loss of the model of `step`; a collective call of all ranks."""
         start = time.perf_counter()
         # float64: the result must not depend on the order of summation
         totals = torch.zeros(3, dtype=torch.float64, device=self._device)  # nats, tokens, bytes
         self._source.load_state_dict({})
-        was_training = model.training
-        model.eval()
-        with torch.no_grad():
+        was_training = step.model.training
+        step.model.eval()
+        with step.computing(), torch.no_grad():
             for first in range(0, self.samples, self._batch * self._world.layout.data):
-                totals += self._batch_totals(
-                    first + self._world.data_rank * self._batch, forward or model, loss_sum
-                )
-        model.train(was_training)
-        _free_gathered(model)
+                totals += self._batch_totals(first + self._world.data_rank * self._batch, step)
+        step.model.train(was_training)
+        _free_gathered(step.model)
         nats, tokens, text_bytes = self._world.sum(totals).tolist()
         return ValidationReport(
             loss=nats / tokens,
@@ -89,21 +77,15 @@ class Validator:
             seconds=time.perf_counter() - start,
         )
 
-    def _batch_totals(
-        self,
-        first: int,
-        forward: Callable[[Tensor], Tensor | None],
-        loss_sum: Callable[[Tensor, Tensor], Tensor],
-    ) -> Tensor:
+    def _batch_totals(self, first: int, step: TrainStep) -> Tensor:
         samples = self._source.read(first, self._batch).to(self._device)
         tokens_BS, labels_BS = samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
         labels_BS[max(0, self.samples - first) :] = IGNORED
         labels_BS = self._world.local_labels(labels_BS)
-        logits = forward(tokens_BS)
-        if logits is None:
+        loss = step.evaluate(tokens_BS, labels_BS)
+        if loss is None:
             return torch.zeros(3, dtype=torch.float64, device=self._device)
-        nats = loss_sum(logits, labels_BS).double()
-        counted = labels_BS[labels_BS != IGNORED]
+        nats, counted = loss.double(), labels_BS[labels_BS != IGNORED]
         return torch.stack([nats, nats.new_tensor(counted.numel()), self._bytes_V[counted].sum().double()])
 
 

@@ -96,6 +96,10 @@ OWN_MODEL: Mapping[str, Reduced | Elsewhere] = {
     f"{processes}./run_train.sh --experimental.custom_import bigram --model.name bigram "
     "--model.flavor small --float8.filter_fqns=head": SHORTENED
     for processes in ("", "NGPU=2 ")
+} | {
+    "./run_train.sh --experimental.custom_import layer_norms": Elsewhere(
+        "a test trains with the page's file and checks its numbers", "tests/train/test_hooks.py"
+    )
 }
 
 CONTRIBUTING: Mapping[str, Reduced | Elsewhere] = {
@@ -142,4 +146,4 @@ def test_the_files_that_test_other_commands_exist():
 
 def test_the_model_on_the_page_is_the_one_that_other_tests_train():
     shown = files_of(ROOT / "docs" / "your_own_model.md")
-    assert shown == {"bigram.py": (ROOT / "tests" / "models" / "custom_model.py").read_text()}
+    assert shown["bigram.py"] == (ROOT / "tests" / "models" / "custom_model.py").read_text()

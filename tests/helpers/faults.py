@@ -7,78 +7,12 @@ import it: the forked processes of its runs would have it already, without their
 import json
 import os
 import signal
-import sys
 import time
 
 import torch
 
-from octavo.checkpoint.checkpointer import Checkpointer
-from octavo.train import trainer as train
+from octavo.train.hooks import Hook, register
 from tests.models import shallow_llama  # noqa: F401 - for `runs.shallow` beside a fault
-
-Trainer = train.Trainer
-FAULT = json.loads(os.environ.get("OCTAVO_TEST_FAULT", "{}"))
-KIND = FAULT.get("kind")
-MINE = FAULT.get("rank", 0) == int(os.environ.get("RANK", "0"))
-now = 0  # the step that runs
-
-
-def _strikes() -> bool:
-    return MINE and FAULT["step"] <= now < FAULT["step"] + FAULT.get("steps", 1)
-
-
-def _send() -> None:
-    os.kill(os.getpid(), getattr(signal, FAULT.get("signal", "SIGTERM")))
-
-
-def _accident() -> None:
-    match KIND:
-        case "exit":
-            os._exit(FAULT["code"])
-        case "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        case "hang":
-            time.sleep(10**6)
-        case "signal":
-            _send()
-        case "weight":
-            with torch.no_grad():
-                weight = trainer.model.get_parameter(FAULT["module"] + ".weight")
-                weight = weight.to_local() if hasattr(weight, "to_local") else weight
-                weight.view(-1)[0] = torch.nan
-
-
-trainer: train.Trainer
-_module = sys.modules[Trainer.__module__]
-_step, _save, _gradients = Trainer._step, Checkpointer.save, Trainer._gradients
-_validate = Trainer._validate
-_build_model = _module.build_model
-
-
-def step(self, number):
-    """Trainer._step, with the accident before it."""
-    global now, trainer
-    now, trainer = number, self
-    if _strikes():
-        _accident()
-    return _step(self, number)
-
-
-def save(self, number, *args, **kwargs):
-    """Checkpointer.save, with a signal within."""
-    if KIND == "signal in save" and MINE and number == FAULT["step"]:
-        _send()
-    result = _save(self, number, *args, **kwargs)
-    if KIND == "signal in save" and MINE and number == FAULT["step"]:
-        _send()
-    return result
-
-
-def validate(self, *args):
-    """Trainer._validate, with a signal before it."""
-    if KIND == "signal in validation" and _strikes():
-        _send()
-    return _validate(self, *args)
 
 
 class _Times(torch.autograd.Function):
@@ -94,26 +28,81 @@ class _Times(torch.autograd.Function):
         return grad * ctx.factor, None, None
 
 
-def build_model(*args, **kwargs):
-    """The trainer's build_model, with a hook on the module FAULT["module"]."""
-    built = _build_model(*args, **kwargs)
-    names = {name for name, _ in built.model.named_modules()}
-    if FAULT.get("module") in names and KIND in ("activation", "gradient"):
-        factors = (torch.nan, 1.0) if KIND == "activation" else (1.0, torch.nan)
-        module = built.model.get_submodule(FAULT["module"])
-        module.register_forward_hook(
-            lambda _, inputs, output: _Times.apply(output, *factors) if _strikes() else None
-        )
-    return built
+def _outlier(x):
+    """`x` with one value that is far larger than the rest; in rowwise it spoils one row and one column."""
+    x = x.clone()
+    x[0, 0, 0] = 1e6
+    return x
 
 
-def gradients(self, *args):
-    """Trainer._gradients, with another loss than was computed."""
-    loss = _gradients(self, *args)
-    return loss * FAULT["factor"] if KIND == "spike" and _strikes() else loss
+class Fault(Hook):
+    """The accident that OCTAVO_TEST_FAULT describes; with `once`, not again after a rewind."""
+
+    def __init__(self, trainer):
+        self.trainer, self.step = trainer, 0
+        self.fault = json.loads(os.environ.get("OCTAVO_TEST_FAULT", "{}"))
+        self.kind = self.fault.get("kind")
+        self.mine = self.fault.get("rank", 0) in (trainer.world.rank, "all")
+        names = {name for name, _ in trainer.model.named_modules()}
+        if self.fault.get("module") in names:
+            self.spoil(trainer.model.get_submodule(self.fault["module"]))
+        if self.kind == "signal in validation":
+            trainer.model.register_forward_pre_hook(self.in_forward)
+        if self.kind == "signal in save":
+            self.save, trainer.checkpoints.saver.save = trainer.checkpoints.saver.save, self.in_save
+
+    def spoil(self, module):
+        """Make something within the module wrong whenever the fault strikes."""
+        if self.kind in ("activation", "gradient"):
+            factors = (torch.nan, 1.0) if self.kind == "activation" else (1.0, torch.nan)
+            module.register_forward_hook(
+                lambda _, inputs, output: _Times.apply(output, *factors) if self.strikes() else None
+            )
+        if self.kind == "outlier":
+            module.register_forward_pre_hook(lambda _, inputs: _outlier(*inputs) if self.strikes() else None)
+
+    def strikes(self):
+        again = self.fault.get("once") and self.trainer.guard.rewinds
+        first, steps = self.fault.get("step"), self.fault.get("steps", 1)
+        return self.mine and bool(self.fault) and first <= self.step < first + steps and not again
+
+    def before_step(self, step):
+        self.step = step
+        if not self.strikes():
+            return
+        match self.kind:
+            case "exit":
+                os._exit(self.fault["code"])
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hang":
+                time.sleep(10**6)
+            case "signal":
+                self.send()
+            case "weight":
+                with torch.no_grad():
+                    weight = self.trainer.model.get_parameter(self.fault["module"] + ".weight")
+                    weight = weight.to_local() if hasattr(weight, "to_local") else weight
+                    weight.view(-1)[0] = torch.nan
+
+    def after_backward(self, record):
+        if self.kind == "spike" and self.strikes():
+            record.local_loss *= self.fault["factor"]
+
+    def send(self):
+        os.kill(os.getpid(), getattr(signal, self.fault.get("signal", "SIGTERM")))
+
+    def in_forward(self, module, inputs):
+        if not module.training and self.strikes():
+            self.send()
+
+    def in_save(self, step, *args):
+        strikes = self.mine and step == self.fault["step"]
+        if strikes:
+            self.send()
+        self.save(step, *args)
+        if strikes:
+            self.send()
 
 
-if FAULT:
-    Trainer._step, Checkpointer.save, Trainer._gradients = step, save, gradients
-    Trainer._validate = validate
-    _module.build_model = build_model
+register(Fault)

@@ -203,22 +203,11 @@ def test_measures_what_a_training_step_casts(tmp_path):
 @pytest.mark.parametrize("world", [1, 2])
 def test_an_injected_outlier_is_named_with_the_remedy(tmp_path, monkeypatch, world):
     """One input of one layer is far larger than the rest of its tensor."""
-    build = launching.trainer.build_model
-
-    def with_outlier(*args, **kwargs):
-        built = build(*args, **kwargs)
-
-        def outlier(module, inputs):
-            x = inputs[0].clone()
-            x[0, 0, 0] = 1e6  # in rowwise it spoils one row and one column
-            return (x,)
-
-        built.model.get_submodule("layers.3.feed_forward.w2").register_forward_pre_hook(outlier)
-        return built
-
-    monkeypatch.setattr(launching.trainer, "build_model", with_outlier)
+    fault = {"kind": "outlier", "step": 1, "steps": 2, "module": "layers.3.feed_forward.w2"}
+    monkeypatch.setenv("OCTAVO_TEST_FAULT", json.dumps({**fault, "rank": "all"}))
+    faults = {"experimental.custom_import": "tests.helpers.faults"}
     short = {"training.steps": 2, "training.local_batch_size": 2}
-    run = launching.train(tmp_path, {**HEALTH, **launching.shallow(4), **short}, world=world)
+    run = launching.train(tmp_path, {**HEALTH, **launching.shallow(4), **short, **faults}, world=world)
     (first, *_) = [line for line in run.log.splitlines() if "WARNING - Step 2:" in line]
     assert "layers.3.feed_forward.w2 input: " in first
     assert "flushed to zero in tensorwise; rowwise gives 0" in first

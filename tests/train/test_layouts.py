@@ -152,7 +152,7 @@ def loaded(argv, port, rank, world, again=None):
     job = config.load(argv)
     with Signals() as signals, Watchdog() as watchdog:
         trainer = Trainer(job, signals, watchdog)
-        step = trainer._resume()
+        step, tokens_seen = trainer.checkpoints.resume()
     found = {"step": step}
     for name, parameter in trainer.model.named_parameters():
         state = trainer.optimizer.state[parameter]
@@ -161,7 +161,8 @@ def loaded(argv, port, rank, world, again=None):
                 _whole(tensor).contiguous().numpy().tobytes()
             ).hexdigest()
     if again is not None:
-        Checkpointer(job.checkpoint, again, trainer.model, trainer.optimizer).save(step, 0, trainer._state())
+        state = trainer.checkpoints.state_dict(tokens_seen)
+        Checkpointer(job.checkpoint, again, trainer.model, trainer.optimizer).save(step, 0, state)
     mesh.finish()
     return found
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.config.schema import FaultTolerance
+from octavo.train.hooks import GuardAction
 from octavo.train.loss_spikes import LASTING, LEAST, SpikeDetector
-from octavo.train.nonfinite_guard import Guard, GuardAction
+from octavo.train.nonfinite_guard import Guard
 
 
 def guard(**settings):

@@ -106,8 +106,10 @@ def test_a_step_that_is_skipped_and_one_that_is_rewound(tmp_path, monkeypatch):
     saved = tmp_path / "skip" / "checkpoint"
     same(read_model(saved / "step-2"), read_model(saved / "step-3"))
     assert [line["skipped_steps"] for line in skipping.metrics] == [0, 0, 1, 1]
-    once = {"experimental.custom_import": "tests.helpers.faults_once", "fault_tolerance.non_finite": "rewind"}
-    rewinding = launching.train(tmp_path / "rewind", {**flags, **once}, world=2)
+    monkeypatch.setenv("OCTAVO_TEST_FAULT", json.dumps({**fault, "once": True}))
+    rewinding = launching.train(
+        tmp_path / "rewind", {**flags, "fault_tolerance.non_finite": "rewind"}, world=2
+    )
     assert rewinding.exit_codes == [0, 0]
     assert rewinding.metrics[-1]["rewinds"] == 1
 

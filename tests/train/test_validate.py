@@ -12,6 +12,7 @@ from octavo.config.parallel_dims import ParallelDims
 from octavo.data.corpus import InMemoryCorpus, tokenize
 from octavo.data.sample_source import SourceOptions
 from octavo.tokenizer import build_tokenizer
+from octavo.train.step import TrainStep
 from octavo.train.validate import Validator
 from tests.helpers import launching, ranks
 
@@ -31,10 +32,6 @@ class Bigram(torch.nn.Module):
         return self.table(tokens_BS)
 
 
-def loss_sum(logits, labels):
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-
-
 def all_reduce(values):
     torch.distributed.all_reduce(values)
     return values
@@ -48,6 +45,7 @@ def measure(world, batch):
     place = SimpleNamespace(
         data_rank=rank,
         layout=ParallelDims(shard=world),
+        loss_parallel=False,
         sum=all_reduce if world > 1 else lambda values: values,
         local_labels=lambda labels: labels,
     )
@@ -61,7 +59,9 @@ def measure(world, batch):
     )
     model = Bigram(tokenizer.vocab_size).train()
     before = torch.get_rng_state()
-    report = validator.run(model, loss_sum)
+    report = validator.run(
+        TrainStep(model, place, torch.device("cpu"), microbatches=1, global_tokens=batch * SEQ_LEN)
+    )
     assert model.training
     assert model.table.weight.grad is None
     assert torch.equal(torch.get_rng_state(), before)
@@ -75,7 +75,7 @@ def test_loss_and_bits_per_byte_by_their_definition():
     samples = (len(ids) - 1) // SEQ_LEN
     counted = torch.tensor(ids[: samples * SEQ_LEN + 1])
     model = Bigram(tokenizer.vocab_size)
-    nats = loss_sum(model(counted[None, :-1]), counted[None, 1:]).item()
+    nats = F.cross_entropy(model(counted[:-1]), counted[1:], reduction="sum").item()
     text_bytes = len(tokenizer.decode(counted[1:].tolist()).replace("<|end_of_text|>", "").encode())
     report = measure(1, batch=4)
     assert samples % 4

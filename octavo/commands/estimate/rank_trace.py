@@ -57,7 +57,7 @@ from octavo.roofline import Gpu
 from octavo.tokenizer import build_tokenizer
 from octavo.train import quantization
 from octavo.train.build_model import build_model, model_args, pipeline_plan
-from octavo.train.trainer import Trainer, loss_sum
+from octavo.train.step import TrainStep, build_train_step, global_batch_size
 
 _TRACED_MICROBATCHES = 2
 """The second one adds to existing gradients; further ones do not change the peak."""
@@ -176,8 +176,9 @@ def _extrapolate(
 
 def _microbatches(job: JobConfig, size: int) -> tuple[int, int]:
     """(local batches per step, how many of them are traced)."""
-    one_pass = job.training.local_batch_size * parallel_dims_of(job.parallelism, size).data
-    microbatches = max(job.training.global_batch_size, one_pass) // one_pass
+    layout = parallel_dims_of(job.parallelism, size)
+    one_pass = job.training.local_batch_size * layout.data
+    microbatches = global_batch_size(job.training, layout) // one_pass
     return microbatches, min(microbatches, _TRACED_MICROBATCHES)
 
 
@@ -258,12 +259,11 @@ def _trace_step(
     short: ShortSchedule | None,
 ) -> ShortTrace:
     """Trace a step of the model with `args`, or of this rank's pipeline stages with the schedule `short`."""
-    device, layout = torch.device("cpu"), world.layout
+    device = torch.device("cpu")
     dtype = choose_param_dtype(job.training.mixed_precision_param, torch.device("cuda" if gpu else "cpu"))
     recipe = quantization.recipe_name(job.model.converters, job.float8)
-    microbatches, traced = _microbatches(job, dist.get_world_size())
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    operations = OperationCounter(layout)
+    operations = OperationCounter(world.layout)
 
     def materialise(part: nn.Module) -> None:
         if gpu:
@@ -271,7 +271,7 @@ def _trace_step(
         with fake:
             part.to_empty(device=device)
 
-    model, _, stages = build_model(
+    built = build_model(
         job,
         args,
         recipe,
@@ -282,40 +282,24 @@ def _trace_step(
         materialise=materialise,
         copies=gpu is None,
     )
-    step: Any = object.__new__(Trainer)  # only the methods that compute; nothing is read or written
-    vars(step).update(
-        job=job,
-        world=world,
-        model=model,
-        model_args=args,
-        device=device,
-        param_dtype=dtype,
-        accumulation=traced,
-        chunked=job.training.loss_chunk_tokens is not None,
-        loss_sum=loss_sum,
-        global_tokens=job.training.local_batch_size * layout.data * microbatches * job.training.seq_len,
-        watchdog=SimpleNamespace(progress=lambda: None),
-        pipeline=None,
-    )
-    if step.chunked:
-        step.loss_sum = lambda tokens, labels: model(tokens, labels_BS=labels)
+    parts = built.stages or [built.model]
     tracker = MemoryTracker(fake, operations.record)
-    mark_layers(stages or [model], tracker)
+    mark_layers(parts, tracker)
     with fake:
-        for part in stages or [model]:
+        for part in parts:
             quantization.gather_in_float8(part)
     with label_hidden_memory(tracker), fake:
-        if plan is not None:
-            step.pipeline = step._pipeline(plan, stages)
-            if short is not None:
-                run_short_schedule(step.pipeline, short, tracker, operations.begin_action)
-        optimizer = build_optimizer(model, job.optimizer)
-        parameters = list(model.parameters())
+        step = build_train_step(job, built, plan=plan, world=world, device=device)
+        step = replace(step, microbatches=min(step.microbatches, _TRACED_MICROBATCHES))
+        if short is not None:
+            run_short_schedule(step.pipeline, short, tracker, operations.begin_action)
+        optimizer = build_optimizer(built.model, job.optimizer)
+        parameters = list(built.model.parameters())
         with tracker:
-            tracker.claim([*parameters, *model.buffers()], PARAMETERS)
+            tracker.claim([*parameters, *built.model.buffers()], PARAMETERS)
             _first_update(parameters, optimizer)
             tracker.claim([v for state in optimizer.state.values() for v in state.values()], OPTIMIZER)
-            _run_step(step, optimizer, tracker, operations, traced)
+            _run_step(job, step, optimizer, tracker, operations)
             tracker.claim([p.grad for p in parameters if p.grad is not None], GRADIENTS)
     log: Log | ManyMicrobatchesLog = tracker.log
     counts = operations.microbatches
@@ -336,29 +320,28 @@ def _first_update(parameters: list[nn.Parameter], optimizer: torch.optim.Optimiz
 
 
 def _run_step(
-    step: Any,
+    job: JobConfig,
+    step: TrainStep,
     optimizer: torch.optim.Optimizer,
     tracker: MemoryTracker,
     operations: OperationCounter,
-    microbatches: int,
 ) -> None:
-    """Run the part of `Trainer._step` that uses device memory."""
-    job, world = step.job, step.world
+    """Run the part of the trainer's step that uses device memory."""
     operations.clear()
     batches = []  # kept alive, as a step's batches are
 
     def next_batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for number in range(microbatches):
+        for number in range(step.microbatches):
             tracker.mark(f"microbatch {number + 1}")
             shape = (job.training.local_batch_size, job.training.seq_len)
-            labels = world.local_labels(torch.zeros(shape, dtype=torch.int64))
+            labels = step.world.local_labels(torch.zeros(shape, dtype=torch.int64))
             batches.append((torch.zeros(shape, dtype=torch.int64), labels))
             yield batches[-1]
 
-    step._gradients(next_batches())
+    step.gradients(next_batches())
     operations.end_of_microbatches()
     tracker.mark("clipping")
-    clip_gradients(step.model, job.training.max_norm, world.pipeline)
+    clip_gradients(step.model, job.training.max_norm, step.world.pipeline)
     tracker.mark("update")
     optimizer.step()
     quantization.after_optimizer_step(step.model, job.float8)

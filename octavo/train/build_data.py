@@ -1,0 +1,33 @@
+"""Builds the training data of a job, in this process's share."""
+
+from octavo.config import JobConfig
+from octavo.data.build import build_source
+from octavo.data.corpus_files import BadRecords
+from octavo.data.dataloader import DataLoader
+from octavo.data.sample_source import SourceOptions
+from octavo.distributed.mesh import World
+from octavo.tokenizer import Tokenizer
+
+
+def build_data(
+    job: JobConfig, tokenizer: Tokenizer, *, world: World, bad: BadRecords, pin_memory: bool
+) -> DataLoader:
+    """The loader of this process's batches of `training.dataset`, without what validation holds out."""
+    training, rank, ranks = job.training, world.data_rank, world.layout.data
+    options = SourceOptions(
+        tokenizer=tokenizer,
+        seq_len=training.seq_len,
+        seed=training.seed if training.data_seed is None else training.data_seed,
+        dataset_path=training.dataset_path,
+        held_out_fraction=job.validation.fraction,
+        bad=bad,
+        verify=(rank, ranks) if training.verify_data else None,
+    )
+    return DataLoader(
+        build_source(training.dataset, options),
+        local_batch_size=training.local_batch_size,
+        dp_rank=rank,
+        dp_degree=ranks,
+        workers=training.num_workers,
+        pin_memory=pin_memory,
+    )

@@ -1,0 +1,62 @@
+"""A user's hook works without a change to octavo; hooks are called at their points, in their order."""
+
+import json
+import sys
+
+import pytest
+
+from octavo.train.hooks import Hook, Hooks
+from tests.docs.commands import ROOT, files_of
+from tests.helpers import launching
+
+SHOWN = files_of(ROOT / "docs" / "your_own_model.md")["layer_norms.py"]
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "layer_norms.jsonl").read_text().splitlines()]
+
+
+def test_the_hook_on_the_page_logs_the_norm_of_each_layer(tmp_path, monkeypatch):
+    """On one process and on two with sharded gradients; a resumed run has each step once."""
+    (tmp_path / "layer_norms.py").write_text(
+        f"{SHOWN}\nfrom tests.models import shallow_llama as shallow_llama\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = {
+        **launching.shallow(2),
+        "experimental.custom_import": "layer_norms",
+        "training.global_batch_size": 8,
+        "checkpoint.enable": True,
+    }
+    launching.train(tmp_path / "one", {**flags, "training.steps": 2})
+    one = launching.train(tmp_path / "one", {**flags, "training.steps": 3})
+    two = launching.train(tmp_path / "two", {**flags, "training.steps": 3}, world=2)
+    assert "layer_norms" not in sys.modules  # the runs are forks
+    assert two.exit_codes == [0, 0]
+    found = lines(tmp_path / "one")
+    assert [line.pop("step") for line in found] == [1, 2, 3]
+    for norms, alone, step in zip(lines(tmp_path / "two"), found, one.metrics, strict=True):
+        assert alone.keys() == {"0", "1"}
+        assert {name: norms[name] for name in alone} == pytest.approx(alone, rel=1e-4)
+        assert 0 < sum(norm**2 for norm in alone.values()) ** 0.5 < step["grad_norm"]
+
+
+class Tell(Hook):
+    def __init__(self, name, told, fails=False):
+        self.name, self.told, self.fails = name, told, fails
+
+    def on_start(self, step):
+        self.told.append((self.name, "start", step))
+        if self.fails:
+            raise ValueError("no")
+
+    def on_end(self):
+        self.told.append((self.name, "end"))
+
+
+def test_hooks_end_in_reverse_order_also_when_one_fails():
+    told = []
+    hooks = Hooks([Tell("a", told), Tell("b", told, fails=True), Tell("c", told)])
+    with pytest.raises(ValueError, match="no"), hooks.running(3):
+        raise AssertionError("training must not start")
+    assert told == [("a", "start", 3), ("b", "start", 3), ("b", "end"), ("a", "end")]
