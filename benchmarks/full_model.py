@@ -135,8 +135,8 @@ def predicted(side: str, gpu: Gpu | None, smoke: bool, states: str) -> dict[str,
     if gpu is None or smoke:
         return {"seconds": None, "peak_gb": None}
     args = sizes.model("8B")
-    kv = args.n_kv_heads * args.head_dim
-    block = Block(args.dim, args.n_heads * args.head_dim, kv, args.hidden_dim)
+    kv = args.n_kv_heads * args.head_width
+    block = Block(args.dim, args.n_heads * args.head_width, kv, args.hidden_dim)
     recipe = SIDES[side].get("float8.recipe_name")
     layers = args.n_layers * layer_time(gpu, block, TOKENS, TOKENS, recipe, way="kernels").total
     head = sum(gemm_seconds(gpu, s) for s in linear_shapes(TOKENS, args.dim, args.vocab_size).values())

@@ -42,9 +42,11 @@ from benchmarks.harness.machine import Conditions
 from benchmarks.harness.options import Options, parse
 from benchmarks.harness.report import Report
 from octavo.commands.argparser import bounded_int
+from octavo.families import ModelArgs
 from octavo.float8 import RECIPES, Float8LinearConfig, convert_to_float8_training
 from octavo.metrics.device import fastest_attention
-from octavo.models.llama3.model import LlamaArgs, TransformerBlock, rope_table
+from octavo.models.rope import rope_table
+from octavo.models.transformer import TransformerBlock
 from octavo.roofline import Block, Gpu, layer_time
 from octavo.train.quantization import keep_casts_under_compile
 
@@ -52,11 +54,11 @@ LAYERS, TOKENS = 8, 8192
 
 
 class Stack(nn.Module):
-    """`layers` of a Llama: h[B, S, D] -> h[B, S, D]."""
+    """`layers` of a Transformer: h[B, S, D] -> h[B, S, D]."""
 
     rope: Tensor
 
-    def __init__(self, args: LlamaArgs, layers: int):
+    def __init__(self, args: ModelArgs, layers: int):
         super().__init__()
         self.layers = nn.ModuleDict({str(i): TransformerBlock(args) for i in range(layers)})
         self.register_buffer("rope", rope_table(args), persistent=False)
@@ -84,7 +86,7 @@ class Kind:
 
 
 def _fuses() -> bool:
-    return importlib.util.find_spec("octavo.models.llama3.fused_block") is not None
+    return importlib.util.find_spec("octavo.models.fused_block") is not None
 
 
 def kinds(with_torchao: bool) -> list[Kind]:
@@ -127,7 +129,7 @@ def build(kind: Kind, base: Stack, options: Options) -> tuple[Stack, Callable[[]
 def _fuse(model: Stack) -> None:
     from octavo.distributed.parallelize_plan import Fusion
     from octavo.float8.fused import GatedLinear, NormedInput, SharedInput
-    from octavo.models.llama3.fused_block import fuse_layer
+    from octavo.models.fused_block import fuse_layer
 
     for layer in model.layers.values():
         fuse_layer(layer, Fusion(NormedInput, GatedLinear, SharedInput))
@@ -171,13 +173,13 @@ def memory(model: Stack, x: Tensor, dy: Tensor, device: torch.device, after: Cal
 
 
 def predicted(
-    kind: Kind, gpu: Gpu | None, args: LlamaArgs, layers: int, tokens: int
+    kind: Kind, gpu: Gpu | None, args: ModelArgs, layers: int, tokens: int
 ) -> dict[str, float | None]:
     """Seconds of a step, and GB saved, by the roofline model."""
     if gpu is None:
         return {"seconds": None, "saved_gb": None}
-    kv = args.n_kv_heads * args.head_dim
-    block = Block(args.dim, args.n_heads * args.head_dim, kv, args.hidden_dim)
+    kv = args.n_kv_heads * args.head_width
+    block = Block(args.dim, args.n_heads * args.head_width, kv, args.hidden_dim)
     before = kind.recipe is not None and "previous_step" in kind.recipe
     recipe = "tensorwise" if before else kind.recipe
     way = "torchao" if kind.library == "torchao" else "producers" if kind.fused else "kernels"
@@ -189,7 +191,7 @@ def predicted(
     return {"seconds": seconds, "saved_gb": layers * block.saved(tokens)[held] / 1e9}
 
 
-def sides_of(base: Stack, x: Tensor, dy: Tensor, options: Options, args: LlamaArgs) -> dict[str, Side]:
+def sides_of(base: Stack, x: Tensor, dy: Tensor, options: Options, args: ModelArgs) -> dict[str, Side]:
     """Every side, built, compiled and looked at once; what there was no time to build is noted."""
     layers, tokens = len(base.layers), x.shape[1]
     exact = copy.deepcopy(base).float()
@@ -219,10 +221,10 @@ def sides_of(base: Stack, x: Tensor, dy: Tensor, options: Options, args: LlamaAr
     return found
 
 
-def attention_kernel(args: LlamaArgs, x: Tensor) -> str:
+def attention_kernel(args: ModelArgs, x: Tensor) -> str:
     """Name of the kernel that scaled_dot_product_attention takes for these layers."""
     q, kv = (
-        torch.empty(1, heads, x.shape[1], args.head_dim, device=x.device, dtype=x.dtype, requires_grad=True)
+        torch.empty(1, heads, x.shape[1], args.head_width, device=x.device, dtype=x.dtype, requires_grad=True)
         for heads in (args.n_heads, args.n_kv_heads)
     )
     chosen = torch._fused_sdp_choice(q, kv, kv, None, 0.0, True, enable_gqa=True)

@@ -27,6 +27,7 @@ from torch._subclasses import FakeTensorMode
 
 from benchmarks.harness import sizes
 from octavo.distributed.parallelize_plan import Fusion
+from octavo.families import ModelArgs
 from octavo.float8 import (
     RECIPES,
     DelayedScaling,
@@ -37,8 +38,8 @@ from octavo.float8 import (
 from octavo.float8.checks.fake_gpu import force_hardware_path, force_kernels
 from octavo.float8.checks.traced import KernelCall, KernelTraffic, trace, trace_eager
 from octavo.float8.fused import GatedLinear, NormedInput, SharedInput
-from octavo.models.llama3.fused_block import fuse_layer
-from octavo.models.llama3.model import LlamaArgs, TransformerBlock
+from octavo.models.fused_block import fuse_layer
+from octavo.models.transformer import TransformerBlock
 from octavo.train.quantization import keep_casts_under_compile
 
 TOKENS = 8192
@@ -58,17 +59,17 @@ class TracedLayer:
 
 
 class _Layer(nn.Module):
-    def __init__(self, args: LlamaArgs, tokens: int) -> None:
+    def __init__(self, args: ModelArgs, tokens: int) -> None:
         super().__init__()
         self.block = TransformerBlock(args)
-        self.rope = nn.Buffer(torch.empty(2, tokens, args.head_dim // 2, dtype=torch.float32))
+        self.rope = nn.Buffer(torch.empty(2, tokens, args.head_width // 2, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block(x, self.rope)
 
 
 def trace_layer(
-    recipe: str | None, *, fused: bool = False, args: LlamaArgs | None = None, tokens: int = TOKENS
+    recipe: str | None, *, fused: bool = False, args: ModelArgs | None = None, tokens: int = TOKENS
 ) -> TracedLayer:
     """One layer of Llama3-8B, or of `args`, in bfloat16 (None) or a recipe, with or without fused modules."""
     args = args or sizes.model("8B")

@@ -25,7 +25,7 @@ STANDARD = sys.stdlib_module_names
 # same floor do not import each other. docs/architecture.md says what each is for.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("core", "float8", "roofline", "assets"),
-    ("tokenizer", "utils"),
+    ("tokenizer", "utils", "families"),
     ("data",),
     ("config",),
     ("distributed", "metrics", "launch"),

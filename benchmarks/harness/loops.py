@@ -38,7 +38,7 @@ from octavo.data.dataloader import DataLoader
 from octavo.data.sample_source import SourceOptions
 from octavo.distributed import mesh
 from octavo.models.init import init_weights
-from octavo.models.llama3.model import Llama
+from octavo.models.transformer import Transformer
 from octavo.tokenizer import build_tokenizer
 from octavo.train.run_record import processor
 
@@ -60,7 +60,7 @@ def bare_steps(case: Case) -> Iterator[float]:
     """Build the shortest loop that does the same work; its steps yield their losses."""
     tokenizer = build_tokenizer("octavo_bpe_2048")
     spec = models.get("llama3")
-    model = Llama(spec.configure(spec.args("debugmodel"), tokenizer.vocab_size, case.length))
+    model = Transformer(spec.configure(spec.args("debugmodel"), tokenizer.vocab_size, case.length))
     init_weights(model, seed=42)
     if case.compiled:
         for layer in model.layers.values():
@@ -101,7 +101,7 @@ def bare_steps(case: Case) -> Iterator[float]:
     return steps()
 
 
-def _shard(model: Llama, dtype: torch.dtype) -> None:
+def _shard(model: Transformer, dtype: torch.dtype) -> None:
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     layers = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from octavo.models.llama3 import FLAVORS
-from octavo.models.llama3.model import LlamaArgs
+from octavo.families import ModelArgs
+from octavo.families.llama3 import FAMILY
 
-SMOKE = LlamaArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=128, vocab_size=256, max_seq_len=64)
+SMOKE = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=128, vocab_size=256, max_seq_len=64)
 
 
-def linears(args: LlamaArgs) -> dict[str, tuple[int, int]]:
+def linears(args: ModelArgs) -> dict[str, tuple[int, int]]:
     """The linear layers of one layer by size: the names that share it -> (K inputs, N outputs)."""
-    kv = args.n_kv_heads * args.head_dim
+    kv = args.n_kv_heads * args.head_width
     return {
         "wq wo": (args.dim, args.dim),
         "wk wv": (args.dim, kv),
@@ -21,6 +21,6 @@ def linears(args: LlamaArgs) -> dict[str, tuple[int, int]]:
     }
 
 
-def model(flavor: str) -> LlamaArgs:
+def model(flavor: str) -> ModelArgs:
     """The registered sizes of `flavor`, without the tokenizer's part."""
-    return FLAVORS[flavor]
+    return FAMILY.flavors[flavor]

@@ -28,7 +28,7 @@ from octavo.commands.argparser import Parser
 from octavo.config import ConfigError, JobConfig
 from octavo.config.schema import Checkpoint
 from octavo.core.logging import init_logger
-from octavo.hf import safetensors_folder
+from octavo.hf import meta, safetensors_folder
 from octavo.hf.folder_writer import require_empty
 from octavo.hf.model_sources import (
     build_on_meta,
@@ -38,7 +38,6 @@ from octavo.hf.model_sources import (
     read_hf_config,
 )
 from octavo.hf.stored_weights import Weights, load_weights, shapes_of
-from octavo.models.llama3 import meta
 from octavo.tokenizer import Tokenizer
 
 
@@ -89,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"Importing {source} as {spec.name} {flavor}")
     write_checkpoint(out, load_weights(build_on_meta(spec, args), weights, torch.float32, "cpu"), job)
     print(
-        f"Written: {out}. To train from it: --model.flavor {flavor} "
+        f"Written: {out}. To train from it: --model.name {spec.name} --model.flavor {flavor} "
         f"--model.hf_assets_path {job.model.hf_assets_path} --checkpoint.initial_load_path {out}"
     )
     return 0

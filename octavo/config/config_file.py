@@ -9,7 +9,14 @@ from pathlib import Path
 
 from octavo.core.errors import ConfigError
 
-TRAIN_CONFIGS = Path(__file__).parents[1] / "models" / "llama3" / "train_configs"
+_MODELS = Path(__file__).parents[1] / "models"
+TRAIN_CONFIGS = _MODELS / "llama3" / "train_configs"
+"""The folder of the default config."""
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The TOML files of all families, by their names."""
+    return {file.name: file for file in sorted(_MODELS.glob("*/train_configs/*.toml"), key=lambda f: f.name)}
 
 
 def find(name: str) -> Path:
@@ -18,13 +25,13 @@ def find(name: str) -> Path:
     Raises:
         ConfigError: what is wrong with `name`, without repeating it.
     """
-    shipped = sorted(file.name for file in TRAIN_CONFIGS.glob("*.toml"))
+    shipped = shipped_configs()
     if not name:
         raise ConfigError("name a file")
     try:
         path = Path(name).expanduser()
         if name in shipped and not path.exists():
-            path = TRAIN_CONFIGS / name
+            path = shipped[name]
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"no such file in {os.getcwd()}; octavo ships: {', '.join(shipped)}") from None

@@ -1,6 +1,6 @@
 """Every name that a config may choose from, so that a config can be checked before torch is imported.
 
-The registries behind these names (models, recipes, optimizers, corpora) import torch, which takes seconds; a
+The registries behind these names (recipes, optimizers, corpora) import torch, which takes seconds; a
 misspelt name should cost milliseconds. So each name is written twice, and a test holds the two equal
 (`tests/config/test_names.py`).
 """
@@ -8,6 +8,8 @@ misspelt name should cost milliseconds. So each name is written twice, and a tes
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, get_args
+
+from octavo.families import FAMILIES
 
 RecipeName = Literal[
     "tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise", "mxfp8", "tensorwise_previous_step"
@@ -49,7 +51,7 @@ DECAY_TYPES: tuple[str, ...] = get_args(DecayType)
 CONVERTERS: tuple[str, ...] = get_args(Converter)
 
 MODELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"llama3": ("debugmodel", "1B", "3B", "8B", "70B", "405B", "8B-3.0", "70B-3.0", "405B-3.0")},
+    {name: tuple(family.flavors) for name, family in FAMILIES.items()}
 )
 """Model name -> its flavours."""
 

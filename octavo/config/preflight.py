@@ -21,7 +21,7 @@ from octavo.config.pipeline_plan import problems as pipeline_problems
 from octavo.config.programs import download_command, missing_cxx
 from octavo.config.ranges import get, named, out_of_range
 from octavo.config.schema import JobConfig
-from octavo.config.sizes import sizes_of, undivided, units
+from octavo.config.sizes import args_of, shared_sizes, undivided, units
 from octavo.core.errors import ConfigError, did_you_mean
 from octavo.core.python_path import working_directory_last
 
@@ -120,18 +120,18 @@ def _layout(job: JobConfig, world_size: int) -> Iterator[str]:
         yield str(error)
         return
     yield from _batch(job, layout)
-    sizes = sizes_of(job)
-    too_many = list(undivided(sizes.shared, layout.tensor)) if sizes else []
+    args = args_of(job)
+    too_many = list(undivided(shared_sizes(args), layout.tensor)) if args else []
     yield from too_many or _sequence(job, layout)
 
 
 def _pipeline(job: JobConfig) -> Iterator[str]:
     """Errors in the pipeline's settings, and in its stages if octavo ships the model."""
     problems = list(pipeline_problems(job))
-    sizes = sizes_of(job)
-    if not problems and sizes and job.parallelism.pipeline_parallel_degree > 1:
+    args = args_of(job)
+    if not problems and args and job.parallelism.pipeline_parallel_degree > 1:
         try:
-            plan_of(job, units(sizes.layers, tied=sizes.tied))
+            plan_of(job, units(args))
         except ConfigError as error:
             problems = [str(error)]
     yield from problems

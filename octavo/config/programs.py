@@ -1,12 +1,13 @@
 """Programs that a job needs besides Python, and commands that messages suggest."""
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from octavo.families import FAMILIES
 
 
 def octavo_command() -> str:
@@ -28,18 +29,18 @@ def octavo_command() -> str:
     return f"PYTHONPATH={_shell(root)} {module}"
 
 
-_LLAMA = re.compile(r"(Meta-)?Llama-\d(\.\d)?-\d+B(-\w+)*", re.IGNORECASE)
-
-
 def download_command(assets_path: str) -> str | None:
-    """The command that downloads a tokenizer to `assets_path`; None if that is no repository of Meta's."""
+    """The command that downloads a tokenizer to `assets_path`; None if no shipped family has such a
+    repository.
+    """
     path = Path(assets_path)
     if path.suffix in (".json", ".model"):
         path = path.parent.parent if path.parent.name == "original" else path.parent
-    if _LLAMA.fullmatch(path.name) is None:
+    owner = next((one.owner for one in FAMILIES.values() if one.repository.fullmatch(path.name)), None)
+    if owner is None:
         return None
     folder = "" if path.parent == Path("assets/hf") else f" --local_dir {shlex.quote(str(path.parent))}"
-    return f"{octavo_command()} download --repo_id meta-llama/{path.name} --assets tokenizer{folder}"
+    return f"{octavo_command()} download --repo_id {owner}/{path.name} --assets tokenizer{folder}"
 
 
 def missing_cxx() -> str | None:

@@ -66,10 +66,9 @@ class Metrics:
 @dataclass
 class Model:
     name: str = "llama3"
-    """Model family."""
+    """Model family: llama3, qwen3, or your own."""
     flavor: str = "debugmodel"
-    """Size of the model; llama3 has debugmodel, 1B, 3B, 8B, 70B, 405B, and 8B-3.0, 70B-3.0, 405B-3.0 without
-    the RoPE scaling of 3.1."""
+    """Size of the model: debugmodel, or a published one such as 8B; the README lists them."""
     hf_assets_path: str = "octavo_bpe_2048"
     """Tokenizer: a shipped name, or a folder or file with tokenizer.json or tokenizer.model (also
     --model.tokenizer_path).

@@ -227,6 +227,6 @@ def open_hf_weights(
 def _is_dropped(hf_format: models.HuggingFace, name: str, args: Any) -> bool:
     """Whether the conversion drops this tensor: a buffer, or a copy of tied embeddings."""
     try:
-        return not hf_format.from_names({name: torch.empty(2 * args.head_dim, 1, device="meta")}, args)
+        return not hf_format.from_names({name: torch.empty(2 * args.head_width, 1, device="meta")}, args)
     except (AttributeError, RuntimeError, ValueError):
         return False

@@ -12,9 +12,8 @@ from octavo.config import ConfigError
 from octavo.hf import check_export
 from octavo.hf.folder_writer import ExportPlan, save_pretrained
 from octavo.hf.training_io import require_exportable
-from octavo.models.llama3 import SPEC
 from tests.hf.test_model_sources import ARGS, TOKENIZER, weights_of
-from tests.models.small_llama import noisy, small
+from tests.models.small_llama import SPEC, noisy, small
 from tests.test_tokenizer import byte_tokens, write_tiktoken
 
 

@@ -11,9 +11,8 @@ from octavo.commands.generate import _options as options
 from octavo.commands.generate import encode_prompt, run
 from octavo.hf.folder_writer import ExportPlan, save_pretrained
 from octavo.hf.model_sources import open_model
-from octavo.models.llama3 import SPEC
 from tests.hf.test_model_sources import ARGS, TOKENIZER, weights_of
-from tests.models.small_llama import noisy
+from tests.models.small_llama import SPEC, noisy
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,9 @@ from octavo.assets import TOKENIZERS
 from octavo.cli import main
 from octavo.hf.folder_writer import ExportPlan, save_pretrained
 from octavo.hf.model_sources import open_model
-from octavo.models.llama3 import FLAVORS, SPEC
+from tests.hf.test_meta import write_ranks
 from tests.hf.test_model_sources import TOKENIZER, edit, weights_of
-from tests.models.small_llama import noisy, small
-from tests.models.test_llama3_meta import write_ranks
+from tests.models.small_llama import FLAVORS, SPEC, noisy, small
 
 DEBUG = SPEC.configure(FLAVORS["debugmodel"], 2048, 32)
 

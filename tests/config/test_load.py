@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from octavo.config import ConfigError, JobConfig, load
+from octavo.config.config_file import TRAIN_CONFIGS, shipped_configs
 from octavo.config.ranges import get
 from octavo.config.schema import ALIASES, SECTIONS
 from octavo.config.toml import key_lines
 
 TomlFile = Callable[[str], str]
-TRAIN_CONFIGS = Path(__file__).parents[2] / "octavo" / "models" / "llama3" / "train_configs"
 
 
 @pytest.fixture
@@ -249,7 +249,7 @@ def test_strings_hide_brackets_quotes_and_line_ends() -> None:
     assert [lines["a", name] for name in names] == [3, 4, 5, 7, 10, 11]
 
 
-@pytest.mark.parametrize("path", sorted(TRAIN_CONFIGS.glob("*.toml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", shipped_configs().values(), ids=lambda path: path.name)
 def test_shipped_config_loads_and_says_what_it_is(path: Path) -> None:
     load(["--job.config_file", str(path)])
     comment = path.read_text().partition("\n[")[0]

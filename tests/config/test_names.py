@@ -11,18 +11,6 @@ def test_models() -> None:
     assert {name: tuple(spec.flavors) for name, spec in registered().items()} == dict(names.MODELS)
 
 
-def test_sizes() -> None:
-    from octavo.config.sizes import SIZES, Sizes
-    from octavo.models.llama3 import FLAVORS, SPEC
-
-    assert SPEC.shared_sizes is not None
-    told = {
-        flavor: Sizes(args.n_layers, SPEC.shared_sizes(args), args.tie_embeddings)
-        for flavor, args in FLAVORS.items()
-    }
-    assert told == SIZES["llama3"]
-
-
 def test_recipes() -> None:
     from octavo.float8.recipe import RECIPES, When
 

@@ -6,10 +6,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.config.schema import ActivationCheckpoint
 from octavo.distributed.activation_checkpoint import checkpoint_layer
+from octavo.families import ModelArgs
 from octavo.models.init import init_weights
-from octavo.models.llama3.model import Llama, LlamaArgs
+from octavo.models.transformer import Transformer
 
-ARGS = LlamaArgs(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=64, max_seq_len=16)
+ARGS = ModelArgs(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=64, max_seq_len=16)
 MODES = {
     "none": ActivationCheckpoint(mode="none"),
     "op": ActivationCheckpoint(mode="selective", selective_ac_option="op"),
@@ -32,7 +33,7 @@ class CountMatmuls(TorchDispatchMode):
 
 def run(settings):
     """Loss, gradients, and the matrix products and attentions that backward ran."""
-    model = Llama(ARGS)
+    model = Transformer(ARGS)
     init_weights(model, seed=0)
     for number, layer in list(model.layers.items()):
         model.layers[number] = checkpoint_layer(layer, settings, int(number))
@@ -73,7 +74,7 @@ def test_what_backward_computes_again(mode, matmuls, attentions, plain):
 
 
 def test_state_dict_keeps_its_names():
-    model = Llama(ARGS)
+    model = Transformer(ARGS)
     names = list(model.state_dict())
     model.layers["0"] = checkpoint_layer(model.layers["0"], MODES["full"], 0)
     assert list(model.state_dict()) == names

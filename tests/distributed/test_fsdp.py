@@ -10,16 +10,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from octavo import models
 from octavo.config.schema import ActivationCheckpoint
 from octavo.distributed.parallelize_plan import FSDPPlan, Parallelize
+from octavo.families import ModelArgs
 from octavo.models.init import init_weights, plain_name
-from octavo.models.llama3.model import Llama, LlamaArgs
+from octavo.models.transformer import Transformer
 from tests.helpers import ranks
 
-ARGS = LlamaArgs(dim=30, n_layers=2, n_heads=5, n_kv_heads=5, hidden_dim=50, vocab_size=67, max_seq_len=8)
+ARGS = ModelArgs(dim=30, n_layers=2, n_heads=5, n_kv_heads=5, hidden_dim=50, vocab_size=67, max_seq_len=8)
 
 
 def gradients(tied, tokens, sharding):
     with torch.device("meta"):
-        model = Llama(replace(ARGS, tie_embeddings=tied))
+        model = Transformer(replace(ARGS, tie_embeddings=tied))
     plan = Parallelize(ActivationCheckpoint(mode="full"), compile_model=False, sharding=sharding)
     models.get("llama3").parallelize(model, plan)
     model.to_empty(device="cpu")
@@ -61,7 +62,7 @@ def test_gradients_add_up_to_those_of_one_process(world, replicas, tied, reshard
 def dtypes_in_bfloat16():
     """What each layer's attention is called with, and what the model gives."""
     with torch.device("meta"):
-        model = Llama(ARGS)
+        model = Transformer(ARGS)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
     sharding = FSDPPlan(mesh, torch.bfloat16, torch.float32, reshard=True, cpu_offload=False)
     plan = Parallelize(ActivationCheckpoint(mode="none"), compile_model=False, sharding=sharding)

@@ -12,17 +12,18 @@ from octavo import models
 from octavo.config.schema import ActivationCheckpoint
 from octavo.distributed.mixed_precision import computing_in_copies, give_copies
 from octavo.distributed.parallelize_plan import FSDPPlan, Parallelize
+from octavo.families import ModelArgs
 from octavo.models.init import init_weights, plain_name
-from octavo.models.llama3.model import Llama, LlamaArgs
+from octavo.models.transformer import Transformer
 from tests.helpers import ranks
 
-ARGS = LlamaArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=67, max_seq_len=8)
+ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=67, max_seq_len=8)
 MICROBATCHES = torch.arange(48).remainder(67).view(3, 2, 8)
 
 
 def built(args, mode, sharding=None):
     with torch.device("meta"):
-        model = Llama(args)
+        model = Transformer(args)
     plan = Parallelize(ActivationCheckpoint(mode=mode), compile_model=False, sharding=sharding)
     models.get("llama3").parallelize(model, plan)
     if sharding is None:

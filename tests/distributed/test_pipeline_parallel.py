@@ -15,17 +15,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.config.pipeline_plan import SCHEDULES, plan_of
 from octavo.config.schema import JobConfig
+from octavo.config.sizes import units
 from octavo.distributed.pipeline_parallel import Activations, Pipeline
 from octavo.distributed.stages import LocalStages, cut
+from octavo.families import ModelArgs
 from octavo.float8 import cast_weights_once, convert_to_float8_training
 from octavo.float8.matmul import PRODUCTS
 from octavo.models.init import init_weights
-from octavo.models.llama3 import units
-from octavo.models.llama3.model import Llama, LlamaArgs
+from octavo.models.transformer import Transformer
 from octavo.train.trainer import loss_sum
 from tests.helpers import ranks
 
-ARGS = LlamaArgs(dim=32, n_layers=5, n_heads=2, n_kv_heads=2, hidden_dim=48, vocab_size=64, max_seq_len=16)
+ARGS = ModelArgs(dim=32, n_layers=5, n_heads=2, n_kv_heads=2, hidden_dim=48, vocab_size=64, max_seq_len=16)
 BATCH, LENGTH = 4, 16
 SPLITTING = [name for name, schedule in SCHEDULES.items() if schedule.splits]
 NAMED = [name for name, schedule in SCHEDULES.items() if not schedule.csv]
@@ -60,7 +61,7 @@ def job_for(schedule: str, csv: str | None = None, degree: int = 2) -> JobConfig
 
 def whole(recipe: str | None) -> nn.Module:
     with torch.device("meta"):
-        model = Llama(ARGS)
+        model = Transformer(ARGS)
     if recipe is not None:
         convert_to_float8_training(model, config=recipe)
     return model

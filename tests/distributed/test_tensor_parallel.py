@@ -8,8 +8,8 @@ from octavo import config
 from octavo.config import ConfigError
 from octavo.distributed.tensor_parallel import loss_context
 from octavo.models.init import init_weights
-from octavo.models.llama3.model import Llama
-from octavo.models.llama3.parallelize import apply_tensor_parallel
+from octavo.models.parallelize import apply_tensor_parallel
+from octavo.models.transformer import Transformer
 from octavo.tokenizer import build_tokenizer
 from octavo.train import quantization
 from octavo.train.build_model import model_args
@@ -21,7 +21,7 @@ from tests.models.small_llama import small
 def gradients(*, compiled: bool) -> dict[str, object]:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     with torch.device("meta"):
-        model = Llama(small(vocab_size=128))
+        model = Transformer(small(vocab_size=128))
     apply_tensor_parallel(model, quantization.tensor_parallel_styles(mesh, loss_parallel=True))
     for layer in model.layers.values() if compiled else ():
         layer.compile(fullgraph=True, backend="aot_eager")

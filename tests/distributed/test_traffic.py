@@ -11,11 +11,12 @@ from octavo.config.schema import ActivationCheckpoint
 from octavo.distributed.ddp import reduce_gradients_now
 from octavo.distributed.parallelize_plan import FSDPPlan, Parallelize, Replicas
 from octavo.distributed.traffic import Traffic
+from octavo.families import ModelArgs
 from octavo.models.init import init_weights
-from octavo.models.llama3.model import Llama, LlamaArgs
+from octavo.models.transformer import Transformer
 from tests.helpers import ranks
 
-ARGS = LlamaArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=64, max_seq_len=8)
+ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=64, max_seq_len=8)
 
 
 def collectives():
@@ -72,7 +73,7 @@ def step(reshard, param_dtype, microbatches):
             cpu_offload=False,
         )
     with torch.device("meta"):
-        model = Llama(ARGS)
+        model = Transformer(ARGS)
     plan = Parallelize(ActivationCheckpoint(mode="none"), False, sharding, replicas=replicas)
     models.get("llama3").parallelize(model, plan)
     model.to_empty(device="cpu")
@@ -87,7 +88,7 @@ def step(reshard, param_dtype, microbatches):
     return dict(counted.sent), gathers
 
 
-SIZE = sum(p.numel() for p in Llama(ARGS).parameters())
+SIZE = sum(p.numel() for p in Transformer(ARGS).parameters())
 LAST = ARGS.dim + ARGS.dim * ARGS.vocab_size  # norm and output
 
 

@@ -26,13 +26,6 @@ README: Mapping[str, Reduced | Elsewhere] = {
     'NGPU=8 CONFIG_FILE=$CFG ./run_train.sh --training.compile --model.converters="float8"': EAGER,
     'NGPU=8 CONFIG_FILE=$CFG ./run_train.sh --training.compile --model.converters="float8" '
     '--float8.recipe_name="rowwise"': EAGER,
-    "HF_TOKEN=… .venv/bin/octavo download --repo_id meta-llama/Llama-3.1-8B --assets tokenizer": Elsewhere(
-        "a network and a licence", "tests/commands/download/test_download.py"
-    ),
-    "NGPU=8 CONFIG_FILE=./octavo/models/llama3/train_configs/llama3_8b.toml ./run_train.sh "
-    '--training.compile --model.converters="float8" --float8.recipe_name="rowwise"': Reduced(
-        (("NGPU=8", "NGPU=2"), ("llama3_8b", "debug_model"), (" --training.compile", "")), SHORT
-    ),
     "NNODES=4 RDZV_ENDPOINT=first-node:29500 RDZV_ID=my-run NGPU=8 "
     "CONFIG_FILE=./octavo/models/llama3/train_configs/llama3_70b.toml ./run_train.sh --training.compile "
     '--model.converters="float8" --parallelism.data_parallel_replicate_degree 4': Elsewhere(

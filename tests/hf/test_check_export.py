@@ -9,9 +9,8 @@ import torch
 from octavo.hf import check_export
 from octavo.hf.model_sources import ModelSource
 from octavo.hf.stored_weights import Weights, shapes_of
-from octavo.models.llama3 import SPEC
 from octavo.tokenizer import build_tokenizer
-from tests.models.small_llama import SHAPES, noisy
+from tests.models.small_llama import SHAPES, SPEC, noisy
 
 TOKENIZER = build_tokenizer("octavo_bpe_2048")
 

@@ -15,9 +15,8 @@ from octavo.hf import safetensors_folder
 from octavo.hf.folder_writer import ExportPlan, save_pretrained
 from octavo.hf.model_sources import compare_args, find_checkpoint, open_model
 from octavo.hf.stored_weights import Weights, shapes_of
-from octavo.models.llama3 import FLAVORS, SPEC
 from octavo.tokenizer import build_tokenizer
-from tests.models.small_llama import noisy, small
+from tests.models.small_llama import FLAVORS, SPEC, noisy, small
 
 TOKENIZER = build_tokenizer("octavo_bpe_2048")
 ARGS = small(vocab_size=2048)

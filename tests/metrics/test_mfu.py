@@ -9,15 +9,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from octavo import models
 from octavo.config.schema import ActivationCheckpoint, Float8
 from octavo.distributed.activation_checkpoint import checkpoint_layer
+from octavo.families import ModelArgs
 from octavo.float8.matmul import PRODUCTS
 from octavo.metrics.device import Peak
 from octavo.metrics.mfu import Work, utilization, work_of
-from octavo.models.llama3.model import Llama, LlamaArgs
+from octavo.models.transformer import Transformer
 from octavo.train import quantization
 
 # One layer, counted by hand. Multiply-adds a token: wq, wo 64 each, wk, wv 32 each, w1, w2, w3 128 each,
 # output 80; attention 2 x 8 x 16 in forward (scores and values, the whole square). Weights of norms: 24.
-ARGS = LlamaArgs(dim=8, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=16, vocab_size=10, max_seq_len=16)
+ARGS = ModelArgs(dim=8, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=16, vocab_size=10, max_seq_len=16)
 SEQ_LEN = 16
 LAYER = 2 * (64 + 64 + 32 + 32 + 3 * 128)  # 1152 FLOPs in forward
 HEAD, ATTENTION, NORMS = 2 * 80, 4 * 8 * 16, 6 * 24
@@ -27,7 +28,7 @@ H100 = Peak(1000.0, "round figures", {"bfloat16": 1000.0, "float8": 2000.0})
 
 
 def work(precisions, *, mode="none", option="op", high="bfloat16", to_the_end=False, args=ARGS):
-    model = Llama(args)
+    model = Transformer(args)
     spec = models.get("llama3")
     flops = spec.flops_per_token(args, model, SEQ_LEN)
     layer = spec.layer_products(args, SEQ_LEN)
@@ -124,7 +125,7 @@ def test_a_model_that_computes_less_than_its_layers_is_believed():
 
 
 def test_emulated_float8_counts_as_what_it_ran_in():
-    model = Llama(ARGS)
+    model = Transformer(ARGS)
     quantization.convert(model, "rowwise_with_gw_hp", Float8(filter_fqns=["output"]), torch.device("cpu"),
                          filters_given_on_cli=False)  # fmt: skip
     found = quantization.product_precisions(model, torch.device("cpu"), "bfloat16")
@@ -150,7 +151,7 @@ class CountProducts(TorchDispatchMode):
 @pytest.mark.parametrize("float8", [False, True])
 def test_the_count_of_what_is_computed_again_is_what_is_computed_again(mode, float8):
     torch.manual_seed(0)
-    model = Llama(ARGS)
+    model = Transformer(ARGS)
     if float8:
         quantization.convert(model, "rowwise", Float8(filter_fqns=["output"]), torch.device("cpu"),
                              filters_given_on_cli=False)  # fmt: skip

@@ -11,7 +11,7 @@ MODULE = """
 from dataclasses import replace
 
 from octavo import models
-from octavo.models.llama3 import SPEC
+from tests.models.small_llama import SPEC
 
 models.register(replace(SPEC, name="small_llama"))
 """

@@ -6,15 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from octavo.families import ModelArgs
 from octavo.float8 import Float8LinearConfig, convert_to_float8_training
+from octavo.models.attention import document_mask
 from octavo.models.init import init_weights
-from octavo.models.llama3.model import Llama, LlamaArgs, document_mask
+from octavo.models.transformer import Transformer
 from tests.float8.graphs import compiles
 from tests.helpers import launching
 
 END = 0
 LENGTHS = (5, 9, 3, 15)  # of the documents in a sequence of 32, with their end tokens
-ARGS = LlamaArgs(
+ARGS = ModelArgs(
     dim=64,
     n_layers=2,
     n_heads=4,
@@ -26,8 +28,8 @@ ARGS = LlamaArgs(
 )
 
 
-def model(args: LlamaArgs = ARGS, recipe: str | None = None) -> Llama:
-    made = Llama(args)
+def model(args: ModelArgs = ARGS, recipe: str | None = None) -> Transformer:
+    made = Transformer(args)
     init_weights(made, seed=1)
     if recipe is not None:
         convert_to_float8_training(made, config=Float8LinearConfig.from_recipe_name(recipe))
@@ -97,14 +99,14 @@ def test_a_document_alone_has_the_same_logits_up_to_rounding() -> None:
 
 
 def test_without_the_mask_neighbours_matter() -> None:
-    made = model(LlamaArgs(**{**vars(ARGS), "document_end": None}))
+    made = model(ModelArgs(**{**vars(ARGS), "document_end": None}))
     one, other = (logits_of_third(made, sequence(seeds)) for seeds in ((1, 2, 3, 4), (5, 6, 3, 7)))
     assert not torch.allclose(one, other)
 
 
 def test_one_document_is_plain_causal_attention() -> None:
     tokens = torch.randint(1, 80, (2, 32), generator=torch.Generator().manual_seed(0))
-    masked, plain = model(), model(LlamaArgs(**{**vars(ARGS), "document_end": None}))
+    masked, plain = model(), model(ModelArgs(**{**vars(ARGS), "document_end": None}))
     torch.testing.assert_close(masked(tokens), plain(tokens), rtol=1e-4, atol=1e-5)
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.float8 import Float8LinearConfig, cast_weights_once, convert_to_float8_training
-from octavo.models.llama3.model import Llama
 from octavo.models.loss import IGNORED, ChunkedLoss, attach_loss
+from octavo.models.transformer import Transformer
 from tests.models.small_llama import small
 
 T, D, V = 40, 32, 203
@@ -124,7 +124,7 @@ def test_a_float8_head(recipe):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model(tied):
     torch.manual_seed(0)
-    model = Llama(small(tie_embeddings=tied))
+    model = Transformer(small(tie_embeddings=tied))
     tokens = torch.randint(0, 131, (2, 24))
     want = plain(model(tokens), tokens)
     want.backward()

@@ -6,14 +6,16 @@ import pytest
 import torch
 from torch import nn
 
+from octavo.families import ModelArgs
 from octavo.float8 import Float8LinearConfig, convert_to_float8_training
-from octavo.models.llama3.model import LlamaArgs, TransformerBlock, rope_table
+from octavo.models.rope import rope_table
+from octavo.models.transformer import TransformerBlock
 from octavo.roofline import Block
 from octavo.train.quantization import keep_casts_under_compile
 from tests.float8.graphs import compile_and_capture, compiles
 
 T = 128
-ARGS = LlamaArgs(dim=256, n_layers=1, n_heads=8, n_kv_heads=2, hidden_dim=896, vocab_size=256, max_seq_len=T)
+ARGS = ModelArgs(dim=256, n_layers=1, n_heads=8, n_kv_heads=2, hidden_dim=896, vocab_size=256, max_seq_len=T)
 
 
 class Layer(nn.Module):
@@ -45,6 +47,6 @@ def test_compiled_layers_keep_what_is_told(recipe: str | None, way: str) -> None
     fixed = {tuple(t.shape) for t in (*layer.parameters(), *layer.buffers())}
     fixed |= {shape[::-1] for shape in fixed}
     kept = [t for t in graphs.saved() if tuple(t.shape) not in fixed]
-    block = Block(ARGS.dim, ARGS.dim, ARGS.n_kv_heads * ARGS.head_dim, ARGS.hidden_dim)
+    block = Block(ARGS.dim, ARGS.dim, ARGS.n_kv_heads * ARGS.head_width, ARGS.hidden_dim)
     expected = block.saved(T)[way]
     assert sum(t.numel() * t.element_size() for t in kept) == pytest.approx(expected, rel=0.03)

@@ -63,6 +63,7 @@ QUICK = [case for case in ALL if not case.compiled and CHOSEN[case.layout] == ca
 # Each has fewer axes than another of the chosen ones, split in the same way.
 WITHIN_OTHERS = ("TP 2, CP 2", "TP 2, PP 2", "FSDP 2, CP 2", "HSDP 2 x 1, TP 2")
 DOCUMENTS = {"training.document_mask": True}
+QWEN3 = {"model.name": "shallow_qwen3"}
 VARIANTS = [
     Case("TP 2, whole logits", 2, {"tensor": 2}, flags={"parallelism.disable_loss_parallel": True}),
     Case("DDP 2, one reduction a step", 2, {"replicate": 2}),
@@ -82,6 +83,8 @@ VARIANTS = [
         PRECISIONS["tensorwise"],
         flags={SCHEDULE: "Interleaved1F1B", "parallelism.fsdp_reshard_after_forward": "always"},
     ),
+    Case("Qwen3, FSDP 2, TP 2", 4, {"tensor": 2}, PRECISIONS["rowwise"], both=QWEN3),
+    Case("Qwen3, CP 2, PP 2", 4, {"context": 2, "pipeline": 2}, both=QWEN3),
 ]
 _alone: dict[str, launching.Run] = {}
 
@@ -103,7 +106,7 @@ def quick(case: Case) -> Case:
     """`case` with as few layers as its stages need, for two steps and what is validated after them."""
     layers = 4 if "pipeline" in case.degrees else 2
     fewer = {"training.steps": 2, "validation.freq": 2, "validation.fraction": 0.01}
-    return replace(case, both={**case.both, **launching.shallow(layers), **fewer})
+    return replace(case, both={**launching.shallow(layers), **fewer, **case.both})
 
 
 def check(case: Case, alone, folder: Path) -> None:

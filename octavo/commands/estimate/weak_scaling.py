@@ -18,8 +18,8 @@ from typing import Any
 from octavo.commands.estimate.operations import Message
 from octavo.commands.estimate.step_time import message_seconds, mfu
 from octavo.config.parallel_dims import ParallelDims
-from octavo.models.llama3 import FLAVORS
-from octavo.models.llama3.model import LlamaArgs
+from octavo.families import ModelArgs
+from octavo.families.llama3 import FAMILY
 from octavo.roofline import Block, Gpu, Shape, attention_seconds, cast_seconds, gemm_seconds, linear_shapes
 from octavo.roofline.casts import STREAM
 
@@ -48,7 +48,7 @@ class ScalingChoice:
     mfu: float
 
 
-def _layouts(args: LlamaArgs, gpus: int) -> Iterator[ParallelDims]:
+def _layouts(args: ModelArgs, gpus: int) -> Iterator[ParallelDims]:
     for tensor in (1, 2, 4, 8):
         for pipeline in (1, 2, 4, 8, 16):
             rest, left = divmod(gpus, tensor * pipeline)
@@ -59,13 +59,13 @@ def _layouts(args: LlamaArgs, gpus: int) -> Iterator[ParallelDims]:
                     yield ParallelDims(pipeline=pipeline, replicate=rest // shard, shard=shard, tensor=tensor)
 
 
-def _parameters(args: LlamaArgs, block: Block) -> tuple[float, float]:
+def _parameters(args: ModelArgs, block: Block) -> tuple[float, float]:
     """Parameters of (one layer, embedding and head together)."""
     return block.weights + 2.0 * args.dim, 2.0 * args.vocab_size * args.dim + args.dim
 
 
 def _peak(
-    args: LlamaArgs, block: Block, layout: ParallelDims, checkpoint: str, batch: int, in_flight: int
+    args: ModelArgs, block: Block, layout: ParallelDims, checkpoint: str, batch: int, in_flight: int
 ) -> float:
     """Bytes of the rank with the highest peak; in_flight: microbatches whose activations are held."""
     layer, ends = _parameters(args, block)
@@ -89,7 +89,7 @@ def _peak(
 
 
 def _seconds(
-    args: LlamaArgs,
+    args: ModelArgs,
     block: Block,
     layout: ParallelDims,
     gpu: Gpu,
@@ -141,7 +141,7 @@ def _seconds(
 
 
 def _tensor_parallel_seconds(
-    args: LlamaArgs, layout: ParallelDims, gpu: Gpu, tokens: int, *, recomputed: bool
+    args: ModelArgs, layout: ParallelDims, gpu: Gpu, tokens: int, *, recomputed: bool
 ) -> float:
     """Seconds of a layer's tensor-parallel messages: two gathers and scatters per forward and backward."""
     if layout.tensor == 1:
@@ -153,8 +153,8 @@ def _tensor_parallel_seconds(
 
 def choose(model: str, gpus: int, gpu: Gpu, recipe: str | None) -> ScalingChoice | None:
     """Return the fastest layout that fits; None if none does."""
-    args = FLAVORS[model]
-    block = Block(args.dim, args.dim, args.n_kv_heads * args.head_dim, args.hidden_dim)
+    args = FAMILY.flavors[model]
+    block = Block(args.dim, args.dim, args.n_kv_heads * args.head_width, args.hidden_dim)
     layer, ends = _parameters(args, block)
     matrices = args.n_layers * layer + ends / 2
     flops = 6.0 * matrices + 12.0 * args.n_layers * args.dim * SEQ_LEN

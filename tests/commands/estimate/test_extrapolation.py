@@ -16,8 +16,8 @@ from octavo.commands.estimate.microbatch_extrapolation import (
 from octavo.commands.estimate.peak_memory import peak_memory
 from octavo.commands.estimate.rank_trace import trace_rank
 from octavo.config.pipeline_plan import PipelinePlan
-from octavo.models.llama3 import FLAVORS
 from octavo.roofline import GPUS
+from tests.models.small_llama import FLAVORS
 
 SMALL = ["--training.seq_len=64", "--training.local_batch_size=2"]
 ROWWISE = ["--model.converters=float8", "--float8.recipe_name=rowwise"]

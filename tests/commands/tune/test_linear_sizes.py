@@ -68,7 +68,7 @@ def test_rows_are_those_of_the_tensor_parallel_plan():
         rows=lambda linear, **_: "rows",
         gather=lambda linears, **_: ("gather", linears),
     )
-    styles = importlib.import_module("octavo.models.llama3.parallelize")._layer_styles(layer, plan)
+    styles = importlib.import_module("octavo.models.parallelize")._layer_styles(layer, plan)
     rows = {name.rpartition(".")[2] for name, style in styles.items() if style == "rows"}
     assert rows == set(spec.linears.rows)
     shared = [set(style[1]) for style in styles.values() if isinstance(style, tuple) and style[0] == "gather"]

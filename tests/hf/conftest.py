@@ -1,4 +1,4 @@
-"""Fixtures of the tests of models."""
+"""Fixtures of the tests of foreign formats."""
 
 from tests.helpers.hostile import sentinel
 

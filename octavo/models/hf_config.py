@@ -1,9 +1,9 @@
-"""`config.json` of Hugging Face's `LlamaForCausalLM`, written from and read into `LlamaArgs`.
+"""`config.json` of Hugging Face's transformers, written from and read into `ModelArgs`.
 
-Written configs use transformers 4's keys (`rope_theta` and `rope_scaling` side by side), which transformers 5
-still reads; both versions' keys are read. Options that our model does not implement (biases, another
-activation, another rotary scaling, quantised weights) are refused by name: such weights would load, and the
-logits would be wrong.
+A family's `HubFormat` has the keys. Written configs use transformers 4's keys (`rope_theta` and
+`rope_scaling` side by side), which transformers 5 still reads; both versions' keys are read. Options that our
+model does not implement (biases, another activation, another rotary scaling, quantised weights) are refused
+by name: such weights would load, and the logits would be wrong.
 """
 
 import math
@@ -11,28 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from octavo.config import ConfigError
-from octavo.models.llama3.model import LlamaArgs, RopeScaling
-
-_FIXED: Mapping[str, Any] = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "quantization_config": None,
-    "pretraining_tp": 1,
-}
-"""Keys with the only value that our model implements; only `model_type` must be present."""
-
-_SIZES = {
-    "dim": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "hidden_dim": "intermediate_size",
-    "vocab_size": "vocab_size",
-    "max_seq_len": "max_position_embeddings",
-}
-"""`LlamaArgs` field -> key of config.json, a positive integer."""
+from octavo.families import Family
+from octavo.families.model_args import ModelArgs, RopeScaling
 
 _SCALING = {
     "factor": "factor",
@@ -43,44 +23,41 @@ _SCALING = {
 """`RopeScaling` field -> key of `rope_scaling`."""
 
 
-def to_config(args: LlamaArgs) -> dict[str, Any]:
+def to_config(family: Family, args: ModelArgs) -> dict[str, Any]:
     """The content of `config.json` for `args`, without token ids and dtype.
 
     `max_position_embeddings` is `args.max_seq_len`, the sequence length of training.
     """
-    scaling = args.rope_scaling
+    stored, scaling = family.hub_format, args.rope_scaling
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **{theirs: getattr(args, ours) for ours, theirs in _SIZES.items()},
-        "head_dim": args.head_dim,
-        "hidden_act": "silu",
+        "architectures": [stored.architecture],
+        "model_type": stored.model_type,
+        "head_dim": args.head_width,
+        **{theirs: getattr(args, ours) for ours, theirs in stored.sizes.items()},
         "rms_norm_eps": args.norm_eps,
         "rope_theta": args.rope_theta,
         "rope_scaling": None
         if scaling is None
         else {"rope_type": "llama3", **{theirs: getattr(scaling, ours) for ours, theirs in _SCALING.items()}},
         "tie_word_embeddings": args.tie_embeddings,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "initializer_range": 0.02,
-        "use_cache": True,
+        **{key: value for key, value in stored.fixed.items() if value is not None},
+        **stored.written,
     }
 
 
-def from_config(config: Mapping[str, Any]) -> LlamaArgs:
-    """The `LlamaArgs` of a `config.json`.
+def from_config(family: Family, config: Mapping[str, Any]) -> ModelArgs:
+    """The `ModelArgs` of a `config.json`.
 
     Raises:
         ConfigError: a key is missing or of the wrong type, or has a value that this model does not implement.
     """
-    for key, supported in _FIXED.items():
+    stored = family.hub_format
+    for key, supported in {"model_type": stored.model_type, **stored.fixed}.items():
         value = config.get(key, None if key == "model_type" else supported)
         if value != supported:
             raise ConfigError(
-                f"config.json: {key} is {value!r}; octavo's llama3 implements only {supported!r}, so it "
-                "cannot load this model"
+                f"config.json: {key} is {value!r}; octavo's {family.name} implements only {supported!r}, so "
+                "it cannot load this model"
             )
     heads = _positive_int(config, "num_attention_heads")
     config = {
@@ -88,25 +65,31 @@ def from_config(config: Mapping[str, Any]) -> LlamaArgs:
         "max_position_embeddings": 2048,
         **{key: value for key, value in config.items() if value is not None},
     }
-    sizes: dict[str, Any] = {ours: _positive_int(config, theirs) for ours, theirs in _SIZES.items()}
-    args = LlamaArgs(
+    sizes: dict[str, Any] = {ours: _positive_int(config, theirs) for ours, theirs in stored.sizes.items()}
+    args = ModelArgs(
         **sizes,
+        **stored.variant,
         norm_eps=_positive_float(config, "rms_norm_eps", 1e-6),
         tie_embeddings=config.get("tie_word_embeddings", False) is True,
-        **_rope(config),
+        **_rope(family, config),
     )
-    if args.dim % args.n_heads or config.get("head_dim", args.head_dim) != args.head_dim or args.head_dim % 2:
+    _check_heads(family, args, config.get("head_dim", args.head_width))
+    return args
+
+
+def _check_heads(family: Family, args: ModelArgs, head_dim: object) -> None:
+    derived = not args.head_dim
+    if (derived and args.dim % args.n_heads) or head_dim != args.head_width or args.head_width % 2:
         raise ConfigError(
-            f"config.json: head_dim {config.get('head_dim', 'unset')} with hidden_size {args.dim} and "
-            f"{args.n_heads} heads; octavo's llama3 needs head_dim = hidden_size / num_attention_heads, an "
-            "even number"
+            f"config.json: head_dim {head_dim} with hidden_size {args.dim} and {args.n_heads} heads; "
+            f"octavo's {family.name} needs "
+            f"{'head_dim = hidden_size / num_attention_heads, ' if derived else ''}an even number"
         )
     if args.n_heads % args.n_kv_heads:
         raise ConfigError(
             f"config.json: num_attention_heads {args.n_heads} must be a multiple of num_key_value_heads "
             f"{args.n_kv_heads}"
         )
-    return args
 
 
 def _positive_int(config: Mapping[str, Any], key: str) -> int:
@@ -124,19 +107,20 @@ def _positive_float(config: Mapping[str, Any], key: str, default: float) -> floa
     return float(value)
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of `LlamaArgs`, from the keys of transformers 4 or 5."""
+def _rope(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` of `ModelArgs`, from the keys of transformers 4 or 5."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise ConfigError(f"config.json: rope_scaling is {rope!r}; expected an object or null")
     theta = _positive_float({**config, **rope}, "rope_theta", 10_000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in family.hub_format.rope_types:
+        raise ConfigError(
+            f"config.json: rotary scaling of type {kind!r}; octavo's {family.name} implements "
+            f"{' and '.join(map(repr, family.hub_format.rope_types))}"
+        )
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
-    if kind != "llama3":
-        raise ConfigError(
-            f"config.json: rotary scaling of type {kind!r}; octavo's llama3 implements 'llama3' and 'default'"
-        )
     scaling: dict[str, Any] = {
         ours: _positive_float(rope, theirs, math.nan) for ours, theirs in _SCALING.items()
     }

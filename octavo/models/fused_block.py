@@ -1,4 +1,4 @@
-"""A Llama layer in five fused passes: norm + q/k/v projections, attention, output projection, residual add +
+"""A layer in five fused passes: norm + q/k/v projections, attention, output projection, residual add +
 norm + gate and up projections, SwiGLU + down projection.
 
 The layer keeps its modules, names and parameters; only its class, and so its forward, changes. The passes
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from octavo.distributed.parallelize_plan import Fusion
-from octavo.models.llama3.model import TransformerBlock
+from octavo.models.transformer import TransformerBlock
 
 
 class FusedBlock(TransformerBlock):

@@ -8,10 +8,10 @@ import torch
 from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint, RefusedCheckpoint
 from octavo.cli import main
 from octavo.config import ConfigError
+from octavo.hf import meta
 from octavo.hf.stored_weights import shapes_of
-from octavo.models.llama3 import FLAVORS, meta
 from tests.helpers.hostile import Touch
-from tests.models.small_llama import noisy, small
+from tests.models.small_llama import FLAVORS, noisy, small
 
 LLAMA_3 = {
     "n_heads": 32,

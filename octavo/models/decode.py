@@ -1,17 +1,18 @@
-"""Llama 3 decoding with a key/value cache.
+"""Decoding with a key/value cache.
 
-Training needs no cache, so `model.py` has none. `Decoder` runs the same modules in the same order, and each
-layer caches the rotated keys and the values of all positions so far. The layer's data flow is therefore
+Training needs no cache, so `transformer.py` has none. `Decoder` runs the same modules in the same order, and
+each layer caches the rotated keys and the values of all positions so far. The layer's data flow is therefore
 written twice; a test checks that both give the same logits.
 
-Shapes as in `model.py`; T is the number of positions so far, including this call's.
+Shapes as in `attention.py`; T is the number of positions so far, including this call's.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo.models.llama3.model import Attention, Llama, TransformerBlock, apply_rope
+from octavo.models.attention import Attention
+from octavo.models.transformer import Transformer, TransformerBlock
 
 
 class Decoder:
@@ -21,13 +22,13 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module, capacity: int, batch: int = 1):
-        assert isinstance(model, Llama)
+        assert isinstance(model, Transformer)
         assert model.args.document_end is None  # generated text is one document
         assert capacity <= model.args.max_seq_len
         self._model = model
         self._seen = 0
         weight = model.tok_embeddings.weight
-        shape = (2, model.args.n_layers, batch, model.args.n_kv_heads, capacity, model.args.head_dim)
+        shape = (2, model.args.n_layers, batch, model.args.n_kv_heads, capacity, model.args.head_width)
         self._cache_2LBGTE = torch.empty(shape, dtype=weight.dtype, device=weight.device)
 
     @torch.no_grad()
@@ -45,16 +46,15 @@ class Decoder:
         return F.linear(h_BD, model.tok_embeddings.weight) if model.output is None else model.output(h_BD)
 
     def _attend(self, attention: Attention, layer: int, x_BSD: Tensor, table: Tensor, start: int) -> Tensor:
-        heads = (-1, attention.head_dim)
-        q_BSHE = apply_rope(attention.wq(x_BSD).unflatten(-1, heads), table)
-        k_BSGE = apply_rope(attention.wk(x_BSD).unflatten(-1, heads), table)
-        v_BSGE = attention.wv(x_BSD).unflatten(-1, heads)
+        q_BHSE, k_BGSE, v_BGSE = attention.heads(
+            attention.wq(x_BSD), attention.wk(x_BSD), attention.wv(x_BSD), table
+        )
         keys, values = self._cache_2LBGTE[0, layer], self._cache_2LBGTE[1, layer]
-        keys[:, :, start : self._seen] = k_BSGE.transpose(1, 2)
-        values[:, :, start : self._seen] = v_BSGE.transpose(1, 2)
+        keys[:, :, start : self._seen] = k_BGSE
+        values[:, :, start : self._seen] = v_BGSE
         positions = torch.arange(self._seen, device=x_BSD.device)
         y_BHSE = F.scaled_dot_product_attention(
-            q_BSHE.transpose(1, 2),
+            q_BHSE,
             keys[:, :, : self._seen],
             values[:, :, : self._seen],
             attn_mask=positions <= positions[start:, None],  # [S, T]

@@ -1,5 +1,5 @@
-"""Applies context and tensor parallelism, fusion, activation checkpointing, compile and FSDP2 to a Llama, in
-that order.
+"""Applies context and tensor parallelism, fusion, activation checkpointing, compile and FSDP2 to a
+transformer, in that order.
 
 The order matters. Tensor-parallel styles hook the layers' modules by name, so they come before wrappers
 change the names. Compile must see the checkpointed layer, so that the partitioner knows what it may
@@ -11,22 +11,21 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, SequenceParallel, parallelize_module
 
-from octavo.config import sizes
 from octavo.distributed.activation_checkpoint import checkpoint_layer
 from octavo.distributed.context_parallel import share_sequences
 from octavo.distributed.ddp import replicate_model
 from octavo.distributed.fsdp import shard
 from octavo.distributed.parallelize_plan import Parallelize, TensorParallel
 from octavo.distributed.tensor_parallel import lay_logits, overlap_products, settle
-from octavo.models.llama3.fused_block import fuse_layer
-from octavo.models.llama3.model import Llama, LlamaArgs, TransformerBlock
+from octavo.models.fused_block import fuse_layer
+from octavo.models.transformer import Transformer, TransformerBlock
 
 _BY_TOKEN, _REPLICATED, _BY_FEATURE = Shard(1), Replicate(), Shard(-1)
 
 
 def parallelize(model: nn.Module, plan: Parallelize) -> None:
-    """Apply `plan` to a Llama in place; the tensor-parallel degree divides each of its `shared_sizes`."""
-    assert isinstance(model, Llama)
+    """Apply `plan` to a transformer in place; tensor parallelism divides each of its `shared_sizes`."""
+    assert isinstance(model, Transformer)
     if plan.context is not None:
         share_sequences(model, model.set_core_attention, plan.context, ring=plan.ring)
 
@@ -60,12 +59,7 @@ def parallelize(model: nn.Module, plan: Parallelize) -> None:
         replicate_model(model, plan.replicas)
 
 
-def shared_sizes(args: LlamaArgs) -> dict[str, int]:
-    """The sizes that tensor parallelism splits, by name."""
-    return sizes.shared_sizes(args.dim, args.n_heads, args.n_kv_heads, args.hidden_dim)
-
-
-def apply_tensor_parallel(model: Llama, plan: TensorParallel) -> None:
+def apply_tensor_parallel(model: Transformer, plan: TensorParallel) -> None:
     """Apply tensor and sequence parallelism (arXiv:2205.05198) to `model` in place.
 
     Activations are sharded by features between a column-wise and a row-wise linear, by tokens elsewhere.
@@ -92,7 +86,7 @@ def apply_tensor_parallel(model: Llama, plan: TensorParallel) -> None:
 def _layer_styles(layer: nn.Module, plan: TensorParallel) -> dict[str, ParallelStyle]:
     assert isinstance(layer, TransformerBlock)
     a, f = layer.attention, layer.feed_forward
-    return {
+    styles: dict[str, ParallelStyle] = {
         "attention_norm": SequenceParallel(),
         "attention": plan.gather([a.wq, a.wk, a.wv], given=_BY_TOKEN, wanted=_REPLICATED, inputs=3),
         "attention.wq": plan.columns(a.wq),
@@ -105,3 +99,7 @@ def _layer_styles(layer: nn.Module, plan: TensorParallel) -> dict[str, ParallelS
         "feed_forward.w3": plan.columns(f.w3),
         "feed_forward.w2": plan.rows(f.w2, output_layouts=_BY_TOKEN),
     }
+    if a.norms_heads:  # each process norms its own heads
+        for name in ("attention.q_norm", "attention.k_norm"):
+            styles[name] = SequenceParallel(sequence_dim=2, use_local_output=True)
+    return styles

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from octavo.checkpoint.reader import load_tensors
 from octavo.config import ConfigError
-from octavo.models.llama3.model import LlamaArgs
+from octavo.families import ModelArgs
 
 PARAMS = "params.json"
 _BUFFERS = ("rope.freqs",)
@@ -73,7 +73,7 @@ def _count_replicas(name: str, shards: Sequence[Tensor], shape: tuple[int, ...])
     return replicas if len(shards) % replicas == 0 else 1
 
 
-def find_flavor(params: Mapping[str, Any], flavors: Mapping[str, LlamaArgs]) -> str:
+def find_flavor(params: Mapping[str, Any], flavors: Mapping[str, ModelArgs]) -> str:
     """The flavor that `params.json` describes; `ConfigError` if there is none."""
     sizes = _parse_params(params)
     scaled = params.get("use_scaled_rope", False) is True
@@ -91,7 +91,7 @@ def find_flavor(params: Mapping[str, Any], flavors: Mapping[str, LlamaArgs]) -> 
 
 
 def _parse_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `LlamaArgs` that `params.json` contains."""
+    """The fields of `ModelArgs` that `params.json` contains."""
     try:
         dim, multiple = int(params["dim"]), int(params.get("multiple_of", 256))
         hidden = int(params.get("ffn_dim_multiplier", 1.0) * int(2 * 4 * dim / 3))

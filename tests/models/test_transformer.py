@@ -1,33 +1,18 @@
-"""Llama 3 compared with Hugging Face's, with the published sizes, and with itself."""
+"""The transformer that all families share, compared with itself."""
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo import models
 from octavo.config import ConfigError
+from octavo.families import ModelArgs
+from octavo.models.attention import CoreAttention
+from octavo.models.family_spec import configure
 from octavo.models.init import init_weights
-from octavo.models.llama3 import FLAVORS, configure
-from octavo.models.llama3.hf_config import to_config
-from octavo.models.llama3.hf_state_dict import from_hf, to_hf
-from octavo.models.llama3.model import CoreAttention, Llama, LlamaArgs, apply_rope, rope_table
-from tests.models.small_llama import SCALING, SHAPES, small
-
-PUBLISHED_SIZES = {
-    "1B": 1_235_814_400,
-    "3B": 3_212_749_824,
-    "8B": 8_030_261_248,
-    "70B": 70_553_706_496,
-    "405B": 405_853_388_800,
-}
-
-
-@pytest.mark.parametrize("flavor", [name for name in FLAVORS if name != "debugmodel"])
-def test_sizes_are_the_published_ones(flavor):
-    with torch.device("meta"):
-        model = Llama(FLAVORS[flavor])
-    assert sum(p.numel() for p in model.parameters()) == PUBLISHED_SIZES[flavor.removesuffix("-3.0")]
+from octavo.models.rope import apply_rope, rope_table
+from octavo.models.transformer import Transformer
+from tests.models.small_llama import FLAVORS, SCALING, small
 
 
 @pytest.mark.parametrize(
@@ -39,41 +24,8 @@ def test_rope_scaling_of_each_release(flavor, factor):
     assert (scaling and scaling.factor) == factor
 
 
-@pytest.mark.parametrize("args", SHAPES.values(), ids=SHAPES)
-def test_logits_equal_hugging_face(args):
-    torch.manual_seed(0)
-    theirs = LlamaForCausalLM(LlamaConfig(**to_config(args))).eval()
-    with torch.no_grad():
-        for p in theirs.parameters():  # with their small initial weights attention would hardly matter
-            p.copy_(torch.randn_like(p) * 0.2)
-    ours = Llama(args)
-    ours.load_state_dict(from_hf(theirs.state_dict(), args), strict=True)
-    tokens = torch.randint(args.vocab_size, (3, args.max_seq_len))
-    with torch.no_grad():
-        expected, got = theirs(tokens).logits, ours(tokens)
-    assert expected.abs().max() > 1
-    assert (got - expected).abs().max() < 1e-4
-
-
-def test_state_dicts_convert_to_hugging_face_and_back():
-    args = small()
-    model = Llama(args)
-    init_weights(model, seed=3)
-    back = from_hf(to_hf(model.state_dict(), args), args)
-    assert back.keys() == model.state_dict().keys()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(back[name], tensor), name
-
-
-def test_unknown_name_is_named():
-    with pytest.raises(ValueError, match="attention.sinks"):
-        to_hf({"layers.0.attention.sinks": torch.zeros(1)}, small())
-    with pytest.raises(ValueError, match="self_attn.sinks"):
-        from_hf({"model.layers.0.self_attn.sinks": torch.zeros(1)}, small())
-
-
 def test_names_stay_when_layers_are_removed():
-    model = Llama(small(n_layers=4))
+    model = Transformer(small(n_layers=4))
     names = set(model.state_dict())
     del model.layers["1"]
     assert set(model.state_dict()) == {name for name in names if not name.startswith("layers.1.")}
@@ -81,7 +33,7 @@ def test_names_stay_when_layers_are_removed():
 
 
 def test_attention_is_causal():
-    model = Llama(small())
+    model = Transformer(small())
     tokens = torch.randint(131, (1, 16))
     changed = tokens.clone()
     changed[0, 10] = (changed[0, 10] + 1) % 131
@@ -93,10 +45,10 @@ def test_attention_is_causal():
 
 def test_meta_construction_and_init_give_what_direct_construction_gives():
     args = small(tie_embeddings=True, rope_scaling=SCALING)
-    direct = Llama(args)
+    direct = Transformer(args)
     init_weights(direct, seed=1)
     with torch.device("meta"):
-        model = Llama(args)
+        model = Transformer(args)
     assert model.rope.is_meta
     model.to_empty(device="cpu")
     init_weights(model, seed=1)
@@ -107,7 +59,7 @@ def test_meta_construction_and_init_give_what_direct_construction_gives():
 
 def test_longer_sequence_than_the_table_is_refused():
     with pytest.raises(ValueError, match="49 tokens.*48 positions"):
-        Llama(small())(torch.zeros(1, 49, dtype=torch.int64))
+        Transformer(small())(torch.zeros(1, 49, dtype=torch.int64))
 
 
 def test_tokenizer_larger_than_the_model_is_refused():
@@ -124,7 +76,7 @@ def test_flops_per_token_by_hand():
         attention = 64 * 64 + 2 * 64 * 16 + 64 * 64
         layer = attention + 3 * 64 * 96 + 2 * 64
         parameters = 2 * layer + 64 + 131 * 64  # tied or not, one vocabulary matrix is multiplied
-        assert spec.flops_per_token(args, Llama(args), 32) == 6 * parameters + 12 * 2 * 64 * 32
+        assert spec.flops_per_token(args, Transformer(args), 32) == 6 * parameters + 12 * 2 * 64 * 32
 
 
 def test_an_unknown_model_or_flavor_lists_the_known_ones():
@@ -138,8 +90,8 @@ def test_an_unknown_model_or_flavor_lists_the_known_ones():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_and_eager_rope_agree(dtype, monkeypatch):
-    args = LlamaArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=4, hidden_dim=64, vocab_size=8, max_seq_len=9)
-    x, table = torch.randn(2, 9, 4, args.head_dim, dtype=dtype, requires_grad=True), rope_table(args)
+    args = ModelArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=4, hidden_dim=64, vocab_size=8, max_seq_len=9)
+    x, table = torch.randn(2, 9, 4, args.head_width, dtype=dtype, requires_grad=True), rope_table(args)
 
     def rotated():
         y = apply_rope(x, table)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from octavo.models.llama3.decode import Decoder
+from octavo.models.decode import Decoder
 from tests.models.small_llama import SHAPES, noisy
 
 

@@ -1,26 +1,12 @@
-"""config.json means the same to transformers, and options that our model lacks are refused."""
-
-from dataclasses import replace
+"""Options in config.json that our model lacks are refused."""
 
 import pytest
-from transformers import LlamaConfig
 
 from octavo.config import ConfigError
-from octavo.models.llama3 import FLAVORS
-from octavo.models.llama3.hf_config import from_config, to_config
-from tests.models.small_llama import SHAPES, small
+from tests.models.small_llama import SPEC, small
 
-ALL = {**SHAPES, **{name: replace(args, vocab_size=args.vocab_size or 9) for name, args in FLAVORS.items()}}
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_round_trip(name):
-    assert from_config(to_config(ALL[name])) == ALL[name]
-
-
-@pytest.mark.parametrize("name", ["gqa", "3.1", "tied", "8B", "8B-3.0", "1B"])
-def test_what_transformers_writes_means_the_same(name):
-    assert from_config(LlamaConfig(**to_config(ALL[name])).to_dict()) == ALL[name]
+assert SPEC.hugging_face is not None
+to_config, from_config = SPEC.hugging_face.to_config, SPEC.hugging_face.from_config
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,95 @@
+"""What all shipped families give the trainer, as one `ModelSpec` each."""
+
+from dataclasses import replace
+from functools import partial
+
+from torch import nn
+
+from octavo.config import ConfigError, sizes
+from octavo.families import Family
+from octavo.families.model_args import ModelArgs
+from octavo.models.decode import Decoder
+from octavo.models.hf_config import from_config, to_config
+from octavo.models.hf_state_dict import from_hf, to_hf
+from octavo.models.loss import ChunkedLoss
+from octavo.models.model_spec import HuggingFace, Linears, ModelSpec, Pipelined
+from octavo.models.parallelize import parallelize
+from octavo.models.transformer import Transformer
+
+
+def configure(args: ModelArgs, vocab_size: int, seq_len: int) -> ModelArgs:
+    """`args` for a tokenizer of `vocab_size` tokens and sequences of `seq_len` tokens.
+
+    Raises `ConfigError` if the tokenizer has more tokens than the model has embeddings.
+    """
+    if args.vocab_size and vocab_size > args.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {vocab_size:,} tokens, but this model has {args.vocab_size:,} embeddings; "
+            "set model.hf_assets_path to the model's own tokenizer"
+        )
+    return replace(args, vocab_size=args.vocab_size or vocab_size, max_seq_len=seq_len)
+
+
+def flops_per_token(args: ModelArgs, model: nn.Module, seq_len: int) -> float:
+    """Model FLOPs per token of forward and backward: 6 per matrix parameter, and 12 L H E S for attention.
+
+    The convention of PaLM's appendix B (arXiv:2204.02311), which published MFU figures use: attention counts
+    in full although half of it is masked, recomputation does not count, and neither does an embedding unless
+    it is tied to the output projection.
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    if not args.tie_embeddings:
+        parameters -= args.vocab_size * args.dim
+    return 6.0 * parameters + 12.0 * args.n_layers * args.dim * seq_len
+
+
+def layer_products(args: ModelArgs, seq_len: int) -> tuple[str, list[tuple[str, float]]]:
+    """The layers' prefix, and one layer's matrix products in order of forward, with FLOPs per token.
+
+    Attention counts as in `flops_per_token`.
+    """
+    queries, groups = args.n_heads * args.head_width, args.n_kv_heads * args.head_width
+    return "layers.", [
+        ("attention.wq", 2.0 * args.dim * queries),
+        ("attention.wk", 2.0 * args.dim * groups),
+        ("attention.wv", 2.0 * args.dim * groups),
+        ("attention.core", 4.0 * queries * seq_len),
+        ("attention.wo", 2.0 * args.dim * queries),
+        ("feed_forward.w1", 2.0 * args.dim * args.hidden_dim),
+        ("feed_forward.w3", 2.0 * args.dim * args.hidden_dim),
+        ("feed_forward.w2", 2.0 * args.dim * args.hidden_dim),
+    ]
+
+
+def _chunk_loss(model: nn.Module, loss: ChunkedLoss) -> None:
+    assert isinstance(model, Transformer)
+    model.chunk_loss(loss)
+
+
+def spec_of(family: Family) -> ModelSpec:
+    """The entry of a shipped family in the model registry."""
+    stored = HuggingFace(
+        family.hub_format.model_type,
+        to_names=partial(to_hf, family),
+        from_names=partial(from_hf, family),
+        to_config=partial(to_config, family),
+        from_config=partial(from_config, family),
+    )
+    return ModelSpec(
+        name=family.name,
+        flavors=family.flavors,
+        configure=configure,
+        build=Transformer,
+        parallelize=parallelize,
+        flops_per_token=flops_per_token,
+        layer_products=layer_products,
+        mask_documents=lambda args, document_end: replace(args, document_end=document_end),
+        hugging_face=stored,
+        decoder=Decoder,
+        fuses=True,
+        casts_inputs=True,
+        chunk_loss=_chunk_loss,
+        linears=Linears(same_input=(("wq", "wk", "wv"), ("w1", "w3")), rows=("wo", "w2")),
+        pipeline=Pipelined(sizes.units, width=lambda args: args.dim),
+        shared_sizes=sizes.shared_sizes,
+    )
