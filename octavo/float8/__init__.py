@@ -6,13 +6,13 @@
 The story is in six files, in this order:
 
     recipe.py      a recipe: which of the six operands of a linear layer are cast, and how, as plain data
-    config.py      torchao's options, translated to a recipe
     quantize.py    a cast: scales and float8 codes, in plain PyTorch
     matmul.py      a product of float8 operands, in hardware (gemm_backends.py) or in emulation
-    linear.py      `Float8Linear`: an autograd function of three such products
+    product.py     the autograd function of a linear layer: three such products
+    linear.py      `Float8Linear`: casts its input, takes its weight's casts, multiplies
     convert.py     swaps a model's `nn.Linear`s for `Float8Linear`s, and filters them
 
-The rest makes it fast, distributed and observable:
+config.py translates torchao's options to a recipe. The rest makes it fast, distributed and observable:
 
     casts/         when operands are cast, by which kernel, and how casts are reused; delayed scaling
     kernels/       Triton kernels that cast, bit for bit as quantize.py does
@@ -27,7 +27,7 @@ docs/float8.md is the user's guide.
 
 from octavo.float8.casts.casting_adamw import Float8AdamW
 from octavo.float8.casts.delayed_scaling import DelayedScaling
-from octavo.float8.casts.weight_cache import cast_weights_once
+from octavo.float8.casts.weights_once import cast_weights_once
 from octavo.float8.config import (
     CastConfig,
     Float8GemmConfig,

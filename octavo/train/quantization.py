@@ -184,7 +184,8 @@ def cast_weights_in_step(model: nn.Module, *, enabled: bool) -> AbstractContextM
 
 def cast_head_once(head: nn.Module) -> AbstractContextManager[None]:
     """Scope in which `head`, a linear layer, is called several times with one weight."""
-    return cast_weights_once(head, enabled=getattr(head, "weight_casts", None) is None)
+    active = isinstance(head, Float8Linear) and head.weight_cache.active
+    return cast_weights_once(head, enabled=not active)
 
 
 def tensor_parallel_styles(

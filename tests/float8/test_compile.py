@@ -199,7 +199,7 @@ def test_backward_casts_only_its_gradients(build: Build, inputs: int, linears: i
 
 def test_without_the_guard_the_compiler_keeps_no_float8(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `pin_saved` is for: should the compiler do it by itself one day, `pin_saved` can go."""
-    monkeypatch.setattr("octavo.float8.linear.pin_saved", lambda casts, one_cast: casts)
+    monkeypatch.setattr("octavo.float8.casts.operands.pin_saved", lambda casts, one_cast: casts)
     model = gates("rowwise", torch.bfloat16)
     _, float8 = kept(model, compile_and_capture(model, batch(torch.bfloat16)))
     assert not float8

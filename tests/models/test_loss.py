@@ -118,7 +118,7 @@ def test_a_float8_head(recipe):
     assert abs(got.item() / want.item() - 1) < (1e-6 if per_token else 1e-2)
     assert distance(h.grad, dh) < (1e-6 if per_token else 0.1)
     assert distance(head.weight.grad, dw) < 0.1
-    assert head.weight_casts is None
+    assert head.weight_cache.casts is None
 
 
 @pytest.mark.parametrize("tied", [False, True])

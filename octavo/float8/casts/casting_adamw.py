@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT, StateDict
 
 from octavo.float8.casts import gpu_cast
-from octavo.float8.linear import Float8Linear, cast_weight
+from octavo.float8.casts.operands import cast_weight
+from octavo.float8.linear import Float8Linear
 from octavo.float8.quantize import Casts, Quantized
 from octavo.float8.recipe import FULL, Cast
 
@@ -67,7 +68,7 @@ class Float8AdamW(torch.optim.AdamW):
             for p in group["params"]:
                 linear = linears.get(id(p))
                 if linear is not None and p.grad is not None and self._kernel_can_step(p, linear, group):
-                    linear.set_optimizer_casts(self._step_and_cast(p, linear, group))
+                    linear.weight_cache.store(p, self._step_and_cast(p, linear, group))
                     kernel_stepped[p], p.grad = p.grad, None
                 else:
                     self._steps.pop(p, None)  # torch steps it
@@ -76,9 +77,8 @@ class Float8AdamW(torch.optim.AdamW):
             p.grad = grad
         for linear in stepped:
             if linear.weight not in kernel_stepped:
-                linear.set_optimizer_casts(
-                    cast_weight(linear.weight.detach(), linear.recipe, for_grad_input=True)
-                )
+                casts = cast_weight(linear.weight.detach(), linear.recipe, for_grad_input=True)
+                linear.weight_cache.store(linear.weight, casts)
         return loss
 
     def load_state_dict(self, state_dict: StateDict) -> None:

@@ -105,6 +105,24 @@ def cast_with_amax(
     return (data, scale), (data_t, scale.t()), maxima.amax().view(torch.float32).view(1, 1), saturated.sum()
 
 
+def cast_joined(xs: list[Tensor], cast: Cast, *, with_columns: bool) -> tuple[Pair, list[Pair]]:
+    """The casts of `xs[R_i, C]` in one buffer, `(data[sum R_i, C], scale)`, and, if `with_columns`, the pair
+    of each transpose. Blocks must not straddle two of `xs`, and none may be FULL rows.
+    """
+    from octavo.float8.kernels import ops  # triton, at its first use
+
+    contiguous = [x.contiguous() for x in xs]
+    data, scale, *rest = ops.cast_joined(
+        contiguous, list(cast.block), cast.dtype, cast.scale.value, with_columns
+    )
+    if not with_columns:
+        return (data, scale), []
+    if cast.square:
+        blocks = [-(-x.shape[0] // cast.block[0]) for x in xs]
+        return (data, scale), [(t, s.t()) for t, s in zip(rest, scale.split(blocks), strict=True)]
+    return (data, scale), list(zip(rest[::2], rest[1::2], strict=True))
+
+
 def _launch(x: Tensor, cast: Cast, rows: bool, columns: bool) -> tuple[Pair, Pair]:
     from octavo.float8.kernels import ops  # triton, at its first use
 

@@ -1,68 +1,55 @@
-"""Weights change once per optimizer step, so they are cast once per optimizer step.
+"""The casts of one weight, reused for as long as they are those of its values.
 
-Without this, every microbatch casts every weight, and activation checkpointing casts it again.
-`cast_weights_once` is a scope around all microbatches of a step, forward and backward, but not the
-optimizer's step:
+Whoever casts a weight for later use stores the result here: `cast_weights_once` at the start of a step, and
+an optimizer that casts the weights it has just updated. Whoever multiplies takes it from here. One rule says
+whether stored casts are current: the weight is the same tensor at the same version.
 
-    with cast_weights_once(model):
-        for microbatch in step:
-            loss(model(microbatch)).backward()
-    optimizer.step()
-
-Inside, each float8 linear keeps its weight's casts: one byte per parameter for square casts (tensorwise,
-blockwise), two for the others. A scope states when weights may change, which a version check cannot: fused
-optimizers and FSDP2 change weights without advancing the version. Compiled code takes the casts as inputs, so
-entering the scope compiles one more graph.
-
-Under FSDP2, weights gathered in float8 keep the cast of the local shard. Weights gathered in high precision
-are cast at every use, since their casts would keep the whole model on every rank.
+A version cannot show everything. FSDP2 and fused optimizers write without advancing it, as does an edit
+through `.data`, and compiled code does not look. So the casts are used only inside a `cast_weights_once`
+scope, which promises that weights do not change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+import weakref
 
 import torch
-from torch import nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch import Tensor
 
-from octavo.float8.distributed.fsdp_gather import cast_shards_once
-from octavo.float8.linear import Float8Linear
+from octavo.float8.quantize import Casts
 
 
-@contextmanager
-def cast_weights_once(model: nn.Module, *, enabled: bool = True) -> Iterator[None]:
-    """Cast each float8 weight of `model` now, and use that cast until the scope ends.
+class WeightCache:
+    """See the module's docstring. `active`: whether a scope allows the casts to be used.
 
-    Raises RuntimeError for an optimizer step on one of these weights inside the scope, which would make the
-    casts stale. Editing a weight by hand inside it may go unnoticed. `enabled=False` does nothing, with the
-    same results.
+    Copies and pickles of it are empty.
     """
-    linears = [m for m in model.modules() if isinstance(m, Float8Linear)] if enabled else []
-    if any(linear.weight_casts is not None for linear in linears):
-        raise RuntimeError("cast_weights_once is already active for this model")
-    weights = {id(linear.weight) for linear in linears}
 
-    def forbid(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if any(id(p) in weights for group in optimizer.param_groups for p in group["params"]):
-            raise RuntimeError(
-                "an optimizer step inside cast_weights_once: the next microbatch would use the old weights. "
-                "Leave the scope before optimizer.step(), and enter a new one after it"
-            )
+    def __init__(self) -> None:
+        self.active = False
+        self.casts: Casts | None = None
+        self._weight: tuple[weakref.ref[Tensor], int] | None = None  # of which they are, and its version
 
-    with ExitStack() as stack:
-        if linears:
-            stack.callback(register_optimizer_step_pre_hook(forbid).remove)
-            stack.enter_context(cast_shards_once(model))
-        for linear in linears:
-            stack.callback(setattr, linear, "weight_casts", None)
-            with torch.no_grad():
-                linear.cast_weight_for_step()
-        # Linears that are multiplied as one share one buffer.
-        for group in {id(m.shared_input): m.shared_input for m in linears if m.shared_input}.values():
-            stack.callback(group.release_weight_casts)
-            with torch.no_grad():
-                group.join_weight_casts()
-        yield
+    def store(self, weight: Tensor, casts: Casts) -> None:
+        """Store the casts of the current values of `weight`."""
+        self.casts = casts
+        self._weight = weakref.ref(weight), weight._version
+
+    def is_current(self, weight: Tensor) -> bool:
+        """Whether the casts are those of the values of `weight`."""
+        if self.casts is None or self._weight is None:
+            return False
+        stored, version = self._weight
+        return stored() is weight and version == weight._version
+
+    def get(self, weight: Tensor) -> Casts | None:
+        """The casts, if they may be used and are current."""
+        if self.active and (torch.compiler.is_compiling() or self.is_current(weight)):
+            return self.casts
+        return None
+
+    def clear(self) -> None:
+        self.active, self.casts, self._weight = False, None, None
+
+    def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
+        return WeightCache, ()

@@ -16,7 +16,7 @@ ranks, or a product stays in high precision, DTensor redistributes it instead.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,17 +71,29 @@ def scatter_output(
     return replace(sharding, pieces=pieces)
 
 
+class LocalInput(NamedTuple):
+    """What this rank multiplies: `x_MK`, the tensor under which its casts are shared, its casts if they exist
+    already, and the sharding of the product.
+    """
+
+    x_MK: Tensor
+    owner: Tensor
+    casts: Casts | None = None
+    sharding: TensorParallelSpec | None = None
+
+
 def local_input(
-    x: Tensor | GatheredInput, sharding: TensorParallelSpec
-) -> tuple[Tensor, Tensor, Casts | None]:
-    """This rank's `x_MK`, the tensor under which its casts are cached, and its casts if they exist."""
+    x: Tensor | GatheredInput, weight: DTensor, recipe: Recipe, output: Placement | None
+) -> LocalInput:
+    """This rank's part of the input `x[..., K]`, as the sharding of `weight` requires."""
+    sharding = scatter_output(tensor_parallel_spec(weight, recipe), recipe, x.shape[:-1], output)
     if isinstance(x, GatheredInput):
         if sharding.axis == 1:
             raise ValueError(
                 "an input gathered in float8 reached a Float8Linear whose weight is sharded by input "
                 "features: apply PrepareFloat8ModuleInput to modules with column-wise linears only"
             )
-        return x.edge, x.edge, x.casts
+        return LocalInput(x.edge, x.edge, x.casts, sharding)
     if not isinstance(x, DTensor):
         raise ValueError(
             "a Float8Linear with a sharded weight was called with an ordinary tensor: apply "
@@ -96,7 +108,7 @@ def local_input(
     local = x.to_local(grad_placements=[Partial() if sharding.axis == 0 else last])
     with torch.no_grad():
         owner = x.to_local()
-    return local.reshape(-1, local.shape[-1]), owner, None
+    return LocalInput(local.reshape(-1, local.shape[-1]), owner, None, sharding)
 
 
 class _SumGradient(torch.autograd.Function):
@@ -118,7 +130,7 @@ def output_dtensor(
     bias: Tensor | None,
     tokens: torch.Size,
     mesh: DeviceMesh,
-    sharding: TensorParallelSpec,
+    sharding: TensorParallelSpec | None,
     output: Placement | None,
 ) -> DTensor:
     """This rank's product `y_MN`, plus the bias, as the DTensor `y[*tokens, N]`.
@@ -126,6 +138,7 @@ def output_dtensor(
     Sharded by N if the weight is. A sum over ranks is redistributed to `output` (None: stays Partial, or
     becomes Replicate if there is a bias to add).
     """
+    assert sharding is not None
     local_bias = bias.to_local() if isinstance(bias, DTensor) else bias
     if sharding.axis == 0:
         y = y_MN.reshape(*tokens, -1)

@@ -26,7 +26,7 @@ separate, because joining them would need another copy of the gradients, or one 
 
 from octavo.float8.fused.gate import GatedLinear
 from octavo.float8.fused.norm import NormedInput
-from octavo.float8.fused.product import Product
 from octavo.float8.fused.shared_input import SharedInput
+from octavo.float8.product import Product
 
 __all__ = ["GatedLinear", "NormedInput", "Product", "SharedInput"]

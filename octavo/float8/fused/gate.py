@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo.float8.fused.producer_maxima import kernels_support, maxima_as_gradients
-from octavo.float8.fused.product import Product
+from octavo.float8.casts.producer_maxima import kernels_support, maxima_as_gradients
 from octavo.float8.fused.shared_input import SharedInput
+from octavo.float8.product import Product
 
 
 class _SwiGLU(torch.autograd.Function):
     """`a[M, K], b[M, K] -> silu(a) * b, maxima of its rows and columns`.
 
     The other four arguments receive, as gradients, the maxima of a's and b's gradients
-    (`producer_maxima.py`).
+    (`casts/producer_maxima.py`).
     """
 
     @staticmethod

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from octavo.float8.fused.producer_maxima import kernels_support, maxima_as_gradients
-from octavo.float8.fused.product import Product
+from octavo.float8.casts.producer_maxima import kernels_support, maxima_as_gradients
 from octavo.float8.fused.shared_input import SharedInput, has_hooks
+from octavo.float8.product import Product
 
 WIDEST = 8192
 """The longest row that the kernel can hold."""
@@ -21,7 +21,7 @@ WIDEST = 8192
 class _AddNorm(torch.autograd.Function):
     """`x[M, K], residual[M, K], w[K] -> h, y, maxima of y's rows and columns`.
 
-    `rows` and `columns` receive, as gradients, the maxima of x's gradient (`producer_maxima.py`).
+    `rows` and `columns` receive, as gradients, the maxima of x's gradient (`casts/producer_maxima.py`).
     """
 
     @staticmethod

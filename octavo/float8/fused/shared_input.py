@@ -1,26 +1,36 @@
-"""Linears with one input as one product (`product.py`).
+"""Linears with one input: its cast is shared, and their outputs are one product if possible.
 
 One product reads the input once and runs faster than several narrow ones. The trade-off is memory layout: the
-weights' casts are concatenated, and the outputs are slices of one tensor.
+weights' casts are slices of one buffer, and the outputs are slices of one tensor.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from octavo.float8.casts.operands import (
+    cast_input,
+    cast_weight,
+    cast_weights,
+    join,
+    weight_operands,
+    why_not_joined,
+)
+from octavo.float8.casts.producer_maxima import Maxima, kernels_support
 from octavo.float8.compiled.bias import add_bias
-from octavo.float8.compiled.pin_saved import pin_saved
 from octavo.float8.distributed.unsharded_weight import UnshardedWeight
-from octavo.float8.fused.producer_maxima import Maxima, kernels_support, quantize_with_maxima
-from octavo.float8.fused.product import HIGH_PRECISION, Product, ProductSpec, multiply_joined
-from octavo.float8.linear import DTYPES, Float8Linear, cast_input, cast_weight, only_casts, weight_operands
+from octavo.float8.linear import Float8Linear
+from octavo.float8.product import Product, ProductSpec, multiply, prepare_input
 from octavo.float8.quantize import Casts, Quantized
-from octavo.float8.recipe import FULL, Cast, Recipe
+from octavo.float8.recipe import FULL, Gemm, Recipe
+
+HIGH_PRECISION = Recipe("high_precision", Gemm(None, None), Gemm(None, None), Gemm(None, None))
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -33,22 +43,11 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def why_not_joined(cast: Cast | None, rows: Sequence[int]) -> str | None:
-    """Why the joined casts of weights with `rows` differ from the cast of the joined weights; or None."""
-    if cast is None or cast.block[0] == 1:
-        return None
-    if cast.block[0] == FULL:
-        return "each has one scale (shared_scales=True uses one for all, which changes numerics)"
-    if any(n % cast.block[0] for n in rows[:-1]):
-        return f"blocks of {cast.block[0]} rows would straddle two of them ({', '.join(map(str, rows))} rows)"
-    return None
-
-
 class SharedInput:
-    """Computes `[linear(x) for linear in linears]` by one product.
+    """Computes `[linear(x) for linear in linears]` from one cast of x, by one product if possible.
 
     The linears are all `Float8Linear`s of one recipe, or all plain `nn.Linear`s, with the same in_features.
-    Linears that cannot be joined (see `why_separate`) are called one by one; then this object changes
+    Linears that cannot be bypassed (see `why_called`) are called one by one; then this object changes
     nothing.
 
     shared_scales: for recipes with one scale per tensor (tensorwise), cast the joined weights with one scale.
@@ -64,7 +63,7 @@ class SharedInput:
         if len(widths) > 1:
             raise ValueError(f"linears of one input must have one in_features; these have {sorted(widths)}")
         self.shared_scales = shared_scales
-        self.joined_casts: Quantized | None = None  # the joined weights, within `cast_weights_once`
+        self.joined_casts: Quantized | None = None  # the joined weights', within `cast_weights_once`
         first = self.linears[0]
         cast = first.recipe.output.b if isinstance(first, Float8Linear) else None
         if shared_scales and (cast is None or cast.block != (FULL, FULL)):
@@ -78,8 +77,8 @@ class SharedInput:
         first = self.linears[0]
         return first.recipe if isinstance(first, Float8Linear) else HIGH_PRECISION
 
-    def why_separate(self) -> str | None:
-        """Why the linears are called one by one; None if they are one product."""
+    def why_called(self) -> str | None:
+        """Why the linears are called one by one; None if their casts and products are made here."""
         if len({linear.recipe if isinstance(linear, Float8Linear) else None for linear in self.linears}) > 1:
             return "they have different recipes"
         if len({linear.emulate for linear in self.linears if isinstance(linear, Float8Linear)}) > 1:
@@ -93,8 +92,13 @@ class SharedInput:
                 return "one has hooks"
             if getattr(linear, "statistics", None) is not None:  # its forward records statistics
                 return "one uses delayed scaling"
-        if len(self.linears) == 1:
-            return None
+        return None
+
+    def why_separate(self) -> str | None:
+        """Why the linears are not one product; None if they are."""
+        why = self.why_called()
+        if why is not None or len(self.linears) == 1:
+            return why
         if self.shared_scales:
             gathered = any(isinstance(linear.weight, UnshardedWeight) for linear in self.linears)
             return "weights gathered in float8 have one scale each" if gathered else None
@@ -106,116 +110,101 @@ class SharedInput:
         """The linears' outputs for `x[..., K]`. `maxima`: those of x's rows and columns, if known.
 
         note_maxima: the consumer of the outputs computes the maxima of their gradients, and receives the full
-        `Product`. Values are slices of one tensor: not contiguous, and keeping one keeps all.
+        `Product`. Values of one product are slices of one tensor: not contiguous, and keeping one keeps all.
         """
-        if self.why_separate() is not None:
+        if self.why_called() is not None:
             return tuple(Product(linear(x)) for linear in self.linears)
-        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        if x.dtype not in DTYPES or x.shape[-1] != self.linears[0].in_features:
-            raise ValueError(
-                f"linears of {self.linears[0].in_features} input features take that width in bfloat16, "
-                f"float16 or float32; the input is {tuple(x.shape)} in {x.dtype}"
-            )
-        recipe, lead = self.recipe, x.shape[:-1]
-        x_MK = x.reshape(math.prod(lead), x.shape[-1])
+        given, x = x, prepare_input(x, self.linears[0])
+        x_MK = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         weights: list[Tensor] = [linear.weight for linear in self.linears]
-        spec = ProductSpec(recipe, self._emulate(), len(weights), note_maxima and kernels_support(x_MK))
-        grads = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-        with torch.no_grad():
-            x_casts = self._cast_input(x_MK, maxima, for_grad_weight=grads)
-            w_NK, w_KN = self._operands(x.dtype)
-        products = multiply_joined(spec, x_MK, weights, x_casts, w_NK, w_KN)
+        first = self.linears[0]
+        spec = ProductSpec(
+            self.recipe,
+            first.emulate if isinstance(first, Float8Linear) else None,
+            maxima=note_maxima and kernels_support(x_MK),
+        )
+        x_casts = cast_input(
+            x_MK,
+            self.recipe,
+            for_grad_weight=torch.is_grad_enabled() and any(weight.requires_grad for weight in weights),
+            owner=given,
+            pin=any(isinstance(linear, Float8Linear) and linear.keep_input for linear in self.linears),
+            maxima=maxima,
+        )
+        if self.why_separate() is None:
+            w_NK, w_KN = self._joined_operands(x.dtype)
+            products = multiply(replace(spec, weights=len(weights)), x_MK, weights, x_casts, w_NK, w_KN)
+        else:
+            products = []
+            for linear in self.linears:
+                first_cast, second_cast = self._operands(linear)
+                products += multiply(spec, x_MK, [linear.weight], x_casts, first_cast, [second_cast])
         return tuple(
-            made._replace(value=self._finish(linear, x, made.value.view(*lead, linear.out_features)))
-            for linear, made in zip(self.linears, products, strict=True)
+            product._replace(value=self._finish(linear, x, product.value))
+            for linear, product in zip(self.linears, products, strict=True)
         )
 
-    def _emulate(self) -> bool | None:
-        first = self.linears[0]
-        return first.emulate if isinstance(first, Float8Linear) else None
-
-    def _finish(self, linear: nn.Linear, x: Tensor, y: Tensor) -> Tensor:
+    def _finish(self, linear: nn.Linear, x: Tensor, y_MN: Tensor) -> Tensor:
+        y = y_MN.view(*x.shape[:-1], linear.out_features)
         y = y if linear.bias is None else add_bias(y, linear.bias)
         if isinstance(linear, Float8Linear) and linear.watch is not None:
             return linear.watch(x, y)
         return y
 
-    def _cast_input(self, x_MK: Tensor, maxima: Maxima | None, *, for_grad_weight: bool) -> Casts:
-        recipe = self.recipe
-        row, col = recipe.output.a, recipe.grad_weight.b if for_grad_weight else None
-        if maxima is None:
-            casts = cast_input(x_MK.detach(), recipe, for_grad_weight=for_grad_weight)
-        else:
-            casts = only_casts(*quantize_with_maxima(x_MK, row, col, maxima))
-        must_pin = any(isinstance(linear, Float8Linear) and linear.keep_input for linear in self.linears)
-        if torch.compiler.is_compiling() and (must_pin or x_MK.dtype == torch.float32):
-            return pin_saved(casts, one_cast=row == col and row is not None and row.square)
-        return casts
+    def _operands(self, linear: nn.Linear) -> Casts:
+        """One linear's weight for the output and for grad_input, as far as it is cast."""
+        if not isinstance(linear, Float8Linear):
+            return None, None
+        return linear.weight_cache.get(linear.weight) or weight_operands(linear.weight, linear.recipe)
 
-    def _operands(self, dtype: torch.dtype) -> tuple[Quantized | Tensor, list[Quantized | None]]:
+    @torch.no_grad()
+    def _joined_operands(self, dtype: torch.dtype) -> tuple[Quantized | Tensor, list[Quantized | None]]:
         """The joined weights for the output, and each weight's cast for grad_input, if there is one."""
-        recipe = self.recipe
-        no_casts: list[Quantized | None] = [None] * len(self.linears)
-        if recipe.output.b is None:
-            return _joined_plain([linear.weight.to(dtype) for linear in self.linears]), no_casts
-        cached = [
-            linear.current_weight_casts() for linear in self.linears if isinstance(linear, Float8Linear)
-        ]
+        weights = [linear.weight for linear in self.linears]
+        if self.recipe.output.b is None:
+            return _joined([weight.to(dtype) for weight in weights]), [None] * len(weights)
+        members = [linear for linear in self.linears if isinstance(linear, Float8Linear)]
+        cached = [linear.weight_cache.get(linear.weight) for linear in members]
         if self.joined_casts is not None and all(casts is not None for casts in cached):
             return self.joined_casts, [casts[1] for casts in cached if casts is not None]
-        if self.shared_scales and len(self.linears) > 1:
-            joined = _joined_plain([linear.weight for linear in self.linears])
-            whole, _ = cast_weight(joined, recipe, for_grad_input=False)
-            assert whole is not None
-            return whole, no_casts
-        casts = [weight_operands(linear.weight.detach(), recipe) for linear in self.linears]
-        return join([casts_[0] for casts_ in casts]), [casts_[1] for casts_ in casts]
+        if self.shared_scales and len(weights) > 1:
+            return self._cast_with_one_scale(), [None] * len(weights)
+        if any(isinstance(weight, UnshardedWeight) for weight in weights):
+            joined, casts_ = join([weight_operands(weight, self.recipe) for weight in weights], self.recipe)
+        else:
+            joined, casts_ = cast_weights(weights, self.recipe, for_grad_input=False)
+        return joined, [second for _, second in casts_]
 
-    def join_weight_casts(self) -> None:
-        """Join the linears' cached casts; these become slices of the joined one (`cast_weights_once`)."""
+    def _cast_with_one_scale(self) -> Quantized:
+        joined = _joined([linear.weight for linear in self.linears])
+        whole, _ = cast_weight(joined, self.recipe, for_grad_input=False)
+        assert whole is not None
+        return whole
+
+    def cast_joined_weights(self) -> None:
+        """Cast the linears' weights into one buffer, and store each one's part (`cast_weights_once`)."""
         members = [linear for linear in self.linears if isinstance(linear, Float8Linear)]
-        casts = [linear.weight_casts for linear in members]
-        if self.why_separate() is not None or not casts or any(c is None or c[0] is None for c in casts):
+        weights = [linear.weight for linear in members]
+        joins = self.recipe.output.b is not None and len(members) > 1 and self.why_separate() is None
+        if not joins or any(type(weight) is not nn.Parameter for weight in weights):
             return
-        if self.shared_scales and len(members) > 1:
-            self.joined_casts, _ = cast_weight(
-                _joined_plain([member.weight for member in members]), self.recipe, for_grad_input=False
-            )
+        if self.shared_scales:
+            self.joined_casts = self._cast_with_one_scale()
             return
-        self.joined_casts = joined = join([c[0] for c in casts if c is not None])
-        start, start_scale = 0, 0
-        for linear, old in zip(members, casts, strict=True):
-            assert old is not None
-            assert old[0] is not None
-            rows, blocks = linear.out_features, old[0].scale.shape[0]
-            part = Quantized(joined.data.narrow(0, start, rows), joined.scale.narrow(0, start_scale, blocks))
-            linear.weight_casts = part, _second(old[0], old[1], part)
-            start, start_scale = start + rows, start_scale + blocks
+        current = [m.weight_cache.casts for m in members if m.weight_cache.is_current(m.weight)]
+        if len(current) == len(members):  # made by the optimizer
+            self.joined_casts, casts = join([made for made in current if made is not None], self.recipe)
+        else:
+            self.joined_casts, casts = cast_weights(weights, self.recipe, for_grad_input=True)
+        for linear, weight, made in zip(members, weights, casts, strict=True):
+            linear.weight_cache.store(weight, made)
 
-    def release_weight_casts(self) -> None:
+    def release_joined_casts(self) -> None:
         self.joined_casts = None
 
 
 _FORWARD = {False: nn.Linear.forward, True: Float8Linear.forward}
 
 
-def _second(first: Quantized, second: Quantized | None, new: Quantized) -> Quantized | None:
-    """`second`, as a view of `new` if it was the transpose of `first` in the same memory."""
-    storages = (q.data.untyped_storage()._cdata for q in (first, second) if q is not None)
-    if second is None or len(set(storages)) > 1:  # not by address: fake tensors have none
-        return second
-    return Quantized(new.data.t(), new.scale.t())
-
-
-def _joined_plain(weights: Sequence[Tensor]) -> Tensor:
+def _joined(weights: Sequence[Tensor]) -> Tensor:
     return weights[0].detach() if len(weights) == 1 else torch.cat([w.detach() for w in weights])
-
-
-def join(casts: Sequence[Quantized | None]) -> Quantized:
-    """Casts of weights `[N_i, K]`, concatenated along N."""
-    present = [q for q in casts if q is not None]
-    if len(present) == 1:
-        return present[0]
-    data = torch.cat([q.data.view(torch.uint8) for q in present]).view(present[0].data.dtype)
-    return Quantized(data, torch.cat([q.scale for q in present]))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from octavo.float8.kernels.kernel_launch import (
     Config,
+    Destination,
     cast_constants,
     empty_codes,
     empty_scale,
@@ -70,12 +71,14 @@ def _cast_lines(
 
 
 def cast_lines(
-    x: Tensor, group: int, dtype: torch.dtype, scales: str, rows: bool, columns: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, group: int, dtype: torch.dtype, scales: str, rows: bool, columns: bool,
+    out: Destination | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`data`, `scale[M, K / group]`, `data_t` and `scale_t[K, M / group]`; `group` is a power of two."""
     M, K = x.shape
-    data, data_t = empty_codes(x, rows, columns)
-    scale = empty_scale(x, (M, triton.cdiv(K, group)) if rows else (0, 0), scales)
+    data, data_t = empty_codes(x, rows and out is None, columns)
+    scale = empty_scale(x, (M, triton.cdiv(K, group)) if rows and out is None else (0, 0), scales)
+    data, scale = out or (data, scale)
     scale_t = empty_scale(x, (K, triton.cdiv(M, group)) if columns else (0, 0), scales)
     least_m, least_k = group if columns else 1, group if rows else 1
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from octavo.float8.kernels.kernel_launch import (
     Config,
+    Destination,
     block_grid,
     cast_constants,
     empty_codes,
@@ -139,12 +140,13 @@ def strip_of(M: int, K: int) -> int:
     return 32 if M >= 4096 else 8
 
 
-def cast_rows(x: Tensor, dtype: torch.dtype, scales: str, maxima: bool) -> tuple[Tensor, Tensor, Tensor]:
+def cast_rows(
+    x: Tensor, dtype: torch.dtype, scales: str, maxima: bool, out: Destination | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`data`, `scale[M, 1]` and, if `maxima`, partial maxima of columns for `cast_columns`."""
     M, K = x.shape
     strip = strip_of(M, K)
-    data, _ = empty_codes(x, columns=False)
-    scale = empty_scale(x, (M, 1), scales)
+    data, scale = out or (empty_codes(x, columns=False)[0], empty_scale(x, (M, 1), scales))
     down = x.new_empty((triton.cdiv(M, strip), K) if maxima else (0, 0), dtype=torch.int32)
     constants = {"COLUMNS": maxima, "STRIP": strip, **cast_constants(dtype, scales)}
     kernel = _cast_wide_rows

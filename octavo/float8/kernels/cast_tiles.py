@@ -14,6 +14,7 @@ from torch import Tensor
 
 from octavo.float8.kernels.kernel_launch import (
     Config,
+    Destination,
     cast_constants,
     empty_codes,
     empty_scale,
@@ -49,13 +50,14 @@ def _cast_tiles(
 
 
 def cast_tiles(
-    x: Tensor, side: int, dtype: torch.dtype, scales: str, rows: bool, columns: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, side: int, dtype: torch.dtype, scales: str, rows: bool, columns: bool,
+    out: Destination | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`data`, `data_t` and `scale[M / side, K / side]`; `side` is a power of two."""
     M, K = x.shape
     grid = (triton.cdiv(M, side), triton.cdiv(K, side))
-    data, data_t = empty_codes(x, rows, columns)
-    scale = empty_scale(x, grid, scales)
+    data, data_t = empty_codes(x, rows and out is None, columns)
+    data, scale = out or (data, empty_scale(x, grid, scales))
     _cast_tiles[grid](
         x, data, data_t, scale, M, K,
         ROWS=rows, COLUMNS=columns, SIDE=side, **cast_constants(dtype, scales),

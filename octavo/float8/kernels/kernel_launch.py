@@ -19,6 +19,9 @@ from octavo.float8.kernels.numerics import INTERPRETING, ONE_BYTE
 Config = dict[str, Any]
 """A kernel's tile sizes, and `num_warps` and `num_stages`."""
 
+Destination = tuple[Tensor, Tensor]
+"""`data` and `scale` that a caller allocated for a kernel to write, e.g. slices of larger tensors."""
+
 MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 SCALE_FORMATS = {"fp32": 0, "pow2": 1, "e8m0": 2, "e8m0_floor": 3}
 """Any float32; a float32 power of two; one-byte powers of two, rounded up; the same, rounded down."""

@@ -48,7 +48,8 @@ def _operator(
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         def launch(first: Tensor | list[Tensor], *rest: Any) -> Any:
-            with torch.cuda.device_of(first):  # launch on its GPU, whichever is the current one
+            x = first if isinstance(first, Tensor) else first[0]
+            with torch.cuda.device_of(x):  # launch on its GPU, whichever is the current one
                 return function(first, *rest)
 
         schema = torch.library.infer_schema(function, mutates_args=writes)
@@ -115,6 +116,22 @@ def cast_by_rows(x: Tensor, dtype: torch.dtype, scales: str, rows: bool, columns
     return data, scale, data_t, scale_t
 
 
+@_operator("cast_by_tiles", _tile_shapes)
+def cast_by_tiles(
+    x: Tensor, side: int, dtype: torch.dtype, scales: str, rows: bool, columns: bool
+) -> SquareCasts:
+    """One scale per tile of `side x side`, `[M / side, K / side]`."""
+    return cast_tiles(x, side, dtype, scales, rows, columns)
+
+
+@_operator("cast_by_lines", _line_shapes)
+def cast_by_lines(
+    x: Tensor, group: int, dtype: torch.dtype, scales: str, rows: bool, columns: bool
+) -> RowColumnCasts:
+    """One scale per `group` elements of a row, `[M, K / group]`, and of a column, `[K, M / group]`."""
+    return cast_lines(x, group, dtype, scales, rows, columns)
+
+
 def _given_scale_shapes(
     x: Tensor, amax: Tensor, dtype: torch.dtype, scales: str, rows: bool, columns: bool
 ) -> Five:
@@ -135,11 +152,50 @@ def _tensor_given_shapes(
     return _tensor_shapes(x, dtype, scales, rows, columns)
 
 
-cast_by_tiles = _operator("cast_by_tiles", _tile_shapes)(cast_tiles)
-cast_by_lines = _operator("cast_by_lines", _line_shapes)(cast_lines)
 cast_by_given_scale = _operator("cast_by_given_scale", _given_scale_shapes)(cast_given_scale)
 cast_with_maxima = _operator("cast_with_maxima", _given_maxima_shapes)(cast_given_maxima)
 cast_by_tensor_with_maxima = _operator("cast_by_tensor_with_maxima", _tensor_given_shapes)(cast_tensor)
+
+
+def _joined_shapes(
+    xs: list[Tensor], block: list[int], dtype: torch.dtype, scales: str, columns: bool
+) -> list[Tensor]:
+    rows, group = block
+    N, K = sum(x.shape[0] for x in xs), xs[0].shape[1]
+    across = 1 if group < 0 else -(-K // group)
+    results = [xs[0].new_empty((N, K), dtype=dtype), empty_scale(xs[0], (-(-N // rows), across), scales)]
+    for x in xs if columns else []:
+        results.append(x.new_empty((K, x.shape[0]), dtype=dtype))
+        if rows == 1:
+            results.append(empty_scale(x, (K, 1 if group < 0 else -(-x.shape[0] // group)), scales))
+    return results
+
+
+@_operator("cast_joined", _joined_shapes)
+def cast_joined(
+    xs: list[Tensor], block: list[int], dtype: torch.dtype, scales: str, columns: bool
+) -> list[Tensor]:
+    """Casts `xs[N_i, K]` into one buffer: `data[N, K]` and `scale`; then `data_t[K, N_i]` of each, with its
+    `scale_t` unless blocks are square. `block`: (1, -1), (1, group) or (side, side); -1 is a whole row. No
+    block may straddle two of `xs`.
+    """
+    rows, group = block
+    data, scale, *_ = results = _joined_shapes(xs, block, torch.uint8, scales, False)
+    start = 0
+    for x in xs:
+        N = x.shape[0]
+        out = data.narrow(0, start, N), scale.narrow(0, start // rows, -(-N // rows))
+        if rows > 1:
+            _, data_t, _ = cast_tiles(x, rows, dtype, scales, True, columns, out)
+            results += [data_t] if columns else []
+        elif group > 0:
+            _, _, *transposed = cast_lines(x, group, dtype, scales, True, columns, out)
+            results += transposed if columns else []
+        else:
+            *_, maxima = cast_rows(x, dtype, scales, columns, out)
+            results += cast_columns(x, maxima, dtype, scales) if columns else []
+        start += N
+    return [data.view(dtype), *results[1:]]
 
 
 # ---------------------------------------------------------------- producers of tensors that are cast next

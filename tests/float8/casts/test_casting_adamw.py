@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from octavo.float8 import Float8AdamW, Float8Linear, cast_weights_once, convert_to_float8_training, linear
-from octavo.float8.linear import cast_weight
+from octavo.float8 import Float8AdamW, Float8Linear, cast_weights_once, convert_to_float8_training
+from octavo.float8.casts import weights_once
+from octavo.float8.casts.operands import cast_weight
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
@@ -45,7 +46,7 @@ def test_it_is_adamw_and_casts_as_the_next_step_would(recipe: str, monkeypatch: 
     got = train(model, optimizer, 2)
     # From here on no step casts a weight but the optimizer's.
     casts = []
-    monkeypatch.setattr(linear, "cast_weight", lambda *args, **kwargs: casts.append(args))
+    monkeypatch.setattr(weights_once, "cast_weight", lambda *args, **kwargs: casts.append(args))
     got += train(model, optimizer, 2, 2)
     assert not casts
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -62,8 +63,8 @@ def test_casts_are_bitwise_those_of_the_new_weight(recipe: str) -> None:
             if not isinstance(module, Float8Linear):
                 continue
             want = cast_weight(module.weight.detach(), module.recipe, for_grad_input=True)
-            assert module.weight_casts is not None
-            for got, wanted in zip(module.weight_casts, want, strict=True):
+            assert module.weight_cache.casts is not None
+            for got, wanted in zip(module.weight_cache.casts, want, strict=True):
                 assert got is not None
                 assert wanted is not None
                 assert torch.equal(got.data.view(torch.uint8), wanted.data.view(torch.uint8))
@@ -91,8 +92,8 @@ def test_a_weight_written_to_after_the_step_is_cast_anew() -> None:
     with torch.no_grad():
         layer.weight.mul_(2)
     with cast_weights_once(model):
-        assert layer.weight_casts is not None
-        got = layer.weight_casts[0]
+        assert layer.weight_cache.casts is not None
+        got = layer.weight_cache.casts[0]
         want = cast_weight(layer.weight.detach(), layer.recipe, for_grad_input=False)[0]
         assert got is not None
         assert want is not None

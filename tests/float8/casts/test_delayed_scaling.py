@@ -24,7 +24,8 @@ from octavo.float8 import (
     convert_to_float8_training,
 )
 from octavo.float8.casts.delayed_statistics import OperandStatistics, quantize_operand
-from octavo.float8.linear import Float8Matmul, cast_weight
+from octavo.float8.casts.operands import cast_weight
+from octavo.float8.product import Float8Matmul, ProductSpec
 from octavo.float8.quantize import dequantize, quantize_with_amax, transposed
 from tests.float8.graphs import compiles
 
@@ -303,5 +304,6 @@ def test_the_function_takes_calls_without_operands() -> None:
     q = [None] * 8
     hp = RECIPES["rowwise_with_gw_hp"]
     hp = type(hp)("high precision", hp.grad_weight, hp.grad_weight, hp.grad_weight)
-    assert torch.equal(Float8Matmul.apply(x, w, *q, hp, None, None), x @ w.t())
+    (y,) = Float8Matmul.apply(ProductSpec(hp), None, x, w, *q)
+    assert torch.equal(y, x @ w.t())
     assert RECIPE.gatherable

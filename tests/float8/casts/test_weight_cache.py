@@ -147,9 +147,9 @@ def test_scopes_do_not_nest_and_always_end() -> None:
     scope.__enter__()
     with pytest.raises(RuntimeError, match="already active"):
         cast_weights_once(model).__enter__()
-    assert all(m.weight_casts is not None for m in model.modules() if isinstance(m, Float8Linear))
+    assert all(m.weight_cache.casts is not None for m in model.modules() if isinstance(m, Float8Linear))
     assert not scope.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
-    assert all(m.weight_casts is None for m in model.modules() if isinstance(m, Float8Linear))
+    assert all(m.weight_cache.casts is None for m in model.modules() if isinstance(m, Float8Linear))
 
 
 # ------------------------------------------------------------------ another weight inside the scope

@@ -193,7 +193,7 @@ def errors(
     part = distribute_tensor(x, mesh, [before])
     part = (part if as_dtensor else part.to_local().clone()).detach().requires_grad_()
     with cast_weights_once(model, enabled=cached):
-        assert not cached or all(m.weight_casts for m in model.modules() if isinstance(m, Float8Linear))
+        assert not cached or all(m.weight_cache.casts for m in model.modules() if isinstance(m, Float8Linear))
         y = (torch.compile(model, fullgraph=True, backend=backend) if compiled else model)(part)
         y.backward(distribute_tensor(dy, mesh, [after]).to_local())
 

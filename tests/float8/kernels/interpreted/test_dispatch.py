@@ -12,8 +12,8 @@ from octavo.float8.casts import gpu_cast
 from octavo.float8.casts.delayed_scaling import DelayedScaling
 from octavo.float8.casts.delayed_statistics import OperandStatistics, quantize_operand
 from octavo.float8.casts.gpu_cast import supports, use_kernels
+from octavo.float8.casts.operands import cast_weight, cast_weights
 from octavo.float8.distributed.tp_scales import ShardedAxis
-from octavo.float8.linear import cast_weight
 from octavo.float8.quantize import Quantized, quantize, quantize_both
 from octavo.float8.recipe import FULL
 from tests.float8.graphs import FLOAT8, WITHOUT_CODE, compile_and_capture, compiles, gradients
@@ -98,9 +98,8 @@ def test_an_optimizers_step_by_kernels_makes_the_casts(recipe: str) -> None:
         plain.weight.grad, model.weight.grad = grad.clone(), grad.clone()
         one.step()
         other.step()
-        assert model._optimizer_casts is not None
-        casts, _, version = model._optimizer_casts
-        assert version == model.weight._version
+        assert model.weight_cache.is_current(model.weight)
+        casts = model.weight_cache.casts
         assert torch.equal(model.weight.grad, grad)
         with use_kernels(False):
             want = cast_weight(model.weight.detach(), model.recipe, for_grad_input=True)
@@ -113,6 +112,22 @@ def test_an_optimizers_step_by_kernels_makes_the_casts(recipe: str) -> None:
     assert one.state_dict()["state"].keys() == other.state_dict()["state"].keys()
     for name, value in one.state[plain.weight].items():
         torch.testing.assert_close(other.state[model.weight][name], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_with_gw_hp", "blockwise", "mxfp8"])
+@pytest.mark.parametrize("for_grad_input", [True, False])
+def test_joined_weights_are_cast_as_each_is(recipe: str, for_grad_input: bool) -> None:
+    weights = [make_x((rows, 160), torch.bfloat16, "spread", rows) for rows in (256, 128, 130)]
+    joined, casts = cast_weights(weights, RECIPES[recipe], for_grad_input=for_grad_input)
+    assert joined.data.shape == (514, 160)
+    assert joined.data.data_ptr() == casts[0][0].data.data_ptr()
+    for weight, got in zip(weights, casts, strict=True):
+        want = cast_weight(weight, RECIPES[recipe], for_grad_input=for_grad_input)
+        for one, other in zip(got, want, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                assert_same(one.data, other.data, "data")
+                assert_same(one.scale, other.scale, "scale")
 
 
 @pytest.mark.parametrize("valid", [False, True])

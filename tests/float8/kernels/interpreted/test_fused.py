@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from octavo.float8 import Float8LinearConfig, convert_to_float8_training
-from octavo.float8.casts import gpu_cast
+from octavo.float8.casts import gpu_cast, producer_maxima
 from octavo.float8.casts.gpu_cast import use_kernels
-from octavo.float8.fused import GatedLinear, NormedInput, SharedInput, producer_maxima
+from octavo.float8.fused import GatedLinear, NormedInput, SharedInput
 from octavo.float8.kernels import ops
 from tests.float8.graphs import FLOAT8, compile_and_capture, compiles, saved_bytes
 
@@ -79,24 +79,22 @@ def test_a_block(recipe: str | None, limit: float) -> None:
     assert apart(gradients(block, block), want) < limit
 
 
-def test_maxima_arrive_where_gradients_are_cast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of wo, w1 and w3 in backward, and of all inputs but wo's in forward; each is what the tensor has."""
-    known: list[bool] = []
+@pytest.mark.parametrize("recipe", ["rowwise", "tensorwise"])
+def test_maxima_arrive_where_tensors_are_cast(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
     cast = producer_maxima.quantize_with_maxima
 
     def spy(x, row, col, maxima):
-        known.append(maxima is not None)
-        if maxima is not None:
-            for largest, dim in zip(maxima, (1, 0), strict=True):
-                assert torch.equal(largest.amax(dim=0).view(torch.float32), x.float().abs().amax(dim=dim))
+        seen.append(tuple(x.shape))
+        for largest, dim in zip(maxima, (1, 0), strict=True):
+            assert torch.equal(largest.amax(dim=0).view(torch.float32), x.float().abs().amax(dim=dim))
         return cast(x, row, col, maxima)
 
-    for module in ("product", "shared_input"):
-        monkeypatch.setattr(f"octavo.float8.fused.{module}.quantize_with_maxima", spy)
-    block = Block("rowwise").to(torch.bfloat16)
+    monkeypatch.setattr("octavo.float8.casts.operands.quantize_with_maxima", spy)
+    block = Block(recipe).to(torch.bfloat16)
     gradients(block, block, torch.bfloat16)
-    # Forward: wq|wk, w1|w3, w2. Backward: w2, then w3, w1, then wo, then wk, wq.
-    assert known == [True] * 3 + [False, True, True, True, False, False]
+    # Forward: the inputs of wq|wk, w1|w3 and w2. Backward: the gradients of w3, w1 and wo.
+    assert seen == [(40, DIM), (40, DIM), (40, HIDDEN), (40, HIDDEN), (40, HIDDEN), (40, DIM)]
 
 
 @pytest.mark.parametrize("recipe", ["rowwise", "tensorwise"])
