@@ -55,16 +55,7 @@ def test_bfloat16_moves_what_its_operations_need() -> None:
     assert sum(layer.saved.values()) == pytest.approx(1.14e9, rel=0.01)  # `Block.saved`
 
 
-THRICE = "wq, wk and wv cast one input thrice, each"
-NOT_JOINED = {
-    (recipe, fused): THRICE
-    for recipe in EVERY
-    for fused in (False, True)
-    if not fused or recipe.startswith("tensorwise")
-}
-
-
-@pytest.mark.parametrize(("recipe", "fused"), layers(EVERY, NOT_JOINED))
+@pytest.mark.parametrize(("recipe", "fused"), layers(EVERY))
 def test_each_tensor_is_cast_once_and_shared(recipe: str, fused: bool) -> None:
     times = traced(recipe, fused).layer.times_cast()
 
@@ -98,9 +89,9 @@ def test_weights_are_cast_both_ways_once_per_step(recipe: str, fused: bool) -> N
     layers(
         ("tensorwise", "rowwise"),
         {
-            ("rowwise", False): "1.30",
+            ("rowwise", False): "1.16",
             ("rowwise", True): "4.28 GB",
-            ("tensorwise", True): "5.04 GB",
+            ("tensorwise", True): "4.43 GB",
         },
     ),
 )
@@ -115,7 +106,7 @@ def test_casts_of_a_layer(recipe: str, fused: bool) -> None:
 @pytest.mark.xfail(reason="separate products of one input drop them", strict=True)
 def test_maxima_of_producers_are_used(recipe: str) -> None:
     launches = traced(recipe, True).layer.launches
-    produced = ("_forward.y", "_forward.h", "_backward.da", "_backward.db", "_backward.dx")
+    produced = ("rms_norm.", "add_rms_norm", "silu_mul")
     again = [c for c in launches if "_magnitudes" in c.name and c.operand.startswith(produced)]
 
     assert again == []
@@ -123,7 +114,7 @@ def test_maxima_of_producers_are_used(recipe: str) -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "fused"),
-    layers(SAVING, {(recipe, fused): "0.96" for recipe, fused in NOT_JOINED if recipe in SAVING}),
+    layers(SAVING),
 )
 def test_saved_for_backward(recipe: str, fused: bool) -> None:
     kept = sum(traced(recipe, fused).layer.saved.values())
@@ -136,6 +127,8 @@ def test_the_tables_name_kernels_and_operands() -> None:
     shown = table(fused.layer)
 
     assert re.search(r"backward +producer +704.\d +506.\d +silu_mul._backward", shown)
-    assert re.search(r"backward +cast .*_cast_given_maxima +_backward.da \w+ by rows and columns", shown)
+    assert re.search(
+        r"backward +cast .*_cast_given_maxima +silu_mul_backward.0 \w+ by rows and columns", shown
+    )
     assert re.search(r"saved +469.8 MB +_scaled_mm", shown)  # w1's and w3's outputs, of which views are kept
     assert line("rowwise fused", fused, traced(None, False)).startswith("rowwise fused ")

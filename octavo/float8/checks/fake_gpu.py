@@ -74,14 +74,11 @@ def force_kernels(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
 
     Needs triton, and `force_hardware_path` on the model. Tensors stay on their device; no kernel can run.
     """
-    from octavo.float8.kernels.kernel_launch import compiling_for
-
     device, find_backend = Device("cuda", capability, _CUDA), gemm_backends.find_backend
     with (
         patch.object(gemm_backends, "find_backend", lambda gemm, _: find_backend(gemm, device)),
         patch.object(gpu_cast, "_device_supported", lambda _: True),
         patch.object(gpu_cast, "_PLAIN", (*gpu_cast._PLAIN, FakeTensor)),
-        compiling_for(10 * capability[0] + capability[1]),
     ):
         yield
 

@@ -5,11 +5,12 @@
     print(traffic.total("cast"), traffic.times_cast(), traffic.saved)
 
 `trace` compiles the model up to the graphs that the compiler would generate code from: after dynamo, AOT
-autograd and the partitioner, which decides what is saved for backward. Triton kernels are nodes there, and
-what each reads and writes are its arguments. Nothing is computed, so sizes do not matter.
+autograd and the partitioner, which decides what is saved for backward. Our operators run up to the Triton
+kernels that they launch, whose arguments are what each reads and writes. Nothing is computed, so sizes do not
+matter.
 
 Bytes are counted as if each kernel read its inputs and wrote its outputs once. Elementwise operations that
-feed each other count as one kernel, unless a product, an attention or a Triton kernel is between them; the
+feed each other count as one kernel, unless a product, an attention or a kernel of ours is between them; the
 compiler may need more kernels. `_cast_wide_rows` reads its input twice, mostly from cache.
 """
 
@@ -18,18 +19,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import make_boxed_func
-from torch._higher_order_ops import triton_kernel_wrap
-from torch._subclasses import FakeTensorMode
-from torch._subclasses.functional_tensor import dispatch_functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _CASTS = "octavo.float8.kernels.cast_"
 _VIEWS = (
@@ -108,9 +107,9 @@ def trace(model: nn.Module, *inputs: Tensor) -> KernelTraffic:
 
 def trace_eager(function: Callable[[], Any]) -> KernelTraffic:
     """The traffic of `function()`, run operation by operation."""
-    with _EagerCalls() as recorder:
+    with _Launches() as run:
         function()
-    return KernelTraffic(recorder.launches)
+    return KernelTraffic(run.calls)
 
 
 def _plain(name: str) -> str:
@@ -154,8 +153,7 @@ class _GraphReader:
                 return self.known[source.kwargs["_all_bases"][i - 1].name]  # type: ignore[index,operator,union-attr]
             if _op(source) in _VIEWS:
                 return self.known[source.name]
-            made_by = self._function(source).__name__ if "triton" in _op(source) else _op(source)
-            return f"{made_by}.{str(i).removesuffix('_ptr')} {node.name}"
+            return f"{_op(source)}.{i} {node.name}"
         if _op(node) in _VIEWS:
             return self.known[node.all_input_nodes[0].name]
         return node.name
@@ -184,8 +182,8 @@ class _GraphReader:
                 wanted.update(sources)
             else:
                 computed.add(node)
-            if "triton_kernel_wrapper" in _op(node):
-                yield self._kernel(node)
+            if self._is_ours(node):
+                yield from self._kernels(node)
             elif self._barrier(node):
                 kind = "attention" if "scaled_dot_product" in _op(node) else "product"
                 yield self._launch(_op(node), kind, node.all_input_nodes, [node])
@@ -221,7 +219,10 @@ class _GraphReader:
 
     def _barrier(self, node: fx.Node) -> bool:
         name = _op(node)
-        return name in _PRODUCTS or "scaled_dot_product" in name or "triton_kernel" in name
+        return name in _PRODUCTS or "scaled_dot_product" in name or self._is_ours(node)
+
+    def _is_ours(self, node: fx.Node) -> bool:
+        return getattr(node.target, "namespace", "") == "octavo" and _op(node) not in _PRODUCTS
 
     def _is_free(self, node: fx.Node) -> bool:
         name = _op(node)
@@ -236,69 +237,96 @@ class _GraphReader:
         written = sum(_size(n.meta.get("val")) for n in outputs)
         return KernelCall(name, kind, sum(read.values()), written, backward=self.backward)
 
-    def _function(self, node: fx.Node) -> Any:
-        kernel: Any = triton_kernel_wrap.kernel_side_table.get_kernel(node.kwargs["kernel_idx"])  # type: ignore[arg-type]
-        while hasattr(kernel, "fn"):  # autotuned, then compiled
-            kernel = kernel.fn
-        return kernel
+    def _kernels(self, node: fx.Node) -> list[KernelCall]:
+        """Those that our operator `node` launches."""
+        run = _Launches(self.backward)
 
-    def _kernel(self, node: fx.Node) -> KernelCall:
-        return kernel_launch(
-            self._function(node),
-            {
-                name: (self.known[n.name], n.meta["val"])
-                for name, n in node.kwargs["kwargs"].items()  # type: ignore[union-attr]
-                if isinstance(n, fx.Node)
-            },
-            node.kwargs["tensors_to_clone"],
-            self.backward,
-        )
+        def stand_in(n: fx.Node) -> Any:
+            value = n.meta["val"]
+            if not isinstance(value, Tensor):
+                return value
+            meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            run.name(meta, self.known[n.name])
+            return meta
 
-
-def kernel_launch(
-    function: Any, arguments: dict[str, tuple[str, Tensor]], writes: Any, backward: bool = False
-) -> KernelCall:
-    """The launch of a Triton kernel, given its tensors, each with its name, and which of them it writes."""
-    is_cast = function.__module__.startswith(_CASTS)
-    read = sum(_size(t) for name, (_, t) in arguments.items() if name not in writes)
-    written = sum(_size(t) for name, (_, t) in arguments.items() if name in writes)
-    outputs = {"rows": "data_ptr", "columns": "data_t_ptr"}
-    makes = [made for made, name in outputs.items() if name in writes and arguments[name][1].numel() > 0]
-    return KernelCall(
-        f"{function.__module__.rpartition('.')[2]}.{function.__name__}",
-        "cast" if is_cast else "producer",
-        read,
-        written,
-        arguments["x_ptr"][0] if is_cast else "",
-        tuple(makes),
-        backward,
-    )
+        args = fx.node.map_arg(node.args, stand_in)
+        with run:
+            node.target(*args)  # type: ignore[operator]
+        return run.calls
 
 
-class _EagerCalls(TorchDispatchMode):
-    """Records what operations read and write; our operators are replaced by the kernels they launch."""
+class _Launches(TorchDispatchMode):
+    """Records what operations read and write. Our operators run as far as their Triton kernels, which are
+    recorded instead of launched.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, backward: bool = False) -> None:
         super().__init__()
-        self.launches: list[KernelCall] = []
+        self.calls: list[KernelCall] = []
+        self.backward = backward
+        self._names: dict[tuple[int, int], str] = {}  # of what was computed, by storage and offset
+        self._alive: list[Tensor] = []  # so that no storage is used twice
+
+    def name(self, x: Tensor, name: str = "") -> str:
+        self._alive.append(x)
+        key = x.untyped_storage()._cdata, int(x.storage_offset())
+        return self._names.setdefault(key, name or f"tensor {len(self._names)}")
+
+    def _is_new(self, x: Tensor) -> bool:
+        return (x.untyped_storage()._cdata, int(x.storage_offset())) not in self._names
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if func.namespace == "octavo":
-            self.launches += _expanded(func, args)
-        elif _size(made) and func._opname not in (*_VIEWS, *_FREE):
-            narrow = [t for t in pytree.tree_leaves((args, made)) if isinstance(t, Tensor)]
-            kind = "cast" if any(t.dtype in _NARROW for t in narrow) else "elementwise"
-            self.launches.append(KernelCall(func._opname, kind, _size((args, kwargs)), _size(made)))
+        from octavo.float8.kernels.ops import LAUNCHERS
+
+        kwargs = kwargs or {}
+        launcher = LAUNCHERS.get(func._opname) if func.namespace == "octavo" else None
+        if launcher is not None:
+            for x in (t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)):
+                self.name(x)
+            with self, _recorded_by(self.launch):
+                return launcher(*args)
+        made = func(*args, **kwargs)
+        if func._opname not in _FREE and _size(made):
+            tensors = [t for t in pytree.tree_leaves((args, kwargs, made)) if isinstance(t, Tensor)]
+            for x in tensors:
+                self.name(x)
+            if func._opname not in _VIEWS:
+                kind = "cast" if any(t.dtype in _NARROW for t in tensors) else "elementwise"
+                read, written = _size((args, kwargs)), _size(made)
+                self.calls.append(KernelCall(func._opname, kind, read, written, backward=self.backward))
         return made
 
-
-def _expanded(func: Any, args: Any) -> list[KernelCall]:
-    """The kernels that the operator `func` launches for arguments of these shapes."""
-    with _disable_current_modes(), FakeTensorMode():
-        fake = pytree.tree_map_only(
-            Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device), args
+    def launch(self, kernel: Any, args: Any, kwargs: Any) -> None:
+        """What a kernel is given that nothing has written yet, it writes."""
+        given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+        tensors = {name: t for name, t in given.items() if isinstance(t, Tensor)}
+        written = {name for name, t in tensors.items() if self._is_new(t)}
+        both = set(getattr(kernel, "restore_value", None) or ())  # updated in place
+        names = {name: self.name(t) for name, t in tensors.items()}
+        function = kernel.fn
+        while hasattr(function, "fn"):
+            function = function.fn
+        is_cast = function.__module__.startswith(_CASTS)
+        outputs = {"rows": "data_ptr", "columns": "data_t_ptr"}
+        call = KernelCall(
+            f"{function.__module__.rpartition('.')[2]}.{function.__name__}",
+            "cast" if is_cast else "producer",
+            sum(_size(t) for name, t in tensors.items() if name not in written),
+            sum(_size(t) for name, t in tensors.items() if name in written | both),
+            names["x_ptr"] if is_cast else "",
+            tuple(way for way, name in outputs.items() if name in written and tensors[name].numel() > 0),
+            self.backward,
         )
-        tensors, spec = pytree.tree_flatten(fake)
-        gm = make_fx(dispatch_functionalize(lambda *flat: func(*pytree.tree_unflatten(flat, spec))))(*tensors)
-        return list(_GraphReader(gm, {}, set()).launches())
+        self.calls.append(call)
+
+
+@contextmanager
+def _recorded_by(launch: Callable[[Any, Any, Any], None]) -> Iterator[None]:
+    """Scope in which Triton kernels are handed to `launch(kernel, args, kwargs)` instead of launched."""
+    from triton.runtime.autotuner import Autotuner
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launch(kernel, args, kwargs)
+
+    with patch.object(Autotuner, "run", run):
+        yield

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from octavo.float8.kernels.numerics import INTERPRETING, ONE_BYTE
 
@@ -54,14 +49,6 @@ class Untuned:
 
     def __getitem__(self, grid: Any) -> Any:
         return lambda *args, **kwargs: self.fn[grid](*args, **kwargs, **self.config)
-
-
-@contextmanager
-def compiling_for(arch: int) -> Iterator[None]:
-    """Scope in which Triton compiles for sm_`arch`, also without a GPU; no kernel can run."""
-    target = GPUTarget("cuda", arch, 32)
-    with patch.object(type(driver), "active", SimpleNamespace(get_current_target=lambda: target)):
-        yield
 
 
 def cast_constants(dtype: torch.dtype, scales: str) -> dict[str, int]:

@@ -39,6 +39,8 @@ Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 _LIBRARY = torch.library.Library("octavo", "FRAGMENT")
+LAUNCHERS: dict[str, Callable[..., Any]] = {}
+"""The name of each operator -> the function that launches its kernels."""
 
 
 def _operator(
@@ -54,6 +56,7 @@ def _operator(
 
         schema = torch.library.infer_schema(function, mutates_args=writes)
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LAUNCHERS[name] = function
         _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
         torch.library.register_fake(f"octavo::{name}", shapes, lib=_LIBRARY)
         operator: Callable[..., Any] = getattr(torch.ops.octavo, name).default
