@@ -19,10 +19,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
@@ -35,7 +33,7 @@ _VIEWS = (
     "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "slice",
     "select", "split", "split_with_sizes", "alias", "detach", "as_strided", "unbind",
 )  # fmt: skip
-_FREE = ("empty", "new_empty", "zeros", "new_zeros", "full", "ones", "scalar_tensor", "arange")
+_FREE = ("empty", "new_empty", "empty_like", "zeros", "new_zeros", "full", "ones", "scalar_tensor", "arange")
 _PRODUCTS = ("mm", "addmm", "bmm", "_scaled_mm", "_scaled_mm_v2", "scaled_mm_blocks")
 _NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int32)
 """Codes, one-byte scales and the bits of maxima: what only casts read and write, besides products."""
@@ -276,6 +274,7 @@ class _Launches(TorchDispatchMode):
         return (x.untyped_storage()._cdata, int(x.storage_offset())) not in self._names
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from octavo.float8.kernels.kernel_launch import handed_to
         from octavo.float8.kernels.ops import LAUNCHERS
 
         kwargs = kwargs or {}
@@ -283,7 +282,7 @@ class _Launches(TorchDispatchMode):
         if launcher is not None:
             for x in (t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)):
                 self.name(x)
-            with self, _recorded_by(self.launch):
+            with self, handed_to(self.launch):
                 return launcher(*args)
         made = func(*args, **kwargs)
         if func._opname not in _FREE and _size(made):
@@ -318,15 +317,3 @@ class _Launches(TorchDispatchMode):
             self.backward,
         )
         self.calls.append(call)
-
-
-@contextmanager
-def _recorded_by(launch: Callable[[Any, Any, Any], None]) -> Iterator[None]:
-    """Scope in which Triton kernels are handed to `launch(kernel, args, kwargs)` instead of launched."""
-    from triton.runtime.autotuner import Autotuner
-
-    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launch(kernel, args, kwargs)
-
-    with patch.object(Autotuner, "run", run):
-        yield

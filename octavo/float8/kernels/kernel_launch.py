@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -49,6 +51,17 @@ class Untuned:
 
     def __getitem__(self, grid: Any) -> Any:
         return lambda *args, **kwargs: self.fn[grid](*args, **kwargs, **self.config)
+
+
+@contextmanager
+def handed_to(launch: Callable[[Any, Any, Any], None]) -> Iterator[None]:
+    """Scope in which tuned kernels are handed to `launch(kernel, args, kwargs)` instead of launched."""
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launch(kernel, args, kwargs)
+
+    with patch.object(triton.runtime.Autotuner, "run", run):
+        yield
 
 
 def cast_constants(dtype: torch.dtype, scales: str) -> dict[str, int]:
