@@ -65,11 +65,14 @@ def test_garbage_is_collected_at_its_steps_only(caplog, monkeypatch):
     try:
         with caplog.at_level("INFO", logger="octavo"):
             collector = GarbageCollector(every=10)
+            for start in (0, 2):  # again after a rewind
+                collector.on_start(start)
             assert not gc.isenabled()
             for step in range(1, 31):
-                collector.run(step)
+                collector.before_step(step)
     finally:
         gc.enable()
     periodical = [line for line in caplog.messages if "[GC] Performing periodical GC collection." in line]
     assert len(periodical) == 3
+    assert len(caplog.messages) == 1 + len(periodical)
     assert periodical[0].endswith(" seconds.")
