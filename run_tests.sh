@@ -13,7 +13,7 @@ root=$(CDPATH='' cd -P "$(dirname "$here")" && pwd)
 
 # shellcheck source=scripts/python_env.sh
 source "$root/scripts/python_env.sh"
-find_python "$root" train,test tyro tokenizers pytest xdist hypothesis expecttest torchao transformers
+find_python "$root" train,test tokenizers pytest xdist hypothesis expecttest torchao transformers
 
 # Tests run side by side, so each has one thread; tests/conftest.py says the same for a bare `pytest`.
 export OMP_NUM_THREADS=1 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}

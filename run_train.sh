@@ -23,7 +23,7 @@ for argument in "$@"; do
     break
   fi
 done
-if [[ -z ${OCTAVO_RESOLVED_PYTHON:-} ]]; then find_python "$root" train tyro tokenizers; fi
+if [[ -z ${OCTAVO_RESOLVED_PYTHON:-} ]]; then find_python "$root" train tokenizers; fi
 
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 exec "$OCTAVO_RESOLVED_PYTHON" -P -m octavo.launch "$@"

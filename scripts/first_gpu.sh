@@ -14,7 +14,7 @@ set -euo pipefail
 
 root=$(CDPATH='' cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${OCTAVO_PYTHON:-python3}
-packages=(tyro==1.0.17 typeguard==4.6.1 docstring_parser==0.18.0 torchao==0.18.0)
+packages=(torchao==0.18.0)
 
 die() {
   printf 'octavo: %s\n' "$*" >&2

@@ -212,7 +212,7 @@ TORCH_FREE = (
 def test_what_judges_a_command_imports_neither_torch_nor_numpy():
     program = (
         f"import importlib, sys\nfor name in {TORCH_FREE!r}: importlib.import_module(name)\n"
-        "print([name for name in ('torch', 'numpy', 'tyro', 'tokenizers') if name in sys.modules])"
+        "print([name for name in ('torch', 'numpy', 'tokenizers') if name in sys.modules])"
     )
     assert in_a_process_of_its_own(program) == "[]\n"
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from octavo.config import names, toml
 from octavo.config.schema import Float8
-from octavo.core.errors import ConfigError, did_you_mean
+from octavo.config.values import Setting
+from octavo.core.errors import ConfigError, Problem, did_you_mean
 
 HIGH_PRECISION = "high_precision"
 KEY, FILE_KEY = "float8.layer_recipes", "float8.layer_recipes_file"
@@ -70,19 +71,21 @@ def recipes_named(settings: Float8) -> list[str]:
     return list(dict.fromkeys([rest, *(r.recipe for r in layer_recipes(settings) if r.recipe is not None)]))
 
 
-def read(path: str) -> toml.Entry:
+def read(path: str) -> Setting:
     """Read a file of layer recipes. Raises `ConfigError` if it sets anything else, or nothing."""
-    entries, problems = toml.read(path)
+    settings, problems = toml.read(path)
     problems += [
-        f"{entry.where}: {entry.written} does not belong here: {FILE_KEY} names a file with {KEY} alone"
-        for entry in entries
-        if f"{entry.section}.{entry.key}" != KEY
+        Problem(
+            f"{other.where}: {other.written} does not belong here: {FILE_KEY} names a file with {KEY} alone"
+        )
+        for other in settings
+        if other.name != KEY
     ]
-    if not problems and not entries:
-        problems.append(f"{path}: has no {KEY}; octavo tune writes such a file")
+    if not problems and not settings:
+        problems.append(Problem(f"{path}: has no {KEY}; octavo tune writes such a file"))
     if problems:
-        raise ConfigError("\n".join(problems))
-    return entries[0]
+        raise ConfigError(problems)
+    return settings[0]
 
 
 def matching(recipes: Sequence[LayerRecipe], name: str) -> LayerRecipe | None:

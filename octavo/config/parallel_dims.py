@@ -14,9 +14,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from octavo.config.schema import Parallelism
-from octavo.core.errors import ConfigError
+from octavo.core.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from octavo.config.schema import Parallelism
 
 KEYS: Mapping[str, str] = MappingProxyType(
     {
@@ -65,7 +68,7 @@ class ParallelDims:
         return self.tensor * (2 * self.context if self.context > 1 else 1)
 
 
-def parallel_dims_of(parallelism: Parallelism, processes: int) -> ParallelDims:
+def parallel_dims_of(parallelism: "Parallelism", processes: int) -> ParallelDims:
     """The degrees that `parallelism` asks for on `processes` processes.
 
     Raises:
@@ -81,12 +84,9 @@ def parallel_dims_of(parallelism: Parallelism, processes: int) -> ParallelDims:
     if len(asked) > 1:
         terms += f" = {product}"
     if left and processes % product:
-        raise ConfigError(
-            f"{terms} does not divide {there}; change a degree, or the number of processes (NGPU)"
-        )
+        remedy = "change a degree, or the number of processes (NGPU)"
+        raise ConfigError([Problem(f"{terms} does not divide {there}", remedy)])
     if not left and product != processes:
-        raise ConfigError(
-            f"{terms if asked else 'all of parallelism are 1'}, but the job has {there}; "
-            "data_parallel_shard_degree = -1 takes what is left"
-        )
+        what = f"{terms if asked else 'all of parallelism are 1'}, but the job has {there}"
+        raise ConfigError([Problem(what, "data_parallel_shard_degree = -1 takes what is left")])
     return ParallelDims(**degrees | {"shard": processes // product if left else degrees["shard"]})

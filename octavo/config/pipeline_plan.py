@@ -15,10 +15,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from octavo.config import pipeline_csv
-from octavo.config.effects import uses_previous_step
-from octavo.config.ranges import named
+from octavo.config.needs import uses_previous_step
 from octavo.config.schema import JobConfig, Parallelism
-from octavo.core.errors import ConfigError, did_you_mean
+from octavo.core.errors import ConfigError, Problem, did_you_mean
 
 _P = "parallelism.pipeline_parallel_"
 
@@ -100,10 +99,8 @@ def plan_of(job: JobConfig, units: Sequence[Sequence[str]]) -> PipelinePlan:
         if layers < count:
             per_stage = settings.pipeline_parallel_layers_per_stage
             by, remedy = (_P + "degree", "lower") if per_stage is None else (_P + "layers_per_stage", "raise")
-            raise ConfigError(
-                f"{named(job, by)} makes {degree} x {count // degree} = {count} stages, which "
-                f"need a layer each, and this model has {layers}; {remedy} it"
-            )
+            what = f"makes {degree} x {count // degree} = {count} stages, which need a layer each"
+            raise ConfigError([job.problem(by, f"{what}, and this model has {layers}", f"{remedy} it")])
         cuts = _even_cuts(job, count, layers)
     bounds = [0, *cuts, len(units)]
     stages = tuple(
@@ -127,63 +124,61 @@ def splits_backward(settings: Parallelism) -> bool:
     return name is not None and SCHEDULES[name].splits
 
 
-def problems(job: JobConfig) -> Iterator[str]:
-    """One message for each error in the pipeline's settings that does not depend on the model. Raises
-    OSError.
-    """
+def problems(job: JobConfig) -> Iterator[Problem]:
+    """What is wrong with the pipeline's settings and does not depend on the model. Raises OSError."""
     settings = job.parallelism
     if settings.pipeline_parallel_degree == 1:
         return
     name = _name(settings)
     if name is None:
         hint = did_you_mean(settings.pipeline_parallel_schedule, SCHEDULES)
-        yield f"{named(job, _P + 'schedule')}: no such schedule; there are {', '.join(SCHEDULES)}{hint}"
+        yield job.problem(_P + "schedule", f": no such schedule; there are {', '.join(SCHEDULES)}{hint}")
         return
-    size = settings.pipeline_parallel_microbatch_size
-    if job.training.local_batch_size % size:
-        yield (
-            f"{named(job, 'training.local_batch_size')} is not a multiple of "
-            f"{named(job, _P + 'microbatch_size')}, so it does not divide into microbatches; change one"
-        )
+    if job.training.local_batch_size % settings.pipeline_parallel_microbatch_size:
+        size = job.named(_P + "microbatch_size")
+        what = f"is not a multiple of {size}, so it does not divide into microbatches"
+        yield job.problem("training.local_batch_size", what, "change one")
         return
     try:
         yield from _of_csv(job, name) if settings.pipeline_parallel_schedule_csv else _of_schedule(job, name)
         yield from _of_split_points(job, name)
         splits = splits_backward(settings)
     except ConfigError as error:
-        yield str(error)
+        yield from error.problems
         return
     if splits:
         yield from _of_split_backward(job)
     if uses_previous_step(job) and (splits or SCHEDULES[name].stages > 1):
-        yield (
-            f"{named(job, 'float8.recipe_name')} records maxima per step, not supported if a process "
-            f"has several stages ({name}); choose another recipe, or {_P}schedule = 1F1B"
+        yield job.problem(
+            "float8.recipe_name",
+            f"records maxima per step, not supported if a process has several stages ({name})",
+            f"choose another recipe, or {_P}schedule = 1F1B",
         )
 
 
-def _of_split_backward(job: JobConfig) -> Iterator[str]:
+def _of_split_backward(job: JobConfig) -> Iterator[Problem]:
     """Settings that conflict with separate passes for the gradients of inputs and of weights."""
-    apart = "this pipeline schedule computes the gradients of inputs and of weights separately, and"
+    apart = ": this pipeline schedule computes the gradients of inputs and of weights separately, and"
     instead = f"set {_P}schedule = Interleaved1F1B"
     if job.compile.enable and "model" in job.compile.components:
-        yield (
-            f"{named(job, 'compile.enable')}: {apart} a compiled layer can only compute both together, so "
-            "that each would be computed twice; leave compilation out, compile the loss alone "
-            f"(--compile.components=loss), or {instead}"
+        yield job.problem(
+            "compile.enable",
+            f"{apart} a compiled layer can only compute both together, so that each would be computed twice",
+            f"leave compilation out, compile the loss alone (--compile.components=loss), or {instead}",
         )
     if job.parallelism.fsdp_reshard_after_forward == "always":
         # FSDP2 reduces the gradients of what is gathered, and weights' come when that is freed again.
-        yield (
-            f"{named(job, 'parallelism.fsdp_reshard_after_forward')}: {apart} FSDP2 would have freed the "
-            f"weights between the two, and lose gradients; leave it at default, or {instead}"
+        yield job.problem(
+            "parallelism.fsdp_reshard_after_forward",
+            f"{apart} FSDP2 would have freed the weights between the two, and lose gradients",
+            f"leave it at default, or {instead}",
         )
     checkpointing = job.activation_checkpoint
     if checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op":
-        yield (
-            f"{named(job, 'activation_checkpoint.mode')}: {apart} selective checkpointing of operations can "
-            "run backward through a layer only once; set activation_checkpoint.mode = full, or "
-            f"{instead}"
+        yield job.problem(
+            "activation_checkpoint.mode",
+            f"{apart} selective checkpointing of operations can run backward through a layer only once",
+            f"set activation_checkpoint.mode = full, or {instead}",
         )
 
 
@@ -203,83 +198,85 @@ def _rows(settings: Parallelism) -> list[list[pipeline_csv.ScheduleAction]] | No
     return None if path is None else pipeline_csv.read(path)
 
 
-def _of_csv(job: JobConfig, name: str) -> Iterator[str]:
-    key = _P + "schedule_csv"
+def _of_csv(job: JobConfig, name: str) -> Iterator[Problem]:
     if not SCHEDULES[name].csv and _P + "schedule" in job.given:
-        yield (
-            f"{named(job, _P + 'schedule')} and {named(job, key)} are two schedules: leave one out, or name "
-            "PipelineScheduleSingle or PipelineScheduleMulti, which stand for the file's own"
+        yield job.problem(
+            _P + "schedule",
+            f"and {job.named(_P + 'schedule_csv')} are two schedules",
+            "leave one out, or name PipelineScheduleSingle or PipelineScheduleMulti, which stand for the "
+            "file's own",
         )
     rows = _rows(job.parallelism)
     assert rows is not None
     wrong = pipeline_csv.problem(rows, job.parallelism.pipeline_parallel_degree, microbatches(job))
     if wrong is not None:
-        yield f"{named(job, key)} {wrong}"
+        yield job.problem(_P + "schedule_csv", wrong)
 
 
-def _of_schedule(job: JobConfig, name: str) -> Iterator[str]:
+def _of_schedule(job: JobConfig, name: str) -> Iterator[Problem]:
     schedule, degree, count = SCHEDULES[name], job.parallelism.pipeline_parallel_degree, microbatches(job)
     key = _P + "schedule"
     terms = f"local_batch_size / pipeline_parallel_microbatch_size = {count}"
     if schedule.csv:
-        yield f"{named(job, key)} takes its order from a file: add --{_P}schedule_csv"
+        yield job.problem(key, "takes its order from a file", f"add --{_P}schedule_csv")
     if schedule.microbatch_per_process and count < degree:
-        yield (
-            f"{named(job, key)} needs a microbatch for each stage, and there are {degree} stages and "
-            f"{terms} microbatches; raise training.local_batch_size, or lower {_P}microbatch_size"
+        yield job.problem(
+            key,
+            f"needs a microbatch for each stage, and there are {degree} stages and {terms} microbatches",
+            f"raise training.local_batch_size, or lower {_P}microbatch_size",
         )
     rounds = max(1, count // degree)
     if schedule.rounds_divide and count % rounds:
-        yield (
-            f"{named(job, key)} takes microbatches in {rounds} rounds, as often as they fill the "
-            f"{degree} stages of a round, and {terms} do not divide by {rounds}; "
-            f"{count // degree * degree} or {(count // degree + 1) * degree} would do"
+        yield job.problem(
+            key,
+            f"takes microbatches in {rounds} rounds, as often as they fill the {degree} stages of a round, "
+            f"and {terms} do not divide by {rounds}",
+            f"{count // degree * degree} or {(count // degree + 1) * degree} would do",
         )
 
 
-def _of_split_points(job: JobConfig, name: str) -> Iterator[str]:
+def _of_split_points(job: JobConfig, name: str) -> Iterator[Problem]:
     points = job.parallelism.pipeline_parallel_split_points
     if points:
-        given = named(job, _P + "split_points")
-        yield from _of_count(job, name, len(points) + 1, f"{given} names {len(points)} cuts, which")
+        yield from _of_count(job, name, len(points) + 1, "split_points", f"names {len(points)} cuts, which")
 
 
-def _of_count(job: JobConfig, name: str, count: int, makes: str) -> Iterator[str]:
-    """One message if the schedule cannot have `count` stages."""
+def _of_count(job: JobConfig, name: str, count: int, key: str, makes: str) -> Iterator[Problem]:
+    """A problem if the schedule cannot have the `count` stages that `key` makes."""
     degree, rows, schedule = job.parallelism.pipeline_parallel_degree, _rows(job.parallelism), SCHEDULES[name]
     each, over = divmod(count, degree)
-    stages_made = f"{makes} makes {count} stages"
     if rows is not None:
         wanted = len(pipeline_csv.processes(rows))
         if count != wanted:
-            yield f"{stages_made}, and {_P}schedule_csv has {wanted}"
+            what = f"{makes} makes {count} stages, and {_P}schedule_csv has {wanted}"
+            yield job.problem(_P + key, what)
     elif over or each < schedule.stages or each > (schedule.most or each):
         several = f"{schedule.stages}{' or more' if schedule.most is None else ''}"
         wanted = degree * schedule.stages
         more = f", {2 * wanted}, ..." if schedule.most is None else ""
-        yield (
-            f"{stages_made}, and {name} takes {several} for each of the {degree} processes "
-            f"({wanted}{more} stages in all, {wanted - 1}{', ...' if more else ''} cuts); change it, or the "
-            "schedule"
+        yield job.problem(
+            _P + key,
+            f"{makes} makes {count} stages, and {name} takes {several} for each of the {degree} processes "
+            f"({wanted}{more} stages in all, {wanted - 1}{', ...' if more else ''} cuts)",
+            "change it, or the schedule",
         )
 
 
 def _count(job: JobConfig, name: str, layers: int) -> int:
     """The number of stages without split points."""
     settings = job.parallelism
-    degree, rows, per_stage = (
-        settings.pipeline_parallel_degree,
-        _rows(settings),
-        settings.pipeline_parallel_layers_per_stage,
-    )
+    rows, per_stage = _rows(settings), settings.pipeline_parallel_layers_per_stage
     if rows is not None:
         return len(pipeline_csv.processes(rows))
     if per_stage is None:
-        return degree * SCHEDULES[name].stages
+        return settings.pipeline_parallel_degree * SCHEDULES[name].stages
     first, last = _less(settings)
     count = math.ceil((layers + first + last) / per_stage)
-    terms = f"{layers} layers + {first} for the embedding + {last} for the head, by {per_stage}, rounded up,"
-    for wrong in _of_count(job, name, count, f"{named(job, _P + 'layers_per_stage')}: {terms}"):
+    terms = (
+        f": {layers} layers + {first} for the embedding + {last} for the head, by {per_stage}, rounded up,"
+    )
+    wrong = list(_of_count(job, name, count, "layers_per_stage", terms))
+    if wrong:
         raise ConfigError(wrong)
     return count
 
@@ -294,17 +291,17 @@ def _less(settings: Parallelism) -> tuple[int, int]:
 def _given_cuts(job: JobConfig, units: Sequence[Sequence[str]]) -> list[int]:
     """The index of the unit that begins each stage but the first, from the split points."""
     points, names = job.parallelism.pipeline_parallel_split_points, [unit[0] for unit in units]
-    key = named(job, _P + "split_points")
+    key = _P + "split_points"
     for point in points:
         if point not in names[1:]:
-            raise ConfigError(
-                f"{key}: {point!r} is no part of this model, which has {names[1]} to {names[-2]}, then "
-                f"{names[-1]}{did_you_mean(point, names[1:])}"
+            what = (
+                f": {point!r} is no part of this model, which has {names[1]} to {names[-2]}, then {names[-1]}"
             )
+            raise ConfigError([job.problem(key, what + did_you_mean(point, names[1:]))])
     cuts = [names.index(point) for point in points]
     if cuts != sorted(cuts):
         ordered = ",".join(names[cut] for cut in sorted(cuts))
-        raise ConfigError(f"{key} are out of order; the model's order is {ordered}")
+        raise ConfigError([job.problem(key, "are out of order", f"the model's order is {ordered}")])
     return cuts
 
 

@@ -9,31 +9,19 @@ come out right without a second TOML parser, and the cost grows with the file's 
 import re
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from octavo.config import lookup, torchtitan
 from octavo.config.schema import SECTIONS
-from octavo.config.values import BadValue, convert
-from octavo.core.errors import ConfigError
+from octavo.config.values import BadValue, Setting, convert
+from octavo.core.errors import ConfigError, Problem
 
 _POSITION = re.compile(r"\s*\(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)$")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One value from the file: where it belongs, what it is, and how to point at it."""
-
-    section: str
-    key: str
-    value: Any
-    written: str
-    where: str
-
-
-def read(path: str) -> tuple[list[Entry], list[str]]:
-    """All valid entries of a file, and one message for each thing wrong in it.
+def read(path: str) -> tuple[list[Setting], list[Problem]]:
+    """All valid settings of a file, and a problem for each thing wrong in it.
 
     Raises:
         ConfigError: where the file cannot be read, or is no TOML.
@@ -46,26 +34,31 @@ def read(path: str) -> tuple[list[Entry], list[str]]:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets a thousand deep
         raise ConfigError(f"{path}: not usable TOML: {error}") from None
     lines = key_lines(text)
-    entries: dict[str, Entry] = {}
-    problems: list[str] = []
+    settings: dict[str, Setting] = {}
+    problems: list[Problem] = []
+
+    def wrong(keys: tuple[str, ...], message: str, key: str = "") -> None:
+        where = _where(path, lines, keys)
+        problems.append(Problem(f"{where}: {message}", key=key, where=where))
+
     for name, table in tree.items():
-        section, where = lookup.normal(name), _where(path, lines, (name,))
+        section = lookup.normal(name)
         if not isinstance(table, dict):
-            problems.append(f"{where}: {_not_a_table(name, section, table)}")
+            wrong((name,), _not_a_table(name, section, table))
             continue
         if section not in SECTIONS and not (table and section in torchtitan.KEYS):
-            problems.append(f"{where}: [{name}]: {lookup.explain_unknown_section(section)}")
+            wrong((name,), f"[{name}]: {lookup.explain_unknown_section(section)}")
             continue
         for key, value in table.items():
+            written = f"{section}.{lookup.normal(key)}"
             try:
-                entry = _entry(section, lookup.normal(key), value, where=_where(path, lines, (name, key)))
-                if entry.written in entries:  # TOML itself does not know that - and _ are one to us
-                    raise BadValue(f"given twice, here and at {entries[entry.written].where}")
-                entries[entry.written] = entry
+                if written in settings:  # TOML itself does not know that - and _ are one to us
+                    raise BadValue(f"given twice, here and at {settings[written].where}")
+                where = _where(path, lines, (name, key))
+                settings[written] = _setting(section, lookup.normal(key), value, where)
             except BadValue as error:
-                spelling = f"{section}.{lookup.normal(key)}"
-                problems.append(f"{_where(path, lines, (name, key))}: {spelling}: {error}")
-    return list(entries.values()), problems
+                wrong((name, key), f"{written}: {error}", written)
+    return list(settings.values()), problems
 
 
 def key_lines(text: str) -> dict[tuple[str, ...], int]:
@@ -181,7 +174,7 @@ def _not_a_table(name: str, section: str, value: Any) -> str:
     return f"key '{name}' stands outside any section{lookup.suggest_for_bare(section, prefix='')}"
 
 
-def _entry(section: str, key: str, value: Any, *, where: str) -> Entry:
+def _setting(section: str, key: str, value: Any, where: str) -> Setting:
     """One key of the file; raises BadValue where it is no key of ours, or cannot have this value."""
     home = lookup.resolve(section, key)
     if home is None:
@@ -189,4 +182,4 @@ def _entry(section: str, key: str, value: Any, *, where: str) -> Entry:
     if home == ("job", "config_file"):
         raise BadValue("a file cannot name another; give --job.config_file on the command line")
     converted = convert(SECTIONS[home[0]][home[1]], value, text=False)
-    return Entry(*home, converted, f"{section}.{key}", where)
+    return Setting(*home, converted, f"{section}.{key}", where, "toml")

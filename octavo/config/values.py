@@ -8,6 +8,7 @@ guessed: `1.5` is no integer, `true` is no number, `"ten"` is neither.
 import math
 import re
 import types
+from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
 from octavo.core.errors import did_you_mean
@@ -27,7 +28,36 @@ _TOML_TYPES = {
 
 
 class BadValue(Exception):
-    """A value that its key cannot take; not a ValueError, so that tyro lets it pass."""
+    """A value that its key cannot take."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value that a user gave.
+
+    written: the spelling of the key, "section.key". where: the flag as typed, or "file.toml:12". source:
+    "cli" or "toml". text: the value of a flag, as text.
+    """
+
+    section: str
+    key: str
+    value: Any
+    written: str
+    where: str
+    source: str
+    text: str = ""
+
+    @property
+    def name(self) -> str:
+        """The option that it sets."""
+        return f"{self.section}.{self.key}"
+
+    @property
+    def flag(self) -> str:
+        """The flag, in the one spelling that scripts may rely on."""
+        if isinstance(self.value, bool):
+            return f"--{self.section}.{'' if self.value else 'no_'}{self.key}"
+        return f"--{self.name}={self.text}"
 
 
 def unwrap(kind: Any) -> tuple[Any, bool]:
@@ -80,6 +110,17 @@ def convert(kind: Any, value: Any, *, text: bool) -> Any:
     return converted
 
 
+def shown(value: Any) -> str:
+    """A value as a user would write it."""
+    if isinstance(value, list):
+        return ",".join(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return digits(value)
+    return repr(value) if isinstance(value, str) and not value.isprintable() else str(value)
+
+
 def digits(number: int) -> str:
     """The number in digits, or its size where those would fill the line (and Python may refuse them)."""
     if number.bit_length() <= 128:
@@ -91,14 +132,14 @@ def _convert_list(kind: Any, value: Any) -> list[str]:
     (item,) = get_args(kind)
     if isinstance(value, str):
         if value.strip()[:1] in ("[", "(", "{"):
-            raise BadValue(f"got {_shown(value)}; inside quotes a list is written without brackets: a,b")
+            raise BadValue(f"got {_quoted(value)}; inside quotes a list is written without brackets: a,b")
         value = [part.strip() for part in value.split(",") if part.strip()]
     if not isinstance(value, list):
         raise _wrong_type(kind, value, text=False)
     converted = [convert(item, part, text=False) for part in value]
     if len(set(converted)) < len(converted):
         twice = next(item for item in converted if converted.count(item) > 1)
-        raise BadValue(f"names {_shown(twice)} twice")
+        raise BadValue(f"names {_quoted(twice)} twice")
     return converted
 
 
@@ -107,7 +148,7 @@ def _convert_choice(kind: Any, value: Any) -> str:
     if not isinstance(value, str):
         raise _wrong_type(kind, value, text=False)
     if value not in choices:
-        raise BadValue(f"{_shown(value)} is not {describe(kind)}{did_you_mean(value, choices)}")
+        raise BadValue(f"{_quoted(value)} is not {describe(kind)}{did_you_mean(value, choices)}")
     return value
 
 
@@ -134,11 +175,11 @@ def _read_toml(kind: Any, value: Any) -> Any:
 
 
 def _wrong_type(kind: Any, value: Any, *, text: bool) -> BadValue:
-    got = _shown(value) if text else f"{_TOML_TYPES.get(type(value), 'a date or time')} ({_shown(value)})"
+    got = _quoted(value) if text else f"{_TOML_TYPES.get(type(value), 'a date or time')} ({_quoted(value)})"
     return BadValue(f"expected {describe(kind)}, got {got}")
 
 
-def _shown(value: Any) -> str:
+def _quoted(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return digits(value)
     shown = str(value).lower() if isinstance(value, bool) else repr(value)

@@ -2,18 +2,40 @@
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from octavo.core.secrets import redact
 
 
-class ConfigError(Exception):
-    """A configuration that cannot run. `str(error)` is the whole message, ready to print, with access tokens
-    removed; the exit code is 2.
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    message: what is wrong, with the value and the limit. remedy: what to do; empty where the message says it.
+    key: the option at fault as "section.key", if any. where: the flag as typed, or "file.toml:12"; empty for
+    a default. valid: the option itself is right, and `remedy` is the command that provides what is missing.
     """
 
+    message: str
+    remedy: str = ""
+    key: str = ""
+    where: str = ""
+    valid: bool = False
+
     def __str__(self) -> str:
-        text: str = redact(super().__str__())
+        joint = ": " if self.valid else "; "
+        text: str = redact(f"{self.message}{joint}{self.remedy}" if self.remedy else self.message)
         return text
+
+
+class ConfigError(Exception):
+    """A configuration that cannot run. `str(error)` is the whole message, ready to print, a line for each of
+    `problems`, with access tokens removed; the exit code is 2.
+    """
+
+    def __init__(self, problems: str | Iterable[Problem]) -> None:
+        self.problems = (Problem(problems),) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)))
 
 
 def nearest(name: str, valid: Iterable[str], *, cutoff: float = 0.6) -> str | None:

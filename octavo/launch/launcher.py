@@ -15,7 +15,8 @@ from dataclasses import replace
 
 from octavo import config
 from octavo.config import ConfigError, config_file, flags
-from octavo.config.ranges import shown
+from octavo.config.option_help import help_text
+from octavo.config.values import shown
 from octavo.core.format import count
 from octavo.launch.elastic import Launch, run
 from octavo.launch.heartbeat import Rendezvous
@@ -193,7 +194,7 @@ def unused_machines(environ: Mapping[str, str]) -> str | None:
 def _config_file(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
     """The option that names the TOML file; empty if `argv` names one."""
     variable = environ.get("CONFIG_FILE", "")
-    option = flags.config_file(flags.scan(argv)[0])
+    option = flags.config_file(flags.read(argv)[0])
     if option is not None and not variable:
         return []
     try:
@@ -208,7 +209,7 @@ def _config_file(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
         same = False
     if not same:
         raise ConfigError(
-            f"CONFIG_FILE={variable} and {option.typed} {option.text} name two files; give one of them"
+            f"CONFIG_FILE={variable} and {option.where} {option.text} name two files; give one of them"
         )
     return []
 
@@ -301,7 +302,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line and the environment say; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if flags.wants_help(argv):
-        return _help()
+        print(f"{help_text('./run_train.sh')}\n{VARIABLES}", end="")
+        return 0
     try:
         check_only = _check_only(os.environ)
         launch = plan(
@@ -319,21 +321,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     if check_only:
         return 0
     return run(launch)
-
-
-def _help() -> int:
-    try:
-        config.load(["--help"], prog="./run_train.sh")
-    except SystemExit:  # printing the help ends so
-        pass
-    except ModuleNotFoundError as error:
-        if error.name != "tyro":
-            raise
-        # Before the first start there may be no environment with tyro yet, and help should not cost one.
-        print(
-            "usage: ./run_train.sh [--section.key value ...]\n\n"
-            "(tyro is not installed yet. After the first start, or with octavo's extra `train`,\n"
-            "--help also lists every section and key.)"
-        )
-    print(f"\n{VARIABLES}", end="")
-    return 0

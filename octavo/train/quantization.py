@@ -20,8 +20,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 from octavo.config import ConfigError, JobConfig, names
-from octavo.config.effects import fuses
 from octavo.config.layer_recipes import LayerRecipe, layer_recipes, matching, recipes_named
+from octavo.config.needs import fuses
 from octavo.config.schema import Float8
 from octavo.core.format import count
 from octavo.core.logging import logger

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from octavo import models
 from octavo.config import JobConfig
-from octavo.config.effects import casts_weights_again
+from octavo.config.needs import casts_weights_again
 from octavo.config.parallel_dims import ParallelDims
 from octavo.config.pipeline_plan import PipelinePlan
 from octavo.config.schema import Training

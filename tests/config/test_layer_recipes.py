@@ -90,6 +90,6 @@ def test_checks(tmp_path):
 
 def test_a_float8_gather_needs_one_recipe_that_can():
     gather = [*FLOAT8, "--float8.enable_fsdp_float8_all_gather", "--float8.recipe_name=rowwise"]
-    with pytest.raises(ConfigError, match="rowwise casts a weight differently"):
+    with pytest.raises(ConfigError, match=r"rowwise \(--float8.recipe_name\) casts a weight differently"):
         check(load(gather), world_size=2)
     check(load([*gather, "--float8.layer_recipes=layers.*=tensorwise"]), world_size=2)

@@ -8,7 +8,6 @@ import pytest
 
 from octavo.config import ConfigError, JobConfig, load
 from octavo.config.config_file import TRAIN_CONFIGS, shipped_configs
-from octavo.config.ranges import get
 from octavo.config.schema import ALIASES, SECTIONS
 from octavo.config.toml import key_lines
 
@@ -104,8 +103,8 @@ FLAGS = [
 @pytest.mark.parametrize(("argv", "key", "value"), FLAGS)
 def test_flag(argv: list[str], key: str, value: object) -> None:
     job = load(argv)
-    assert get(job, key) == value
-    assert type(get(job, key)) is type(value)
+    assert job.get(key) == value
+    assert type(job.get(key)) is type(value)
     assert job.given == {key: "cli"}
 
 
@@ -132,8 +131,8 @@ TOML = [
 @pytest.mark.parametrize(("text", "key", "value"), TOML)
 def test_toml(toml: TomlFile, text: str, key: str, value: object) -> None:
     job = load(["--config_file", toml(text)])
-    assert get(job, key) == value
-    assert type(get(job, key)) is type(value)
+    assert job.get(key) == value
+    assert type(job.get(key)) is type(value)
     assert job.given[key] == "toml"
 
 

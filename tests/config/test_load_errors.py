@@ -181,8 +181,8 @@ def test_everything_wrong_is_told_at_once(told_about: Callable[..., str]) -> Non
     assert [line.partition(": ")[0] for line in told.splitlines()] == [
         "job.toml:2",
         "job.toml:3",
-        "--model.flavour",
         "--training.gc_freq",
+        "--model.flavour",
     ]
 
 

@@ -116,7 +116,7 @@ WRONG = [
     (
         ("schedule=PipelineScheduleMulti",),
         {},
-        ["takes its order from a file: add --parallelism.pipeline_parallel_schedule_csv"],
+        ["takes its order from a file; add --parallelism.pipeline_parallel_schedule_csv"],
     ),
     (
         ("split_points=layers.2,layers.4",),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from octavo.config import JobConfig, check, load, notes
-from octavo.config.programs import octavo_command
+from octavo.core.programs import octavo_command
 from tests.config.judged import problems
 
 
@@ -193,7 +193,7 @@ def test_load_step_that_does_not_exist(tmp_path: Path) -> None:
         ([], False, ""),
         (["step-1/state.json"], True, "but no *.safetensors is in this folder"),
         (["model.safetensors"], True, ""),
-        (["model.safetensors"], False, "is a Hugging Face folder: add --checkpoint.initial_load_in_hf"),
+        (["model.safetensors"], False, "is a Hugging Face folder; add --checkpoint.initial_load_in_hf"),
         (["params.json"], False, "octavo import start --out FOLDER"),
     ],
 )
@@ -236,9 +236,9 @@ def test_ring_attention_has_no_masks_and_no_float32_on_a_gpu() -> None:
         "--parallelism.context_parallel_rotate_method=alltoall",
     ]
     masked = problems(*argv, "--training.document_mask", world_size=2)
-    assert "document_mask = true: set it to allgather" in masked
+    assert "document_mask = true (--training.document_mask); set it to allgather" in masked
     float32 = [*argv, "--training.mixed_precision_param=float32"]
-    assert "no float32 on a GPU: set it to allgather" in problems(*float32, gpus=2, world_size=2)
+    assert "no float32 on a GPU; set it to allgather" in problems(*float32, gpus=2, world_size=2)
     assert problems(*float32, gpus=0, world_size=2) == ""
     assert problems(*argv, gpus=2, world_size=2) == ""
 
@@ -311,7 +311,7 @@ def test_float8_gathers_need_several_processes_and_a_square_cast() -> None:
         argv = [float8, gather, precompute, f"--float8.recipe_name={recipe}"]
         assert problems(*argv, world_size=2) == ""
     told = problems(float8, gather, "--float8.recipe_name=rowwise", world_size=2)
-    assert "the recipe rowwise casts a weight differently" in told
+    assert ": float8.recipe_name = rowwise (--float8.recipe_name) casts a weight differently" in told
     assert "tensorwise or blockwise" in told
 
 

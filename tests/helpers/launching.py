@@ -13,13 +13,10 @@ from typing import Any
 
 import tokenizers  # noqa: F401 - here, or each forked process imports it
 
-from octavo import config
 from octavo.assets import CORPORA
 from octavo.train import trainer
 from tests.helpers import ranks
 from tests.helpers.waiting import LIMIT
-
-config.load([])  # it reads the schema's types and imports tyro: 0.1 s, here or in each forked process
 
 # The debug model on few tokens: about 0.2 s a step on one thread.
 TINY = {

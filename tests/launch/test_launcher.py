@@ -337,15 +337,6 @@ def test_help_is_printed_once_with_options_and_variables():
         assert ended.stdout.count(once) == 1, once
 
 
-def test_help_before_anything_is_installed(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tyro", None)
-
-    assert launcher.main(["--help"]) == 0
-    out = capsys.readouterr().out
-    assert "NGPU" in out
-    assert "tyro is not installed yet" in out
-
-
 @pytest.mark.parametrize("module", ["octavo.launch", "octavo.train"])
 def test_nothing_in_the_working_directory_is_executed(
     module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-pytest.importorskip("tyro", reason="a config is read with tyro: pip install 'octavo[train]'")
 from tests.helpers import launching
 
 pytestmark = pytest.mark.gpu

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from octavo import __version__, config
 from octavo.config import ConfigError, JobConfig, flags, names
-from octavo.config.ranges import get, named, shown
+from octavo.config.schema import OPTIONS
+from octavo.config.values import shown
 from octavo.core.errors import did_you_mean
 from octavo.core.fs import write_file
 from octavo.launch import launcher
@@ -49,9 +50,6 @@ _SET_BY_COMPARE = {
     "metrics.log_freq": "a comparison reads every step",
 }
 """Keys that a comparison sets itself, and what to do instead."""
-
-_WITHOUT_EFFECT_ON_LOSS = ("job", "profiling", "metrics", "checkpoint", "comm", "memory_estimation")
-"""Sections that may change when a comparison is continued."""
 
 _MUST_BE_OFF = ("checkpoint.load_only", "checkpoint.create_seed_checkpoint")
 
@@ -205,7 +203,7 @@ def make_plan(
     options = tuple(launcher.with_config_file(options, environ))
     job = config.load(options)
     _refuse_own_keys(job)
-    options = tuple(flag.canonical for flag in flags.scan(options)[0])
+    options = tuple(setting.flag for setting in flags.read(options)[0])
     plan = Plan(
         out=out,
         runs=tuple(_runs(recipes, seeds, control, job.training.seed)),
@@ -229,9 +227,9 @@ def _refuse_own_keys(job: JobConfig) -> None:
         if job.given.get(key) == "cli"
     ]
     problems += [
-        f"{named(job, key)}: a comparison trains and saves; set it to false"
+        f"{job.named(key)}: a comparison trains and saves; set it to false"
         for key in _MUST_BE_OFF
-        if get(job, key)
+        if job.get(key)
     ]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -249,18 +247,12 @@ def _runs(recipes: Sequence[str], seeds: int, control: bool, seed: int) -> Itera
 
 
 def _loss_settings(job: JobConfig) -> dict[str, dict[str, Any]]:
-    """The part of a configuration that determines the losses of all runs. Measuring health changes none."""
-    own = {tuple(key.split(".")) for key in _SET_BY_COMPARE}
-    settings = {
-        section: {
-            key: value
-            for key, value in values.items()
-            if (section, key) not in own and not (section == "float8" and key.startswith("health_"))
-        }
-        for section, values in job.to_dict().items()
-        if section not in _WITHOUT_EFFECT_ON_LOSS
-    }
-    settings["checkpoint"] = {"initial_load_path": job.checkpoint.initial_load_path}
+    """The part of a configuration that determines the losses of all runs."""
+    settings: dict[str, dict[str, Any]] = {}
+    values = job.to_dict()
+    for name, option in OPTIONS.items():
+        if option.changes_loss and name not in _SET_BY_COMPARE:
+            settings.setdefault(option.section, {})[option.key] = values[option.section][option.key]
     as_read_back: dict[str, dict[str, Any]] = json.loads(json.dumps(settings))
     return as_read_back
 

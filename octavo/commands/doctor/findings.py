@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from octavo.core.errors import Problem
+
 
 class Level(Enum):
     """NOTE: works, with a limitation. WARN: training starts, but is expected to fail. FAIL: training would
@@ -17,12 +19,17 @@ class Level(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check. `remedy` is a command or a sentence, empty if nothing needs to be done."""
+    """The result of one check. `remedy` is a command or a sentence, empty if nothing needs to be done. `key`
+    and `where`: the option at fault and how it was given, if one is; `valid`: see `Problem`.
+    """
 
     level: Level
     subject: str
     message: str
     remedy: str = ""
+    key: str = ""
+    where: str = ""
+    valid: bool = False
 
     def __str__(self) -> str:
         first, *rest = self.message.splitlines() or [""]
@@ -37,6 +44,7 @@ class Finding:
             "what": self.subject,
             "told": self.message,
             "remedy": self.remedy,
+            **({"key": self.key, "where": self.where} if self.key else {}),
         }
 
 
@@ -50,3 +58,10 @@ def note(subject: str, message: str, remedy: str = "") -> Finding:
 
 def fail(subject: str, message: str, remedy: str = "") -> Finding:
     return Finding(Level.FAIL, subject, message, remedy)
+
+
+def problem(subject: str, found: Problem) -> Finding:
+    """A failure, for a problem of the configuration."""
+    return Finding(
+        Level.FAIL, subject, found.message, found.remedy, key=found.key, where=found.where, valid=found.valid
+    )

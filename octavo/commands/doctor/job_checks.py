@@ -2,16 +2,17 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from octavo import config, models
 from octavo.commands.doctor import memory_checks
-from octavo.commands.doctor.findings import Finding, Level, fail, note, ok
+from octavo.commands.doctor.findings import Finding, Level, fail, note, ok, problem
 from octavo.config import ConfigError, JobConfig, names
-from octavo.config.programs import download_command
+from octavo.config.file_checks import download_command
+from octavo.core.errors import Problem
 from octavo.core.format import count
 from octavo.launch import launcher
 from octavo.tokenizer import Tokenizer, build_tokenizer
@@ -20,8 +21,6 @@ from octavo.train.build_model import model_args
 
 _STATE_BYTES = 12  # per parameter in a checkpoint: the float32 weight and AdamW's two moments
 _MIN_FREE = 100e6  # bytes for metrics, traces and logs
-# What precedes the remedy in a message.
-_REMEDIES = ("\nto fetch it:", "\ninstead:", "; name another folder", ": pip install ")
 _PROBE = "The quick brown fox; 1, 2, 3 …"
 
 
@@ -36,55 +35,30 @@ def check_job(
         planned = launcher.plan(options, os.environ, gpus=gpus, cores=launcher.usable_cores())
         job = config.load(planned.options)
     except ConfigError as error:
-        problems = list(_as_findings("config", str(error)))
-        yield from [*problems, *_further_problems(options, gpus, problems)]
+        yield from (problem("config", found) for found in error.problems)
+        yield from _further_problems(options, gpus, {found.key for found in error.problems})
         return
     yield ok("config", f"{job.job.config_file}: valid, for {count(planned.processes, 'process')}")
     yield from _check_model(job, gpus, estimate)
 
 
-def _further_problems(options: Sequence[str], gpus: int, reported: Sequence[Finding]) -> list[Finding]:
+def _further_problems(options: Sequence[str], gpus: int, reported: Collection[str]) -> list[Finding]:
     """Validate the job's values one by one, as far as they can be parsed, and return problems with other keys
-    than those of `reported`. So one run reports both a misspelt key and a missing tokenizer.
+    than those `reported`. So one run reports both a misspelt key and a missing tokenizer.
     """
     try:
         job = config.load(launcher.with_config_file(options, os.environ), problems=[])
-        problems = list(_as_findings("config", "\n".join(config.each(job, gpus))))
+        found = [problem("config", each) for each in config.each(job, gpus)]
     except (ConfigError, OSError, ValueError):  # of values that are reported already
         return []
     by_key: dict[str, Finding] = {}  # the first problem of each key
-    for finding in problems:
-        by_key.setdefault(_key(finding), finding)
+    for finding in found:
+        by_key.setdefault(finding.key or finding.message, finding)
     if "model.hf_assets_path" not in by_key:
         _, tokenizer = _check_tokenizer(job)
         if tokenizer.level is not Level.OK:
             by_key["model.hf_assets_path"] = tokenizer
-    reported_keys = {_key(finding) for finding in reported}
-    return [finding for key, finding in by_key.items() if key not in reported_keys]
-
-
-def _key(finding: Finding) -> str:
-    """The key that begins a message about a value."""
-    return finding.message.split(" ", 1)[0]
-
-
-def _as_findings(subject: str, message: str) -> Iterator[Finding]:
-    """Yield a finding per line of `message`. An indented line continues the one before, and may be its
-    remedy.
-    """
-    texts: list[str] = []
-    for line in message.splitlines():
-        if texts and line.startswith(" "):
-            texts[-1] += f"\n{line.strip()}"
-        else:
-            texts.append(line)
-    for text in texts:
-        problem, remedy = text, ""
-        for begin in _REMEDIES:
-            if begin in text:
-                problem, _, remedy = text.partition(begin)
-                remedy = remedy if begin.endswith(":") else f"{begin.lstrip(':; ')}{remedy}"
-        yield fail(subject, problem, remedy.strip())
+    return [finding for key, finding in by_key.items() if key not in reported]
 
 
 def _check_model(
@@ -108,7 +82,7 @@ def _check_model(
         with torch.device("meta"):
             model = models.get(job.model.name).build(args)
     except ConfigError as error:
-        yield from _as_findings("job", str(error))
+        yield from (problem("job", found) for found in error.problems)
         return
     parameters = sum(p.numel() for p in model.parameters())
     recipe = quantization.recipe_name(job.model.converters, job.float8)
@@ -131,7 +105,10 @@ def _check_tokenizer(job: JobConfig) -> tuple[Tokenizer | None, Finding]:
         length = len(tokenizer.encode(_PROBE, bos=False, eos=False))
     except ConfigError as error:
         shipped = f"name a folder with a valid one, or a shipped one: {', '.join(names.TOKENIZERS)}"
-        return None, fail("tokenizer", str(error), download_command(path) or shipped)
+        key, fetch = "model.hf_assets_path", download_command(path)
+        where = job.where.get(key, "")
+        found = Problem(str(error), fetch or shipped, key, where, valid=fetch is not None)
+        return None, problem("tokenizer", found)
     message = f"{path}: {tokenizer.vocab_size:,} tokens; encodes a test sentence as {length}"
     return tokenizer, ok("tokenizer", message)
 

@@ -15,11 +15,11 @@ import sys
 from collections.abc import Iterator
 
 from octavo.commands.doctor.findings import Finding, fail, note, ok
-from octavo.config.programs import missing_cxx
+from octavo.core.programs import missing_cxx
 from octavo.launch.launcher import usable_cores
 
 LEAST_PYTHON, LEAST_TORCH, LEAST_TRITON = (3, 11), (2, 11), (3, 6)
-_REQUIRED = ("tyro", "tokenizers", "numpy")
+_REQUIRED = ("tokenizers", "numpy")
 _OPTIONAL = {
     "safetensors": "Hugging Face export and import",
     "datasets": "streaming c4",

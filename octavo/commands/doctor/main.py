@@ -13,9 +13,9 @@ from octavo.commands.argparser import Parser
 from octavo.commands.doctor import machine_checks, memory_checks
 from octavo.commands.doctor.findings import Finding, Level, fail
 from octavo.config import ConfigError, config_file, flags
-from octavo.config.programs import octavo_command
 from octavo.core import exit_codes
 from octavo.core.format import count
+from octavo.core.programs import octavo_command
 from octavo.launch import launcher
 
 _EPILOG = """\
@@ -132,20 +132,13 @@ def _valid_options(options: Sequence[str], findings: Sequence[Finding]) -> list[
     """Return `options` for the next run, without those that are wrong and that only the user can correct. A
     config that was named without its flag gets the flag.
     """
-    commands = ("pip install ", octavo_command())  # remedies after which the option is valid
-    wrong = [f for f in findings if f.level is Level.FAIL and not f.remedy.startswith(commands)]
-    read, problems = flags.scan(options)
-    valid = [flag.canonical for flag in read if not flags.check_values([flag]) and not _caused(flag, wrong)]
+    wrong = {f.where for f in findings if f.level is Level.FAIL and not f.valid}
+    read, problems = flags.read(options)
+    valid = [setting.flag for setting in read if setting.where not in wrong]
     if flags.config_file(read) is None:
-        unflagged = (o for o in options if any(p.startswith(f"unexpected argument {o!r};") for p in problems))
+        unflagged = (o for o in options if any(problem.where == o for problem in problems))
         valid[:0] = [f"--config-file={word}" for word in unflagged if _is_config(word)][:1]
     return valid
-
-
-def _caused(flag: flags.Flag, wrong: Sequence[Finding]) -> bool:
-    """Whether a message in `wrong` names `flag` as the source of its value."""
-    begins = (f"{flag.typed}:", f"{flag.typed}=")
-    return any(f"({flag.typed})" in f.message or f.message.startswith(begins) for f in wrong)
 
 
 def _is_config(word: str) -> bool:
@@ -167,7 +160,7 @@ def _train_command(options: Sequence[str]) -> str:
 def _command_line(options: Sequence[str], *words: str) -> str:
     """Quote `words` as a command, after the environment variables that the job of `options` depends on."""
     names = ["NGPU"]
-    if flags.config_file(flags.scan(options)[0]) is None:  # a flag overrides the variable
+    if flags.config_file(flags.read(options)[0]) is None:  # a flag overrides the variable
         names.append("CONFIG_FILE")
     variables = [f"{name}={shlex.quote(os.environ[name])}" for name in names if os.environ.get(name)]
     return " ".join([*variables, shlex.join(words)])

@@ -15,7 +15,7 @@ from octavo import config
 from octavo.commands.doctor.findings import Finding, Level, note, ok
 from octavo.commands.doctor.machine_checks import host_memory
 from octavo.config import ConfigError
-from octavo.config.programs import octavo_command
+from octavo.core.programs import octavo_command
 from octavo.launch import launcher
 
 _SECONDS = 11.5  # since the start of the estimate; tracing a large model takes longer than doctor should

@@ -29,8 +29,9 @@ from octavo.commands.tune.choice import RecipeChoice, choose, layer_recipes_toml
 from octavo.commands.tune.linear_sizes import Group, Size, groups_of
 from octavo.commands.tune.recipe_costs import CANDIDATES, HIGH_PRECISION, Costs
 from octavo.config import ConfigError, JobConfig, names
+from octavo.config.option_checks import out_of_range
 from octavo.config.parallel_dims import ParallelDims, parallel_dims_of
-from octavo.config.ranges import out_of_range
+from octavo.core.errors import Problem
 from octavo.core.fs import write_file
 from octavo.float8 import RECIPES
 from octavo.metrics.device import pick_device
@@ -129,12 +130,13 @@ def _load_job(argv: Sequence[str], processes: int) -> tuple[JobConfig, ParallelD
     job = config.load(argv, prog="octavo tune")
     if job.job.config_file is None:
         raise ConfigError("name the job to tune, for example --config-file llama3_8b.toml")
-    problems = out_of_range(job)
+    problems = list(out_of_range(job))
     for key in ("layer_recipes", "layer_recipes_file", "recipe_name"):
         if job.given.get(f"float8.{key}") == "cli":
-            problems.append(f"--float8.{key} has no effect on octavo tune, which chooses the recipes itself")
+            why = "has no effect on octavo tune, which chooses the recipes itself"
+            problems.append(Problem(f"--float8.{key} {why}", key=f"float8.{key}"))
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(problems)
     return job, parallel_dims_of(job.parallelism, processes)
 
 

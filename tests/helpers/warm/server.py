@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 LOADED = (
-    *("numpy", "tokenizers", "tyro", "torch"),
+    *("numpy", "tokenizers", "torch"),
     *("torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.distributed.pipelining"),
     *("torch.distributed.run", "torch.distributed.tensor.parallel"),
 )

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from octavo.families import FAMILIES
-
 
 def octavo_command() -> str:
     """The command that calls `octavo` from a shell in the working directory, in the current environment.
@@ -27,20 +25,6 @@ def octavo_command() -> str:
     if root == Path.cwd() or root.name in ("site-packages", "dist-packages"):
         return module  # `-m` finds it there by itself
     return f"PYTHONPATH={_shell(root)} {module}"
-
-
-def download_command(assets_path: str) -> str | None:
-    """The command that downloads a tokenizer to `assets_path`; None if no shipped family has such a
-    repository.
-    """
-    path = Path(assets_path)
-    if path.suffix in (".json", ".model"):
-        path = path.parent.parent if path.parent.name == "original" else path.parent
-    owner = next((one.owner for one in FAMILIES.values() if one.repository.fullmatch(path.name)), None)
-    if owner is None:
-        return None
-    folder = "" if path.parent == Path("assets/hf") else f" --local_dir {shlex.quote(str(path.parent))}"
-    return f"{octavo_command()} download --repo_id {owner}/{path.name} --assets tokenizer{folder}"
 
 
 def missing_cxx() -> str | None:
