@@ -22,64 +22,23 @@ config.py translates torchao's options to a recipe. The rest makes it fast, dist
     health/        measures what casts do to the values of each layer
     checks/        a self-check for a device, and tracing the GPU path without a GPU
 
-docs/float8.md is the user's guide.
+api.py lists the public names; docs/float8.md is the user's guide.
 """
 
-from octavo.float8.casts.casting_adamw import Float8AdamW
-from octavo.float8.casts.delayed_scaling import DelayedScaling
-from octavo.float8.casts.weights_once import cast_weights_once
-from octavo.float8.config import (
-    CastConfig,
-    Float8GemmConfig,
-    Float8LinearConfig,
-    Float8LinearRecipeName,
-    ScalingGranularity,
-    ScalingType,
-)
-from octavo.float8.convert import (
-    auto_filter_for_recipe,
-    convert_from_float8_training,
-    convert_to_float8_training,
-)
-from octavo.float8.convert import auto_filter_for_recipe as _auto_filter_for_recipe
-from octavo.float8.distributed.fsdp_gather import precompute_float8_dynamic_scale_for_fsdp
-from octavo.float8.distributed.parallel_styles import (
-    Float8ColwiseParallel,
-    Float8RowwiseParallel,
-    PrepareFloat8ModuleInput,
-)
-from octavo.float8.linear import Float8Linear
-from octavo.float8.matmul import EmulationWarning, describe_backend
-from octavo.float8.matmul import describe_backend as describe_path
-from octavo.float8.recipe import FULL, RECIPES, Cast, Gemm, Recipe, ScaleFormat, When
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "FULL",
-    "RECIPES",
-    "Cast",
-    "CastConfig",
-    "DelayedScaling",
-    "EmulationWarning",
-    "Float8AdamW",
-    "Float8ColwiseParallel",
-    "Float8GemmConfig",
-    "Float8Linear",
-    "Float8LinearConfig",
-    "Float8LinearRecipeName",
-    "Float8RowwiseParallel",
-    "Gemm",
-    "PrepareFloat8ModuleInput",
-    "Recipe",
-    "ScaleFormat",
-    "ScalingGranularity",
-    "ScalingType",
-    "When",
-    "_auto_filter_for_recipe",
-    "auto_filter_for_recipe",
-    "cast_weights_once",
-    "convert_from_float8_training",
-    "convert_to_float8_training",
-    "describe_backend",
-    "describe_path",
-    "precompute_float8_dynamic_scale_for_fsdp",
-]
+if TYPE_CHECKING:
+    from octavo.float8.api import *  # noqa: F403
+else:
+    # At first use, so that importing `octavo.float8.recipe` does not import torch.
+    def __getattr__(name: str) -> Any:
+        public = importlib.import_module("octavo.float8.api")
+        if hasattr(public, name) and (name in public.__all__ or name == "__all__"):
+            return getattr(public, name)
+        if name in globals():  # a module that `api` imports
+            return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return importlib.import_module("octavo.float8.api").__all__

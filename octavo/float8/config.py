@@ -13,7 +13,7 @@ from typing import Final
 
 import torch
 
-from octavo.float8.recipe import FULL, Cast, Gemm, Recipe, ScaleFormat, check_type, find_recipe
+from octavo.float8.recipe import FULL, RECIPES, Cast, Gemm, Recipe, ScaleFormat, check_type, find_recipe
 
 e4m3_dtype: Final = torch.float8_e4m3fn
 e5m2_dtype: Final = torch.float8_e5m2
@@ -95,14 +95,12 @@ class Float8GemmConfig:
 
 
 class Float8LinearRecipeName(Enum):
-    """The names of the recipes in `octavo.float8.RECIPES`."""
+    """The names of the recipes in `octavo.float8.RECIPES`, as torchao writes them: `ROWWISE`."""
 
-    TENSORWISE = "tensorwise"
-    ROWWISE = "rowwise"
-    ROWWISE_WITH_GW_HP = "rowwise_with_gw_hp"
-    TENSORWISE_PREVIOUS_STEP = "tensorwise_previous_step"
-    BLOCKWISE = "blockwise"
-    MXFP8 = "mxfp8"
+    _ignore_ = "members name"
+    members = vars()
+    for name in RECIPES:
+        members[name.upper()] = name
 
 
 @dataclass(frozen=True)

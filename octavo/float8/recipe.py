@@ -20,8 +20,9 @@ The trade-off: fewer elements per scale keep an outlier from flushing others to 
 slower products.
 
 A recipe is six casts, as plain data without tensors: `quantize.py` interprets a `Cast`, `matmul.py` a `Gemm`
-and `linear.py` a `Recipe`. To add a format, add a row to `RECIPES`. It trains in emulation at once, and in
-hardware once `gemm_backends.py` has a row for it.
+and `product.py` a `Recipe`. To add a recipe, add a row to `RECIPES`. It trains in emulation at once, and in
+hardware once `gemm_backends.py` has a row for it. This file does not import torch, so that a job's options
+can be checked against it in milliseconds.
 """
 
 from __future__ import annotations
@@ -30,14 +31,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from types import MappingProxyType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 FULL: Final = -1
 """Block size of an axis that is one block from end to end."""
 
-FLOAT8_DTYPES: Final = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+class Float8Format(Enum):
+    """The float8 formats, by the names of their torch dtypes. E4M3 is finer, E5M2 has the wider range."""
+
+    E4M3 = "float8_e4m3fn"
+    E5M2 = "float8_e5m2"
 
 
 def check_type(holder: object, name: str, kind: type, *others: object) -> None:
@@ -85,22 +92,26 @@ class When(Enum):
 class Cast:
     """How one operand becomes low precision.
 
-    `dtype`: torch.float8_e4m3fn or torch.float8_e5m2. `block`: (rows, contraction) elements that share a
-    scale, each a positive number or FULL. `scale`: the numbers a scale may be. `scaled`: False makes every
-    scale 1, so that values outside the type's range are lost; a negative control, without kernels. `when`:
-    when its maximum was measured; PREVIOUS_STEP requires one scale per tensor.
+    `format`: a `Float8Format`, or its torch dtype, which is converted; `dtype` gives the dtype. `block`:
+    (rows, contraction) elements that share a scale, each a positive number or FULL. `scale`: the numbers a
+    scale may be. `scaled`: False makes every scale 1, so that values outside the type's range are lost; a
+    negative control, without kernels. `when`: when its maximum was measured; PREVIOUS_STEP requires one scale
+    per tensor.
     """
 
-    dtype: torch.dtype
+    format: Float8Format | torch.dtype
     block: tuple[int, int]
     scale: ScaleFormat = ScaleFormat.FP32
     scaled: bool = True
     when: When = When.JUST_IN_TIME
 
     def __post_init__(self) -> None:
-        if self.dtype not in FLOAT8_DTYPES:
-            names = " or ".join(str(d) for d in FLOAT8_DTYPES)
-            raise ValueError(f"Cast.dtype is {self.dtype}; it must be {names}")
+        if not isinstance(self.format, Float8Format):
+            try:
+                object.__setattr__(self, "format", Float8Format(str(self.format).removeprefix("torch.")))
+            except ValueError:
+                names = " or ".join(f"torch.{known.value}" for known in Float8Format)
+                raise ValueError(f"Cast.format is {self.format}; it must be {names}") from None
         if (
             not isinstance(self.block, tuple)
             or len(self.block) != 2
@@ -122,6 +133,14 @@ class Cast:
                 f"Cast takes the previous step's maximum for {self.blocks} and {self.scale}; that is "
                 "supported for one float32 scale per tensor only: use When.JUST_IN_TIME"
             )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        assert isinstance(self.format, Float8Format)
+        dtype: torch.dtype = getattr(torch, self.format.value)
+        return dtype
 
     @property
     def square(self) -> bool:
@@ -160,7 +179,7 @@ class Gemm:
                 f"Gemm has one operand in float8 and one in high precision (a={self.a}, b={self.b}); "
                 "no backend multiplies such a pair: cast both, or neither"
             )
-        if self.a and self.b and self.a.dtype == self.b.dtype == torch.float8_e5m2:
+        if self.a and self.b and self.a.format is self.b.format is Float8Format.E5M2:
             raise ValueError(
                 "Gemm multiplies float8_e5m2 by float8_e5m2, which no hardware does: "
                 "use torch.float8_e4m3fn for at least one operand (usually the input and the weight)"
@@ -218,7 +237,7 @@ class Recipe:
         return self.map_casts(lambda cast: replace(cast, scale=scale))
 
 
-_E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+_E4M3, _E5M2 = Float8Format.E4M3, Float8Format.E5M2
 _HIGH_PRECISION: Final = Gemm(None, None)
 
 _TENSOR = Cast(_E4M3, (FULL, FULL))
