@@ -18,6 +18,7 @@ import octavo
 from octavo.assets import CORPORA
 from octavo.commands.argparser import Parser, bounded_float, bounded_int
 from octavo.core.errors import ConfigError
+from octavo.core.terminal import for_terminal
 from octavo.data import shard_format
 from octavo.data.corpus_files import TEXT_KEY, BadRecords, Record, find_files, read_records
 from octavo.data.file_progress import FileProgress
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("octavo prepare: interrupted; rerun the same command to continue", file=sys.stderr)
         return 130
     if summary:
-        print(summary)
+        print(for_terminal(summary))
     print(f"Written: {options.out}: {_describe(index)}")
     print(f"To train on it: --training.dataset={options.out} --model.hf_assets_path={options.tokenizer}")
     return 0

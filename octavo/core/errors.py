@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from octavo.core.secrets import redact
+from octavo.core.terminal import for_terminal
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,12 @@ class Problem:
 
     def __str__(self) -> str:
         joint = ": " if self.valid else "; "
-        text: str = redact(f"{self.message}{joint}{self.remedy}" if self.remedy else self.message)
-        return text
+        return for_terminal(f"{self.message}{joint}{self.remedy}" if self.remedy else self.message)
 
 
 class ConfigError(Exception):
     """A configuration that cannot run. `str(error)` is the whole message, ready to print, a line for each of
-    `problems`, with access tokens removed; the exit code is 2.
+    `problems`, without access tokens and control characters; the exit code is 2.
     """
 
     def __init__(self, problems: str | Iterable[Problem]) -> None:

@@ -1,11 +1,11 @@
 """Locks on files, which the system releases when the process ends, however it ends: nothing to clean up."""
 
-import errno
 import fcntl
 import os
-import stat
 from pathlib import Path
 from typing import IO
+
+from octavo.core.fs import open_regular
 
 
 def open_lock(path: Path) -> IO[bytes]:
@@ -13,17 +13,7 @@ def open_lock(path: Path) -> IO[bytes]:
 
     Raises OSError where it cannot be opened, or is a symbolic link or no regular file.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        number = os.open(path, flags, 0o666)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise OSError(errno.ELOOP, f"{path.name} is a symbolic link; remove it", str(path)) from None
-        raise
-    if not stat.S_ISREG(os.fstat(number).st_mode):
-        os.close(number)
-        raise OSError(errno.EINVAL, f"{path.name} is not a regular file; remove it", str(path))
-    return os.fdopen(number, "r+b")
+    return os.fdopen(open_regular(path, os.O_RDWR), "r+b")
 
 
 def try_lock(file: IO[bytes]) -> bool:

@@ -3,6 +3,7 @@
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +33,27 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
         raise
     if durable:
         sync(path.parent)
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """A descriptor of the regular file `path`, made if missing. Raises OSError for a symbolic link, and for
+    what is no regular file.
+    """
+    try:
+        number = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, f"{path.name} is a symbolic link; remove it", str(path)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, f"{path.name} is not a regular file; remove it", str(path))
+    return number
+
+
+def open_append(path: Path) -> BinaryIO:
+    """Open `path` to append to it, as `open_regular` does."""
+    return os.fdopen(open_regular(path, os.O_WRONLY | os.O_APPEND), "ab")
 
 
 def write_file(path: Path, text: str, *, durable: bool = False) -> None:

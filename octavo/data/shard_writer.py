@@ -36,7 +36,9 @@ class _OpenFile:
 
     def __init__(self, path: Path) -> None:
         self._path, self._size, self._digest = path, 0, hashlib.sha256()
-        self._file: BinaryIO = path.with_name(path.name + _TEMPORARY).open("wb")
+        temporary = path.with_name(path.name + _TEMPORARY)
+        temporary.unlink(missing_ok=True)  # of an interrupted run, or a link
+        self._file: BinaryIO = temporary.open("xb")
 
     def write(self, data: bytes) -> None:
         self._file.write(data)

@@ -21,6 +21,8 @@ from pathlib import Path
 
 from octavo.core import exit_codes
 from octavo.core.environment import LAUNCHER_VARIABLE, STATUS_VARIABLE
+from octavo.core.fs import write_file
+from octavo.core.terminal import for_terminal
 from octavo.launch import local_processes
 from octavo.launch.heartbeat import Heartbeat, Rendezvous
 from octavo.launch.local_processes import Failures
@@ -83,7 +85,10 @@ def run(launch: Launch) -> int:
             except _RendezvousFailed as error:
                 assert launch.rendezvous is not None
                 assert heartbeat is not None
-                print(_describe_failed_rendezvous(launch.rendezvous, heartbeat, str(error)), file=sys.stderr)
+                print(
+                    for_terminal(_describe_failed_rendezvous(launch.rendezvous, heartbeat, str(error))),
+                    file=sys.stderr,
+                )
                 return exit_codes.FAILED
             if supervisor.ended_at_once is not None:
                 return exit_codes.of_signal(supervisor.ended_at_once)
@@ -160,7 +165,8 @@ def _report(
         print(_tail(logs, local_rank), end="", file=sys.stderr)
     if not self_reported:
         if elsewhere is not None:
-            print(f"octavo: the job ends because of another machine: {elsewhere}", file=sys.stderr)
+            reason = for_terminal(f"octavo: the job ends because of another machine: {elsewhere}")
+            print(reason, file=sys.stderr)
         _report_failure(rank, exitcode, supervisor.killed, logs, Path(launch.dump_folder).expanduser())
     return code, not self_reported
 
@@ -254,7 +260,7 @@ def _report_failure(
         folder = dump_folder / "stacks"
         folder.mkdir(parents=True, exist_ok=True)
         for path in stacks:
-            shutil.copy(path, folder / path.with_suffix(".txt").name)
+            write_file(folder / path.with_suffix(".txt").name, path.read_text(errors="replace"))
         parts.append(f"Python stacks: {folder}{f' (none of {_ranks(without)})' if without else ''}")
     elif killed:
         parts.append(f"no Python stacks of {_ranks(without)}")

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from octavo.core.fs import write_file
+from octavo.core.fs import open_append, write_file
 from octavo.core.logging import logger
 
 
@@ -53,8 +53,8 @@ class Jsonl:
         )
         whole = self._path.stat().st_size if self._path.exists() else 0
         try:
-            with self._path.open("a") as file:
-                file.write(line)
+            with open_append(self._path) as file:
+                file.write(line.encode())
         except OSError as error:
             logger.warning("%s: a line could not be written: %s", self._path, error.strerror)
             with contextlib.suppress(OSError):

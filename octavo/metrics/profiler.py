@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from octavo.config.schema import Profiling
+from octavo.core.fs import replacing
 from octavo.core.logging import logger
 from octavo.metrics.trace_summary import write_summary
 
@@ -39,6 +40,7 @@ def _traces(settings: Profiling, folder: Path, rank: int) -> Iterator[Callable[[
         start = time.perf_counter()
         path = folder / f"iteration_{profiler.step_num}" / f"rank{rank}_trace.json"
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # a link would be followed
         profiler.export_chrome_trace(str(path))
         logger.info("Saved trace %s in %.2f seconds", path, time.perf_counter() - start)
         try:
@@ -71,7 +73,7 @@ def _memory_snapshots(settings: Profiling, folder: Path, rank: int) -> Iterator[
         if step % settings.profile_freq == 0:
             path = folder / f"iteration_{step}" / f"rank{rank}_memory_snapshot.pickle"
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
+            with replacing(path) as file:
                 pickle.dump(torch.cuda.memory._snapshot(), file)
 
     try:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from octavo.core.fs import write_file
+from octavo.core.terminal import for_terminal
 
 LARGEST = 400_000_000
 _PIECE = 1 << 20
@@ -300,14 +301,14 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv[:1] in (["-h"], ["--help"]) else 2
     for argument in argv:
         try:
-            print(summarise_file(Path(argument)))
+            print(for_terminal(summarise_file(Path(argument))))
         except (OSError, EOFError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) and error.strerror else error
-            print(
+            message = (
                 f"{argument}: not a readable Chrome trace: {why}; name a …_trace.json that "
-                "--profiling.enable_profiling wrote",
-                file=sys.stderr,
+                "--profiling.enable_profiling wrote"
             )
+            print(for_terminal(message), file=sys.stderr)
             return 2
     return 0
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from octavo.config import ConfigError
 from octavo.core import exit_codes
 from octavo.core.logging import logger
-from octavo.core.secrets import redact
+from octavo.core.terminal import for_terminal
 from octavo.distributed import mesh
 from octavo.train.nonfinite_guard import BadNumbers
 from octavo.train.signals import Signals, Stopped
@@ -22,7 +22,7 @@ def exit_code_of(train: Callable[[Signals, Watchdog], None]) -> int:
 
     Errors of unknown cause are raised again, so that their traceback is printed.
     """
-    sys.excepthook = _print_without_tokens
+    sys.excepthook = _print_safely
     with Signals() as signals, Watchdog() as watchdog:
         if watchdog.asked_to_stop is not None:
             signals.ask(watchdog.asked_to_stop)
@@ -52,11 +52,9 @@ def exit_code_of(train: Callable[[Signals, Watchdog], None]) -> int:
     return code
 
 
-def _print_without_tokens(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    """An excepthook that redacts secrets, since a traceback may quote the environment."""
-    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+def _print_safely(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """An excepthook for tracebacks, which may quote the environment and files."""
+    print(for_terminal("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def _is_of_the_compiler(error: Exception) -> bool:

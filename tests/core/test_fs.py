@@ -41,3 +41,19 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
         with pytest.raises(OSError, match="not a regular file"):
             fs.write_file(path, "x")
     assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
+def test_appending_goes_to_regular_files_only(tmp_path):
+    with fs.open_append(tmp_path / "log") as file:
+        file.write(b"one ")
+    with fs.open_append(tmp_path / "log") as file:
+        file.write(b"two")
+    assert (tmp_path / "log").read_text() == "one two"
+    os.mkfifo(tmp_path / "pipe")
+    for name, target in (("link", "log"), ("dangling", "made")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+    for name in ("link", "dangling", "pipe"):
+        with pytest.raises(OSError, match="remove it|No such device"):
+            fs.open_append(tmp_path / name)
+    assert (tmp_path / "log").read_text() == "one two"
+    assert not (tmp_path / "made").exists()

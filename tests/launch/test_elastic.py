@@ -162,7 +162,10 @@ def test_a_stopped_process_leaves_its_stacks_and_is_named(tmp_path, monkeypatch,
             assert stopped.wait(timeout=LIMIT) == -signal.SIGKILL
         finally:
             stopped.kill()
+    (tmp_path / "stacks").mkdir()
+    (tmp_path / "stacks/rank1.txt").symlink_to(tmp_path / "elsewhere")
     elastic._report_failure(0, 1, watching.killed, tmp_path, tmp_path)
+    assert not (tmp_path / "elsewhere").exists()
     assert capsys.readouterr().err == (
         "octavo: rank 0 ended with exit code 1 in step 7; still running and killed: rank 1 in step 7; "
         f"Python stacks: {tmp_path / 'stacks'} (none of rank 0); output of all ranks: {tmp_path}\n"

@@ -26,7 +26,7 @@ from octavo.commands.compare.runs import CHECKPOINTS, Plan, Run
 from octavo.commands.compare.runs_progress import RunsProgress
 from octavo.core import exit_codes
 from octavo.core.file_lock import open_lock, try_lock
-from octavo.core.fs import write_file
+from octavo.core.fs import open_append, write_file
 from octavo.train.run_dir import LOCK
 
 FINISHED_FILE = "finished.json"
@@ -110,7 +110,7 @@ class Executor:
     def _start(self, run: Run) -> _RunProcess:
         folder = self._plan.folder(run)
         folder.mkdir(parents=True, exist_ok=True)
-        log = (folder / LOG_FILE).open("ab")
+        log = open_append(folder / LOG_FILE)
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "octavo.launch", *self._plan.flags(run)],
             stdin=subprocess.DEVNULL,

@@ -27,6 +27,7 @@ from octavo.commands.compare.runs import make_plan, parse_recipes, read_plan, sa
 from octavo.config import ConfigError
 from octavo.core import exit_codes
 from octavo.core.file_lock import open_lock, try_lock
+from octavo.core.terminal import for_terminal
 from octavo.launch import launcher
 
 _RECIPES = "bf16,tensorwise,rowwise"
@@ -233,10 +234,10 @@ def _report(
     figures = figures_of(runs, target=target, command=shlex.join(command), speed_notes=notes)
     page = write_report(out, figures)
     for warning in figures["warnings"]:
-        print(f"octavo compare: note: {warning}", file=sys.stderr)
+        print(for_terminal(f"octavo compare: note: {warning}"), file=sys.stderr)
     for run in figures["runs"]:
         if run["verdict"] != "baseline":
-            print(f"{run['name']}: {run['verdict']}{_explain_verdict(run)}")
+            print(for_terminal(f"{run['name']}: {run['verdict']}{_explain_verdict(run)}"))
     print(f"The report: {page} (Markdown: {page.with_suffix('.md')})")
     return exit_codes.DONE
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from octavo.commands.compare.runs import Plan, Run
 from octavo.core.format import format_clock
+from octavo.core.terminal import for_terminal
 
 _BAR = 24
 _SECONDS_PER_LINE = 30.0
@@ -44,7 +45,7 @@ class RunsProgress:
         if self._line:
             print("\r\033[K", end="", file=sys.stderr)
             self._line = ""
-        print(f"octavo compare: {text}", file=sys.stderr, flush=True)
+        print(for_terminal(f"octavo compare: {text}"), file=sys.stderr, flush=True)
 
     def finish(self, run: Run, result: str) -> None:
         """Print the result of `run`."""

@@ -16,6 +16,7 @@ from octavo.config import ConfigError, config_file, flags
 from octavo.core import exit_codes
 from octavo.core.format import count
 from octavo.core.programs import octavo_command
+from octavo.core.terminal import for_terminal
 from octavo.launch import launcher
 
 _EPILOG = """\
@@ -72,7 +73,7 @@ def _print(title: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
     print(f"\n{title}")
     findings = []
     for finding in check():
-        print(finding, flush=True)
+        print(for_terminal(str(finding)), flush=True)
         findings.append(finding)
     return findings
 

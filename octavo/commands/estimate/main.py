@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from octavo import config
 from octavo.commands.argparser import Parser, bounded_int
 from octavo.config import ConfigError
+from octavo.core.terminal import for_terminal
 from octavo.roofline import Gpu, find_gpu
 
 DOES_NOT_FIT, NOT_TRACED = 1, 3
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = estimate(job, options.ngpu, gpu)
     except TraceFailed as error:
-        print(f"octavo estimate: {error}", file=sys.stderr)
+        print(for_terminal(f"octavo estimate: {error}"), file=sys.stderr)
         return NOT_TRACED
     print(json.dumps(result.as_json(), indent=2) if options.json else as_text(result))
     return DOES_NOT_FIT if result.fits is False else 0

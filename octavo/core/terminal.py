@@ -1,0 +1,20 @@
+"""Text that is safe to show on a terminal, whatever the names in it are.
+
+A name from a file (a TOML key, a tensor, a field of a record, a folder of somebody's run) may hold escape
+sequences, with which a terminal moves its cursor, hides text or answers as if the user had typed. They are
+escaped once, where text leaves for a terminal or a log: in `ConfigError`, the log's formatter, the handler of
+uncaught exceptions, and the commands that print such names themselves.
+"""
+
+from octavo.core.secrets import redact
+
+
+def for_terminal(text: str) -> str:
+    """`text` without access tokens; escapes replace what is not printable, a tab or a line end."""
+    shown: str = redact(text)
+    if shown.isprintable():
+        return shown
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else letter.encode("unicode_escape").decode()
+        for letter in shown
+    )
