@@ -99,6 +99,8 @@ class Metrics:
     """TensorBoard events from every rank, not from rank 0 alone."""
     log_grad_norm: bool = False
     """Add the gradient norm (before clipping) to each log line."""
+    log_progress: bool = False
+    """Add the step of the total, the time left, the learning rate and the epoch to each log line."""
 
 
 @dataclass

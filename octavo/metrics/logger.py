@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from octavo.config.schema import JobConfig, Metrics
-from octavo.core.format import count
+from octavo.core.format import count, format_clock
 from octavo.core.logging import logger, wants_color
 from octavo.metrics.device import Peak, memory_in_use, peak_flops
 from octavo.metrics.jsonl import Jsonl
@@ -153,6 +153,13 @@ def format_line(report: StepReport, colors: _Colors, *, grad_norm: bool) -> str:
     )
 
 
+def format_progress(report: StepReport, steps: int, step_seconds: float, epoch_tokens: int | None) -> str:
+    """What `metrics.log_progress` adds to the line of a step, of `steps`."""
+    left = format_clock((steps - report.step) * step_seconds)
+    epoch = f"  epoch: {report.tokens / epoch_tokens:.2f}" if epoch_tokens else ""
+    return f"  progress: {report.step}/{steps}  eta: {left}  lr: {report.lr:.2e}{epoch}"
+
+
 def _percent(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.2f}%"
 
@@ -160,7 +167,8 @@ def _percent(value: float | None) -> str:
 class MetricsLogger:
     """Collects tokens and waiting times between reports, and writes the reports.
 
-    config, description: of the run, sent to the trackers; must contain no secrets.
+    steps, epoch_tokens: of the run and its data, None for data without epochs. config, description: of the
+    run, sent to the trackers; must contain no secrets.
     """
 
     def __init__(
@@ -173,6 +181,8 @@ class MetricsLogger:
         work: Work,
         peak: Peak,
         color: bool,
+        steps: int,
+        epoch_tokens: int | None = None,
         config: Mapping[str, Any] = MappingProxyType({}),
         description: str = "",
     ):
@@ -181,6 +191,7 @@ class MetricsLogger:
         self._work = work
         self._peak = peak
         self._colors = _Colors(color and not settings.disable_color_printing)
+        self._steps_in_all, self._epoch_tokens = steps, epoch_tokens
         self._jsonl = Jsonl(folder / "metrics.jsonl") if rank == 0 else None
         self._trackers: list[Tracker] = []
         if settings.enable_tensorboard and (rank == 0 or settings.save_for_all_ranks):
@@ -293,7 +304,11 @@ class MetricsLogger:
             step_p99=times.p99 if times else None,
             **counts,
         )
-        logger.info(format_line(report, self._colors, grad_norm=self._settings.log_grad_norm))
+        line = format_line(report, self._colors, grad_norm=self._settings.log_grad_norm)
+        if self._settings.log_progress:
+            step_seconds = times.p50 if times else report.seconds
+            line += format_progress(report, self._steps_in_all, step_seconds, self._epoch_tokens)
+        logger.info(line, extra={"own_colors": True})
         if self._jsonl:
             self._jsonl.write(asdict(report))
         self.track(step, tracked(report))
@@ -316,7 +331,8 @@ class MetricsLogger:
         logger.info(
             f"{self._colors.step}validate step: {step:2}  {self._colors.loss}loss: {validation.loss:7.4f}  "
             f"{self._colors.tps}bits per byte: {bits}{self._colors.reset}  tokens: {validation.tokens:,}  "
-            f"seconds: {validation.seconds:.1f}"
+            f"seconds: {validation.seconds:.1f}",
+            extra={"own_colors": True},
         )
         values = {
             "step": step,
@@ -365,7 +381,13 @@ class MetricsLogger:
 
 
 def build_metrics(
-    job: JobConfig, folder: Path, *, rank: int, device: torch.device, work: Work
+    job: JobConfig,
+    folder: Path,
+    *,
+    rank: int,
+    device: torch.device,
+    work: Work,
+    epoch_samples: int | None = None,
 ) -> MetricsLogger:
     """The logger of a run in `folder`; logs the peak that utilisation is measured against."""
     peak = peak_flops(device)
@@ -382,6 +404,8 @@ def build_metrics(
         work=work,
         peak=peak,
         color=wants_color(),
+        steps=job.training.steps,
+        epoch_tokens=epoch_samples and epoch_samples * job.training.seq_len,
         config=job.to_dict(),
         description=job.job.description,
     )

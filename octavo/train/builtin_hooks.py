@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from octavo.config.schema import Comm, Float8, Profiling, Validation
+from octavo.core.logging import logger
+from octavo.core.waiting import activity
 from octavo.distributed import mesh
 from octavo.distributed.ddp import reduce_gradients_now
 from octavo.distributed.mesh import World
@@ -116,6 +118,23 @@ class LimitStepTime(Hook):
         self._watchdog.pause()  # a validation or a save may be slow
         if not record.abandoned:
             self._next = self._comm.train_timeout_seconds
+
+
+class TellActivity(Hook):
+    """Tells `core/waiting.py` what the process does, and that a first step compiles."""
+
+    def __init__(self, *, compiles: bool):
+        self._compiles = compiles
+
+    def before_step(self, step: int) -> None:
+        if self._compiles:
+            minutes = "usually one to five minutes, less if this job was compiled before"
+            logger.info("Step %d compiles the model: %s", step, minutes)
+        activity.begin(f"step {step}{', which compiles the model' if self._compiles else ''}")
+        self._compiles = False
+
+    def after_step(self, record: StepRecord) -> None:
+        activity.begin(f"what follows step {record.step}: validation, checkpoints")
 
 
 class Validate(Hook):

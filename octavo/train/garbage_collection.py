@@ -5,9 +5,12 @@ Python's automatic collection runs at different times in each process, and each 
 
 import gc
 import time
+from logging import DEBUG, INFO
 
 from octavo.core.logging import logger
 from octavo.train.hooks import Hook
+
+_TOLD = 3  # collections that the log shows; the others are at debug level
 
 
 class GarbageCollector(Hook):
@@ -16,6 +19,7 @@ class GarbageCollector(Hook):
     def __init__(self, every: int):
         self._every = every
         self._started = False
+        self._told = 0
 
     def on_start(self, step: int) -> None:
         if not self._started:
@@ -28,8 +32,9 @@ class GarbageCollector(Hook):
         if step > 1 and step % self._every == 0:
             self._collect("Performing periodical GC collection", generation=1)
 
-    @staticmethod
-    def _collect(reason: str, generation: int) -> None:
+    def _collect(self, reason: str, generation: int) -> None:
         start = time.perf_counter()
         gc.collect(generation)
-        logger.info("[GC] %s. %.2f seconds.", reason, time.perf_counter() - start)
+        self._told += 1
+        level = INFO if self._told <= _TOLD else DEBUG
+        logger.log(level, "[GC] %s. %.2f seconds.", reason, time.perf_counter() - start)

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from octavo import config, models
 from octavo.config import JobConfig
 from octavo.core.logging import init_logger, logger
+from octavo.core.waiting import activity, reminders
 from octavo.data.corpus_files import BadRecords
 from octavo.distributed import mesh
 from octavo.hf.training_io import export_final, open_initial_weights
@@ -37,6 +38,7 @@ from octavo.train.builtin_hooks import (
     MeasureHealth,
     Profile,
     ReportMetrics,
+    TellActivity,
     Validate,
 )
 from octavo.train.checkpoints import Checkpoints, Progress
@@ -104,7 +106,14 @@ class Trainer:
         scales = quantization.build_delayed_scaling(self.model, recipe, job.float8, device)
         self.optimizer = build_optimizer(self.model, job.optimizer)
 
-        self.metrics = build_metrics(job, self.folder.path, rank=world.rank, device=device, work=built.work)
+        self.metrics = build_metrics(
+            job,
+            self.folder.path,
+            rank=world.rank,
+            device=device,
+            work=built.work,
+            epoch_samples=getattr(self.data.source, "samples", None),
+        )
         self.guard = Guard(job.fault_tolerance)
         self.checkpoints = Checkpoints(
             job,
@@ -129,6 +138,7 @@ class Trainer:
                 scales,
                 ReportMetrics(self.metrics, world, self.guard, scales),
                 LimitStepTime(watchdog, job.comm),
+                TellActivity(compiles=job.compile.enable),
                 Validate(job.validation, validator, self.train_step, self.metrics, job.training.steps),
                 self.checkpoints,
                 Profile(job.profiling, self.folder.path, world.rank),
@@ -273,6 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         job = config.load(sys.argv[1:] if argv is None else argv)
         config.check(job, world_size=int(os.environ.get("WORLD_SIZE", "1")), gpus=torch.cuda.device_count())
         signals.saves = job.checkpoint.enable
-        Trainer(job, signals, watchdog).train()
+        with reminders() if os.environ.get("RANK", "0") == "0" else nullcontext():
+            activity.begin("the data, the model and its first weights")
+            Trainer(job, signals, watchdog).train()
 
     return exit_code_of(train)

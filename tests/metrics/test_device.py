@@ -63,7 +63,7 @@ def test_memory_is_this_process_s():
 def test_garbage_is_collected_at_its_steps_only(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("octavo"), "propagate", True)
     try:
-        with caplog.at_level("INFO", logger="octavo"):
+        with caplog.at_level("DEBUG", logger="octavo"):
             collector = GarbageCollector(every=10)
             for start in (0, 2):  # again after a rewind
                 collector.on_start(start)
@@ -76,3 +76,4 @@ def test_garbage_is_collected_at_its_steps_only(caplog, monkeypatch):
     assert len(periodical) == 3
     assert len(caplog.messages) == 1 + len(periodical)
     assert periodical[0].endswith(" seconds.")
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO", "INFO", "DEBUG"]

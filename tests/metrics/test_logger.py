@@ -72,6 +72,8 @@ def build(folder, rank=0, **settings):
         work=Work({"bfloat16": 2e6}, {}),
         peak=Peak(1e10, "made up", {"bfloat16": 1e10}),
         color=False,
+        steps=10,
+        epoch_tokens=4000,
     )
 
 
@@ -86,6 +88,17 @@ def step(logger, clock, number, *, seconds=2.0, waited=0.5, tokens=1000):
     if logger.due(number):
         return logger.report(step=number, loss=1 / 3, grad_norm=0.1, lr=1e-3, tokens=number * tokens)
     return None
+
+
+def test_progress_follows_the_line_where_it_is_asked_for(tmp_path, clock, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("octavo"), "propagate", True)
+    caplog.set_level("INFO", logger="octavo")
+    logger = build(tmp_path, log_freq=1, log_progress=True)
+    for number in (1, 2, 3):
+        step(logger, clock, number, seconds=60.0)
+    assert caplog.messages[-1].endswith("%  progress: 3/10  eta: 0:07:00  lr: 1.00e-03  epoch: 0.75")
+    step(build(tmp_path, log_freq=1), clock, 1)
+    assert caplog.messages[-1].endswith("%")
 
 
 def test_rates_count_the_steps_since_the_last_report(tmp_path, clock):
@@ -278,10 +291,10 @@ def test_colors_can_be_turned_off(tmp_path, clock, caplog, monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, clock, caplog):
     logger = build(tmp_path, log_freq=1)
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    assert step(logger, clock, 1) is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("octavo.metrics.jsonl.open_append", lambda path: Path("/dev/full").open("ab"))  # noqa: SIM115 - closed there
+        assert step(logger, clock, 1) is not None
     assert "metrics.jsonl: a line could not be written: No space left on device" in caplog.text
-    (tmp_path / "metrics.jsonl").unlink()
     step(logger, clock, 2)
     assert [line["step"] for line in lines(tmp_path)] == [2]
 
@@ -296,5 +309,8 @@ def test_metrics_are_never_written_through_a_link(tmp_path):
         rows.start(step)
         rows.write({"step": step + 1})
         assert not path.is_symlink()
+    path.unlink()
+    path.symlink_to(tmp_path / "missing")  # made during the run
+    rows.write({"step": 7})
     assert (tmp_path / "old").read_text() == '{"step": 1}\n{"step": 5}\n'
     assert not (tmp_path / "missing").exists()
