@@ -12,18 +12,6 @@ TOKEN = "hf_verysecret0123456789"
 REPOSITORY = "meta-llama/Llama-3.1-8B"
 NAME = "Llama-3.1-8B"
 SHARD = bytes(range(256)) * 12_000  # 3 MB: several reads
-TOKENIZER_FILES = {
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "original/tokenizer.model",
-}
-CONFIG_FILES = {"config.json", "generation_config.json"}
-WEIGHT_FILES = {
-    "model-00001-of-00002.safetensors",
-    "model-00002-of-00002.safetensors",
-    "model.safetensors.index.json",
-}
 
 
 @dataclass
@@ -149,8 +137,8 @@ class HubServer(_Handler):
         return self.plain(200, json.dumps(entries).encode())
 
 
-def folder_content(name: str = NAME) -> dict[str, bytes]:
-    root = Path("assets/hf") / name
+def folder_content(parent: str = "assets/hf") -> dict[str, bytes]:
+    root = Path(parent) / NAME
     return {
         path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()
     }
