@@ -14,7 +14,6 @@ picture says so: a model of products and casts, without Python's overhead. The S
 """
 
 import argparse
-import html
 import json
 import statistics
 import sys
@@ -24,10 +23,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import altair as alt
 import torch
 from torch import nn
 
 from octavo import models
+from octavo.commands.charts import chart_of, to_svg
 from octavo.config import ConfigError
 from octavo.float8 import Float8Linear
 from octavo.roofline import Gpu, Tensors, cast_seconds, find_gpu, gemm_seconds, linear_shapes
@@ -120,59 +121,30 @@ def speedups(
     }
 
 
-def colour(speedup: float) -> str:
-    """White at 1, green for faster (full at 1.7), red for slower (full at 0.5)."""
-    if speedup >= 1:
-        far, full = min(1.0, (speedup - 1) / 0.7), (27, 120, 55)
-    else:
-        far, full = min(1.0, (1 - speedup) / 0.5), (178, 24, 43)
-    return "#" + "".join(f"{round(255 + far * (part - 255)):02x}" for part in full)
-
-
 def svg(picture: Picture) -> str:
-    """The picture as one file without references to others."""
-    left, cell, high, gap = 300, 76, 30, 64
-    width = left + cell * len(picture.tokens) + 20
-    lines: list[str] = []
-
-    def text(
-        x: float, y: float, words: str, *, size: int = 13, anchor: str = "start", fill: str = "#222"
-    ) -> None:
-        lines.append(
-            f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{fill}">'
-            f"{html.escape(words)}</text>"
-        )
-
-    text(12, 26, picture.title, size=18)
-    text(12, 46, picture.source)
-    y = 46
-    for recipe, rows in picture.speedups.items():
-        y += gap
-        text(12, y - 24, recipe, size=15)
-        text(left - 10, y - 6, "tokens M", anchor="end")
-        for column, M in enumerate(picture.tokens):
-            text(left + cell * (column + 0.5), y - 6, f"{M:,}", anchor="middle")
-        for name, values in rows.items():
-            K, N = picture.layers[name]
-            text(left - 10, y + 20, f"{name}  {K:,} → {N:,}", anchor="end", size=12)
-            for column, value in enumerate(values):
-                x, fill = left + cell * column, colour(value)
-                what = html.escape(f"{name}: M {picture.tokens[column]:,} K {K:,} N {N:,}")
-                lines.append(
-                    f'<rect x="{x}" y="{y}" width="{cell - 2}" height="{high - 2}" fill="{fill}" '
-                    f'stroke="#ccc"><title>{what}</title></rect>'
-                )
-                dark = value > 1.5 or value < 0.65
-                text(
-                    x + cell / 2 - 1, y + 19, f"{value:.2f}", anchor="middle", fill="#fff" if dark else "#222"
-                )
-            y += high
-    height = y + 20
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}" font-family="sans-serif">\n'
-        f'<rect width="{width}" height="{height}" fill="#fff"/>\n' + "\n".join(lines) + "\n</svg>\n"
+    """The picture as one file without references to others: white at 1, green for faster, red for slower."""
+    colours = alt.Scale(
+        domain=[0.5, 1, 1.7], range=["#b2182b", "#ffffff", "#1b7837"], clamp=True, interpolate="rgb"
     )
+    panels = []
+    for recipe, values in picture.speedups.items():
+        rows = [
+            {"layer": f"{name}  {K:,} → {N:,}", "tokens": f"{M:,}", "speedup": round(speedup, 2)}
+            for name, (K, N) in picture.layers.items()
+            for M, speedup in zip(picture.tokens, values[name], strict=True)
+        ]
+        cells = chart_of(rows).encode(
+            alt.X("tokens:O", title="tokens M", sort=None).axis(orient="top", labelAngle=0),
+            alt.Y("layer:N", title=None, sort=None),
+        )
+        strong = "datum.speedup > 1.5 || datum.speedup < 0.65"
+        words = alt.when(strong).then(alt.value("#fff")).otherwise(alt.value("#222"))
+        panel = alt.layer(
+            cells.mark_rect(stroke="#ccc").encode(alt.Color("speedup:Q", scale=colours, legend=None)),
+            cells.mark_text().encode(text=alt.Text("speedup:Q", format=".2f"), color=words),
+        )
+        panels.append(panel.properties(title=recipe, height=alt.Step(30)))
+    return to_svg(alt.vconcat(*panels, title=alt.Title(picture.title, subtitle=picture.source)))
 
 
 def picture_of(

@@ -7,7 +7,6 @@ report.py      JSON, a table, a plot
 gradients.py   how precise they are
 makers.py      kernels that do more than cast, for cast_bandwidth.py
 sizes.py       the layers that are run
-svg.py         the plot, without a library
 goals.py       what the benchmarks should show
 first_gpu_report.py  first_gpu.py's table, and the pages that show it
 """

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import svg
 from benchmarks.harness.machine import Conditions, describe
 from benchmarks.harness.options import Options
 
@@ -111,8 +111,9 @@ class Report:
         files = {
             ".json": json.dumps(whole, indent=1) + "\n",
             ".txt": "\n".join(self.lines) + "\n",
-            ".svg": svg.bars(self.lines[0], self.comparisons),
         }
+        with suppress(ModuleNotFoundError):  # a GPU machine may lack Altair
+            files[".svg"] = plot(self.lines[0], self.comparisons)
         for suffix, text in files.items():
             stem.with_name(stem.name + suffix).write_text(text)
         return [stem.with_name(stem.name + suffix) for suffix in files]
@@ -130,6 +131,43 @@ def file_stem(whole: Mapping[str, Any]) -> str:
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def plot(title: str, comparisons: Sequence[Mapping[str, Any]]) -> str:
+    """An SVG file: a bar per side, the middle half of its rounds as a line, its prediction as a tick; every
+    comparison on a scale of its own.
+    """
+    import altair as alt
+
+    from octavo.commands.charts import INK, chart_of, to_svg
+
+    panels = []
+    for comparison in comparisons:
+        rows = []
+        for name, side in comparison["sides"].items():
+            ms, predicted = side.get("ms") or {}, side.get("predicted_ms")
+            value = ms.get("median", predicted)
+            speedup = side["speedup"]["median"] if ms else side.get("predicted_speedup")
+            text = "n/a" if value is None else f"{value:.4g}" + (f"  ({speedup:.2f}x)" if speedup else "")
+            end = max((part for part in (value, ms.get("q3"), predicted) if part is not None), default=0.0)
+            row = {"side": name, "value": value, "predicted": predicted, "text": text, "end": end}
+            rows.append({**row, "q1": ms.get("q1"), "q3": ms.get("q3"), "fill": 0.8 if ms else 0.2})
+        longest = max(row["end"] for row in rows) or 1.0
+        bars = chart_of(rows).encode(
+            alt.X("value:Q", axis=None).scale(domain=[0, 1.3 * longest], nice=False),  # room for the texts
+            alt.Y("side:N", sort=None, title=None).axis(ticks=False, domain=False),
+        )
+        panel = alt.layer(
+            bars.mark_bar().encode(
+                alt.Color("side:N", legend=None), alt.FillOpacity("fill:Q", scale=None, legend=None)
+            ),
+            bars.mark_rule(color=INK, strokeWidth=1.5).encode(x="q1:Q", x2="q3:Q"),
+            bars.mark_tick(color=INK, thickness=2).encode(x="predicted:Q"),
+            bars.mark_text(align="left", dx=6).encode(x="end:Q", text="text:N"),
+        )
+        panels.append(panel.properties(title=comparison["title"], height=alt.Step(18)))
+    words = "ms, median; line: middle half of the rounds; tick: predicted"
+    return to_svg(alt.vconcat(*panels, title=alt.Title(title, subtitle=words)).resolve_scale(x="independent"))
 
 
 def table(comparison: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:

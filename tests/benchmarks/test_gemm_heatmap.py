@@ -1,12 +1,15 @@
 """The picture of speedups: figures that are the roofline's, said to be, in a file that stands alone."""
 
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from benchmarks.gemm_heatmap import colour, layers_of, main, speedups
+from benchmarks.gemm_heatmap import layers_of, main, speedups
 from octavo.roofline import Tensors, cast_seconds, find_gpu, gemm_seconds, linear_shapes
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def test_layers_are_the_model_s_own():
@@ -32,12 +35,11 @@ def test_picture_on_paper(tmp_path, capsys):
     assert told[1] == pytest.approx(high / (low + casts))
     assert told[0] < told[1]  # few tokens: the casts of the weight cost as much as before
 
-    root = ElementTree.parse(out).getroot()
-    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert f"{told[1]:.2f}" in texts
-    assert any(text.startswith("NOT MEASURED") for text in texts)
-    assert len(list(root.iter("{http://www.w3.org/2000/svg}rect"))) == 1 + 2 * 2 * 8
-    assert "href" not in out.read_text()
+    texts = ["".join(text.itertext()) for text in ElementTree.parse(out).getroot().iter(f"{SVG}text")]
+    assert texts.count(f"{told[1]:.2f}") >= 1
+    assert sum(bool(re.fullmatch(r"\d+\.\d\d", text)) for text in texts) == 2 * 2 * 8
+    assert any("NOT MEASURED" in text for text in texts)
+    assert "href" not in re.sub("xmlns:xlink", "", out.read_text())
 
 
 def test_speedup_is_high_precision_over_float8():
@@ -45,12 +47,6 @@ def test_speedup_is_high_precision_over_float8():
         {"w": (16, 32)}, [8], ["rowwise"], lambda M, K, N, recipe: 3.0 if recipe is None else 2.0
     )
     assert found == {"rowwise": {"w": [1.5]}}
-
-
-def test_colours_part_at_one():
-    assert colour(1.0) == "#ffffff"
-    assert colour(1.7) == colour(9.0) == "#1b7837"
-    assert colour(0.5) == colour(0.1) == "#b2182b"
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from benchmarks import full_model
-from benchmarks.harness import svg
 from benchmarks.harness.comparison import CONTROL, Side, judge
 from benchmarks.harness.machine import Conditions, describe, summarise
 from benchmarks.harness.options import Budget
-from benchmarks.harness.report import file_stem, table
+from benchmarks.harness.report import file_stem, plot, table
 from octavo.roofline.timing import Spread
 from tests.helpers.waiting import wait_for
 
@@ -52,13 +51,14 @@ def test_table():
 
 
 def test_plot():
-    """Bars as long as their medians, and a tick where the prediction is."""
-    root = ET.fromstring(svg.bars("<title> & more", [comparison()]))
-    widths = [float(e.get("width")) for e in root.iter() if e.tag.endswith("rect")][1:]
-    assert widths[0] == pytest.approx(2 * widths[1], rel=1e-3)
-    ticks = [e.get("d") for e in root.iter() if e.tag.endswith("path") and "V" in e.get("d")]
-    assert len(ticks) == 2
-    assert float(ticks[0][1:].split()[0]) == pytest.approx(svg.LABELS + widths[0] / 2, abs=0.1)
+    """Bars as long as their medians, and a tick where the prediction is, below titles that are text."""
+    root = ET.fromstring(plot("<title> & more", [comparison()]))
+    labels = [element.get("aria-label") or "" for element in root.iter()]
+    bars = {label for label in labels if label.startswith("value: ") and "fill" in label}
+    assert len(bars) == 3
+    assert any("value: 2,000" in label or "value: 2000" in label for label in bars), bars
+    assert any("predicted: 500" in label for label in labels)
+    assert "<title> & more" in "".join(root.itertext())
 
 
 def test_conditions():

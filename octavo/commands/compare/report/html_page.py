@@ -1,22 +1,20 @@
-"""Renders the report as one HTML file without external resources.
-
-The drawings need no script. The script, `page.js`, adds interaction: a click on a name hides its curve, and
-the pointer shows the values of a step, from the figures embedded in the page.
+"""Renders the report as one HTML file without external resources: the pointer shows the values of a step or
+cell, and a click on a name in a legend hides the other curves.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from octavo.commands.charts import Chart, figure, page_scripts
 from octavo.commands.compare.report import wording
-from octavo.commands.compare.report.drawings import heatmap_data, run_colours
 
-_HERE = Path(__file__).parent
+_STYLE = Path(__file__).parent / "page.css"
+_BARS = ("tps", "memory", "tokens_to_loss", "seconds_to_loss", "saved")
 
 
-def html_page(figures: Mapping[str, Any], drawings: Mapping[str, str]) -> str:
+def html_page(figures: Mapping[str, Any], charts: Mapping[str, Chart]) -> str:
     title = wording.report_title(figures)
     body = [
         f"<h1>{escape(title)}</h1>",
@@ -25,21 +23,15 @@ def html_page(figures: Mapping[str, Any], drawings: Mapping[str, str]) -> str:
         "<h2>Verdicts</h2>",
         _table(wording.verdict_table(figures)),
         "<h2>Loss</h2>",
-        _legend(figures),
-        _chart(drawings["losses"]),
-        "<p id='reading'></p>",
+        figure("losses", charts["losses"]),
         f"<h2>Gap to {escape(figures['baseline'])}, with its noise band</h2>",
-        _chart(drawings["gaps"]),
+        figure("gaps", charts["gaps"]),
         f"<h3>{wording.close_up_heading(figures)}</h3>",
-        _chart(drawings["gaps_close"]),
+        figure("gaps_close", charts["gaps_close"]),
         "<h2>Speed and memory</h2>",
         _table(wording.speed_table(figures)),
         "<div class='bars'>",
-        *(
-            drawings[n]
-            for n in ("tps", "memory", "tokens_to_loss", "seconds_to_loss", "saved")
-            if n in drawings
-        ),
+        *(figure(name, charts[name]) for name in _BARS if name in charts),
         "</div>",
     ]
     validation = wording.validation_table(figures)
@@ -48,7 +40,11 @@ def html_page(figures: Mapping[str, Any], drawings: Mapping[str, str]) -> str:
     worst = wording.worst_layer_table(figures)
     if worst is not None:
         body += ["<h2>Float8 health: the worst layers</h2>", _table(worst)]
-        body += [_chart(drawing) for name, drawing in drawings.items() if name.startswith("health_")]
+        for name, chart in charts.items():
+            if name.startswith("health_"):
+                body.append(
+                    f"<details><summary>{escape(chart.title)}</summary>{figure(name, chart)}</details>"
+                )
     body += [
         "<h2>How to read this</h2>",
         "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in wording.reading_notes(figures)) + "</ul>",
@@ -61,46 +57,28 @@ def html_page(figures: Mapping[str, Any], drawings: Mapping[str, str]) -> str:
     listed = escape("\n".join(commands))
     if commands:
         body.append(f"<details><summary>Command of each run</summary><pre>{listed}</pre></details>")
-    read = {
-        "baseline": figures["baseline"],
-        "runs": [{key: run[key] for key in ("name", "smoothed", "gaps")} for run in figures["runs"]],
-        "heatmaps": heatmap_data(figures["runs"]),
-    }
-    data = json.dumps(read, separators=(",", ":")).replace("<", "\\u003c")
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<link rel='icon' href='data:,'><title>{escape(title)}</title>"
-        f"<style>{(_HERE / 'page.css').read_text()}</style></head><body>\n"
+        f"<style>{_STYLE.read_text()}</style></head><body>\n"
         + "\n".join(body)
-        + f"\n<script type='application/json' id='figures'>{data}</script>"
-        f"\n<script>{(_HERE / 'page.js').read_text()}</script>\n</body></html>\n"
+        + f"\n{page_scripts()}</body></html>\n"
     )
-
-
-def _chart(drawing: str) -> str:
-    """A drawing that scrolls horizontally in a narrow window."""
-    return f"<div class='chart'>{drawing}</div>"
-
-
-def _legend(figures: Mapping[str, Any]) -> str:
-    colours = run_colours(figures["runs"])
-    names = "".join(
-        f"<button data-run='{escape(name)}'><i style='background:{colour}'></i>{escape(name)}</button>"
-        for name, colour in colours.items()
-    )
-    return f"<div class='legend'>{names}</div>"
 
 
 def _table(table: tuple[Sequence[str], Sequence[Sequence[str]]]) -> str:
     head, rows = table
     top = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>" if any(head) else ""
     lines = "".join(
-        "<tr>" + "".join(f"<td{_class(cell)}>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+        "<tr>" + "".join(_cell(name, cell) for name, cell in zip(head, row, strict=True)) + "</tr>"
+        for row in rows
     )
     return f"<div class='wide'><table>{top}{lines}</table></div>"
 
 
-def _class(cell: str) -> str:
-    word = cell.partition(":")[0]
-    return f" class='{word}'" if word in ("inside", "outside") else ""
+def _cell(column: str, text: str) -> str:
+    """A cell that knows its column's name, which a narrow page shows beside it."""
+    word = text.partition(":")[0]
+    verdict = f" class='{word}'" if word in ("inside", "outside") else ""
+    return f"<td data-column='{escape(column)}'{verdict}>{escape(text)}</td>"

@@ -1,31 +1,34 @@
-"""Renders the report as Markdown, which links the drawings as SVG files in the same folder."""
+"""Renders the report as Markdown, which links the charts as SVG files in the same folder."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from octavo.commands.charts import Chart
 from octavo.commands.compare.report import wording
 
 
-def markdown_page(figures: Mapping[str, Any], drawings: Mapping[str, str]) -> str:
+def markdown_page(figures: Mapping[str, Any], charts: Mapping[str, Chart]) -> str:
     parts = [f"# {_plain(wording.report_title(figures))}", *map(_plain, wording.summary(figures))]
     parts += [f"> **Note.** {_plain(warning)}" for warning in figures["warnings"]]
     parts += ["## Verdicts", _table(wording.verdict_table(figures))]
     parts += [
-        _image(drawings, "losses", "Losses"),
-        _image(drawings, "gaps", "Gaps to the baseline and its noise band"),
+        _image(charts, "losses", "Losses"),
+        _image(charts, "gaps", "Gaps to the baseline and its noise band"),
         wording.close_up_heading(figures),
-        _image(drawings, "gaps_close", "Gaps of the recipes to the baseline, enlarged"),
+        _image(charts, "gaps_close", "Gaps of the recipes to the baseline, enlarged"),
     ]
     parts += ["## Speed and memory", _table(wording.speed_table(figures))]
     validation = wording.validation_table(figures)
     if validation is not None:
         parts += ["## Validation", _table(validation)]
-    health = [name for name in drawings if name.startswith("health_")]
+    health = [name for name in charts if name.startswith("health_")]
     worst = wording.worst_layer_table(figures)
     if worst is not None:
         parts += ["## Float8 health: the worst layers", _table(worst)]
-        parts += [_image(drawings, name, name) for name in health]
+        for name in health:
+            summary = f"<summary>{_plain(charts[name].title)}</summary>"
+            parts += [f"<details markdown>{summary}", _image(charts, name, name), "</details>"]
     parts += ["## How to read this", *(f"- {_plain(note)}" for note in wording.reading_notes(figures))]
     parts += ["## Where it ran", _table((("", ""), list(wording.environment_rows(figures))))]
     parts += ["## Commands", f"```bash\n{figures['command']}\n```"]
@@ -35,8 +38,8 @@ def markdown_page(figures: Mapping[str, Any], drawings: Mapping[str, str]) -> st
     return "\n\n".join(parts) + "\n"
 
 
-def _image(drawings: Mapping[str, str], name: str, text: str) -> str:
-    return f"![{text}]({name}.svg)" if name in drawings else ""
+def _image(charts: Mapping[str, Chart], name: str, text: str) -> str:
+    return f"![{text}]({name}.svg)" if name in charts else ""
 
 
 def _plain(text: str) -> str:

@@ -31,10 +31,12 @@ class Page:
         self._loaded = False
 
     def open(self, file: Path) -> None:
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Network", "Runtime", "Log", "Page"):
-            self.call(f"{domain}.enable")
+        if not self._session:
+            target = self.call("Target.createTarget", url="about:blank")["targetId"]
+            self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            for domain in ("Network", "Runtime", "Log", "Page"):
+                self.call(f"{domain}.enable")
+        self._loaded = False
         self.call("Page.navigate", url=file.resolve().as_uri())
         while not self._loaded:
             self._take(self._read())
@@ -45,8 +47,20 @@ class Page:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def move_pointer(self, x: float, y: float) -> None:
-        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    def wait_for(self, condition: str) -> None:
+        """Wait until the page has it."""
+        frame = "requestAnimationFrame"
+        self.evaluate(
+            f"new Promise((done) => {{ const look = () => ({condition}) ? done() : {frame}(look); look(); }})"
+        )
+
+    def point_at(self, selector: str) -> None:
+        """Move the pointer to the middle of an element."""
+        box = f"document.querySelector('{selector}').getBoundingClientRect()"
+        self.evaluate(f"document.querySelector('{selector}').scrollIntoView({{block: 'center'}})")
+        x, y = self.evaluate(f"[{box}].map((b) => [b.left + b.width / 2, b.top + b.height / 2])[0]")
+        for nudge in (1, 0):
+            self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + nudge, y=y)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         self._last += 1

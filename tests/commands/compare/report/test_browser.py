@@ -31,40 +31,44 @@ def test_the_page_draws_reads_and_asks_nobody(tmp_path: Path) -> None:
     file = write_report(tmp_path / "out", figures)
     assert BROWSER is not None
     with opened(BROWSER, file, tmp_path / "profile") as page:
-        assert page.evaluate("document.querySelectorAll('svg').length") == 9
-        boxes = "[...document.querySelectorAll('svg')].map((s) => s.getBoundingClientRect())"
-        sizes = page.evaluate(f"{boxes}.map((b) => [b.width, b.height])")
-        assert all(width > 100 and height > 30 for width, height in sizes)
-        drawn = "[...document.querySelectorAll('#{} g.line path')].every((p) => p.getTotalLength() > 100)"
-        assert page.evaluate("document.querySelectorAll('#losses g.line').length") == 4
-        assert page.evaluate(drawn.format("losses"))
-        assert page.evaluate("document.querySelector('#gaps .band').getBBox().height") > 10
-        assert page.evaluate("document.querySelectorAll('.cells').length") == 2
+        page.wait_for("document.querySelectorAll('figure:not(details *) svg').length === 7")
+        curves = "document.querySelectorAll('#losses .mark-line path[stroke-width=\"1.8\"]')"
+        assert page.evaluate(f"[...{curves}].map((path) => path.getTotalLength() > 100)") == [True, True]
 
-        page.evaluate("document.getElementById('losses').scrollIntoView()")
-        middle = "[0, 1].map((i) => i ? b.top + b.height / 2 : b.left + b.width / 2)"
-        box = page.evaluate(
-            f"[document.getElementById('losses').getBoundingClientRect()].map((b) => {middle})[0]"
-        )
-        page.move_pointer(*box)
-        page.evaluate("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
-        reading = page.evaluate("document.getElementById('reading').textContent")
-        step = int(reading.partition(":")[0].removeprefix("step "))
-        smoothed = {run["name"]: dict(map(tuple, run["smoothed"])) for run in figures["runs"]}
+        page.point_at("#losses .background")
+        page.wait_for("document.querySelector('#vg-tooltip-element.visible')")
+        rows = "[...document.querySelectorAll('#vg-tooltip-element tr')]"
+        read = dict(page.evaluate(f"{rows}.map((row) => [...row.cells].map((cell) => cell.textContent))"))
+        read = {name.rstrip(":"): value for name, value in read.items()}
+        step = int(read.pop("step"))
         assert 25 <= step <= 40
-        for name, losses in smoothed.items():
-            assert f"{name} {losses[step]:.4f}" in reading
+        for run in figures["runs"]:
+            assert read[run["name"]] == f"{dict(map(tuple, run['smoothed']))[step]:.4f}"
 
-        heatmap = "document.getElementById('health_rowwise_input')"
-        page.evaluate(f"{heatmap}.scrollIntoView()")
-        cells = f"{heatmap}.querySelector('.cells').getBoundingClientRect()"
-        page.move_pointer(*page.evaluate(f"[{cells}].map((b) => {middle})[0]"))
-        page.evaluate("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
-        assert page.evaluate(f"{heatmap}.querySelector('.reading').textContent") == "w1, step 10: 10 %"
+        page.evaluate("document.querySelector('details').open = true")
+        page.wait_for("document.querySelector('#health_rowwise_input .mark-rect path')")
+        page.point_at("#health_rowwise_input .mark-rect path")
+        page.wait_for("document.getElementById('vg-tooltip-element').innerText.includes('w1')")
+        assert "10" in page.evaluate("document.getElementById('vg-tooltip-element').innerText")
 
-        page.evaluate("document.querySelector('button[data-run=rowwise]').click()")
-        hidden = "[...document.querySelectorAll('g.line')].filter((g) => g.style.display === 'none').length"
-        assert page.evaluate(hidden) == 3
+        for mode in ("light", "dark"):
+            page.call(
+                "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": mode}]
+            )
+            page.call(
+                "Emulation.setDeviceMetricsOverride", width=390, height=900, deviceScaleFactor=1, mobile=True
+            )
+            page.open(file)
+            page.wait_for("document.querySelectorAll('figure:not(details *) svg').length === 7")
+            inside = "(e) => e.getBoundingClientRect().right <= innerWidth + 1"
+            assert page.evaluate(f"[...document.querySelectorAll('td, svg, svg text')].every({inside})")
+            assert page.evaluate("document.documentElement.scrollWidth") == 390
+            ink = page.evaluate("getComputedStyle(document.querySelector('svg text')).fill")
+            paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (ink, paper) == {
+                "light": ("rgb(26, 26, 26)", "rgb(255, 255, 255)"),
+                "dark": ("rgb(232, 232, 232)", "rgb(22, 24, 27)"),
+            }[mode]
         assert page.errors == []
         assert page.requests
         assert all(address.startswith(("file:", "data:")) for address in page.requests)
