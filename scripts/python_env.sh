@@ -2,18 +2,12 @@
 # Finds or makes the Python that octavo runs with; sourced by run_train.sh, run_tests.sh and .ci/run.
 #
 # The order: OCTAVO_PYTHON; an active environment (VIRTUAL_ENV, then CONDA_PREFIX) with torch >= 2.11, used exactly
-# as it is, so that nothing is installed and no network is needed; else .venv beside run_train.sh, made here.
+# as it is, so that nothing is installed and no network is needed; else .venv beside run_train.sh, made here by uv if
+# there is one, else by venv and pip.
 #
-# Making .venv costs minutes and can be interrupted at any point, so its state is one file, .venv/.octavo-ready,
-# written last and by a rename: with it the environment is complete for the pyproject.toml it was made from;
-# without it whatever lies there is thrown away. Only an environment that carries .octavo-made is ever thrown away:
-# a .venv that someone else made is left alone.
-#
-# torch comes first and alone, then its exact version is a constraint on everything else, so that no dependency can
-# exchange it. A machine without an NVIDIA GPU asks for the build named "+cpu"; only where the index has none does
-# it take the plain version, which on Linux brings gigabytes of CUDA, and says so before the download.
-#
-# Written for bash 3.2 (macOS) and later. All messages go to standard error.
+# Making .venv costs minutes and can be interrupted at any point. Its last step writes .venv/.octavo-ready, with what
+# it was made from and for; without that file it is made anew. A .venv without .octavo-made is someone else's, and is
+# left alone. Written for bash 3.2 (macOS) and later. All messages go to standard error.
 
 readonly TORCH_PIN=2.13.0
 
@@ -21,85 +15,44 @@ say() { printf '[octavo] %s\n' "$*" >&2; }
 
 # die STATUS MESSAGE...: one message, each argument a line.
 die() {
-  local status=$1
-  shift
-  printf 'octavo: %s\n' "$1" >&2
-  shift
-  if (($#)); then printf '  %s\n' "$@" >&2; fi
-  exit "$status"
+  printf 'octavo: %s\n' "$2" >&2
+  if (($# > 2)); then printf '  %s\n' "${@:3}" >&2; fi
+  exit "$1"
 }
 
-# Judges an environment by its metadata, in 0.1 s: importing torch would take seconds. Prints one line.
+# Says why a Python does not fit, by its packages' metadata: importing torch would take seconds.
 readonly FITNESS='
 import sys
-
 sys.path = [entry for entry in sys.path if entry]  # no module of the working directory counts
 import importlib.metadata, importlib.util, re
-
 if sys.version_info < (3, 11):
-    print("unfit Python %d.%d; octavo needs Python >= 3.11" % sys.version_info[:2])
-    sys.exit()
+    sys.exit(print("Python %d.%d; octavo needs Python >= 3.11" % sys.version_info[:2]) or 1)
 try:
     torch = importlib.metadata.version("torch")
 except importlib.metadata.PackageNotFoundError:
-    print("torchless")
-    sys.exit()
+    sys.exit(print("no torch") or 1)
 if tuple(map(int, re.findall(r"\d+", torch)[:2])) < (2, 11):
-    print("unfit torch %s; octavo needs torch >= 2.11" % torch)
-    sys.exit()
+    sys.exit(print("torch", torch + "; octavo needs torch >= 2.11") or 1)
 missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
-print("missing " + ", ".join(missing) if missing else "fits")
+sys.exit(print("missing " + ", ".join(missing)) or 1 if missing else 0)
 '
 
-# Can it make .venv? Exit code 1: too old; 10: Debian has put venv, or the pip it installs, into another package.
-readonly VENV_FITNESS='
-import importlib.util, sys
-
-if sys.version_info < (3, 11):
-    sys.exit(1)
-sys.exit(0 if all(map(importlib.util.find_spec, ("venv", "ensurepip"))) else 10)
-'
-
-# verdict PYTHON MODULE...: "fits", "torchless", "unfit WHY", "missing MODULES" or "broken".
-verdict() {
-  local python=$1 answer
-  shift
-  answer=$("$python" -c "$FITNESS" "$@" 2>/dev/null | tail -n 1) || answer=
-  printf '%s' "${answer:-broken}"
-}
-
-# use_active NAME PYTHON ROOT EXTRAS MODULE...: 0 and OCTAVO_RESOLVED_PYTHON set if that environment will do, 1 if
-# the search should go on, exit 2 if it has torch but lacks a package, for then installing beside it would hide
-# from the user that the environment they chose is not the one used.
-use_active() {
-  local name=$1 python=$2 root=$3 extras=$4 answer
-  shift 4
-  answer=$(verdict "$python" "$@")
-  case $answer in
-    fits)
-      OCTAVO_RESOLVED_PYTHON=$python
-      return 0
-      ;;
-    missing*)
-      die 2 "$name ($python) has a fitting torch, but not: ${answer#missing }." \
-        "Install what is missing:  '$python' -m pip install -e '${root}[$extras]'" \
-        "or leave that environment, and octavo makes one of its own in $root/.venv."
-      ;;
-    unfit*)
-      if [[ $name == OCTAVO_PYTHON ]]; then
-        die 2 "OCTAVO_PYTHON=$python has ${answer#unfit }." "Name another Python, or unset OCTAVO_PYTHON."
-      fi
-      say "$name has ${answer#unfit }: using $root/.venv instead"
-      ;;
-    *)
-      if [[ $name == OCTAVO_PYTHON ]]; then
-        case $answer in
-          torchless) die 2 "OCTAVO_PYTHON=$python has no torch; octavo needs torch >= 2.11." ;;
-          *) die 2 "OCTAVO_PYTHON=$python is no Python that starts." ;;
-        esac
-      fi
-      ;;
-  esac
+# use_python NAME PYTHON ROOT EXTRAS MODULE...: 0 and OCTAVO_RESOLVED_PYTHON set if it will do, 1 if the search should
+# go on. One with torch that lacks a package is an error: the user chose it, and must know that it is not used.
+use_python() {
+  local name=$1 python=$2 root=$3 extras=$4 why
+  if why=$("$python" -c "$FITNESS" "${@:5}" 2>/dev/null); then
+    OCTAVO_RESOLVED_PYTHON=$python
+    return 0
+  elif [[ $why == missing* ]]; then
+    die 2 "$name ($python) has a fitting torch, but not: ${why#missing }." \
+      "Install what is missing:  '$python' -m pip install -e '${root}[$extras]'" \
+      "or leave that environment, and octavo makes one of its own in $root/.venv."
+  elif [[ $name == OCTAVO_PYTHON ]]; then
+    die 2 "OCTAVO_PYTHON=$python has ${why:-no Python that starts}." "Name another Python, or unset OCTAVO_PYTHON."
+  elif [[ $why == *needs* ]]; then
+    say "$name has $why: using $root/.venv instead"
+  fi
   return 1
 }
 
@@ -112,110 +65,87 @@ fingerprint() {
   { awk '/^\[tool\./ { exit } { print }' "$1/pyproject.toml" && printf '%s\n' "$TORCH_PIN"; } | cksum
 }
 
-# ready ROOT EXTRAS: is .venv complete, current, and with these extras?
+# ready ROOT EXTRAS: is .venv complete, current, with these extras, and with CUDA if there is a GPU?
 ready() {
-  local root=$1 want=$2 made_from='' extras='' build=''
-  [[ -x $root/.venv/bin/python && -f $root/.venv/.octavo-ready ]] || return 1
-  { read -r made_from && read -r extras && read -r build; } <"$root/.venv/.octavo-ready" || return 1
-  [[ $made_from == "$(fingerprint "$root")" && ,$extras, == *",$want,"* ]] || return 1
+  local made_from='' extras='' build=''
+  [[ -x $1/.venv/bin/python && -f $1/.venv/.octavo-ready ]] || return 1
+  { read -r made_from && read -r extras && read -r build; } <"$1/.venv/.octavo-ready" || return 1
+  [[ $made_from == "$(fingerprint "$1")" && ,$extras, == *",$2,"* ]] || return 1
   if [[ $build == cpu ]] && has_nvidia_gpu; then return 1; fi
 }
 
-# A Python to make .venv with. It is started, for a name on PATH may be a shim without anything behind it; once, and
-# without its site-packages, for a start can take a second.
+# A Python >= 3.11 with venv. It is started, for a name on PATH may be a shim without anything behind it.
 base_python() {
-  local name status found='' problems=()
+  local name found
   for name in python3.13 python3.12 python3.11 python3 python; do
     found=$(command -v "$name") || continue
-    status=0
-    "$found" -I -S -c "$VENV_FITNESS" >/dev/null 2>&1 || status=$?
-    case $status in
-      0)
-        printf '%s' "$found"
-        return
-        ;;
-      10) problems+=("$found: has no venv module (Debian, Ubuntu: apt install python3-venv)") ;;
-      *) problems+=("$found: does not start, or is older than 3.11") ;;
-    esac
+    if "$found" -ISc 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+      printf '%s' "$found"
+      return
+    fi
   done
-  die 2 "no Python >= 3.11 with venv on PATH." ${problems[@]+"${problems[@]}"} \
-    "Install one, activate an environment with torch >= 2.11, or name its Python in OCTAVO_PYTHON."
+  die 2 "no Python >= 3.11 with venv on PATH." \
+    "Install one (Debian, Ubuntu: apt install python3 python3-venv), activate an environment with torch >= 2.11, or" \
+    "name its Python in OCTAVO_PYTHON."
 }
 
-# pip of the environment being made. -I: the caller's PYTHONPATH must not count as installed.
-pip_install() {
-  PIP_USER=0 "$venv/bin/python" -I -m pip install --disable-pip-version-check --no-input "$@" </dev/null
+has_uv() { command -v uv >/dev/null 2>&1; }
+
+# Installs into the environment being made. -I: the caller's PYTHONPATH must not count as installed.
+install() {
+  if has_uv; then
+    uv pip install --python "$venv/bin/python" "$@" >&2
+  else
+    PIP_USER=0 "$venv/bin/python" -I -m pip install --disable-pip-version-check --no-input "$@" </dev/null >&2
+  fi
 }
 
+# torch comes first and alone, perhaps from an index of its own. Without a GPU that is the build named "+cpu"; only
+# where the index has none is it the plain version, which on Linux brings gigabytes of CUDA.
 install_torch() {
-  local index=() quiet=(-qq) complaint=$venv/.octavo-pip-errors
-  if [[ -n ${OCTAVO_TORCH_INDEX:-} ]]; then index=(--index-url "$OCTAVO_TORCH_INDEX"); fi
-  if [[ -t 2 ]]; then quiet=(--progress-bar on); fi # a download of minutes needs its bar
-  # --no-deps: an index for torch need not hold the rest, which the next step installs from the ordinary one.
-  set -- "${quiet[@]}" --no-deps ${index[@]+"${index[@]}"}
-
+  local options=(-q --no-deps) log=$venv/.octavo-torch.log
+  if [[ -n ${OCTAVO_TORCH_INDEX:-} ]]; then options+=(--index-url "$OCTAVO_TORCH_INDEX"); fi
   if [[ $build == gpu ]]; then
-    # An index that has both builds would give "+cpu", which sorts above the plain version.
-    say "installing torch $TORCH_PIN with CUDA (a few GB with its libraries)"
-    pip_install "$@" "torch==$TORCH_PIN,!=$TORCH_PIN+cpu" >&2
-    return
+    torch="torch==$TORCH_PIN,!=$TORCH_PIN+cpu" # an index with both builds would give "+cpu", which sorts higher
+  elif [[ $(uname -s) == Darwin ]]; then
+    torch="torch==$TORCH_PIN"
+  else
+    torch="torch==$TORCH_PIN+cpu"
   fi
-  if [[ $(uname -s) == Darwin ]]; then
-    say "installing torch $TORCH_PIN"
-    pip_install "$@" "torch==$TORCH_PIN" >&2
-    return
-  fi
-  say "installing torch $TORCH_PIN, CPU build (about 200 MB): no NVIDIA GPU found"
-  if pip_install "$@" "torch==$TORCH_PIN+cpu" 2>"$complaint" >&2; then return 0; fi
-  # "(from versions: none)": the index was not reached, or has no torch for this Python. Asking again is no help.
-  if ! grep -q 'No matching distribution found' "$complaint" || grep -q 'from versions: none' "$complaint"; then
-    cat "$complaint" >&2
-    return 1
-  fi
+  say "installing $torch"
+  if install "${options[@]}" "$torch" 2>"$log"; then return 0; fi
+  cat "$log" >&2
+  if [[ $torch != *==*+cpu ]] || ! grep -Eq "versions: [0-9]|no version of torch" "$log"; then return 1; fi
   say "this index has no CPU build of torch $TORCH_PIN: taking the plain one, with gigabytes of CUDA libraries." \
     "OCTAVO_TORCH_INDEX=URL names another index for torch."
-  pip_install "$@" "torch==$TORCH_PIN" >&2
-}
-
-install_octavo() {
-  local torch
-  torch=$("$venv/bin/python" -I -c 'import importlib.metadata as m; print(m.version("torch"))') || return 1
-  printf 'torch==%s\n' "$torch" >"$venv/.octavo-constraints.txt"
-  say "installing octavo[$extras] and what it needs, keeping torch $torch"
-  pip_install -qq --constraint "$venv/.octavo-constraints.txt" --editable "${root}[$extras]" >&2
+  torch="torch==$TORCH_PIN"
+  install "${options[@]}" "$torch"
 }
 
 # make_venv ROOT EXTRAS: runs under the lock.
 make_venv() {
-  local root=$1 extras=$2 venv=$1/.venv build=cpu before='' base why
+  local root=$1 extras=$2 venv=$1/.venv build=cpu torch base
   if ready "$root" "$extras"; then return 0; fi # another start made it while this one waited
   if has_nvidia_gpu; then build=gpu; fi
-
-  if [[ -f $venv/.octavo-ready && -x $venv/bin/python ]]; then
-    why='its requirements have changed'
-    before=$(cat "$venv/.octavo-ready")
+  if [[ -n $(ls -A "$venv" 2>/dev/null) && ! -e $venv/.octavo-made ]]; then
+    die 2 "$venv exists, and octavo did not make it." \
+      "To use it, activate it and run:  pip install -e '${root}[$extras]'" "Else move it away, and octavo makes its own."
+  fi
+  say "setting up $venv"
+  if [[ -f $venv/.octavo-ready && -x $venv/bin/python ]]; then # complete, but for other requirements
     if [[ ,$(sed -n 2p "$venv/.octavo-ready"), == *,test,* ]]; then extras=train,test; fi
-    rm -f "$venv/.octavo-ready"
+    rm "$venv/.octavo-ready"
   else
-    why='no active environment has torch >= 2.11'
-    if [[ -e $venv/.octavo-made ]]; then why='an earlier installation there was not finished'; fi
-    if [[ -n $(ls -A "$venv" 2>/dev/null) && ! -e $venv/.octavo-made ]]; then
-      die 2 "$venv exists, and octavo did not make it." \
-        "To use it, activate it and run:  pip install -e '${root}[$extras]'" "Else move it away, and octavo makes its own."
-    fi
-    base=$(base_python)
+    if ! has_uv; then base=$(base_python); fi
     mkdir -p "$venv"
     find "$venv/" -mindepth 1 -delete # what is in it, so that a link to another disk stays one
     : >"$venv/.octavo-made"
-    "$base" -m venv "$venv" >&2 </dev/null
+    if has_uv; then uv venv -q --allow-existing --python '>=3.11' "$venv" >&2; else "$base" -m venv "$venv" >&2; fi
   fi
-
-  say "setting up $venv: $why"
-  if ! install_torch || ! install_octavo; then
-    # pip ended by itself and left the old packages in place; only a killed installation leaves a broken one.
-    if [[ -n $before ]]; then printf '%s\n' "$before" >"$venv/.octavo-ready"; fi
-    die 1 "the installation in $venv failed; pip's own message is above." \
-      "It needs a package index: pip's own settings name one (PIP_INDEX_URL), OCTAVO_TORCH_INDEX one for torch alone." \
+  # With torch named again, no other package can exchange it.
+  if ! install_torch || ! install -q --editable "${root}[$extras]" "$torch"; then
+    die 1 "the installation in $venv failed; the installer's own message is above." \
+      "It needs a package index: PIP_INDEX_URL (UV_INDEX_URL) names one, OCTAVO_TORCH_INDEX one for torch alone." \
       "Without a network, activate an environment that has torch >= 2.11 and the extras [$extras]."
   fi
   printf '%s\n' "$(fingerprint "$root")" "$extras" "$build" >"$venv/.octavo-ready.new"
@@ -223,52 +153,20 @@ make_venv() {
   say "$venv is ready"
 }
 
-# locked ROOT COMMAND...: runs it while no other start does. Without flock (macOS) a symbolic link is the lock, made
-# in one step; what it points to is its owner's process number, which tells whether that owner still lives.
-locked() {
-  local root=$1 lock=$1/.venv.lock owner told=''
-  shift
-  if command -v flock >/dev/null 2>&1; then
-    (
-      if ! flock -n 9; then
-        say "waiting for another start that is setting up $root/.venv"
-        flock 9
-      fi
-      "$@"
-    ) 9>"$lock"
-    return
-  fi
-  until ln -s "$$" "$lock.owner" 2>/dev/null; do
-    owner=$(readlink "$lock.owner") || continue
-    if ! kill -0 "$owner" 2>/dev/null; then
-      rm -f "$lock.owner"
-      continue
-    fi
-    if [[ -z $told ]]; then say "waiting for another start that is setting up $root/.venv (process $owner)"; fi
-    told=1
-    sleep 1
-  done
-  (
-    trap 'rm -f "$lock.owner"' EXIT
-    "$@"
-  )
-}
-
 # find_active_python ROOT EXTRAS MODULE...: sets OCTAVO_RESOLVED_PYTHON from what the user chose or activated.
 find_active_python() {
-  local root=$1 extras=$2 python name
-  shift 2
+  local root=$1 python name
   OCTAVO_RESOLVED_PYTHON=
   if [[ -n ${OCTAVO_PYTHON:-} ]]; then
     python=$(command -v -- "$OCTAVO_PYTHON") || die 2 "OCTAVO_PYTHON=$OCTAVO_PYTHON: no such program."
-    use_active OCTAVO_PYTHON "$python" "$root" "$extras" "$@"
+    use_python OCTAVO_PYTHON "$python" "$@"
     return
   fi
   for name in VIRTUAL_ENV CONDA_PREFIX; do
     python=${!name:-}/bin/python
     if [[ -z ${!name:-} || ! -x $python ]]; then continue; fi
     if [[ -e ${!name}/.octavo-made && ${!name} -ef $root/.venv ]]; then continue; fi # ours: kept up to date below
-    if use_active "$name=${!name}" "$python" "$root" "$extras" "$@"; then return 0; fi
+    if use_python "$name=${!name}" "$python" "$@"; then return 0; fi
   done
   return 1
 }
@@ -284,7 +182,12 @@ find_python() {
       die 2 "no active environment has torch >= 2.11, and $root cannot be written to, so octavo cannot make its own." \
         "Activate an environment that has it, or name its Python in OCTAVO_PYTHON."
     fi
-    locked "$root" make_venv "$root" "$extras"
+    (
+      if command -v flock >/dev/null 2>&1; then # two starts at once; macOS has no flock
+        flock -n 9 || { say "waiting for another start that is setting up $root/.venv" && flock 9; }
+      fi
+      make_venv "$root" "$extras"
+    ) 9>>"$root/.venv.lock"
   fi
   OCTAVO_RESOLVED_PYTHON=$root/.venv/bin/python
 }

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 TOOLS = (
     *("awk", "bash", "cat", "cksum", "dirname", "env", "find", "flock", "grep", "ln", "ls", "mkdir", "mv"),
-    *("readlink", "rm", "sed", "sleep", "tail", "uname"),
+    *("readlink", "rm", "sed", "sleep", "uname"),
 )
 
 REPORT = """
@@ -43,7 +43,6 @@ sys.exit(int(os.environ.get("FAKE_EXIT", "0")))
 VENV_PYTHON = """#!/usr/bin/env bash
 set -eu
 case "$*" in
-  "-I -c "*) cat "$(dirname "$0")/torch-version" ;;
   "-I -m pip install "*)
     shift 4
     printf '%s\\n' "$*" >>"$FAKE_PIP_LOG"
@@ -61,10 +60,7 @@ case "$*" in
           echo "ERROR: Could not find a version (from versions: 2.13.0)" >&2
           echo "ERROR: No matching distribution found for torch==2.13.0+cpu" >&2
           exit 1
-        fi
-        version=2.13.0
-        if [[ $* == *"==2.13.0+cpu" ]]; then version=2.13.0+cpu; fi
-        echo "$version" >"$(dirname "$0")/torch-version" ;;
+        fi ;;
     esac ;;
   *) FAKE_PYTHON=$0 exec REAL_PYTHON -S "$@" ;;
 esac
