@@ -6,7 +6,7 @@ Whether the shards were made with the job's tokenizer is checked when they are l
 from collections.abc import Iterator
 from pathlib import Path
 
-from octavo.config import names
+from octavo.config import names, torchtitan
 from octavo.config.schema import JobConfig
 from octavo.core.errors import ConfigError, Problem, did_you_mean
 
@@ -83,7 +83,8 @@ def _source(job: JobConfig, key: str, name: str, subject: str) -> Iterator[Probl
     if name in names.DATASETS:
         return
     if not path.exists():
-        known, hint = ", ".join(names.DATASETS), did_you_mean(name, names.DATASETS)
+        known = ", ".join(names.DATASETS)
+        hint = torchtitan.missing_value("training.dataset", name) or did_you_mean(name, names.DATASETS)
         yield job.problem(key, f": {subject}neither a known corpus ({known}) nor an existing path{hint}")
         return
     try:

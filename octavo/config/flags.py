@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from octavo.config import lookup
 from octavo.config.schema import SECTIONS
-from octavo.config.values import BadValue, Setting, convert
+from octavo.config.values import BadValue, Setting
 from octavo.core.errors import Problem
 
 _CONFIG_FILE = ("job", "config_file")
@@ -35,7 +35,7 @@ def read(argv: Sequence[str]) -> tuple[list[Setting], list[Problem]]:
                 raise BadValue(_explain(typed))
             if text is None:
                 raise BadValue("needs a value")
-            value = convert(SECTIONS[home[0]][home[1]], text, text=True)
+            value = lookup.value_of(*home, text, text=True)
             settings.append(
                 Setting(*home, not value if negated else value, ".".join(written), typed, "cli", text)
             )

@@ -1,8 +1,14 @@
-"""Maps the name that a user wrote to the attribute that holds it, or to the reason why there is none."""
+"""Maps what a user wrote to an option and its value, or to the reason why there is none."""
+
+from typing import Any
 
 from octavo.config import torchtitan
-from octavo.config.schema import ALIASES, SECTIONS
+from octavo.config.options import ValueSpelled
+from octavo.config.schema import ALIASES, OPTIONS, SECTIONS
+from octavo.config.values import BadValue, convert
 from octavo.core.errors import nearest
+
+_FLOAT8 = "linear.float8."  # [quantize.linear.float8]: torchtitan's name of [float8] since the end of 2025
 
 
 def normal(name: str) -> str:
@@ -17,16 +23,35 @@ def spellings(section: str) -> list[str]:
 
 def resolve(section: str, key: str) -> tuple[str, str] | None:
     """The (section, key) of the attribute that `section.key` sets, or None."""
+    if section == "quantize" and key.startswith(_FLOAT8):
+        return resolve("float8", key.removeprefix(_FLOAT8))
     if (section, key) in ALIASES:
         return ALIASES[section, key]
     return (section, key) if key in SECTIONS.get(section, ()) else None
 
 
+def value_of(section: str, key: str, given: Any, *, text: bool) -> Any:
+    """The value that a key has if a user gives `given`; `text` where it is a command line's string.
+
+    Raises:
+        BadValue: with what was expected.
+    """
+    option = OPTIONS[f"{section}.{key}"]
+    for other in option.noted(ValueSpelled):
+        given = other.translate(given)
+    try:
+        return convert(option.kind, given, text=text)
+    except BadValue as error:
+        raise BadValue(f"{error}{torchtitan.missing_value(option.name, given)}") from None
+
+
 def explain_unknown(section: str, key: str, *, prefix: str = "") -> str:
     """Why there is no `section.key`; `prefix` is "--" if the user wrote a flag."""
-    reason = torchtitan.reason(section, key)
-    if reason is not None:
-        return f"known to torchtitan, not supported: {reason}"
+    if section == "quantize" and key.startswith(_FLOAT8):
+        return explain_unknown("float8", key.removeprefix(_FLOAT8), prefix=prefix)
+    missing = torchtitan.missing_key(section, key)
+    if missing is not None:
+        return missing
     noun = "flag" if prefix else "key"
     if section not in SECTIONS:
         return f"unknown section '{section}'{_suggest(_everywhere(section, key), prefix)}"
@@ -38,9 +63,9 @@ def explain_unknown(section: str, key: str, *, prefix: str = "") -> str:
 
 def explain_unknown_section(section: str) -> str:
     """Why there is no `[section]`."""
-    reason = torchtitan.section_reason(section)
-    if reason is not None:
-        return f"known to torchtitan, not supported: {reason}"
+    missing = torchtitan.missing_section(section)
+    if missing is not None:
+        return missing
     best = nearest(section, SECTIONS)
     return "unknown section" + (
         f"; did you mean [{best}]?" if best else f"; the sections are {', '.join(SECTIONS)}"

@@ -50,6 +50,22 @@ class AlsoSpelled:
 
 
 @dataclass(frozen=True)
+class ValueSpelled:
+    """A second spelling of a value."""
+
+    other: str
+    value: str
+
+    def translate(self, given: Any) -> Any:
+        """`given`, one value or several, with the first spelling for the second."""
+        if isinstance(given, str):
+            return ",".join(self.translate(given.split(",")))
+        if isinstance(given, list):
+            return [self.value if str(part).strip() == self.other else part for part in given]
+        return given
+
+
+@dataclass(frozen=True)
 class Option:
     """One option: its type and default, and what its section and its field note, in this order."""
 

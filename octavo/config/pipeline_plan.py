@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from octavo.config import pipeline_csv
+from octavo.config import pipeline_csv, torchtitan
 from octavo.config.needs import uses_previous_step
 from octavo.config.schema import JobConfig, Parallelism
 from octavo.core.errors import ConfigError, Problem, did_you_mean
@@ -131,7 +131,8 @@ def problems(job: JobConfig) -> Iterator[Problem]:
         return
     name = _name(settings)
     if name is None:
-        hint = did_you_mean(settings.pipeline_parallel_schedule, SCHEDULES)
+        written = settings.pipeline_parallel_schedule
+        hint = did_you_mean(written, SCHEDULES) + torchtitan.missing_value(_P + "schedule", written)
         yield job.problem(_P + "schedule", f": no such schedule; there are {', '.join(SCHEDULES)}{hint}")
         return
     if job.training.local_batch_size % settings.pipeline_parallel_microbatch_size:

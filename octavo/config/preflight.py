@@ -8,7 +8,7 @@ layer?) come later.
 
 from collections.abc import Iterator
 
-from octavo.config import file_checks, layer_recipes, names, option_checks
+from octavo.config import file_checks, layer_recipes, names, option_checks, torchtitan
 from octavo.config.conflicts import conflicts
 from octavo.config.parallel_dims import ParallelDims, parallel_dims_of
 from octavo.config.pipeline_plan import plan_of
@@ -154,6 +154,7 @@ def _model(job: JobConfig) -> Iterator[Problem]:
     elif flavor not in names.MODELS[name]:
         flavors = names.MODELS[name]
         has = f"it has {', '.join(flavors)}{did_you_mean(flavor, flavors)}"
+        has += torchtitan.missing_value("model.flavor", flavor)
         yield job.problem("model.flavor", f": {name} has no such flavor", has)
 
 

@@ -20,6 +20,7 @@ from octavo.config.options import (
     NeedsGpu,
     NeedsPackage,
     Option,
+    ValueSpelled,
     options_of,
 )
 from octavo.config.ranges import (
@@ -113,7 +114,9 @@ class Model:
     """Tokenizer: a shipped name, or a folder or file with tokenizer.json or tokenizer.model (also
     --model.tokenizer_path).
     """
-    converters: list[names.Converter] = field(default_factory=list)
+    converters: Annotated[list[names.Converter], ValueSpelled("quantize.linear.float8", "float8")] = field(
+        default_factory=list
+    )
     """Comma-separated converters applied to the model: float8."""
     fuse: names.Fuse = "auto"
     """Fuse a layer's norms, gates and products of one input; auto: where float8 kernels run, on a GPU."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from octavo.config import lookup, torchtitan
 from octavo.config.schema import SECTIONS
-from octavo.config.values import BadValue, Setting, convert
+from octavo.config.values import BadValue, Setting
 from octavo.core.errors import ConfigError, Problem
 
 _POSITION = re.compile(r"\s*\(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)$")
@@ -46,19 +46,28 @@ def read(path: str) -> tuple[list[Setting], list[Problem]]:
         if not isinstance(table, dict):
             wrong((name,), _not_a_table(name, section, table))
             continue
-        if section not in SECTIONS and not (table and section in torchtitan.KEYS):
+        if section not in SECTIONS and not (table and torchtitan.has_keys_of(section)):
             wrong((name,), f"[{name}]: {lookup.explain_unknown_section(section)}")
             continue
-        for key, value in table.items():
-            written = f"{section}.{lookup.normal(key)}"
+        for keys, value in _leaves(section, table):
+            key = lookup.normal(".".join(keys))
+            written = f"{section}.{key}"
             try:
                 if written in settings:  # TOML itself does not know that - and _ are one to us
                     raise BadValue(f"given twice, here and at {settings[written].where}")
-                where = _where(path, lines, (name, key))
-                settings[written] = _setting(section, lookup.normal(key), value, where)
+                settings[written] = _setting(section, key, value, _where(path, lines, (name, *keys)))
             except BadValue as error:
-                wrong((name, key), f"{written}: {error}", written)
+                wrong((name, *keys), f"{written}: {error}", written)
     return list(settings.values()), problems
+
+
+def _leaves(section: str, table: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The keys of a section with their values; those of [quantize], which has sections, at any depth."""
+    for key, value in table.items():
+        if section == "quantize" and isinstance(value, dict):
+            yield from (((key, *keys), inner) for keys, inner in _leaves(section, value))
+        else:
+            yield (key,), value
 
 
 def key_lines(text: str) -> dict[tuple[str, ...], int]:
@@ -125,8 +134,8 @@ def _lines(text: str) -> list[str]:
 def _record(
     tree: dict[str, Any], path: tuple[str, ...], line: int, found: dict[tuple[str, ...], int]
 ) -> tuple[str, ...]:
-    """Note `line` for the keys of `tree` under `path`, down to three names. Returns the path of the last."""
-    for key, value in tree.items() if len(path) < 3 else ():
+    """Note `line` for the keys of `tree` under `path`, down to four names. Returns the path of the last."""
+    for key, value in tree.items() if len(path) < 4 else ():
         inner = (*path, key)
         found.setdefault(inner, line)
         if isinstance(value, list):
@@ -181,5 +190,4 @@ def _setting(section: str, key: str, value: Any, where: str) -> Setting:
         raise BadValue(lookup.explain_unknown(section, key))
     if home == ("job", "config_file"):
         raise BadValue("a file cannot name another; give --job.config_file on the command line")
-    converted = convert(SECTIONS[home[0]][home[1]], value, text=False)
-    return Setting(*home, converted, f"{section}.{key}", where, "toml")
+    return Setting(*home, lookup.value_of(*home, value, text=False), f"{section}.{key}", where, "toml")

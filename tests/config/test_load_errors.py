@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from octavo.config import ConfigError, load, torchtitan
-from octavo.config.schema import ALIASES, SECTIONS
+from octavo.config import ConfigError, check, load, torchtitan
+from octavo.config.schema import ALIASES, OPTIONS, SECTIONS
 
 TITAN = "known to torchtitan, not supported: "
 
@@ -99,7 +99,12 @@ TOML = [
         f"job.toml:2: parallelism.expert_parallel_degree: {TITAN}",
     ),
     ("[mx]\nrecipe_name = 'mxfp8'", f"job.toml:1: [mx]: {TITAN}"),
-    ("[quantize.linear.float8]\nemulate = true", f"job.toml:1: [quantize]: {TITAN}"),
+    ("[quantize.linear.mx]\nrecipe_name = 'x'", f"job.toml:2: quantize.linear.mx.recipe_name: {TITAN}"),
+    (
+        "[quantize.linear.float8]\nemulat = true",
+        "job.toml:2: quantize.linear.float8.emulat: unknown key; did you mean 'float8.emulate'?",
+    ),
+    ("[quantize]\nlinear = 1\n", f"job.toml:2: quantize.linear: {TITAN}"),
     ("[debug]\nseed = 1", f"job.toml:2: debug.seed: {TITAN}here it is training.seed"),
     ("[training.dataloader]\nnum_workers = 4", f"job.toml:1: training.dataloader: {TITAN}"),
     ("[fault_tolerance]\nenable = false", f"job.toml:2: fault_tolerance.enable: {TITAN}"),
@@ -159,7 +164,8 @@ FLAGS = [
         f"{TITAN}here it is parallelism.data_parallel_shard_degree",
     ),
     (["--metrics.rank_0_only"], f"--metrics.rank_0_only: {TITAN}"),
-    (["--quantize.linear.float8.emulate"], f"--quantize.linear.float8.emulate: {TITAN}"),
+    (["--quantize.grouped_mm.float8.fqns=x"], f"--quantize.grouped_mm.float8.fqns: {TITAN}octavo has no"),
+    (["--float8.moe_fqns=x"], f"--float8.moe_fqns: {TITAN}octavo has no mixture-of-experts models"),
     (["--optimizer.lr=1_0"], "--optimizer.lr: expected a number, got '1_0'"),
     (["--optimizer.lr", " 1"], "--optimizer.lr: expected a number, got ' 1'"),
     (["--optimizer.lr=٣"], "--optimizer.lr: expected a number, got '٣'"),
@@ -186,33 +192,60 @@ def test_everything_wrong_is_told_at_once(told_about: Callable[..., str]) -> Non
     ]
 
 
-def test_torchtitans_keys_are_none_of_ours() -> None:
+THEIRS = {s: keys for s, keys in torchtitan.table().items() if s not in ("sections", "values")}
+MISSING = [(s, key, why) for s, keys in THEIRS.items() for key, why in keys.items() if why != "same"]
+
+
+def test_what_is_the_same_is_ours_and_what_is_missing_is_not() -> None:
     ours = {f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys}
     ours |= {f"{section}.{key}" for section, key in ALIASES}
-    theirs = {f"{section}.{key}" for section, keys in torchtitan.KEYS.items() for key in keys}
-    assert not ours & theirs
-    assert not set(torchtitan.SECTIONS) & set(SECTIONS)
+    for section, keys in THEIRS.items():
+        for key, why in keys.items():
+            assert (f"{section}.{key}" in ours) == (why == "same"), (section, key)
+    assert not set(torchtitan.table()["sections"]) & set(SECTIONS)
 
 
 def test_what_moved_moved_to_a_key_of_ours() -> None:
-    moved = [
-        reason for keys in torchtitan.KEYS.values() for reason in keys.values() if reason.startswith("here")
-    ]
+    moved = [why.removeprefix("here it is ") for *_, why in MISSING if why.startswith("here it is ")]
     assert len(moved) > 10
-    for reason in moved:
-        section, _, key = reason.removeprefix("here it is ").split(" ")[0].rstrip(",").partition(".")
-        assert key in SECTIONS[section], reason
+    for where in moved:
+        assert where.split(" ")[0].rstrip(",") in OPTIONS, where
 
 
-@pytest.mark.parametrize(
-    ("section", "key"), [(s, key) for s, keys in torchtitan.KEYS.items() for key in keys]
-)
-def test_every_key_of_torchtitans_is_refused_with_its_reason(
-    told_about: Callable[..., str], section: str, key: str
-) -> None:
-    told = told_about(f"[{section}]\n{key} = false\n")
-    assert told == f"job.toml:2: {section}.{key}: {TITAN}{torchtitan.KEYS[section][key]}"
-    assert 10 < len(torchtitan.KEYS[section][key]) < 100
+def test_every_key_of_torchtitans_is_refused_with_its_reason(told_about: Callable[..., str]) -> None:
+    keys = [(section, key, why) for section, key, why in MISSING if section != "quantize"]
+    lines = {section: [f"{k} = false" for s, k, _ in keys if s == section] for section in THEIRS}
+    text = "\n".join("\n".join([f"[{section}]", *its]) for section, its in lines.items() if its)
+    told = [line.partition(": ")[2] for line in told_about(text).splitlines()]
+    assert told == [f"{section}.{key}: {TITAN}{why}" for section, key, why in keys]
+    assert all(10 < len(why) < 100 for *_, why in MISSING)
+
+
+VALUES = torchtitan.table()["values"]
+
+
+@pytest.mark.parametrize("setting", VALUES)
+def test_every_value_of_torchtitans_is_refused_with_its_reason(setting: str) -> None:
+    key, _, value = setting.partition(" = ")
+    pipeline = ["--parallelism.pipeline_parallel_degree=2"] if "pipeline" in key else []
+    with pytest.raises(ConfigError) as caught:
+        check(load([f"--{key}={value}", *pipeline]), world_size=2)
+    assert f"; {TITAN}{VALUES[setting]}" in str(caught.value).splitlines()[0]
+
+
+def test_the_newer_spelling_of_float8_means_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(
+        '[model]\nconverters = ["quantize.linear.float8"]\n[quantize.linear.float8]\nemulate = true\n'
+    )
+    job = load([f"--config-file={path}", "--quantize.linear.float8.filter-fqns=output"])
+    assert (job.model.converters, job.float8.emulate, job.float8.filter_fqns) == (
+        ["float8"],
+        True,
+        ["output"],
+    )
+    assert job.where["float8.emulate"] == f"{path}:4"
+    assert load(["--model.converters=quantize.linear.float8"]).model.converters == ["float8"]
 
 
 @pytest.mark.parametrize(
