@@ -4,7 +4,8 @@ A *unit* is never divided: the embedding, a layer, or the head (the last norm wi
 *stage* is a sequence of consecutive units. A process has one stage, or several under an interleaved schedule.
 By default stages have equal numbers of layers, except that the first has
 `pipeline_parallel_first_stage_less_layers` fewer, for its embedding, and the last has
-`pipeline_parallel_last_stage_less_layers` fewer, for its head.
+`pipeline_parallel_last_stage_less_layers` fewer, for its head. So with one stage more than layers, or two,
+the head, and the embedding, are a stage of their own, as in torchtitan.
 """
 
 import itertools
@@ -96,11 +97,12 @@ def plan_of(job: JobConfig, units: Sequence[Sequence[str]]) -> PipelinePlan:
         cuts = _given_cuts(job, units)
     else:
         count = _count(job, name, layers)
-        if layers < count:
+        if layers + sum(map(bool, _less(settings))) < count:
             per_stage = settings.pipeline_parallel_layers_per_stage
             by, remedy = (_P + "degree", "lower") if per_stage is None else (_P + "layers_per_stage", "raise")
-            what = f"makes {degree} x {count // degree} = {count} stages, which need a layer each"
-            raise ConfigError([job.problem(by, f"{what}, and this model has {layers}", f"{remedy} it")])
+            makes = f"makes {degree} x {count // degree} = {count} stages"
+            what = f"{makes}, which need a layer, the embedding or the head, and this model has {layers}"
+            raise ConfigError([job.problem(by, what, f"{remedy} it")])
         cuts = _even_cuts(job, count, layers)
     bounds = [0, *cuts, len(units)]
     stages = tuple(
@@ -307,13 +309,18 @@ def _given_cuts(job: JobConfig, units: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _even_cuts(job: JobConfig, count: int, layers: int) -> list[int]:
-    """Boundaries of `count` stages with at least one layer each and loads as equal as possible."""
+    """Boundaries of `count` stages with loads as equal as possible. Each has at least one layer, unless there
+    are too few: then the head, and next the embedding, are a stage of their own.
+    """
     first, last = _less(job.parallelism)
-    load = [1] * count  # in layers
+    have = [1] * count
+    for end in ([-1] if last else []) + ([0] if first else []):
+        if sum(have) > layers:
+            have[end] = 0
+    load = list(have)  # in layers
     load[0] += first
     load[-1] += last
-    have = [1] * count
-    for _ in range(layers - count):
+    for _ in range(layers - sum(have)):
         stage = load.index(min(load))
         load[stage] += 1
         have[stage] += 1

@@ -50,18 +50,16 @@ def layers_of(plan) -> list[int]:
         (("first_stage_less_layers=0", "last_stage_less_layers=3"), 2, 9, [6, 3]),
         (("schedule=Interleaved1F1B",), 2, 8, [2, 3, 2, 1]),
         (("schedule=Interleaved1F1B", "layers_per_stage=2"), 2, 10, [1, 2, 2, 2, 2, 1]),
-        (("schedule=Interleaved1F1B", "layers_per_stage=1"), 2, 6, [1] * 8),
+        (("schedule=Interleaved1F1B", "layers_per_stage=1"), 2, 6, [0, 1, 1, 1, 1, 1, 1, 0]),
+        (("schedule=Interleaved1F1B",), 4, 6, [0, 1, 1, 1, 1, 1, 1, 0]),
+        (("schedule=InterleavedZeroBubble",), 4, 7, [1, 1, 1, 1, 1, 1, 1, 0]),
+        ((), 2, 1, [1, 0]),
+        (("last_stage_less_layers=0",), 2, 1, [0, 1]),
         (("split_points=layers.1",), 2, 6, [1, 5]),
         (("split_points=layers.0,layers.4,norm", "schedule=LoopedBFS"), 2, 6, [0, 4, 2, 0]),
     ],
 )
 def test_layers_of_each_stage(flags, degree, layers, expected):
-    if expected == [1] * 8:
-        with pytest.raises(
-            ConfigError, match="layers_per_stage = 1 .* makes 2 x 4 = 8 stages, .* 6; raise it"
-        ):
-            plan_of(job(*flags, degree=degree), units(layers))
-        return
     plan = plan_of(job(*flags, degree=degree), units(layers))
     assert layers_of(plan) == expected
     assert [name for stage in plan.stages for name in stage] == [n for unit in units(layers) for n in unit]
@@ -230,9 +228,27 @@ def test_stages_that_this_model_has_not(flags, message):
     assert message in str(error.value)
 
 
-def test_more_stages_than_layers():
-    with pytest.raises(ConfigError, match=r"degree = 4 .* makes 4 x 2 = 8 stages, .* model has 6; lower it"):
-        plan_of(job("schedule=Interleaved1F1B", degree=4), units())
+@pytest.mark.parametrize(
+    ("flags", "degree", "layers", "message"),
+    [
+        ((), 4, 5, "degree = 4 .* makes 4 x 2 = 8 stages, .* this model has 5; lower it"),
+        (
+            ("first_stage_less_layers=0", "last_stage_less_layers=0"),  # the ends count for nothing
+            4,
+            7,
+            "degree = 4 .* makes 4 x 2 = 8 stages, .* this model has 7; lower it",
+        ),
+        (
+            ("layers_per_stage=1", "first_stage_less_layers=2", "last_stage_less_layers=2"),
+            2,
+            6,
+            "layers_per_stage = 1 .* makes 2 x 5 = 10 stages, .* this model has 6; raise it",
+        ),
+    ],
+)
+def test_more_stages_than_layers_and_ends(flags, degree, layers, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_of(job("schedule=Interleaved1F1B", *flags, degree=degree), units(layers))
 
 
 SOUND = "0F0,0F1,,0B0,0B1\n,1F0,1B0,1F1,1B1\n"

@@ -272,8 +272,11 @@ PIPE = ["--parallelism.pipeline_parallel_degree=4", "--training.local_batch_size
             "8 key/value heads (8 / 16 = 0.50), which do not divide evenly; degrees that divide them: 1, 2",
         ),
         (
-            [*PIPE, "--parallelism.pipeline_parallel_schedule=Interleaved1F1B"],
-            4,
+            [
+                "--parallelism.pipeline_parallel_degree=8",
+                "--parallelism.pipeline_parallel_schedule=Interleaved1F1B",
+            ],
+            8,
             "and this model has 6; lower it",
         ),
         ([*PIPE, "--model.flavor=1B"], 4, "output projection is its embedding (tied)"),
