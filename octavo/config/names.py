@@ -1,21 +1,40 @@
 """Every name that a config may choose from, so that a config can be checked before torch is imported.
 
-The registries behind these names (recipes, optimizers, corpora) import torch, which takes seconds; a
-misspelt name should cost milliseconds. So each name is written twice, and a test holds the two equal
-(`tests/config/test_names.py`).
+Models and recipes are read where they are defined, which takes no torch. The registries behind the other
+names (optimizers, schedules, corpora) import torch, which takes seconds, so those names are written twice;
+a test holds the two equal (`tests/config/test_names.py`).
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from octavo.families import FAMILIES
+from octavo.float8.recipe import RECIPES as _RECIPES
+from octavo.float8.recipe import When
 
-RecipeName = Literal[
-    "tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise", "mxfp8", "tensorwise_previous_step"
-]
-ControlName = Literal["unscaled_e5m2"]
-AnyRecipeName = Literal[RecipeName, ControlName]
+RECIPES: tuple[str, ...] = tuple(_RECIPES)
+CONTROLS: tuple[str, ...] = ("unscaled_e5m2",)
+"""Recipes that are known to train badly: what a comparison has to find (`octavo compare`)."""
+
+GATHERABLE_RECIPES: tuple[str, ...] = tuple(name for name in RECIPES if _RECIPES[name].gatherable)
+"""Recipes whose weights FSDP can gather in float8: one cast serves both products that read the weight."""
+
+PREVIOUS_STEP_RECIPES: tuple[str, ...] = tuple(
+    name
+    for name in RECIPES
+    if any(
+        cast is not None and cast.when is When.PREVIOUS_STEP
+        for gemm in _RECIPES[name].gemms.values()
+        for cast in (gemm.a, gemm.b)
+    )
+)
+"""Recipes that take scales from the step before."""
+
+if TYPE_CHECKING:
+    RecipeName = str
+else:
+    RecipeName = Literal[(*RECIPES, *CONTROLS)]
 OptimizerName = Literal["Adam", "AdamW", "AdamW8bit"]
 StateDtype = Literal["float32", "bfloat16"]
 WeightDtype = Literal["float32", "bfloat16"]
@@ -35,16 +54,6 @@ ReshardAfterForward = Literal["default", "always", "never"]
 RotateMethod = Literal["allgather", "alltoall"]
 NonFinitePolicy = Literal["stop", "skip", "rewind"]
 SpikePolicy = Literal["off", "warn", "skip", "rewind"]
-
-RECIPES: tuple[str, ...] = get_args(RecipeName)
-CONTROLS: tuple[str, ...] = get_args(ControlName)
-"""Recipes that are known to train badly: what a comparison has to find (`octavo compare`)."""
-
-GATHERABLE_RECIPES: tuple[str, ...] = ("tensorwise", "blockwise", "tensorwise_previous_step")
-"""Recipes whose weights FSDP can gather in float8: one cast serves both products that read the weight."""
-
-PREVIOUS_STEP_RECIPES: tuple[str, ...] = ("tensorwise_previous_step",)
-"""Recipes that take scales from the step before."""
 
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 DECAY_TYPES: tuple[str, ...] = get_args(DecayType)

@@ -343,7 +343,7 @@ class Compile:
 
 @dataclass
 class Float8:
-    recipe_name: names.AnyRecipeName | None = None
+    recipe_name: names.RecipeName | None = None
     """How operands are scaled and cast; None means tensorwise. unscaled_e5m2 is a negative control:
     tensorwise without scales, which loses most of a gradient.
     """

@@ -23,7 +23,7 @@ from octavo.float8 import cast_weights_once, convert_to_float8_training
 from octavo.float8.matmul import PRODUCTS
 from octavo.models.init import init_weights
 from octavo.models.transformer import Transformer
-from octavo.train.trainer import loss_sum
+from octavo.train.step import cross_entropy_sum
 from tests.helpers import ranks
 
 ARGS = ModelArgs(dim=32, n_layers=5, n_heads=2, n_kv_heads=2, hidden_dim=48, vocab_size=64, max_seq_len=16)
@@ -105,7 +105,7 @@ def measured(schedule: str, recipe: str | None, csv: str | None, held: bool) -> 
     tokens, labels = batch()
     linears = sum(isinstance(module, nn.Linear) for module in parts.modules())
     with Products() as products, cast_weights_once(parts, enabled=held):
-        losses = [float(pipeline.gradients(tokens, labels, loss_sum)) for _ in range(2)]
+        losses = [float(pipeline.gradients(tokens, labels, cross_entropy_sum)) for _ in range(2)]
     logits = pipeline.forward(tokens[:3, :8])
     return {
         "losses": losses,
@@ -148,7 +148,7 @@ def test_a_pipeline_computes_what_the_whole_model_does(
     total = 0.0
     for _ in range(2):
         for sequence, wanted in zip(tokens.split(1), labels.split(1), strict=True):
-            loss = loss_sum(model(sequence), wanted)
+            loss = cross_entropy_sum(model(sequence), wanted)
             loss.backward()
             total += float(loss.detach())
     got = {name: grad for rank in results for name, grad in rank["grads"].items()}
