@@ -13,7 +13,7 @@ from octavo.models.transformer import Transformer
 from octavo.tokenizer import build_tokenizer
 from octavo.train import quantization
 from octavo.train.build_model import model_args
-from octavo.train.trainer import loss_sum
+from octavo.train.step import cross_entropy_sum
 from tests.helpers import ranks
 from tests.models.small_llama import small
 
@@ -29,7 +29,7 @@ def gradients(*, compiled: bool) -> dict[str, object]:
     init_weights(model, seed=1)
     tokens, labels = torch.randint(128, (2, 2, 16), generator=torch.Generator().manual_seed(2)).unbind(0)
     with loss_context(parallel=True):
-        loss_sum(model(tokens), labels).backward()
+        cross_entropy_sum(model(tokens), labels).backward()
     return {name: parameter.grad.full_tensor().numpy() for name, parameter in model.named_parameters()}
 
 

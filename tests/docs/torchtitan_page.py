@@ -25,6 +25,7 @@ class TitanRun:
 _P, _PP, _CP = "--parallelism.", "--parallelism.pipeline_parallel_", "--parallelism.context_parallel_"
 _SHARD, _REPLICATE = f"{_P}data_parallel_shard_degree", f"{_P}data_parallel_replicate_degree"
 _TP2, _DP1 = f"{_P}tensor_parallel_degree=2", f"{_SHARD}=1"
+_AC = "--activation_checkpoint."
 _VALIDATION = "--validation.enable --validation.fraction=0.1"
 _FLOAT8 = "--model.converters=quantize.linear.float8 --quantize.linear.float8.enable_fsdp_float8_all_gather"
 
@@ -34,7 +35,7 @@ RUNS = (
     TitanRun(
         "1d_compile_sac_op",
         4,
-        "--compile.enable --activation_checkpoint.selective_ac_option=op",
+        f"--compile.enable {_AC}mode=selective {_AC}selective_ac_option=op",
     ),
     TitanRun("2d_eager", 4, _TP2),
     TitanRun("2d_compile", 4, f"--compile.enable {_TP2}"),
@@ -50,7 +51,7 @@ RUNS = (
     TitanRun(
         "pp_looped_zero_bubble",
         4,
-        f"{_PP}degree=4 {_PP}schedule=InterleavedZeroBubble --activation_checkpoint.mode=full",
+        f"{_PP}degree=4 {_PP}schedule=InterleavedZeroBubble {_AC}mode=full",
     ),
     TitanRun(
         "pp_zbv", 2, f"{_PP}degree=2 {_PP}schedule=ZBVZeroBubble --activation_checkpoint.mode=full {_DP1}"
