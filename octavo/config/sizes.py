@@ -18,12 +18,15 @@ def args_of(job: JobConfig) -> ModelArgs | None:
 
 def shared_sizes(args: ModelArgs) -> dict[str, int]:
     """The dimensions that tensor parallelism divides, by name."""
-    return {
-        "heads": args.n_heads,
-        "key/value heads": args.n_kv_heads,
-        "feed-forward features": args.hidden_dim,
-        "features": args.dim,
-    }
+    sizes = {"heads": args.n_heads, "key/value heads": args.n_kv_heads}
+    moe = args.moe
+    if moe is None or moe.first_dense:
+        sizes["feed-forward features"] = args.hidden_dim
+    if moe is not None:
+        sizes["features of an expert"] = moe.hidden_dim
+        if moe.shared_dim:
+            sizes["features of the shared expert"] = moe.shared_dim
+    return {**sizes, "features": args.dim}
 
 
 def units(args: ModelArgs) -> list[tuple[str, ...]]:

@@ -4,6 +4,9 @@ none: keep every activation. full: keep only the layer's input and rerun its for
 "op": rerun the forward, but keep the results of attention and of every second matrix product (keeping all
 products would save little memory). selective, "n": full for every n-th layer, none for the rest. (Chen et
 al., arXiv:1604.06174.)
+
+A layer that chooses (a router, which has the attribute `chooses`) keeps its choice under every policy:
+recomputed in a compiled graph, scores differ by rounding, and another choice would give other gradients.
 """
 
 from typing import Any
@@ -27,8 +30,16 @@ _ATTENTION = frozenset(
 )
 # By name, because the operators of emulated float8 GEMMs exist only once octavo.float8 is loaded.
 _MATMULS = frozenset(
-    {"aten::mm", "aten::addmm", "aten::_scaled_mm", "octavo::scaled_mm_blocks", "octavo::mm_codes"}
+    {
+        "aten::mm",
+        "aten::addmm",
+        "aten::_scaled_mm",
+        "octavo::scaled_mm_blocks",
+        "octavo::mm_codes",
+        "octavo::grouped_mm",
+    }
 )
+_CHOICES = frozenset({_aten.topk.default})
 
 
 def _selective_contexts() -> Any:
@@ -40,13 +51,24 @@ def _selective_contexts() -> Any:
             counts[ctx.is_recompute] += 1
             keep = counts[ctx.is_recompute] % 2 == 1
         else:
-            keep = op in _ATTENTION
+            keep = op in _ATTENTION or op in _CHOICES
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
 
 
+def _choosing_contexts() -> Any:
+    """Contexts that keep only choices."""
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in _CHOICES else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
 def _full(layer: nn.Module) -> nn.Module:
+    if any(getattr(module, "chooses", False) for module in layer.modules()):
+        return checkpoint_wrapper(layer, preserve_rng_state=False, context_fn=_choosing_contexts)
     return checkpoint_wrapper(layer, preserve_rng_state=False)
 
 

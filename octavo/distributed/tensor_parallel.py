@@ -1,14 +1,15 @@
-"""The parts of tensor parallelism outside a model's layers: logits sharded by vocabulary, their loss, and the
-compiler setting that overlaps gathers with matrix products.
+"""What tensor parallelism needs besides torch's styles: logits sharded by vocabulary, their loss, parameters
+of modules that compute with local tensors, and the compiler setting that overlaps gathers with products.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import _symmetric_memory as symmetric_memory
-from torch.distributed.tensor import DTensor, Placement
-from torch.distributed.tensor.parallel import loss_parallel
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle, loss_parallel
 
 from octavo.distributed.parallelize_plan import TensorParallel
 
@@ -31,6 +32,29 @@ def settle(module: nn.Module) -> None:
     ordinary tensor, and its backward then returns a wrong gradient, or none, to the style.
     """
     module.register_forward_hook(lambda module, args, output: output.clone())
+
+
+class ShardedParameters(ParallelStyle):
+    """Shards the named parameters of a module that computes with local tensors (`local_part`)."""
+
+    def __init__(self, **placements: Placement):
+        super().__init__()
+        self._placements = placements
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for name, placement in self._placements.items():
+            whole = module.get_parameter(name)
+            sharded = distribute_tensor(whole, device_mesh, [placement], src_data_rank=None)
+            setattr(module, name, nn.Parameter(sharded, whole.requires_grad))
+        return module
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """This process's part of a parameter. Processes that have the same part add up their gradients."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    summed = [Partial() if placement.is_replicate() else placement for placement in parameter.placements]
+    return parameter.to_local(grad_placements=summed)
 
 
 def loss_context(*, parallel: bool) -> AbstractContextManager[None]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from octavo.families.model_args import ModelArgs
+from octavo.core.errors import ConfigError
+from octavo.families.model_args import ModelArgs, get
 
 SIZES: Mapping[str, str] = MappingProxyType(
     {
@@ -52,10 +53,12 @@ class HubFormat:
         model_type, architecture: in `config.json`; the architecture is transformers' class.
         fixed: key -> the only value that the model implements; a config that lacks the key means this value.
         written: key -> a value that is only written.
-        sizes: field of `ModelArgs` -> key, an integer of 1 or more.
-        variant: field of `ModelArgs` -> its value in all models of this format.
+        fields: field of `ModelArgs` -> key; `moe.top_k` is a field of its `moe`.
+        aliases: another spelling of a key -> the key, where versions of transformers differ.
+        variant: field of `ModelArgs` -> its value in all models of this format, and in none of another.
         rope_types: the rotary scalings that the family has.
-        outside, layer: our name -> theirs, outside the layers and within one.
+        outside, layer: our name -> theirs, outside the layers and within one. `{}` in theirs: ours is a stack
+            of one tensor per expert, and this is the expert's number.
         rotated: names within a layer whose rows are in pairs in ours, and in halves in theirs
             (`octavo/models/hf_state_dict.py`).
     """
@@ -64,12 +67,17 @@ class HubFormat:
     architecture: str
     fixed: Mapping[str, Any]
     written: Mapping[str, Any]
-    sizes: Mapping[str, str] = field(default_factory=lambda: SIZES)
+    fields: Mapping[str, str] = field(default_factory=lambda: SIZES)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     variant: Mapping[str, Any] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ("default",)
     outside: Mapping[str, str] = field(default_factory=lambda: OUTSIDE)
     layer: Mapping[str, str] = field(default_factory=lambda: LAYER)
     rotated: tuple[str, ...] = ROTATED
+
+    @property
+    def has_experts(self) -> bool:
+        return any(name.startswith("moe.") for name in self.fields)
 
 
 @dataclass(frozen=True)
@@ -79,12 +87,27 @@ class Family:
     Attributes:
         name: the value of `model.name`.
         flavors: the values of `model.flavor` -> the model's arguments.
-        hub_format: of Hugging Face's transformers.
+        hub_formats: of Hugging Face's transformers.
         owner, repository: who publishes the models on Hugging Face, and a pattern of the repositories' names.
     """
 
     name: str
     flavors: Mapping[str, ModelArgs]
-    hub_format: HubFormat
+    hub_formats: tuple[HubFormat, ...]
     owner: str
     repository: re.Pattern[str]
+
+    def format_of(self, args: ModelArgs) -> HubFormat:
+        """The format in which transformers stores the model of `args`; `ConfigError` if there is none."""
+
+        def fits(stored: HubFormat) -> bool:
+            same = all(get(args, name) == value for name, value in stored.variant.items())
+            return same and stored.has_experts == (args.moe is not None)
+
+        found = next(filter(fits, self.hub_formats), None)
+        if found is None:
+            raise ConfigError(
+                f"Hugging Face's {' and '.join(one.architecture for one in self.hub_formats)} have no such "
+                f"model: {args}; set model.args to variants that {self.name} has"
+            )
+        return found

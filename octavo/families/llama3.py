@@ -45,7 +45,7 @@ FAMILY = Family(
         **{name: replace(args, rope_scaling=_LLAMA_3_1) for name, args in _SIZES.items()},
         **{f"{name}-3.0": args for name, args in _SIZES.items()},
     },
-    hub_format=_HUB_FORMAT,
+    hub_formats=(_HUB_FORMAT,),
     owner="meta-llama",
     repository=re.compile(r"(Meta-)?Llama-\d(\.\d)?-\d+B(-\w+)*", re.IGNORECASE),
 )

@@ -1,6 +1,8 @@
 """The arguments of a transformer: its sizes, and which of a few variants each part is."""
 
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,40 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class MoEArgs:
+    """A mixture of experts in place of the feed-forward (`octavo/models/moe.py`).
+
+    Attributes:
+        n_experts, top_k, hidden_dim: how many there are, how many serve each token, the width of each.
+        shared_dim: width of the feed-forward that serves every token; 0: there is none.
+        first_dense: the layers before this one have an ordinary feed-forward.
+        score: what makes scores of the router's logits.
+        renormalise: divide the weights of a token's experts by their sum. scale: then multiply them.
+        bias: a bias per expert decides, together with the score, who is chosen.
+        groups, groups_kept: only the experts of the `groups_kept` best of `groups` groups may be chosen.
+        bias_rate: how far a step moves each bias. balance_loss: the coefficient of the balance loss.
+    """
+
+    n_experts: int
+    top_k: int
+    hidden_dim: int
+    shared_dim: int = 0
+    first_dense: int = 0
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    renormalise: bool = True
+    scale: float = 1.0
+    bias: bool = False
+    groups: int = 1
+    groups_kept: int = 1
+    bias_rate: float = 1e-3
+    balance_loss: float = 0.0
+
+    def idle(self, dim: int) -> int:
+        """The parameters of one layer's experts that do not serve a token, in a model of width `dim`."""
+        return 3 * dim * self.hidden_dim * (self.n_experts - self.top_k)
+
+
+@dataclass(frozen=True)
 class ModelArgs:
     """Sizes and variants of one transformer.
 
@@ -24,6 +60,7 @@ class ModelArgs:
         hidden_dim: width of the feed-forward.
         vocab_size: 0 means the tokenizer's.
         qk_norm: RMSNorm of each head of q and k, before the rotation.
+        moe: its layers' experts; None: every layer has an ordinary feed-forward.
         max_seq_len: positions in the rotary table.
         document_end: the token id that ends a document; attention then stays within documents. None:
             attention spans the whole sequence.
@@ -40,6 +77,7 @@ class ModelArgs:
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     qk_norm: bool = False
+    moe: MoEArgs | None = None
     tie_embeddings: bool = False
     max_seq_len: int = 8192
     document_end: int | None = None
@@ -47,3 +85,12 @@ class ModelArgs:
     @property
     def head_width(self) -> int:
         return self.head_dim or self.dim // self.n_heads
+
+    def experts_of(self, layer: int) -> MoEArgs | None:
+        """The experts of a layer; None if it has an ordinary feed-forward."""
+        return self.moe if self.moe is not None and layer >= self.moe.first_dense else None
+
+
+def get(args: ModelArgs, name: str) -> Any:
+    """The field `name` of `args`; `moe.top_k` is a field of its `moe`."""
+    return reduce(getattr, name.split("."), args)

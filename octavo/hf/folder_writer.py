@@ -50,19 +50,21 @@ class ExportPlan:
         self._our_names = {}
         sizes = {}
         for name, shape in weights.shapes.items():
-            (hf_name,) = self._format.to_names({name: torch.empty(shape, device="meta", dtype=dtype)}, args)
-            self._our_names[hf_name] = name
-            sizes[hf_name] = dtype.itemsize * torch.Size(shape).numel()
+            theirs = self._format.to_names({name: torch.empty(shape, device="meta", dtype=dtype)}, args)
+            self._our_names |= dict.fromkeys(theirs, name)
+            sizes |= {hf_name: dtype.itemsize * tensor.numel() for hf_name, tensor in theirs.items()}
+        self._last: tuple[str, dict[str, Tensor]] = "", {}  # what one of ours became, for the next `read`
         self.shards = safetensors_folder.split_into_shards(sizes, shard_bytes)
         self.total_bytes = sum(sizes.values())
         self.config = {**self._format.to_config(args), "torch_dtype": str(dtype).removeprefix("torch.")}
 
     def read(self, hf_name: str) -> Tensor:
-        """One exported tensor."""
+        """One exported tensor. In the order of `shards`, each of ours is read once."""
         name = self._our_names[hf_name]
-        tensor = self._weights.read(name).to(self._dtype)
-        (converted,) = self._format.to_names({name: tensor}, self._args).values()
-        return converted.contiguous()
+        if name != self._last[0]:
+            tensor = self._weights.read(name).to(self._dtype)
+            self._last = name, self._format.to_names({name: tensor}, self._args)
+        return self._last[1][hf_name].clone(memory_format=torch.contiguous_format)
 
 
 def save_pretrained(

@@ -172,7 +172,12 @@ def read_hf_config(path: Path) -> tuple[models.ModelSpec, Any]:
         raise ConfigError(f"{path / 'config.json'}: not JSON ({error}); {remedy}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path / 'config.json'}: not a JSON object; {remedy}")
-    known = {spec.hugging_face.model_type: spec for spec in models.registered().values() if spec.hugging_face}
+    known = {
+        model_type: spec
+        for spec in models.registered().values()
+        if spec.hugging_face
+        for model_type in spec.hugging_face.model_types
+    }
     spec = known.get(config.get("model_type", ""))
     if spec is None:
         raise ConfigError(
@@ -204,10 +209,12 @@ def open_hf_weights(
     hf_format = spec.hugging_face
     assert hf_format is not None
     shapes = shapes_of(build_on_meta(spec, args))
-    hf_names, expected = {}, {}
+    hf_names: dict[str, list[str]] = {}  # one of ours may be several of theirs
+    expected = {}
     for name, shape in shapes.items():
-        ((hf_name, tensor),) = hf_format.to_names({name: torch.empty(shape, device="meta")}, args).items()
-        hf_names[name], expected[hf_name] = hf_name, tuple(tensor.shape)
+        theirs = hf_format.to_names({name: torch.empty(shape, device="meta")}, args)
+        hf_names[name] = list(theirs)
+        expected |= {hf_name: tuple(tensor.shape) for hf_name, tensor in theirs.items()}
     stored = safetensors_folder.find_tensors(path)
     found = {
         name: tensor.shape
@@ -218,8 +225,8 @@ def open_hf_weights(
     check_fit(found, expected, where=str(path), model=model, remedy=remedy)
 
     def read(name: str) -> torch.Tensor:
-        tensor = safetensors_folder.read_tensor(stored[hf_names[name]], hf_names[name])
-        return hf_format.from_names({hf_names[name]: tensor}, args)[name]
+        theirs = {one: safetensors_folder.read_tensor(stored[one], one) for one in hf_names[name]}
+        return hf_format.from_names(theirs, args)[name]
 
     return Weights(str(path), shapes, read)
 

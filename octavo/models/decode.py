@@ -41,7 +41,7 @@ class Decoder:
         for number, layer in enumerate(model.layers.values()):
             assert isinstance(layer, TransformerBlock)
             h_BSD = h_BSD + self._attend(layer.attention, number, layer.attention_norm(h_BSD), table, start)
-            h_BSD = h_BSD + layer.feed_forward(layer.ffn_norm(h_BSD))
+            h_BSD = h_BSD + layer.feed(layer.ffn_norm(h_BSD))
         h_BD = model.norm(h_BSD[:, -1])
         return F.linear(h_BD, model.tok_embeddings.weight) if model.output is None else model.output(h_BD)
 

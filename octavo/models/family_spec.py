@@ -31,7 +31,8 @@ def configure(args: ModelArgs, vocab_size: int, seq_len: int) -> ModelArgs:
 
 
 def flops_per_token(args: ModelArgs, model: nn.Module, seq_len: int) -> float:
-    """Model FLOPs per token of forward and backward: 6 per matrix parameter, and 12 L H E S for attention.
+    """Model FLOPs per token of forward and backward: 6 per matrix parameter that serves the token, and
+    12 L H E S for attention.
 
     The convention of PaLM's appendix B (arXiv:2204.02311), which published MFU figures use: attention counts
     in full although half of it is masked, recomputation does not count, and neither does an embedding unless
@@ -40,25 +41,32 @@ def flops_per_token(args: ModelArgs, model: nn.Module, seq_len: int) -> float:
     parameters = sum(p.numel() for p in model.parameters())
     if not args.tie_embeddings:
         parameters -= args.vocab_size * args.dim
-    return 6.0 * parameters + 12.0 * args.n_layers * args.dim * seq_len
+    if args.moe is not None:
+        parameters -= (args.n_layers - args.moe.first_dense) * args.moe.idle(args.dim)
+    return 6.0 * parameters + 12.0 * args.n_layers * args.n_heads * args.head_width * seq_len
 
 
 def layer_products(args: ModelArgs, seq_len: int) -> tuple[str, list[tuple[str, float]]]:
-    """The layers' prefix, and one layer's matrix products in order of forward, with FLOPs per token.
+    """The layers' prefix, and one layer's matrix products in order of forward, with FLOPs per token; of a
+    layer with experts, if the model has such.
 
     Attention counts as in `flops_per_token`.
     """
     queries, groups = args.n_heads * args.head_width, args.n_kv_heads * args.head_width
-    return "layers.", [
+    products = [
         ("attention.wq", 2.0 * args.dim * queries),
         ("attention.wk", 2.0 * args.dim * groups),
         ("attention.wv", 2.0 * args.dim * groups),
         ("attention.core", 4.0 * queries * seq_len),
         ("attention.wo", 2.0 * args.dim * queries),
-        ("feed_forward.w1", 2.0 * args.dim * args.hidden_dim),
-        ("feed_forward.w3", 2.0 * args.dim * args.hidden_dim),
-        ("feed_forward.w2", 2.0 * args.dim * args.hidden_dim),
     ]
+    moe = args.moe
+    feeds = {"feed_forward": args.hidden_dim} if moe is None else {"moe.experts": moe.top_k * moe.hidden_dim}
+    if moe is not None and moe.shared_dim:
+        feeds["moe.shared"] = moe.shared_dim
+    for feed, width in feeds.items():
+        products += [(f"{feed}.{name}", 2.0 * args.dim * width) for name in ("w1", "w3", "w2")]
+    return "layers.", products
 
 
 def _chunk_loss(model: nn.Module, loss: ChunkedLoss) -> None:
@@ -69,7 +77,7 @@ def _chunk_loss(model: nn.Module, loss: ChunkedLoss) -> None:
 def spec_of(family: Family) -> ModelSpec:
     """The entry of a shipped family in the model registry."""
     stored = HuggingFace(
-        family.hub_format.model_type,
+        tuple(stored.model_type for stored in family.hub_formats),
         to_names=partial(to_hf, family),
         from_names=partial(from_hf, family),
         to_config=partial(to_config, family),

@@ -32,8 +32,10 @@ class FusedBlock(TransformerBlock):
 
 
 def fuse_layer(layer: nn.Module, fusion: Fusion) -> None:
-    """Turn `layer`, a `TransformerBlock`, into a `FusedBlock` in place."""
+    """Turn `layer`, a `TransformerBlock`, into a `FusedBlock` in place; one with experts stays as it is."""
     assert isinstance(layer, TransformerBlock)
+    if layer.has_experts:
+        return
     attention, feed = layer.attention, layer.feed_forward
     linears = attention.wq, attention.wk, attention.wv
     layer.__class__ = FusedBlock

@@ -8,11 +8,12 @@ by name: such weights would load, and the logits would be wrong.
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from octavo.config import ConfigError
 from octavo.families import Family
-from octavo.families.model_args import ModelArgs, RopeScaling
+from octavo.families.family import HubFormat
+from octavo.families.model_args import ModelArgs, MoEArgs, RopeScaling, get
 
 _SCALING = {
     "factor": "factor",
@@ -28,12 +29,12 @@ def to_config(family: Family, args: ModelArgs) -> dict[str, Any]:
 
     `max_position_embeddings` is `args.max_seq_len`, the sequence length of training.
     """
-    stored, scaling = family.hub_format, args.rope_scaling
+    stored, scaling = family.format_of(args), args.rope_scaling
     return {
         "architectures": [stored.architecture],
         "model_type": stored.model_type,
         "head_dim": args.head_width,
-        **{theirs: getattr(args, ours) for ours, theirs in stored.sizes.items()},
+        **{theirs: get(args, ours) for ours, theirs in stored.fields.items()},
         "rms_norm_eps": args.norm_eps,
         "rope_theta": args.rope_theta,
         "rope_scaling": None
@@ -51,9 +52,16 @@ def from_config(family: Family, config: Mapping[str, Any]) -> ModelArgs:
     Raises:
         ConfigError: a key is missing or of the wrong type, or has a value that this model does not implement.
     """
-    stored = family.hub_format
-    for key, supported in {"model_type": stored.model_type, **stored.fixed}.items():
-        value = config.get(key, None if key == "model_type" else supported)
+    types = {stored.model_type: stored for stored in family.hub_formats}
+    stored = types.get(config.get("model_type", ""))
+    if stored is None:
+        raise ConfigError(
+            f"config.json: model_type is {config.get('model_type')!r}; octavo's {family.name} implements "
+            f"only {' and '.join(map(repr, types))}, so it cannot load this model"
+        )
+    config = {stored.aliases.get(key, key): value for key, value in config.items()}
+    for key, supported in stored.fixed.items():
+        value = config.get(key, supported)
         if value != supported:
             raise ConfigError(
                 f"config.json: {key} is {value!r}; octavo's {family.name} implements only {supported!r}, so "
@@ -65,16 +73,26 @@ def from_config(family: Family, config: Mapping[str, Any]) -> ModelArgs:
         "max_position_embeddings": 2048,
         **{key: value for key, value in config.items() if value is not None},
     }
-    sizes: dict[str, Any] = {ours: _positive_int(config, theirs) for ours, theirs in stored.sizes.items()}
+    values = {ours: _value(config, ours, theirs) for ours, theirs in stored.fields.items()} | stored.variant
+    outer = {name: value for name, value in values.items() if "." not in name}
+    inner = {name.removeprefix("moe."): value for name, value in values.items() if name.startswith("moe.")}
     args = ModelArgs(
-        **sizes,
-        **stored.variant,
+        **outer,
+        moe=MoEArgs(**inner) if inner else None,
         norm_eps=_positive_float(config, "rms_norm_eps", 1e-6),
         tie_embeddings=config.get("tie_word_embeddings", False) is True,
-        **_rope(family, config),
+        **_rope(family, stored, config),
     )
     _check_heads(family, args, config.get("head_dim", args.head_width))
     return args
+
+
+def _value(config: Mapping[str, Any], field: str, key: str) -> int | float:
+    """The value of `key` in the type of the field of `ModelArgs`."""
+    owner: type = MoEArgs if field.startswith("moe.") else ModelArgs
+    if get_type_hints(owner)[field.split(".")[-1]] is float:
+        return _number(config, key, None)
+    return _positive_int(config, key)
 
 
 def _check_heads(family: Family, args: ModelArgs, head_dim: object) -> None:
@@ -99,25 +117,31 @@ def _positive_int(config: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def _positive_float(config: Mapping[str, Any], key: str, default: float) -> float:
+def _number(config: Mapping[str, Any], key: str, default: float | None, *, zero: bool = True) -> float:
     value = config.get(key, default)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"config.json: {key} is {value!r}; expected a number above 0")
+    if not is_number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise ConfigError(
+            f"config.json: {key} is {value!r}; expected a number {'of 0 or more' if zero else 'above 0'}"
+        )
     return float(value)
 
 
-def _rope(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+def _positive_float(config: Mapping[str, Any], key: str, default: float) -> float:
+    return _number(config, key, default, zero=False)
+
+
+def _rope(family: Family, stored: HubFormat, config: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of `ModelArgs`, from the keys of transformers 4 or 5."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise ConfigError(f"config.json: rope_scaling is {rope!r}; expected an object or null")
     theta = _positive_float({**config, **rope}, "rope_theta", 10_000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in family.hub_format.rope_types:
+    if kind not in stored.rope_types:
         raise ConfigError(
             f"config.json: rotary scaling of type {kind!r}; octavo's {family.name} implements "
-            f"{' and '.join(map(repr, family.hub_format.rope_types))}"
+            f"{' and '.join(map(repr, stored.rope_types))}"
         )
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}

@@ -15,15 +15,16 @@ class HuggingFace:
     """How a family is stored in Hugging Face's transformers: its `config.json` and its state dict.
 
     Attributes:
-        model_type: the value of `model_type` in `config.json`.
+        model_types: the values of `model_type` in `config.json`.
         to_names, from_names: `(state dict, args) -> state dict`, our names and layout to theirs and back.
-            They accept any subset of the parameters, on any device. Tensors without a counterpart (buffers,
-            copies of tied weights) are dropped; an unknown name is a `ValueError`.
+            They accept any subset of the parameters, on any device. One of ours may be several of theirs,
+            which are then converted back together. Tensors without a counterpart (buffers, copies of tied
+            weights) are dropped; an unknown name is a `ValueError`.
         to_config, from_config: args to the content of `config.json` and back; `from_config` raises
             `ConfigError` for options that the family does not implement.
     """
 
-    model_type: str
+    model_types: tuple[str, ...]
     to_names: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
     from_names: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
     to_config: Callable[[Any], dict[str, Any]]

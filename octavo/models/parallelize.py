@@ -8,16 +8,22 @@ one and share one graph.
 """
 
 from torch import nn
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import ParallelStyle, SequenceParallel, parallelize_module
+from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ParallelStyle,
+    PrepareModuleInputOutput,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from octavo.distributed.activation_checkpoint import checkpoint_layer
 from octavo.distributed.context_parallel import share_sequences
 from octavo.distributed.ddp import replicate_model
 from octavo.distributed.fsdp import shard
 from octavo.distributed.parallelize_plan import Parallelize, TensorParallel
-from octavo.distributed.tensor_parallel import lay_logits, overlap_products, settle
+from octavo.distributed.tensor_parallel import ShardedParameters, lay_logits, overlap_products, settle
 from octavo.models.fused_block import fuse_layer
+from octavo.models.moe import MixtureOfExperts
 from octavo.models.transformer import Transformer, TransformerBlock
 
 _BY_TOKEN, _REPLICATED, _BY_FEATURE = Shard(1), Replicate(), Shard(-1)
@@ -85,7 +91,7 @@ def apply_tensor_parallel(model: Transformer, plan: TensorParallel) -> None:
 
 def _layer_styles(layer: nn.Module, plan: TensorParallel) -> dict[str, ParallelStyle]:
     assert isinstance(layer, TransformerBlock)
-    a, f = layer.attention, layer.feed_forward
+    a = layer.attention
     styles: dict[str, ParallelStyle] = {
         "attention_norm": SequenceParallel(),
         "attention": plan.gather([a.wq, a.wk, a.wv], given=_BY_TOKEN, wanted=_REPLICATED, inputs=3),
@@ -94,12 +100,40 @@ def _layer_styles(layer: nn.Module, plan: TensorParallel) -> dict[str, ParallelS
         "attention.wv": plan.columns(a.wv),
         "attention.wo": plan.rows(a.wo, output_layouts=_BY_TOKEN),
         "ffn_norm": SequenceParallel(),
+    }
+    if a.norms_heads:  # each process norms its own heads
+        for name in ("attention.q_norm", "attention.k_norm"):
+            styles[name] = SequenceParallel(sequence_dim=2, use_local_output=True)
+    if layer.has_experts:
+        return styles | _expert_styles(layer.moe, plan)
+    f = layer.feed_forward
+    return styles | {
         "feed_forward": plan.gather([f.w1, f.w3], given=_BY_TOKEN, wanted=_REPLICATED, inputs=1),
         "feed_forward.w1": plan.columns(f.w1),
         "feed_forward.w3": plan.columns(f.w3),
         "feed_forward.w2": plan.rows(f.w2, output_layouts=_BY_TOKEN),
     }
-    if a.norms_heads:  # each process norms its own heads
-        for name in ("attention.q_norm", "attention.k_norm"):
-            styles[name] = SequenceParallel(sequence_dim=2, use_local_output=True)
+
+
+def _expert_styles(moe: MixtureOfExperts, plan: TensorParallel) -> dict[str, ParallelStyle]:
+    """Every process routes all tokens, and has a part of each expert's features. Their outputs are parts of
+    sums, which are added up where the tokens are divided again.
+    """
+    styles: dict[str, ParallelStyle] = {
+        "moe": PrepareModuleInputOutput(
+            input_layouts=_BY_TOKEN,
+            desired_input_layouts=_REPLICATED,
+            use_local_input=True,
+            output_layouts=Partial(),
+            desired_output_layouts=_BY_TOKEN,
+        ),
+        "moe.router": ShardedParameters(weight=_REPLICATED),
+        "moe.experts": ShardedParameters(w1=Shard(1), w3=Shard(1), w2=Shard(2)),
+    }
+    if moe.shared is not None:
+        styles |= {
+            "moe.shared.w1": plan.columns(moe.shared.w1),
+            "moe.shared.w3": plan.columns(moe.shared.w3),
+            "moe.shared.w2": plan.rows(moe.shared.w2, output_layouts=Partial()),
+        }
     return styles

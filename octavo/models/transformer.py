@@ -21,22 +21,32 @@ from octavo.models.attention import Attention, document_mask
 from octavo.models.feed_forward import FeedForward
 from octavo.models.init import InitRule, Normal, Ones
 from octavo.models.loss import ChunkedLoss, attach_loss
+from octavo.models.moe import MixtureOfExperts, routers
 from octavo.models.rope import rope_table
 
 
 class TransformerBlock(nn.Module):
-    """One pre-norm layer: attention, then feed-forward, each added to the residual stream."""
+    """One pre-norm layer: attention, then feed-forward or experts, each added to the residual stream."""
 
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelArgs, number: int = 0):
         super().__init__()
         self.attention = Attention(args)
-        self.feed_forward = FeedForward(args.dim, args.hidden_dim)
+        experts = args.experts_of(number)
+        if experts is None:
+            self.feed_forward = FeedForward(args.dim, args.hidden_dim)
+        else:
+            self.moe = MixtureOfExperts(args.dim, experts)
+        self.has_experts = experts is not None
         self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
 
     def forward(self, h_BSD: Tensor, table_2SE: Tensor, mask_B1SS: Tensor | None = None) -> Tensor:
         h_BSD = h_BSD + self.attention(self.attention_norm(h_BSD), table_2SE, mask_B1SS)
-        return h_BSD + self.feed_forward(self.ffn_norm(h_BSD))
+        return h_BSD + self.feed(self.ffn_norm(h_BSD))
+
+    def feed(self, x_BSD: Tensor) -> Tensor:
+        """The feed-forward or the experts."""
+        return self.moe(x_BSD) if self.has_experts else self.feed_forward(x_BSD)
 
 
 class Transformer(nn.Module):
@@ -57,7 +67,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.args = args
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
-        self.layers = nn.ModuleDict({str(i): TransformerBlock(args) for i in range(args.n_layers)})
+        self.layers = nn.ModuleDict({str(i): TransformerBlock(args, i) for i in range(args.n_layers)})
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.output = None if args.tie_embeddings else nn.Linear(args.dim, args.vocab_size, bias=False)
         self.chunked_loss: ChunkedLoss | None = None
@@ -114,8 +124,10 @@ class Transformer(nn.Module):
             layer.attention.core = core
 
     def init_buffers(self) -> None:
-        """Fill the rotary table, which is empty after construction on the meta device."""
+        """Fill the buffers, which are empty after construction on the meta device."""
         self.rope.copy_(rope_table(self.args))
+        for router in routers(self).values():
+            router.init_buffers()
 
     def init_rule(self, name: str) -> InitRule:
         """The distribution of the initial values of the parameter called `name`.
@@ -124,7 +136,8 @@ class Transformer(nn.Module):
         are scaled down with depth, 0.02 / sqrt(2 (layer + 1)). The output projection has 1 / sqrt(D), so that
         initial logits have unit variance and the initial loss is about ln V + 1/2.
         """
-        leaf = name.split(".")[-2]
+        *_, owner, last = name.split(".")
+        leaf = owner if last == "weight" else last
         if leaf.endswith("norm"):
             return Ones()
         if leaf == "tok_embeddings":

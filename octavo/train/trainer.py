@@ -31,6 +31,7 @@ from octavo.optim.lr_schedule import lr_factor, set_lr
 from octavo.optim.optimizer import build_optimizer, clip_gradients
 from octavo.tokenizer import build_tokenizer
 from octavo.train import quantization
+from octavo.train.balance_experts import BalanceExperts
 from octavo.train.build_data import build_data
 from octavo.train.build_model import build_model, model_args, pipeline_plan
 from octavo.train.builtin_hooks import (
@@ -136,6 +137,9 @@ class Trainer:
                 self.guard,
                 MeasureHealth(job.float8, writes, self.train_step, self.metrics),
                 scales,
+                BalanceExperts(
+                    self.model, world, self.metrics, writes, global_tokens=self.train_step.global_tokens
+                ),
                 ReportMetrics(self.metrics, world, self.guard, scales),
                 LimitStepTime(watchdog, job.comm),
                 TellActivity(compiles=job.compile.enable),

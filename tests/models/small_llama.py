@@ -4,7 +4,7 @@ import torch
 
 from octavo import models
 from octavo.families import ModelArgs
-from octavo.families.model_args import RopeScaling
+from octavo.families.model_args import MoEArgs, RopeScaling
 from octavo.models.transformer import Transformer
 
 # A short original context, so that low, blended and high frequencies all occur within 48 positions.
@@ -33,6 +33,7 @@ QWEN3 = {"norm_eps": 1e-6, "qk_norm": True, "rope_theta": 1e6}
 SMALL: dict[str, tuple[str, ModelArgs]] = {
     **{f"llama3 {shape}": ("llama3", args) for shape, args in SHAPES.items()},
     "qwen3": ("qwen3", small(**QWEN3, head_dim=16)),
+    "qwen3 experts": ("qwen3", small(**QWEN3, head_dim=16, moe=MoEArgs(6, 2, 24, balance_loss=1e-3))),
     "qwen3 tied": ("qwen3", small(**QWEN3, head_dim=12, tie_embeddings=True)),
 }
 

@@ -8,10 +8,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from octavo import models
 from octavo.families import FAMILIES, ModelArgs
+from octavo.hf.safetensors_folder import find_tensors, read_tensor, write_json, write_shards
 from octavo.models.decode import Decoder
 from octavo.models.init import init_weights
 from octavo.models.transformer import Transformer
-from tests.models.small_llama import SCALING, SMALL, noisy, small
+from tests.models.small_llama import SMALL, noisy
 
 TOTALS = {
     "llama3 1B": 1_235_814_400,
@@ -25,12 +26,20 @@ TOTALS = {
     "qwen3 8B": 8_190_735_360,
     "qwen3 14B": 14_768_307_200,
     "qwen3 32B": 32_762_123_264,
+    "qwen3 30B-A3B": 30_532_122_624,
+    "qwen3 235B-A22B": 235_093_634_560,
 }
 PUBLISHED = [
     f"{name} {flavor}"
     for name, family in FAMILIES.items()
     for flavor, args in family.flavors.items()
     if args.vocab_size
+]
+DEBUG = [
+    f"{name} {flavor}"
+    for name, family in FAMILIES.items()
+    for flavor, args in family.flavors.items()
+    if not args.vocab_size
 ]
 
 
@@ -54,7 +63,7 @@ def test_sizes_are_the_published_ones(which):
     assert sum(p.numel() for p in model.parameters()) == TOTALS[which.removesuffix("-3.0")]
 
 
-def test_logits_equal_transformers(case):
+def test_logits_equal_transformers(case, tmp_path):
     stored, args = case
     torch.manual_seed(0)
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**stored.to_config(args))).eval()
@@ -63,7 +72,9 @@ def test_logits_equal_transformers(case):
         for p in theirs.parameters():  # with their small initial weights attention would hardly matter
             p.copy_(torch.randn_like(p) * 0.2)
     ours = Transformer(args)
-    ours.load_state_dict(stored.from_names(theirs.state_dict(), args), strict=True)
+    theirs.save_pretrained(tmp_path)
+    tensors = {name: read_tensor(where, name) for name, where in find_tensors(tmp_path).items()}
+    ours.load_state_dict(stored.from_names(tensors, args), strict=True)
     tokens = torch.randint(args.vocab_size, (3, args.max_seq_len))
     with torch.no_grad():
         expected, got = theirs(tokens).logits, ours(tokens)
@@ -103,26 +114,29 @@ def test_config_json_of_published_sizes(which):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unknown_name_is_named(family):
-    stored, args = hugging_face(family), small(rope_scaling=SCALING)
+    stored, args = hugging_face(family), next(args for name, args in SMALL.values() if name == family)
     with pytest.raises(ValueError, match=f"attention.other.* {family}"):
         stored.to_names({"layers.0.attention.other": torch.zeros(1)}, args)
     with pytest.raises(ValueError, match="self_attn.other"):
         stored.from_names({"model.layers.0.self_attn.other": torch.zeros(1)}, args)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama3"])
-def test_the_debug_flavor_is_small(family):
-    spec = models.get(family)
+@pytest.mark.parametrize("which", DEBUG)
+def test_debug_flavors_are_small(which):
+    name, flavor = which.split()
+    spec = models.get(name)
     with torch.device("meta"):
-        model = spec.build(spec.configure(spec.args("debugmodel"), 2048, 256))
+        model = spec.build(spec.configure(spec.args(flavor), 2048, 256))
     assert 4e6 < sum(p.numel() for p in model.parameters()) < 7e6
 
 
-def test_cached_greedy_text_equals_transformers(case):
+def test_cached_greedy_text_equals_transformers(case, tmp_path):
     stored, args = case
     ours = noisy(args)
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**stored.to_config(args))).eval()
-    theirs.load_state_dict(stored.to_names(ours.state_dict(), args), strict=not args.tie_embeddings)
+    write_json(tmp_path / "config.json", stored.to_config(args))
+    tensors = stored.to_names(ours.state_dict(), args)
+    write_shards(tmp_path, [list(tensors)], lambda name: tensors[name].clone())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     prompt = torch.randint(args.vocab_size, (1, 9))
     greedy = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy)

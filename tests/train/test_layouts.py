@@ -64,6 +64,7 @@ QUICK = [case for case in ALL if not case.compiled and CHOSEN[case.layout] == ca
 WITHIN_OTHERS = ("TP 2, CP 2", "TP 2, PP 2", "FSDP 2, CP 2", "HSDP 2 x 1, TP 2")
 DOCUMENTS = {"training.document_mask": True}
 QWEN3 = {"model.name": "shallow_qwen3"}
+EXPERTS = {"model.name": "shallow_qwen3_moe"}
 VARIANTS = [
     Case("TP 2, whole logits", 2, {"tensor": 2}, flags={"parallelism.disable_loss_parallel": True}),
     Case("DDP 2, one reduction a step", 2, {"replicate": 2}),
@@ -84,6 +85,8 @@ VARIANTS = [
         flags={SCHEDULE: "Interleaved1F1B", "parallelism.fsdp_reshard_after_forward": "always"},
     ),
     Case("Qwen3, FSDP 2, TP 2", 4, {"tensor": 2}, PRECISIONS["rowwise"], both=QWEN3),
+    Case("experts, FSDP 2, TP 2", 4, {"tensor": 2}, both=EXPERTS),
+    Case("experts, HSDP 2 x 1, PP 2", 4, {"replicate": 2, "pipeline": 2}, both=EXPERTS),
     Case("Qwen3, CP 2, PP 2", 4, {"context": 2, "pipeline": 2}, both=QWEN3),
 ]
 _alone: dict[str, launching.Run] = {}
