@@ -43,10 +43,6 @@ def layers(recipes: tuple[str, ...], failing: dict[tuple[str, bool], str] | None
     return cases
 
 
-def gigabytes(layer: TracedLayer) -> float:
-    return layer.cast_bytes / 1e9
-
-
 def test_bfloat16_moves_what_its_operations_need() -> None:
     layer = traced(None, False).layer
 
@@ -63,16 +59,10 @@ def test_each_tensor_is_cast_once_and_shared(recipe: str, fused: bool) -> None:
     assert {operand: count for operand, count in times.items() if count > 1} == {}
 
 
-COPIED = {
-    ("rowwise", True): "7.6: the casts of joined weights are copied into one buffer",
-    ("blockwise", True): "5.3",
-    ("mxfp8", True): "5.4",
-    ("rowwise_with_gw_hp", False): "8.0",
-    ("rowwise_with_gw_hp", True): "9.3",
-}
+SEPARATE = {("rowwise_with_gw_hp", fused): "8.0: two kinds of scales" for fused in (False, True)}
 
 
-@pytest.mark.parametrize(("recipe", "fused"), layers(EVERY, COPIED))
+@pytest.mark.parametrize(("recipe", "fused"), layers(EVERY, SEPARATE))
 def test_weights_are_cast_both_ways_once_per_step(recipe: str, fused: bool) -> None:
     layer = traced(recipe, fused)
     cast = layer.weights.times_cast()
@@ -84,26 +74,28 @@ def test_weights_are_cast_both_ways_once_per_step(recipe: str, fused: bool) -> N
     assert not [name for name in names if "weight" in name]  # none is cast again within a microbatch
 
 
+ABOVE = {
+    "tensorwise": "3.84 GB: 2.53 and the weights' 1.31",
+    "rowwise": "4.00 GB: 2.63 and the weights' 1.37",
+}
+
+
 @pytest.mark.parametrize(
-    ("recipe", "fused"),
-    layers(
-        ("tensorwise", "rowwise"),
-        {
-            ("rowwise", False): "1.16",
-            ("rowwise", True): "4.28 GB",
-            ("tensorwise", True): "4.43 GB",
-        },
-    ),
+    "recipe", [pytest.param(r, marks=pytest.mark.xfail(reason=why, strict=True)) for r, why in ABOVE.items()]
 )
-def test_casts_of_a_layer(recipe: str, fused: bool) -> None:
-    if fused:
-        assert gigabytes(traced(recipe, True)) <= 3.4
-    else:
-        assert gigabytes(traced(recipe, False)) <= 1.15 * gigabytes(traced(recipe, True))
+def test_casts_of_a_fused_layer(recipe: str) -> None:
+    assert traced(recipe, True).cast_bytes <= 3.4e9
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_an_unfused_layer_moves_little_more(recipe: str) -> None:
+    """In all: kernels that also compute maxima move more, and the casts after them less."""
+    plain, fused = (sum(launch.bytes for launch in traced(recipe, f).layer.launches) for f in (False, True))
+
+    assert plain <= 1.15 * fused
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise"])
-@pytest.mark.xfail(reason="separate products of one input drop them", strict=True)
 def test_maxima_of_producers_are_used(recipe: str) -> None:
     launches = traced(recipe, True).layer.launches
     produced = ("rms_norm.", "add_rms_norm", "silu_mul")

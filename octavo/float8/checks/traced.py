@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _CASTS = "octavo.float8.kernels.cast_"
 _VIEWS = (
     "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "slice",
-    "select", "split", "split_with_sizes", "alias", "detach", "as_strided", "unbind",
+    "narrow", "select", "split", "split_with_sizes", "alias", "detach", "as_strided", "unbind",
 )  # fmt: skip
 _FREE = ("empty", "new_empty", "empty_like", "zeros", "new_zeros", "full", "ones", "scalar_tensor", "arange")
 _PRODUCTS = ("mm", "addmm", "bmm", "_scaled_mm", "_scaled_mm_v2", "scaled_mm_blocks")
@@ -264,14 +264,16 @@ class _Launches(TorchDispatchMode):
         self.backward = backward
         self._names: dict[tuple[int, int], str] = {}  # of what was computed, by storage and offset
         self._alive: list[Tensor] = []  # so that no storage is used twice
+        self._empty: set[int] = set()  # storages that our operators allocate for kernels to write
 
     def name(self, x: Tensor, name: str = "") -> str:
         self._alive.append(x)
         key = x.untyped_storage()._cdata, int(x.storage_offset())
         return self._names.setdefault(key, name or f"tensor {len(self._names)}")
 
-    def _is_new(self, x: Tensor) -> bool:
-        return (x.untyped_storage()._cdata, int(x.storage_offset())) not in self._names
+    def _is_unwritten(self, x: Tensor) -> bool:
+        storage = x.untyped_storage()._cdata
+        return storage in self._empty and (storage, int(x.storage_offset())) not in self._names
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from octavo.float8.kernels.kernel_launch import handed_to
@@ -285,7 +287,10 @@ class _Launches(TorchDispatchMode):
             with self, handed_to(self.launch):
                 return launcher(*args)
         made = func(*args, **kwargs)
-        if func._opname not in _FREE and _size(made):
+        if func._opname in _FREE:
+            self._alive.append(made)
+            self._empty.add(made.untyped_storage()._cdata)
+        elif _size(made) and not (func._opname in _VIEWS and args[0].untyped_storage()._cdata in self._empty):
             tensors = [t for t in pytree.tree_leaves((args, kwargs, made)) if isinstance(t, Tensor)]
             for x in tensors:
                 self.name(x)
@@ -299,7 +304,7 @@ class _Launches(TorchDispatchMode):
         """What a kernel is given that nothing has written yet, it writes."""
         given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
         tensors = {name: t for name, t in given.items() if isinstance(t, Tensor)}
-        written = {name for name, t in tensors.items() if self._is_new(t)}
+        written = {name for name, t in tensors.items() if self._is_unwritten(t)}
         both = set(getattr(kernel, "restore_value", None) or ())  # updated in place
         names = {name: self.name(t) for name, t in tensors.items()}
         function = kernel.fn

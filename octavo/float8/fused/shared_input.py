@@ -131,7 +131,7 @@ class SharedInput:
             pin=any(isinstance(linear, Float8Linear) and linear.keep_input for linear in self.linears),
             maxima=maxima,
         )
-        if self.why_separate() is None:
+        if len(weights) > 1 and self.why_separate() is None:
             w_NK, w_KN = self._joined_operands(x.dtype)
             products = multiply(replace(spec, weights=len(weights)), x_MK, weights, x_casts, w_NK, w_KN)
         else:
@@ -167,7 +167,7 @@ class SharedInput:
         cached = [linear.weight_cache.get(linear.weight) for linear in members]
         if self.joined_casts is not None and all(casts is not None for casts in cached):
             return self.joined_casts, [casts[1] for casts in cached if casts is not None]
-        if self.shared_scales and len(weights) > 1:
+        if self.shared_scales:
             return self._cast_with_one_scale(), [None] * len(weights)
         if any(isinstance(weight, UnshardedWeight) for weight in weights):
             joined, casts_ = join([weight_operands(weight, self.recipe) for weight in weights], self.recipe)
@@ -186,7 +186,7 @@ class SharedInput:
         members = [linear for linear in self.linears if isinstance(linear, Float8Linear)]
         weights = [linear.weight for linear in members]
         joins = self.recipe.output.b is not None and len(members) > 1 and self.why_separate() is None
-        if not joins or any(type(weight) is not nn.Parameter for weight in weights):
+        if not joins or not all(map(_is_castable, weights)):
             return
         if self.shared_scales:
             self.joined_casts = self._cast_with_one_scale()
@@ -201,6 +201,11 @@ class SharedInput:
 
     def release_joined_casts(self) -> None:
         self.joined_casts = None
+
+
+def _is_castable(weight: Tensor) -> bool:
+    """Whether `weight` is neither computed at each use nor gathered in float8."""
+    return isinstance(weight, nn.Parameter) and not isinstance(weight, UnshardedWeight)
 
 
 _FORWARD = {False: nn.Linear.forward, True: Float8Linear.forward}
