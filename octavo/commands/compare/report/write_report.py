@@ -7,8 +7,7 @@ from typing import Any
 
 from octavo.commands.charts import to_svg
 from octavo.commands.compare.report.drawings import draw_charts
-from octavo.commands.compare.report.html_page import html_page
-from octavo.commands.compare.report.markdown import markdown_page
+from octavo.commands.compare.report.pages import html_page, markdown_page
 from octavo.core.fs import write_file
 
 

@@ -25,7 +25,7 @@ STEPS, WINDOW = 60, 3  # a twentieth
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes seconds; `tests/commands/test_charts.py` and `test_browser.py` do it."""
     monkeypatch.setattr("octavo.commands.compare.report.write_report.to_svg", lambda chart: chart.to_json())
-    monkeypatch.setattr("octavo.commands.compare.report.html_page.page_scripts", lambda: "")
+    monkeypatch.setattr("octavo.commands.compare.report.pages.page_scripts", lambda: "")
 
 
 def told(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
