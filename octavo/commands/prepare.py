@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.verify is not None:
         if options.sources or options.out:
             parser.error("--verify FOLDER cannot be combined with SOURCE or --out")
-        print(verify(options.verify))
+        print(for_terminal(verify(options.verify)))
         return 0
     if not options.sources or options.tokenizer is None or options.out is None:
         parser.error("needs SOURCE…, --tokenizer and --out")

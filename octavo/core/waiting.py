@@ -1,4 +1,4 @@
-"""Says what a process is waiting for, whenever its log has been silent for a while."""
+"""Says what a process is busy with, whenever its log has been silent for a while."""
 
 import threading
 import time
@@ -29,10 +29,10 @@ activity = Activity()
 
 
 def remind(now: float) -> None:
-    """Log what is waited for if nothing has been logged for `SILENCE` seconds before `now`."""
+    """Log what the process does if nothing has been logged for `SILENCE` seconds before `now`."""
     if now - logging.last_line() >= SILENCE:
         logging.logger.info(
-            "Waiting for %s, for %s so far", activity.what, format_clock(now - activity.since)
+            "Busy with %s, for %s so far", activity.what, format_clock(now - activity.since)
         )
 
 

@@ -21,7 +21,7 @@ def test_only_silence_is_broken(caplog: pytest.LogCaptureFixture, monkeypatch: p
     waiting.remind(114.0)
     assert [message.partition(":")[0] for message in caplog.messages] == ["Step 1 compiles the model"]
     waiting.remind(115.0)
-    assert caplog.messages[-1] == "Waiting for step 1, which compiles the model, for 0:00:25 so far"
+    assert caplog.messages[-1] == "Busy with step 1, which compiles the model, for 0:00:25 so far"
     hook.before_step(2)
     assert waiting.activity.what == "step 2"
     assert len(caplog.messages) == 2
