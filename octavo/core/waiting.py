@@ -31,9 +31,7 @@ activity = Activity()
 def remind(now: float) -> None:
     """Log what the process does if nothing has been logged for `SILENCE` seconds before `now`."""
     if now - logging.last_line() >= SILENCE:
-        logging.logger.info(
-            "Busy with %s, for %s so far", activity.what, format_clock(now - activity.since)
-        )
+        logging.logger.info("Busy with %s, for %s so far", activity.what, format_clock(now - activity.since))
 
 
 @contextmanager

@@ -3,14 +3,12 @@ a traceback.
 """
 
 import sys
-import traceback
 from collections.abc import Callable
-from types import TracebackType
 
 from octavo.config import ConfigError
 from octavo.core import exit_codes
 from octavo.core.logging import logger
-from octavo.core.terminal import for_terminal
+from octavo.core.terminal import show_uncaught_safely
 from octavo.distributed import mesh
 from octavo.train.nonfinite_guard import BadNumbers
 from octavo.train.signals import Signals, Stopped
@@ -22,7 +20,7 @@ def exit_code_of(train: Callable[[Signals, Watchdog], None]) -> int:
 
     Errors of unknown cause are raised again, so that their traceback is printed.
     """
-    sys.excepthook = _print_safely
+    show_uncaught_safely()
     with Signals() as signals, Watchdog() as watchdog:
         if watchdog.asked_to_stop is not None:
             signals.ask(watchdog.asked_to_stop)
@@ -50,11 +48,6 @@ def exit_code_of(train: Callable[[Signals, Watchdog], None]) -> int:
             return exit_codes.FAILED
         mesh.finish()
     return code
-
-
-def _print_safely(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """An excepthook for tracebacks, which may quote the environment and files."""
-    print(for_terminal("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def _is_of_the_compiler(error: Exception) -> bool:

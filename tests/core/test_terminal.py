@@ -3,9 +3,11 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from octavo import cli
 from octavo.commands.compare import main as compare
 from octavo.commands.doctor import main as doctor
 from octavo.commands.doctor.findings import fail
@@ -41,9 +43,12 @@ def test_errors_and_logs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert "\x1b[31mstep" in err
 
 
-def test_an_uncaught_exception(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("begin", [lambda: exit_code_of(lambda *_: None), lambda: cli.main(["--version"])])
+def test_an_uncaught_exception(
+    begin: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    exit_code_of(lambda signals, watchdog: None)
+    begin()
     sys.excepthook(ValueError, ValueError(HOSTILE), None)
     assert capsys.readouterr().err == f"ValueError: {SHOWN}\n"
 
