@@ -40,6 +40,7 @@ from octavo.core.terminal import for_terminal
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.hf_api import RepoFile
 
 PUBLIC_HUB = "https://huggingface.co"
@@ -114,15 +115,9 @@ def _connect(environment: Mapping[str, str]) -> HfApi:
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
         raise ConfigError(f"HF_ENDPOINT={_plain(endpoint)}: expected an address such as {PUBLIC_HUB}")
     token = get_token()
-    if token is not None and not re.fullmatch(
-        r"[\x21-\x7e]+", token
-    ):  # the client's own error would quote it
+    if token and not re.fullmatch(r"[\x21-\x7e]+", token):  # the client's own error would quote it
         raise ConfigError("HF_TOKEN holds a blank or a character that no token has; copy the token again")
-    if (
-        token is not None
-        and parts.scheme == "http"
-        and parts.hostname not in ("localhost", "127.0.0.1", "::1")
-    ):
+    if token and parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
         print(f"octavo download: no token is sent to {endpoint}, which is not https", file=sys.stderr)
         token = None
     logging.getLogger("huggingface_hub").handlers = [_Notices(token)]
@@ -230,11 +225,16 @@ def _download_part(hub: HfApi, options: argparse.Namespace, file: RepoFile, part
                 http_get(url, stream, resume_size=start, headers=headers, expected_size=file.size)
                 break
             except HfHubHTTPError as error:
-                if wait is None or error.response.status_code < 500:
-                    raise
                 status = error.response.status_code
+                if wait is None or (status < 500 and _is_of_hub(error, hub)):
+                    raise
         print(f"{file.path}: the server answers {status}; trying again in {wait:g} s", file=sys.stderr)
         time.sleep(wait)
+
+
+def _is_of_hub(error: HfHubHTTPError, hub: HfApi) -> bool:
+    """Whether the hub itself answered, and not the store that it redirects to, whose addresses grow stale."""
+    return str(error.response.url).startswith(f"{hub.endpoint}/")
 
 
 def _expected_hash(file: RepoFile) -> str:
@@ -269,10 +269,11 @@ def _explain(error: Exception, hub: HfApi, options: argparse.Namespace) -> tuple
     from huggingface_hub import errors
 
     repository, page = options.repo_id, f"{hub.endpoint}/{options.repo_id}"
-    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    http = error if isinstance(error, errors.HfHubHTTPError) else None
+    status = None if http is None else http.response.status_code
     if isinstance(error, errors.RevisionNotFoundError):
         return 2, f"{repository}: no revision {options.revision!a} at {hub.endpoint}"
-    if isinstance(error, errors.GatedRepoError) or status == 403:
+    if isinstance(error, errors.GatedRepoError) or (http and status == 403 and _is_of_hub(http, hub)):
         reason = "the token was refused" if hub.token else "no token was sent"
         return 2, (
             f"no access to {repository} ({status}; {reason}): accept the licence at {page} and set HF_TOKEN "

@@ -91,12 +91,15 @@ def test_goes_on_after_a_broken_connection(call: Any, world: World, ranges: bool
 
 
 def test_goes_on_in_a_later_run(call: Any, world: World) -> None:
-    world.failures = {BLOB: [lambda rest: rest[:1_000_000], *[403] * 9]}
-    assert call("--assets", "safetensors")[0] != 0
+    """Also after the store has called its address stale once too often."""
+    world.failures = {BLOB: [lambda rest: rest[:1_000_000], *[403] * 5]}
+    code, _, err = call("--assets", "safetensors")
+    assert (code, "the server answers 403" in err) == (1, True)
     assert folder_content()[PART] == SHARD[:1_000_000]
-    world.failures.clear()
+    world.failures = {BLOB: [403]}
     world.requests.clear()
     assert call("--assets", "safetensors")[0] == 0
+    assert len(world.seen("hub", "00001")) == 2  # asked for a new address
     assert world.seen("store", "00001")[0]["range"] == "bytes=1000000-"
     assert folder_content() == {name: world.files[name] for name in WEIGHT_FILES}
 
