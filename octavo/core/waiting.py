@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from octavo.core import logging
 from octavo.core.format import format_clock
 
-SILENCE = 15.0  # seconds
+SILENCE = 14.0  # seconds; looking every second, no silence is longer than 15
 _LOOK_EVERY = 1.0
 
 

@@ -18,10 +18,10 @@ def test_only_silence_is_broken(caplog: pytest.LogCaptureFixture, monkeypatch: p
     hook = TellActivity(compiles=True)
     hook.before_step(1)
     waiting.activity.since = 90.0
-    waiting.remind(114.0)
+    waiting.remind(113.9)
     assert [message.partition(":")[0] for message in caplog.messages] == ["Step 1 compiles the model"]
-    waiting.remind(115.0)
-    assert caplog.messages[-1] == "Busy with step 1, which compiles the model, for 0:00:25 so far"
+    waiting.remind(114.0)
+    assert caplog.messages[-1] == "Busy with step 1, which compiles the model, for 0:00:24 so far"
     hook.before_step(2)
     assert waiting.activity.what == "step 2"
     assert len(caplog.messages) == 2
