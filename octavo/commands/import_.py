@@ -25,7 +25,7 @@ import octavo
 from octavo import models
 from octavo.checkpoint.checkpointer import Checkpointer
 from octavo.commands.argparser import Parser
-from octavo.config import ConfigError, JobConfig
+from octavo.config import ConfigError, JobConfig, model_settings
 from octavo.config.schema import Checkpoint
 from octavo.core.logging import init_logger
 from octavo.hf import meta, safetensors_folder
@@ -72,23 +72,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer_path = options.tokenizer or str(source)
     tokenizer = open_tokenizer(tokenizer_path, f"{source} should hold the model's tokenizer")
     if safetensors_folder.has_safetensors(source):
-        spec, flavor, args, weights = _read_hugging_face(source, options.flavor, tokenizer)
+        spec, flavor, settings, args, weights = _read_hugging_face(source, options.flavor, tokenizer)
     elif (source / meta.PARAMS).is_file():
         spec, flavor, args, weights = _read_meta(source, options.flavor, tokenizer)
+        settings = []
     else:
         raise ConfigError(
             f"{source}: neither *.safetensors with a config.json nor consolidated.NN.pth with a params.json"
         )
     job = JobConfig()
-    job.model.name, job.model.flavor = spec.name, flavor
+    job.model.name, job.model.flavor, job.model.args = spec.name, flavor, settings
     job.model.hf_assets_path = (
         os.path.abspath(tokenizer_path) if Path(tokenizer_path).exists() else tokenizer_path
     )
     job.training.seq_len = args.max_seq_len
-    print(f"Importing {source} as {spec.name} {flavor}")
+    changed = f" --model.args {','.join(settings)}" if settings else ""
+    print(f"Importing {source} as {spec.name} {flavor}{' with other sizes' if settings else ''}")
     write_checkpoint(out, load_weights(build_on_meta(spec, args), weights, torch.float32, "cpu"), job)
     print(
-        f"Written: {out}. To train from it: --model.name {spec.name} --model.flavor {flavor} "
+        f"Written: {out}. To train from it: --model.name {spec.name} --model.flavor {flavor}{changed} "
         f"--model.hf_assets_path {job.model.hf_assets_path} --checkpoint.initial_load_path {out}"
     )
     return 0
@@ -122,9 +124,12 @@ def _single_process_group() -> Iterator[None]:
 
 def _read_hugging_face(
     source: Path, requested: str | None, tokenizer: Tokenizer
-) -> tuple[models.ModelSpec, str, Any, Weights]:
-    """The model, its flavor (`requested`, or else the one whose sizes match), its arguments and weights."""
+) -> tuple[models.ModelSpec, str, list[str], Any, Weights]:
+    """The model, its flavor (`requested`, or else the nearest), the settings in which it differs from that
+    (none if requested), its arguments and weights.
+    """
     spec, source_args = read_hf_config(source)
+    found: dict[str, list[str]] = {}
     mismatches: dict[str, list[str]] = {}
     for flavor in [requested] if requested else spec.flavors:
         flavor_args = spec.args(flavor)
@@ -134,14 +139,19 @@ def _read_hugging_face(
             mismatches[flavor] = [str(error)]
             continue
         mismatches[flavor] = compare_args(source_args, args)
-        if not mismatches[flavor]:
-            return spec, flavor, args, open_hf_weights(source, spec, args, model=f"{spec.name} {flavor}")
-    nearest = min(mismatches, key=lambda flavor: len(mismatches[flavor]))
-    remedy = "leave --flavor out" if requested else "register a model of these sizes (docs/your_own_model.md)"
-    raise ConfigError(
-        f"{source} is not {spec.name} {nearest}{'' if requested else ', the nearest flavor'}: "
-        f"{'; '.join(mismatches[nearest])}; {remedy}"
-    )
+        settings = model_settings.between(args, source_args)
+        if not mismatches[flavor] or (settings is not None and not requested):
+            found[flavor] = settings or []
+    if not found:
+        nearest = min(mismatches, key=lambda flavor: len(mismatches[flavor]))
+        remedy = "leave --flavor out" if requested else "register such a model (docs/your_own_model.md)"
+        raise ConfigError(
+            f"{source} is not {spec.name} {nearest}{'' if requested else ', the nearest flavor'}: "
+            f"{'; '.join(mismatches[nearest])}; {remedy}"
+        )
+    flavor, settings = min(found.items(), key=lambda item: len(item[1]))
+    args = spec.configure(spec.args(flavor, settings), tokenizer.vocab_size, source_args.max_seq_len)
+    return spec, flavor, settings, args, open_hf_weights(source, spec, args, model=f"{spec.name} {flavor}")
 
 
 def _read_meta(

@@ -8,7 +8,7 @@ layer?) come later.
 
 from collections.abc import Iterator
 
-from octavo.config import file_checks, layer_recipes, names, option_checks, torchtitan
+from octavo.config import file_checks, layer_recipes, model_settings, names, option_checks, torchtitan
 from octavo.config.conflicts import conflicts
 from octavo.config.parallel_dims import ParallelDims, parallel_dims_of
 from octavo.config.pipeline_plan import plan_of
@@ -16,6 +16,7 @@ from octavo.config.pipeline_plan import problems as pipeline_problems
 from octavo.config.schema import JobConfig
 from octavo.config.sizes import args_of, shared_sizes, undivided, units
 from octavo.core.errors import ConfigError, Problem, did_you_mean
+from octavo.families import FAMILIES
 
 
 def check(job: JobConfig, *, world_size: int, gpus: int | None = None, elsewhere: bool = False) -> None:
@@ -156,6 +157,11 @@ def _model(job: JobConfig) -> Iterator[Problem]:
         has = f"it has {', '.join(flavors)}{did_you_mean(flavor, flavors)}"
         has += torchtitan.missing_value("model.flavor", flavor)
         yield job.problem("model.flavor", f": {name} has no such flavor", has)
+    else:
+        try:
+            model_settings.apply(FAMILIES[name].flavors[flavor], job.model.args)
+        except ConfigError as error:
+            yield Problem(str(error), key="model.args", where=job.where.get("model.args", ""))
 
 
 def _layer_recipes(job: JobConfig) -> Iterator[Problem]:

@@ -110,6 +110,8 @@ class Model:
     """Model family: llama3, qwen3, or your own."""
     flavor: str = "debugmodel"
     """Size of the model: debugmodel, or a published one such as 8B; the README lists them."""
+    args: list[str] = field(default_factory=list)
+    """Sizes in place of the flavor's, comma-separated: dim=384,n_layers=8,moe.top_k=4."""
     hf_assets_path: Annotated[Folder, AlsoSpelled("model.tokenizer_path")] = "octavo_bpe_2048"
     """Tokenizer: a shipped name, or a folder or file with tokenizer.json or tokenizer.model (also
     --model.tokenizer_path).

@@ -5,15 +5,22 @@ imported.
 import math
 from collections.abc import Iterator, Mapping
 
+from octavo.config import model_settings
 from octavo.config.schema import JobConfig
 from octavo.core.errors import ConfigError
 from octavo.families import FAMILIES, ModelArgs
 
 
 def args_of(job: JobConfig) -> ModelArgs | None:
-    """The arguments of the job's model; None for a custom model, which is known only after its import."""
+    """The arguments of the job's model. None for a custom model, which is known only after its import, and
+    for arguments that are reported as wrong.
+    """
     family = FAMILIES.get(job.model.name)
-    return family.flavors.get(job.model.flavor) if family else None
+    args = family.flavors.get(job.model.flavor) if family else None
+    try:
+        return args and model_settings.apply(args, job.model.args)
+    except ConfigError:
+        return None
 
 
 def shared_sizes(args: ModelArgs) -> dict[str, int]:

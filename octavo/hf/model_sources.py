@@ -110,8 +110,10 @@ def _open_checkpoint(path: Path, tokenizer: str | None, custom_import: str) -> M
         name, flavor = config["model"]["name"], config["model"]["flavor"]
         named, required_import = config["model"]["hf_assets_path"], config["experimental"]["custom_import"]
         context = config["training"]["seq_len"]
+        settings = config["model"].get("args", [])  # checkpoints from before this option lack it
         assert all(isinstance(text, str) for text in (name, flavor, named, required_import))
         assert isinstance(context, int)
+        assert isinstance(settings, list)
     except (AssertionError, KeyError, TypeError):
         raise ConfigError(
             f"{path}: {STATE} lacks the run's configuration, so its model is unknown; continue training from "
@@ -124,7 +126,7 @@ def _open_checkpoint(path: Path, tokenizer: str | None, custom_import: str) -> M
         )
     spec = models.get(name)
     opened = open_tokenizer(tokenizer or named, f"{path} was trained with it")
-    args = spec.configure(spec.args(flavor), opened.vocab_size, context)
+    args = spec.configure(spec.args(flavor, settings), opened.vocab_size, context)
     expected = shapes_of(build_on_meta(spec, args))
     weights = open_checkpoint_weights(path)
     check_fit(

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from octavo.config import ConfigError
+from octavo.config import ConfigError, model_settings
 from octavo.models.loss import ChunkedLoss
 
 
@@ -109,11 +109,13 @@ class ModelSpec:
     linears: Linears = Linears()
     shared_sizes: Callable[[Any], Mapping[str, int]] = lambda args: {}
 
-    def args(self, flavor: str) -> Any:
-        """The arguments of `flavor`; `ConfigError` if there is no such flavor."""
+    def args(self, flavor: str, settings: Sequence[str] = ()) -> Any:
+        """The arguments of `flavor`, changed by `settings` (`model.args`); `ConfigError` if there is no such
+        flavor, or a setting is wrong.
+        """
         if flavor not in self.flavors:
             raise ConfigError(
                 f"model.flavor = {flavor!r}: {self.name} has no such flavor; it has: "
                 f"{', '.join(self.flavors)}"
             )
-        return self.flavors[flavor]
+        return model_settings.apply(self.flavors[flavor], settings)

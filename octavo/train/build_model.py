@@ -30,7 +30,9 @@ from octavo.train import quantization
 def model_args(job: JobConfig, tokenizer: Tokenizer) -> Any:
     """The model's arguments, adapted to the job; `ConfigError` if they do not fit it."""
     spec = models.get(job.model.name)
-    args = spec.configure(spec.args(job.model.flavor), tokenizer.vocab_size, job.training.seq_len)
+    args = spec.configure(
+        spec.args(job.model.flavor, job.model.args), tokenizer.vocab_size, job.training.seq_len
+    )
     for problem in undivided(spec.shared_sizes(args), job.parallelism.tensor_parallel_degree):
         raise ConfigError(problem)
     if job.checkpoint.last_save_in_hf:

@@ -1,6 +1,8 @@
 """`octavo import`: which model it is, that it fits, and a checkpoint that is the model."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from octavo.hf.folder_writer import ExportPlan, save_pretrained
 from octavo.hf.model_sources import open_model
 from tests.hf.test_meta import write_ranks
 from tests.hf.test_model_sources import TOKENIZER, edit, weights_of
-from tests.models.small_llama import FLAVORS, SPEC, noisy, small
+from tests.models.small_llama import FLAVORS, SCALING, SPEC, noisy, small
 
 DEBUG = SPEC.configure(FLAVORS["debugmodel"], 2048, 32)
 
@@ -48,6 +50,23 @@ def test_a_hugging_face_folder(tmp_path, model, dtype, capsys):
     assert f"--checkpoint.initial_load_path {tmp_path / 'out'}" in out
 
 
+@pytest.mark.parametrize("scaling", [None, SCALING], ids=["not scaled", "scaled"])
+def test_sizes_of_no_flavor_become_settings(tmp_path, capsys, scaling):
+    args = small(
+        vocab_size=2048, max_seq_len=32, dim=96, hidden_dim=112, rope_theta=1e4, rope_scaling=scaling
+    )
+    model = noisy(args)
+    folder = write_hf(tmp_path / "hf", model, args)
+    assert main(["import", str(folder), "--out", str(tmp_path / "out")]) == 0
+    assert same(tmp_path / "out", model).args == args
+    told = capsys.readouterr().out
+    assert "with other sizes" in told
+    (settings,) = re.findall(r"--model.args (\S+)", told)
+    flavor = "8B" if scaling else "debugmodel"
+    assert f"--model.flavor {flavor} " in told
+    assert replace(SPEC.args(flavor, settings.split(",")), max_seq_len=32, vocab_size=2048) == args
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_metas_original_files(tmp_path, model, ranks):
     params = {"dim": 256, "n_layers": 6, "n_heads": 16, "vocab_size": 2048, "multiple_of": 256}
@@ -66,16 +85,6 @@ def test_metas_original_files(tmp_path, model, ranks):
     [
         ({}, ["--flavor=8B"], "is not llama3 8B: dim is 256, not 4096"),
         ({}, ["--flavor=9B"], "llama3 has no such flavor"),
-        (
-            {"rope_theta": 1e4},
-            [],
-            "not llama3 debugmodel, the nearest flavor: rope_theta is 10000.0, not 500000.0",
-        ),
-        (
-            {"intermediate_size": 800},
-            [],
-            "not llama3 debugmodel, the nearest flavor: hidden_dim is 800, not 768; register a model",
-        ),
         ({"hidden_act": "relu"}, [], "hidden_act is 'relu'"),
         ({}, ["--tokenizer=nowhere"], "tokenizer 'nowhere'"),
     ],

@@ -133,7 +133,7 @@ def _tokenizer(job: JobConfig) -> Any:
     path = job.model.hf_assets_path
     if path in names.TOKENIZERS or Path(path).expanduser().exists():
         return build_tokenizer(path)
-    vocabulary = getattr(models.get(job.model.name).args(job.model.flavor), "vocab_size", 0)
+    vocabulary = getattr(models.get(job.model.name).args(job.model.flavor, job.model.args), "vocab_size", 0)
     if not vocabulary:
         raise ConfigError(
             f"model.hf_assets_path = {path!r}: no such tokenizer, and {job.model.flavor} takes its "

@@ -57,7 +57,8 @@ def groups_of(job: JobConfig, layout: ParallelDims) -> tuple[list[Group], list[s
     vocabulary = _vocabulary(job)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sizes of zero, which are refused below with a reason
-        model = spec.build(spec.configure(spec.args(job.model.flavor), vocabulary, job.training.seq_len))
+        args = spec.args(job.model.flavor, job.model.args)
+        model = spec.build(spec.configure(args, vocabulary, job.training.seq_len))
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     kept = [name for name in linears if any(part in name for part in job.float8.filter_fqns)]
     if len(kept) == len(linears):

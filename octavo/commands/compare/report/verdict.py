@@ -13,7 +13,7 @@ from octavo.core import exit_codes
 
 BASELINE, INSIDE, OUTSIDE, NOT_JUDGED = "baseline", "inside", "outside", "not judged"
 
-_SAME_TASK = (("model", "name"), ("model", "flavor"), ("training", "seq_len"))
+_SAME_TASK = (("model", "name"), ("model", "flavor"), ("model", "args"), ("training", "seq_len"))
 """Settings that must be equal for two losses to be comparable."""
 
 
