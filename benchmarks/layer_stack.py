@@ -11,8 +11,8 @@ reference is bfloat16. `fused` are octavo's fused modules.
 
 ms: one forward and backward, gradients set to None before. peak GB: the most that was allocated meanwhile,
 weights and gradients among it. saved GB: what is held between forward and backward, beyond what was there
-before. sqnr dB: of the gradients (input, and all linears of the first and the last layer) against the same
-layers in float32, mean over tensors; bfloat16's own stands beside it.
+before and the casts of weights. sqnr dB: of the gradients (input, and all linears of the first and the last
+layer) against the same layers in float32, mean over tensors; bfloat16's own stands beside it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from benchmarks.harness.options import Options, parse
 from benchmarks.harness.report import Report
 from octavo.commands.argparser import bounded_int
 from octavo.families import ModelArgs
-from octavo.float8 import RECIPES, Float8LinearConfig, convert_to_float8_training
+from octavo.float8 import RECIPES, Float8LinearConfig, cast_weights_once, convert_to_float8_training
 from octavo.metrics.device import fastest_attention
 from octavo.models.rope import rope_table
 from octavo.models.transformer import TransformerBlock
@@ -136,11 +136,12 @@ def _fuse(model: Stack) -> None:
 
 
 def step(model: nn.Module, x: Tensor, dy: Tensor, after: Callable[[], None]) -> None:
-    """Forward and backward, with fresh gradients."""
+    """Forward and backward, with fresh gradients; float8 weights are cast once, as in a step of training."""
     x.grad = None
     for p in model.parameters():
         p.grad = None
-    model(x).backward(dy)
+    with cast_weights_once(model):
+        model(x).backward(dy)
     after()
 
 
@@ -165,9 +166,11 @@ def memory(model: Stack, x: Tensor, dy: Tensor, device: torch.device, after: Cal
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    y = model(x)
-    saved = torch.cuda.memory_allocated() - before - y.untyped_storage().nbytes()
-    y.backward(dy)
+    with cast_weights_once(model):
+        weights = torch.cuda.memory_allocated() - before
+        y = model(x)
+        saved = torch.cuda.memory_allocated() - before - weights - y.untyped_storage().nbytes()
+        y.backward(dy)
     after()
     return {"saved_gb": saved / 1e9, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
 
@@ -180,11 +183,9 @@ def predicted(
         return {"seconds": None, "saved_gb": None}
     kv = args.n_kv_heads * args.head_width
     block = Block(args.dim, args.n_heads * args.head_width, kv, args.hidden_dim)
-    before = kind.recipe is not None and "previous_step" in kind.recipe
-    recipe = "tensorwise" if before else kind.recipe
-    way = "torchao" if kind.library == "torchao" else "producers" if kind.fused else "kernels"
-    way = "previous" if before else way
-    joins = kind.fused and recipe != "tensorwise"  # whose weights have a scale each
+    recipe = kind.recipe
+    way = "torchao" if kind.library == "torchao" else "fused" if kind.fused else "kernels"
+    joins = kind.fused and recipe is not None and not recipe.startswith("tensorwise")  # a scale for each
     seconds = layers * layer_time(gpu, block, tokens, tokens, recipe, way=way, joined=joins).total
     keeps = recipe is None or kind.library == "torchao" or recipe == "rowwise_with_gw_hp"
     held = "all" if keeps else "kernels"

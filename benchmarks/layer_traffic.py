@@ -43,6 +43,8 @@ from octavo.models.transformer import TransformerBlock
 from octavo.train.quantization import keep_casts_under_compile
 
 TOKENS = 8192
+TUNING = 0.4
+"""E: seconds to compile a configuration and to time it (Triton times each for 0.125 s)."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,9 @@ def main(argv: list[str] | None = None) -> int:
         for fused in (False, True) if options.recipe is None else (options.fused,):
             traced = trace_layer(recipe, fused=fused)
             print(line(f"{recipe}{' fused' * fused}", traced, bf16), flush=True)
+            tried = traced.layer.configurations() + traced.weights.configurations()
+            if options.recipe is not None:
+                print(f"tuning kernels in the first step: {tried} configurations, E {tried * TUNING:.0f} s")
     if options.recipe is not None:
         shown = bf16 if options.recipe == "bf16" else traced
         print(table(shown.weights), table(shown.layer), sep="\n\n")

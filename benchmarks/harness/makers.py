@@ -16,7 +16,6 @@ from octavo.float8.casts.gpu_cast import use_kernels
 from octavo.float8.quantize import quantize_both
 
 E4M3 = torch.float8_e4m3fn
-HEAD = 128
 Call = Callable[[], object]
 Compile = Callable[[Callable[..., object]], Callable[..., object]]
 
@@ -103,16 +102,6 @@ def _norm_backward(M: int, K: int, device: torch.device, compiled: Compile) -> t
     return partial(ops.add_rms_norm_backward_with_maxima, *t), partial(plain, *t)
 
 
-def _rope_backward(M: int, K: int, device: torch.device, compiled: Compile) -> tuple[Call, Call]:
-    from octavo.float8.kernels import ops, rope_backward
-
-    dy = random(M, K, device).view(1, M, K // HEAD, HEAD)
-    angles = torch.rand(M, HEAD // 2, device=device)
-    t = dy, angles.cos(), angles.sin()
-    plain = compiled(lambda *t: with_maxima(rope_backward.reference(*t)))
-    return partial(ops.rope_backward_with_maxima, *t), partial(plain, *t)
-
-
 _STEP = [1.0 - 1e-6, 0.9, 0.95, 1e-5, 1.0, 1e-8]
 """decay, beta1, beta2, rate, root, eps: the fields of `adamw_cast.Step`."""
 
@@ -140,6 +129,5 @@ MAKERS: Mapping[str, Maker] = {
     "silu_mul backward": Maker(3 * 2 + 2 * 2, _silu_mul_backward),
     "add_rms_norm": Maker(2 * 2 + 2 * 2, _norm, widest=8192),
     "add_rms_norm backward": Maker(3 * 2 + 2, _norm_backward, widest=8192),
-    "rope backward": Maker(2 + 2, _rope_backward),
     "AdamW and 128 x 128": Maker(4 * 4 + 3 * 4 + 1 + 1, _adamw_squares),
 }

@@ -51,7 +51,7 @@ ExportDtype = Literal["float32", "bfloat16"]
 ParamDtype = Literal["auto", "bfloat16", "float32"]
 ReduceDtype = Literal["float32", "bfloat16"]
 ReshardAfterForward = Literal["default", "always", "never"]
-RotateMethod = Literal["allgather", "alltoall"]
+RotateMethod = Literal["auto", "allgather", "alltoall"]
 NonFinitePolicy = Literal["stop", "skip", "rewind"]
 SpikePolicy = Literal["off", "warn", "skip", "rewind"]
 

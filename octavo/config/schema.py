@@ -244,9 +244,10 @@ class Parallelism:
     """Overlap tensor parallel gathers with products, in compiled layers (needs GPUs with NVLink)."""
     context_parallel_degree: Positive = 1
     """Devices that divide a sequence: each computes a part of its positions."""
-    context_parallel_rotate_method: Annotated[names.RotateMethod, needs.SPLIT_SEQUENCES] = "allgather"
+    context_parallel_rotate_method: Annotated[names.RotateMethod, needs.SPLIT_SEQUENCES] = "auto"
     """How devices get the others' keys and values. allgather: each holds those of the whole sequence;
-    alltoall: ring attention, at most two parts per device (no document_mask).
+    alltoall: ring attention, at most two parts per device (no document_mask); auto: alltoall on GPUs where
+    it can, else allgather.
     """
     pipeline_parallel_degree: Positive = 1
     """Groups of devices that each hold some of the layers and send activations to the next."""

@@ -32,7 +32,8 @@ _functional = torch.ops._c10d_functional  # collectives that torch.compile can t
 
 @dataclass(frozen=True)
 class Kernel:
-    """The attention kernels of a device type, without a mask.
+    """The attention kernels of a device type, without a mask. `grouped`: whether they take fewer key/value
+    heads than query heads.
 
     forward(q, k, v, causal) -> y, log-sum-exp [B, H, P], further tensors for backward (`rest`).
     backward(dy, q, k, v, y, log-sum-exp, rest, causal) -> dq, dk, dv.
@@ -40,6 +41,15 @@ class Kernel:
 
     forward: Callable[..., tuple[Tensor, Tensor, list[Tensor]]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    grouped: bool = False
+
+    def keys_for(self, x_BGPE: Tensor, heads: int) -> Tensor:
+        """Keys or values as the kernels take them."""
+        return x_BGPE if self.grouped else x_BGPE.repeat_interleave(heads // x_BGPE.shape[1], dim=1)
+
+    def of_groups(self, x: Tensor, groups: int) -> Tensor:
+        """The gradient `[B, G, P, E]` of what `keys_for` returned."""
+        return x if self.grouped else x.unflatten(1, (groups, -1)).sum(2)
 
 
 def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -68,7 +78,10 @@ def _backward_cuda(
     return tuple(backward(dy, q, k, v, y, lse.contiguous(), *lengths, 0.0, causal, *rest))  # type: ignore[return-value]
 
 
-KERNELS = {"cpu": Kernel(_forward_cpu, _backward_cpu), "cuda": Kernel(_forward_cuda, _backward_cuda)}
+KERNELS = {
+    "cpu": Kernel(_forward_cpu, _backward_cpu),
+    "cuda": Kernel(_forward_cuda, _backward_cuda, grouped=True),
+}
 
 
 @dataclass(frozen=True)
@@ -98,14 +111,6 @@ def _arrived(x: Tensor, shape: torch.Size) -> Tensor:
     return _functional.wait_tensor(x).view(shape)
 
 
-def _for_each_head(x_BGPE: Tensor, heads: int) -> Tensor:
-    return x_BGPE.repeat_interleave(heads // x_BGPE.shape[1], dim=1)
-
-
-def _for_each_group(x_BHPE: Tensor, groups: int) -> Tensor:
-    return x_BHPE.unflatten(1, (groups, -1)).sum(2)
-
-
 def _merged(y: Tensor, lse: Tensor, more_y: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two sets of keys, from the results over each."""
     both = torch.logaddexp(lse, more_lse)
@@ -128,7 +133,7 @@ class _Ring(torch.autograd.Function):
         for hop in range(size):
             coming = _passed_on(kv, rank, size, group) if hop + 1 < size else None
             block = _block(rank, (rank - hop) % size, positions)
-            k, v = (_for_each_head(x[:, :, : block.last], heads) for x in kv)
+            k, v = (kernel.keys_for(x[:, :, : block.last], heads) for x in kv)
             part, part_lse, part_rest = kernel.forward(q_BHPE[:, :, block.first :], k, v, block.causal)
             part, part_lse = part.to(sums), part_lse.to(sums)
             if hop == 0:
@@ -161,12 +166,12 @@ class _Ring(torch.autograd.Function):
             coming = _passed_on(kv, rank, size, group) if hop + 1 < size else None
             block = _block(rank, (rank - hop) % size, positions)
             rows = slice(block.first, None)
-            k, v = (_for_each_head(x[:, :, : block.last], heads) for x in kv)
+            k, v = (kernel.keys_for(x[:, :, : block.last], heads) for x in kv)
             inputs = [x[:, :, rows] for x in (dy, q)]
             saved = [x[:, :, rows] for x in (y, lse)]
             dq_part, dk, dv = kernel.backward(*inputs, k, v, *saved, rest, block.causal)
             dq = torch.cat([dq[:, :, : block.first], dq[:, :, rows] + dq_part], dim=2)
-            part = torch.stack([_for_each_group(x.to(lse.dtype), groups) for x in (dk, dv)])
+            part = torch.stack([kernel.of_groups(x.to(lse.dtype), groups) for x in (dk, dv)])
             part = nn.functional.pad(part, (0, 0, 0, positions - block.last))
             dkv = part if coming_dkv is None else _arrived(coming_dkv, dkv.shape) + part
             coming_dkv = _passed_on(dkv, rank, size, group)

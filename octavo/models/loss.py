@@ -48,8 +48,8 @@ def _addmm_float32(total: Tensor, a: Tensor, b: Tensor) -> None:
     """`total += a . b`, accumulated in float32 for any dtype of a and b."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
-    elif a.device.type == "cuda":  # only CUDA's mm writes a float32 product of narrower operands
-        total.add_(torch.mm(a, b, out_dtype=torch.float32))
+    elif a.device.type == "cuda":  # only CUDA adds a product of narrower operands to a float32 sum
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.float(), b.float())
 

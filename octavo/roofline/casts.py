@@ -8,15 +8,18 @@ residual stream). If it is not, its producer saves the two bytes of writing it.
 
     torchao      compiled code. Inputs and weights are kept in bfloat16 and cast again in backward.
     kernels      octavo's kernels, not fused: one pass for the maxima, one pass that casts rows and columns
+    fused        octavo's fused modules as they are: as `producers` where maxima are given, else as `kernels`
     producers    maxima computed by the producer, then one read and two casts
     transpose    rows cast by the producer, columns by transposing float8 (power-of-two scales only)
     previous     delayed scaling: the producer makes both casts
 
-octavo casts weights once per step, torchao in every microbatch.
+octavo casts weights once per step, torchao in every microbatch. The bytes of `kernels` and `fused` are those
+of traced layers (`TRACED`); the ways after them are what could be.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Final
 
@@ -37,6 +40,32 @@ FLOAT8_GEMMS: Final[Mapping[str | None, tuple[str, ...]]] = MappingProxyType(
 
 # Recipes whose scales cover a tile that one thread block holds, so no separate pass for maxima.
 _LOCAL = frozenset({"blockwise", "mxfp8"})
+
+
+@dataclass(frozen=True)
+class TracedBytes:
+    """Bytes that our kernels read and write per element to cast it both ways, scales and maxima included.
+
+    alone: without its producer's help. given: with the maxima that its producer computed. weight: of a
+    weight's element, once per step.
+    """
+
+    alone: float
+    given: float
+    weight: float
+
+
+TRACED: Final[Mapping[str, TracedBytes]] = MappingProxyType(
+    {
+        "tensorwise": TracedBytes(6.00, 4.00, 6.00),  # maxima 2; cast 2 + 1 + 1
+        "tensorwise_previous_step": TracedBytes(4.00, 4.00, 6.00),
+        "rowwise": TracedBytes(6.27, 4.17, 6.28),  # rows 2 + 1, columns 2 + 1; maxima of strips of rows
+        "rowwise_with_gw_hp": TracedBytes(3.00, 3.00, 8.03),  # rows only; of a weight both, in two formats
+        "blockwise": TracedBytes(4.06, 4.06, 4.00),
+        "mxfp8": TracedBytes(4.24, 4.24, 4.06),
+    }
+)
+"""What `benchmarks/layer_traffic.py` counts in compiled layers; tests/benchmarks/test_layer_traffic.py."""
 
 STREAM: Final = 0.8
 """Share of the memory bandwidth that a good kernel reaches which reads and writes in order; E."""
@@ -99,15 +128,18 @@ def _ours(fused: float, kept: float, other: float, weight: float) -> Callable[[T
     return count
 
 
-def _kernels(tensors: Tensors, recipe: str, microbatches: int) -> Bytes:
-    each = 4.0 if recipe in _LOCAL else 6.0  # (2 +) 2 + 1 + 1
-    return _ours(each, each, each, each)(tensors, recipe, microbatches)
+def _traced(tensors: Tensors, recipe: str, microbatches: int, *, fused: bool) -> Bytes:
+    each = TRACED[recipe]
+    given = sum(t[kind] for t in (tensors.inputs, tensors.grads) for kind in (0, 1)) if fused else 0.0
+    alone = sum(tensors.inputs) + sum(tensors.grads) - given
+    return Bytes(each.given * given + each.alone * alone + each.weight * tensors.weights / microbatches)
 
 
 WAYS: Final[Mapping[str, Callable[[Tensors, str, int], Bytes]]] = MappingProxyType(
     {
         "torchao": _torchao,
-        "kernels": _kernels,
+        "kernels": partial(_traced, fused=False),
+        "fused": partial(_traced, fused=True),
         "producers": _ours(4, 4, 4, 4),  # 2 + 1 + 1
         "transpose": _ours(1, 3, 4, 4),  # 1 - 2, then 1 + 1; 1, then 1 + 1; 2 + 1 + 1
         "previous": _ours(0, 2, 4, 4),  # 1 + 1 - 2; 1 + 1; 2 + 1 + 1

@@ -1,15 +1,17 @@
 """Predicted time of one Llama layer, forward and backward: GEMMs, attention, elementwise kernels and casts.
 
-Elementwise work is counted as what fused kernels must read and write in bfloat16 (T tokens, D width, Q and G
-query and key/value features, F feed-forward width), elements:
+Elementwise work is what compiled layers read and write in bfloat16, and `fused` ones besides (T tokens, D
+width, Q and G query and key/value features, F feed-forward width; `benchmarks/layer_traffic.py`), elements:
 
-    forward    add + norm, twice                        4 T D each
+    forward    norm, add + norm, add                    9 T D
                rotation of q and k                      2 T (Q + G)
                silu(a) * b                              3 T F
+               fused: v's copy, maxima of tiles         2 T G + T (5 D + 3 F) / 32
     backward   norm + the stream's gradient, twice      4 T D each
-               sums of the inputs' gradients            3 T D      (q + k + v and w1 + w3; none if joined)
+               sums of the inputs' gradients            4 T D       (fused: 7 T D, by kernels of their own)
                rotation                                 2 T (Q + G)
                silu(a) * b                              5 T F
+               fused: maxima of tiles                   T (6 D + 5 F) / 32
 """
 
 from collections.abc import Mapping
@@ -79,12 +81,15 @@ class Block:
         """Causal, forward and backward."""
         return sum(attention_flops(tokens, seq_len, self.queries))
 
-    def elementwise_bytes(self, tokens: int, *, joined: bool = False) -> tuple[float, float]:
+    def elementwise_bytes(self, tokens: int, *, fused: bool = False) -> tuple[float, float]:
         """(forward, backward), as the module's docstring counts them."""
         rotation = 2 * (self.queries + self.groups)
-        forward = 8 * self.dim + rotation + 3 * self.hidden
-        backward = (8 if joined else 11) * self.dim + rotation + 5 * self.hidden
-        return _BF16 * float(tokens * forward), _BF16 * float(tokens * backward)
+        forward = 9 * self.dim + rotation + 3 * self.hidden
+        backward = 12 * self.dim + rotation + 5 * self.hidden
+        if fused:
+            forward += 2 * self.groups + (5 * self.dim + 3 * self.hidden) / 32
+            backward += 3 * self.dim + (6 * self.dim + 5 * self.hidden) / 32
+        return _BF16 * tokens * float(forward), _BF16 * tokens * float(backward)
 
     def cast_tensors(self, tokens: int) -> Tensors:
         """What is cast: inputs of wq/wk/wv, wo, w1/w3 and w2; gradients of all seven outputs."""
@@ -92,6 +97,17 @@ class Block:
         return Tensors(
             inputs=(float(t * (2 * d + f)), 0.0, float(t * q)),  # norms and SwiGLU; attention's output
             grads=(float(t * (2 * f + q + g)), float(t * 2 * d), float(t * g)),  # v's comes from attention
+            weights=float(self.weights),
+        )
+
+    def fused_tensors(self, tokens: int) -> Tensors:
+        """As `cast_tensors`, where fused layers are as they are: kernels give the maxima of norms' and
+        SwiGLU's outputs and of the gradients of w1's, w3's and wo's outputs.
+        """
+        t, d, q, g, f = tokens, self.dim, self.queries, self.groups, self.hidden
+        return Tensors(
+            inputs=(float(t * (2 * d + f)), 0.0, float(t * q)),
+            grads=(float(t * 2 * f), float(t * d), float(t * (q + 2 * g + d))),
             weights=float(self.weights),
         )
 
@@ -103,9 +119,9 @@ class Block:
         operands, w1's and w3's outputs in float8, w2's input made again from them. tight: so, with the
         norms' outputs and attention's operand made again.
 
-        What octavo's compiled layers do save (tests/roofline/test_saved.py reads it off their graphs):
-        bfloat16 and rowwise_with_gw_hp save "all"; compiled: w2's input is made again from w1's and w3's
-        outputs in bfloat16, the other three operands are float8; kernels: all four operands are.
+        What octavo's compiled layers do save (`benchmarks/layer_traffic.py` reads it off their graphs):
+        bfloat16 and rowwise_with_gw_hp save "all"; kernels: all four operands are float8, w1's and w3's
+        outputs bfloat16.
         """
         stream, norms = 2 * self.dim, 2 * self.dim
         attention = self.queries + 2 * self.groups + self.queries  # q, k, v, output
@@ -115,7 +131,6 @@ class Block:
             "recomputed": 2 * (stream + attention + pair),
             "float8": 2 * (stream + attention) + norms + self.queries + pair,
             "tight": 2 * (stream + attention) + pair,
-            "compiled": 2 * (stream + attention + pair) + norms + self.queries,
             "kernels": 2 * (stream + attention + pair) + norms + self.queries + product,
         }
         return {way: float(tokens * size) for way, size in wide.items()}
@@ -166,10 +181,11 @@ def layer_time(
         products = sum(shape.flops / gemm_rates[shape.float8] for shape in gemms)
     casts = 0.0
     if recipe is not None:
-        casts = cast_seconds(gpu, block.cast_tensors(tokens), recipe, way, microbatches=microbatches)
+        tensors = block.fused_tensors(tokens) if way == "fused" else block.cast_tensors(tokens)
+        casts = cast_seconds(gpu, tensors, recipe, way, microbatches=microbatches)
     return LayerTime(
         gemms=products,
         attention=sum(attention_seconds(gpu, tokens, seq_len, block.queries, rates=attention_rates)),
-        elementwise=sum(block.elementwise_bytes(tokens, joined=joined)) / (gpu.hbm * bandwidth),
+        elementwise=sum(block.elementwise_bytes(tokens, fused=way == "fused")) / (gpu.hbm * bandwidth),
         casts=casts,
     )

@@ -269,8 +269,8 @@ class DelayedScalingSteps(Hook):
         self._scales = scales
         self._saturated, self._fallbacks = 0.0, 0
 
-    def after_backward(self, record: StepRecord) -> None:
-        """Make the maxima of this step the next step's scales."""
+    def before_update(self, record: StepRecord) -> None:
+        """Make the maxima of this step the next step's scales. The guard's wait for the device came first."""
         if self._scales is None:
             return
         report = self._scales.end_step()

@@ -10,7 +10,8 @@ from functools import cache
 
 import pytest
 
-from benchmarks.layer_traffic import TracedLayer, line, table, trace_layer
+from benchmarks.layer_traffic import TOKENS, TracedLayer, line, table, trace_layer
+from octavo.roofline import LLAMA3_8B, cast_bytes
 from tests.float8.graphs import compiles
 from tests.float8.kernels import needs
 
@@ -43,12 +44,24 @@ def layers(recipes: tuple[str, ...], failing: dict[tuple[str, bool], str] | None
     return cases
 
 
-def test_bfloat16_moves_what_its_operations_need() -> None:
-    layer = traced(None, False).layer
+@pytest.mark.parametrize(("recipe", "fused"), [(None, False), *layers(EVERY)])
+def test_the_roofline_counts_these_bytes(recipe: str | None, fused: bool) -> None:
+    found = traced(recipe, fused)
+    layer, block = found.layer, LLAMA3_8B
+    moved = layer.total("producer") + layer.total("elementwise")
+    narrow = recipe not in (None, "rowwise_with_gw_hp")
 
-    assert layer.total("cast") == layer.total("producer") == 0
-    assert layer.total("elementwise") == pytest.approx(3.5e9, rel=0.05)  # `Block.elementwise_bytes`
-    assert sum(layer.saved.values()) == pytest.approx(1.14e9, rel=0.01)  # `Block.saved`
+    # blockwise also transposes the scales of 1 x 128 blocks for its products
+    assert sum(block.elementwise_bytes(TOKENS, fused=fused)) == pytest.approx(moved, rel=0.035)
+    assert block.saved(TOKENS)["kernels" if narrow else "all"] == pytest.approx(
+        sum(layer.saved.values()), rel=0.01
+    )
+    if recipe is None:
+        assert layer.total("cast") == 0
+        return
+    way, tensors = ("fused", block.fused_tensors) if fused else ("kernels", block.cast_tensors)
+    casts = cast_bytes(tensors(TOKENS), recipe, way)
+    assert casts == pytest.approx(found.cast_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize(("recipe", "fused"), layers(EVERY))
@@ -85,6 +98,14 @@ ABOVE = {
 )
 def test_casts_of_a_fused_layer(recipe: str) -> None:
     assert traced(recipe, True).cast_bytes <= 3.4e9
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_casts_of_a_fused_layer_in_a_step_of_two_microbatches(recipe: str) -> None:
+    """They share the weights' casts."""
+    found = traced(recipe, True)
+
+    assert found.layer.total("cast") + found.weights.total("cast") / 2 <= 3.4e9
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])

@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.distributed.activation_checkpoint import _selective
 from octavo.distributed.context_parallel import local_positions
-from octavo.distributed.ring_attention import RingAttention
+from octavo.distributed.ring_attention import KERNELS, RingAttention
 from tests.distributed.test_context_parallel import E, G, S, tensors
 from tests.helpers import ranks
 
@@ -91,3 +92,18 @@ def test_no_process_holds_the_keys_of_the_whole_sequence():
     """The largest are keys and values of one process, or its queries."""
     B, H = tensors()[0].shape[:2]
     assert ranks.run(4, largest) == [max(2 * B * G, B * H) * (S // 4) * E] * 4
+
+
+def test_the_gpu_kernel_takes_fewer_heads_of_keys_than_of_queries():
+    """Repeated for each query head, keys and values would take H / G times the memory."""
+    kernel = KERNELS["cuda"]
+    with FakeTensorMode():
+        q, dy = (torch.empty(2, 8, 64, 32, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        k = v = torch.empty(2, 2, 64, 32, device="cuda", dtype=torch.bfloat16)
+        assert kernel.keys_for(k, heads=8) is k
+        y, lse, rest = kernel.forward(q, k, v, True)
+        dq, dk, dv = kernel.backward(dy, q, k, v, y, lse, rest, True)
+
+    assert (y.shape, lse.shape) == (q.shape, q.shape[:3])
+    assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
+    assert kernel.of_groups(dk, groups=2) is dk

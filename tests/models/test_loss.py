@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.float8 import Float8LinearConfig, cast_weights_once, convert_to_float8_training
-from octavo.models.loss import IGNORED, ChunkedLoss, attach_loss
+from octavo.models.loss import IGNORED, ChunkedLoss, _addmm_float32, attach_loss
 from octavo.models.transformer import Transformer
 from tests.models.small_llama import small
 
@@ -159,3 +160,18 @@ def test_a_chunk_needs_a_token():
     for tokens in (0, -3):
         with pytest.raises(ValueError, match=f"tokens is {tokens}"):
             ChunkedLoss(tokens)
+
+
+def test_on_a_gpu_a_product_is_added_to_the_sum_in_one_call(monkeypatch):
+    """Written beside it and then added, it would move twice the bytes."""
+    calls = []
+    monkeypatch.setattr(torch, "addmm", lambda *args, **kwargs: calls.append((args, kwargs)))
+    with FakeTensorMode():
+        total = torch.empty(48, 32, device="cuda")
+        a, b = (torch.empty(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((48, 64), (64, 32)))
+        _addmm_float32(total, a, b)
+
+    ((args, kwargs),) = calls
+    assert args[0] is kwargs["out"] is total
+    assert kwargs["out_dtype"] == torch.float32
+    assert "out_dtype" in str(torch.ops.aten.addmm.dtype_out._schema)

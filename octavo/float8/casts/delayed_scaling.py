@@ -102,12 +102,15 @@ class DelayedScaling:
 
     @torch.no_grad()
     def end_step(self) -> SaturationReport:
-        """Make this step's maxima the next step's scales. Every rank must call it, whatever layers it has."""
-        names, seen, counts = self._measured()
-        shares = {name: s / n for name, (s, n) in zip(names, counts, strict=True) if n}
+        """Make this step's maxima the next step's scales. Every rank must call it, whatever layers it has.
+
+        The host waits for the device once, and the number of launches does not grow with the operands.
+        """
+        measured = self._measured()
+        shares = {name: s / n for name, (_, s, n) in measured.items() if n}
         worst = max(shares, key=lambda name: shares[name], default="")
         falls_back = bool(shares) and shares[worst] > self.bound
-        for name, amax in zip(names, seen, strict=True):
+        for name, (amax, _, _) in measured.items():
             if math.isfinite(amax) and amax > 0:
                 self._amax[name] = amax
         report = SaturationReport(
@@ -121,16 +124,21 @@ class DelayedScaling:
 
     def _begin(self, *, just_in_time: bool) -> None:
         self._delayed = not just_in_time and bool(self._amax)
+        operands = list(self.statistics.values())
+        if not operands:
+            return
         for name, operand in self.statistics.items():
-            amax = self._amax.get(name)
-            if amax is not None:
-                operand.previous_amax.fill_(amax)
-            operand.valid = self._delayed and amax is not None
-            operand.current_amax.zero_()
-            operand.counts.zero_()
+            operand.valid = self._delayed and name in self._amax
+        known = [name for name in self.statistics if name in self._amax]
+        if known:
+            amax = torch.tensor([self._amax[name] for name in known]).to(self.device, non_blocking=True)
+            previous = [self.statistics[name].previous_amax for name in known]
+            torch._foreach_copy_(previous, list(amax.view(-1, 1, 1).unbind()))
+        torch._foreach_zero_([operand.current_amax for operand in operands])
+        torch._foreach_zero_([operand.counts for operand in operands])
 
-    def _measured(self) -> tuple[list[str], list[float], list[list[int]]]:
-        """Names, maxima and counts of the operands on all ranks."""
+    def _measured(self) -> dict[str, tuple[float, float, float]]:
+        """Maximum, saturated and total elements of each operand of any rank."""
         single = not dist.is_initialized() or dist.get_world_size() == 1
         if self._names is None:
             by_rank: list[list[str]] = [list(self.statistics)]
@@ -139,16 +147,17 @@ class DelayedScaling:
                 dist.all_gather_object(by_rank, list(self.statistics))
             self._names = sorted({name for names in by_rank for name in names})
         if not self._names:
-            return [], [], []
+            return {}
         absent = OperandStatistics.on(self.device)
         here = [self.statistics.get(name, absent) for name in self._names]
-        maxima = torch.cat([o.current_amax for o in here]).flatten()
+        maxima = torch.cat([o.current_amax for o in here])
         counts = torch.stack([o.counts for o in here])
         if not single:
             assert dist.group.WORLD is not None
             maxima = all_reduce_amax(maxima, [dist.group.WORLD.group_name])
             dist.all_reduce(counts)
-        return self._names, maxima.tolist(), counts.tolist()
+        numbers = torch.cat([maxima.double(), counts.double()], dim=1).tolist()  # counts are exact up to 2^53
+        return {name: (amax, s, n) for name, (amax, s, n) in zip(self._names, numbers, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
         """The next step's scales as JSON-compatible data, equal on every rank."""

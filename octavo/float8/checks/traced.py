@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _CASTS = "octavo.float8.kernels.cast_"
 _VIEWS = (
     "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "slice",
-    "narrow", "select", "split", "split_with_sizes", "alias", "detach", "as_strided", "unbind",
+    "select", "split", "split_with_sizes", "alias", "detach", "as_strided", "unbind", "narrow",
 )  # fmt: skip
 _FREE = ("empty", "new_empty", "empty_like", "zeros", "new_zeros", "full", "ones", "scalar_tensor", "arange")
 _PRODUCTS = ("mm", "addmm", "bmm", "_scaled_mm", "_scaled_mm_v2", "scaled_mm_blocks")
@@ -52,6 +52,8 @@ class KernelCall:
     operand: str = ""
     makes: tuple[str, ...] = ()
     backward: bool = False
+    tuning: tuple[Hashable, int] | None = None
+    """Of a Triton kernel: the sizes for which it is tuned, and among how many configurations."""
 
     @property
     def bytes(self) -> int:
@@ -67,6 +69,11 @@ class KernelTraffic:
 
     def total(self, kind: str) -> int:
         return sum(launch.bytes for launch in self.launches if launch.kind == kind)
+
+    def configurations(self) -> int:
+        """How many configurations of kernels are timed, at the first launch for each size."""
+        tuned = {(call.name, call.tuning) for call in self.launches if call.tuning is not None}
+        return sum(count for _, (_, count) in tuned if count > 1)
 
     def times_cast(self) -> Counter[tuple[str, str]]:
         """(operand, "rows" or "columns") -> how often it is cast so."""
@@ -120,6 +127,10 @@ def _plain(name: str) -> str:
 def _size(value: Any) -> int:
     tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 def _op(node: fx.Node) -> str:
@@ -262,18 +273,22 @@ class _Launches(TorchDispatchMode):
         super().__init__()
         self.calls: list[KernelCall] = []
         self.backward = backward
-        self._names: dict[tuple[int, int], str] = {}  # of what was computed, by storage and offset
+        self._names: dict[int, str] = {}  # of what was computed, by storage
+        self._parts: set[tuple[int, int]] = set()  # what kernels have written, by storage and offset
         self._alive: list[Tensor] = []  # so that no storage is used twice
-        self._empty: set[int] = set()  # storages that our operators allocate for kernels to write
 
     def name(self, x: Tensor, name: str = "") -> str:
         self._alive.append(x)
-        key = x.untyped_storage()._cdata, int(x.storage_offset())
-        return self._names.setdefault(key, name or f"tensor {len(self._names)}")
+        return self._names.setdefault(x.untyped_storage()._cdata, name or f"tensor {len(self._names)}")
 
-    def _is_unwritten(self, x: Tensor) -> bool:
+    def _is_new(self, x: Tensor) -> bool:
         storage = x.untyped_storage()._cdata
-        return storage in self._empty and (storage, int(x.storage_offset())) not in self._names
+        return storage not in self._names and (storage, int(x.storage_offset())) not in self._parts
+
+    def _distinct(self, tensors: Iterable[Tensor]) -> int:
+        """Bytes; a tensor may be given twice, in place of one that is not there."""
+        places = {(t.untyped_storage()._cdata, int(t.storage_offset())): _size(t) for t in tensors}
+        return sum(places.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from octavo.float8.kernels.kernel_launch import handed_to
@@ -282,19 +297,17 @@ class _Launches(TorchDispatchMode):
         kwargs = kwargs or {}
         launcher = LAUNCHERS.get(func._opname) if func.namespace == "octavo" else None
         if launcher is not None:
-            for x in (t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)):
+            reads = [a for a, of in zip(args, func._schema.arguments, strict=False) if not _is_written(of)]
+            for x in (t for t in pytree.tree_leaves(reads) if isinstance(t, Tensor)):
                 self.name(x)
             with self, handed_to(self.launch):
                 return launcher(*args)
         made = func(*args, **kwargs)
-        if func._opname in _FREE:
-            self._alive.append(made)
-            self._empty.add(made.untyped_storage()._cdata)
-        elif _size(made) and not (func._opname in _VIEWS and args[0].untyped_storage()._cdata in self._empty):
+        if func._opname not in _FREE and _size(made):
             tensors = [t for t in pytree.tree_leaves((args, kwargs, made)) if isinstance(t, Tensor)]
-            for x in tensors:
-                self.name(x)
             if func._opname not in _VIEWS:
+                for x in pytree.tree_leaves(made):
+                    self.name(x)
                 kind = "cast" if any(t.dtype in _NARROW for t in tensors) else "elementwise"
                 read, written = _size((args, kwargs)), _size(made)
                 self.calls.append(KernelCall(func._opname, kind, read, written, backward=self.backward))
@@ -302,23 +315,29 @@ class _Launches(TorchDispatchMode):
 
     def launch(self, kernel: Any, args: Any, kwargs: Any) -> None:
         """What a kernel is given that nothing has written yet, it writes."""
+        from octavo.float8.kernels.kernel_launch import tuning_of
+
         given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
         tensors = {name: t for name, t in given.items() if isinstance(t, Tensor)}
-        written = {name for name, t in tensors.items() if self._is_unwritten(t)}
-        both = set(getattr(kernel, "restore_value", None) or ())  # updated in place
-        names = {name: self.name(t) for name, t in tensors.items()}
+        written = {name for name, t in tensors.items() if self._is_new(t)}
         function = kernel.fn
         while hasattr(function, "fn"):
             function = function.fn
+        both = set(getattr(kernel, "restore_value", None) or ())  # updated in place
+        for name in written:
+            self._alive.append(tensors[name])
+            place = tensors[name].untyped_storage()._cdata, int(tensors[name].storage_offset())
+            self._parts.add(place)
         is_cast = function.__module__.startswith(_CASTS)
         outputs = {"rows": "data_ptr", "columns": "data_t_ptr"}
         call = KernelCall(
             f"{function.__module__.rpartition('.')[2]}.{function.__name__}",
             "cast" if is_cast else "producer",
-            sum(_size(t) for name, t in tensors.items() if name not in written),
-            sum(_size(t) for name, t in tensors.items() if name in written | both),
-            names["x_ptr"] if is_cast else "",
+            self._distinct(t for name, t in tensors.items() if name not in written),
+            self._distinct(t for name, t in tensors.items() if name in written | both),
+            self.name(tensors["x_ptr"]) if is_cast else "",
             tuple(way for way, name in outputs.items() if name in written and tensors[name].numel() > 0),
             self.backward,
+            tuning_of(kernel, args, kwargs),
         )
         self.calls.append(call)

@@ -54,24 +54,26 @@ class _AddNorm(torch.autograd.Function):
 
 
 class _Norm(torch.autograd.Function):
-    """`x[M, K], w[K] -> y, maxima of y's rows and columns`."""
+    """`x[M, K], w[K] -> x, y, maxima of y's rows and columns`. x passes through, so that the gradient of the
+    stream reaches the kernel, which adds it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from octavo.float8.kernels import ops
 
         rms, y, rows, columns = ops.rms_norm_with_maxima(x, w, eps)
         ctx.save_for_backward(x, rms, w)
         ctx.mark_non_differentiable(rows, columns)
-        return y, rows, columns
+        return x.view_as(x), y, rows, columns
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from octavo.float8.kernels import ops
 
         x, rms, w = ctx.saved_tensors
-        dy = grads[0].contiguous()
-        dx, _, _, dw = ops.add_rms_norm_backward_with_maxima(dy, torch.zeros_like(dy), x, rms, w)
+        dh, dy = (grad.contiguous() for grad in grads[:2])
+        dx, _, _, dw = ops.add_rms_norm_backward_with_maxima(dy, dh, x, rms, w)
         return dx, dw.to(w.dtype), None
 
 
@@ -100,14 +102,12 @@ class NormedInput:
         shape = value.shape
         flat = value.reshape(math.prod(shape[:-1]), shape[-1]).contiguous()
         if residual is None:
-            h = value
-            y, rows, columns = _Norm.apply(flat, norm.weight, eps)
+            h, y, rows, columns = _Norm.apply(flat, norm.weight, eps)
         else:
             stream = residual.reshape(flat.shape).contiguous()
             h, y, rows, columns = _AddNorm.apply(flat, stream, norm.weight, made.rows, made.columns, eps)
-            h = h.reshape(shape)
         products = self.shared(y.reshape(shape), maxima=(rows, columns), note_maxima=note_maxima)
-        return h, products
+        return h.reshape(shape), products
 
     def _kernel_supports(self, x: Tensor, residual: Tensor | None) -> bool:
         norm = self.norm

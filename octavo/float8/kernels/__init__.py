@@ -10,7 +10,6 @@
     cast_given_scale.py       one scale per tensor, given amax     1             [M, K] and [K, M]
     silu_mul.py               silu(a) * b and its gradients, with the maxima for casting them
     add_rms_norm.py           RMSNorm(x + residual) and its gradients, likewise
-    rope_backward.py          the gradient of a rotary embedding, likewise
     adamw_cast.py             an AdamW step, with the new weights' float8 casts or the maxima for them
 
 `numerics.py` has the arithmetic that all share, `kernel_maxima.py` writes tensors with their maxima, and

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.float8.kernels.kernel_launch import Config, tuned
+from octavo.float8.kernels.kernel_launch import Config, rows_at_a_time, tuned
 from octavo.float8.kernels.kernel_maxima import WithMaxima
 from octavo.float8.kernels.numerics import magnitude, rounded, to_float32
 
@@ -36,7 +36,7 @@ CONFIGS_BACKWARD: tuple[Config, ...] = (
 )
 
 
-@tuned(CONFIGS_FORWARD, key=["M", "K"])
+@tuned(CONFIGS_FORWARD, key=["M", "K"], alike=rows_at_a_time)
 @triton.jit
 def _forward(
     x_ptr, residual_ptr, w_ptr, h_ptr, y_ptr, rms_ptr, rows_ptr, columns_ptr, M, K, eps,
@@ -67,7 +67,7 @@ def _forward(
     tl.store(columns_ptr + pid.to(tl.int64) * K + k, down, mask=k < K)
 
 
-@tuned(CONFIGS_BACKWARD, key=["M", "K"])
+@tuned(CONFIGS_BACKWARD, key=["M", "K"], alike=rows_at_a_time)
 @triton.jit
 def _backward(
     dy_ptr, dh_ptr, h_ptr, rms_ptr, w_ptr, dx_ptr, dw_ptr, rows_ptr, columns_ptr, M, K,

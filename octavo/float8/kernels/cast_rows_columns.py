@@ -23,6 +23,7 @@ from octavo.float8.kernels.kernel_launch import (
     cast_constants,
     empty_codes,
     empty_scale,
+    rows_at_a_time,
     tuned,
 )
 from octavo.float8.kernels.numerics import magnitude, scales_of, to_float8, to_float32
@@ -53,7 +54,7 @@ CONFIGS_COLUMNS: tuple[Config, ...] = (
 )
 
 
-@tuned(CONFIGS_ROWS, key=["M", "K", "COLUMNS"])
+@tuned(CONFIGS_ROWS, key=["M", "K", "COLUMNS"], alike=rows_at_a_time)
 @triton.jit
 def _cast_rows(
     x_ptr, data_ptr, scale_ptr, maxima_ptr, M, K,

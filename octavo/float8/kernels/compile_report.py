@@ -44,7 +44,6 @@ from octavo.float8.kernels import (
     cast_tensor,
     cast_tiles,
     kernel_maxima,
-    rope_backward,
     silu_mul,
 )
 from octavo.float8.kernels.kernel_launch import SCALE_FORMATS, Config
@@ -99,13 +98,6 @@ def jobs() -> Iterator[CompileJob]:
     tile = {"TILE_M": kernel_maxima.TILE_M, "TILE_K": kernel_maxima.TILE_K}
     yield CompileJob(silu_mul._forward, silu_mul.CONFIGS, tile, FORMATS[:1], converts=False)
     yield CompileJob(silu_mul._backward, silu_mul.CONFIGS, tile, FORMATS[:1], converts=False)
-    yield CompileJob(
-        rope_backward._rope_backward,
-        rope_backward.CONFIGS,
-        {**tile, "E": 128},
-        FORMATS[:1],
-        converts=False,
-    )
     for width in (4096, 8192):
         row = {"STRIP": add_rms_norm.STRIP, "BLOCK_K": width}
         for residual in (True, False):
@@ -153,7 +145,6 @@ def _signature(
     one_byte = SCALE_FORMATS[scales] >= 2
     pointers = {f"{name}_ptr": f"*{dtype}" for name in ("x", "a", "b", "h", "da", "db", "dh", "dx")}
     pointers |= {f"{name}_ptr": f"*{dtype}" for name in ("residual", "w", "y", "dy")}
-    pointers |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
     pointers |= {"rms_ptr": "*fp32", "dw_ptr": "*fp32", "saturated_ptr": "*i32"}
     pointers |= dict.fromkeys(("decay", "beta1", "beta2", "rate", "root", "eps"), "fp32")
     pointers |= {f"{name}_ptr": "*i32" for name in ("maxima", "amax", "amax_t", "rows", "columns")}

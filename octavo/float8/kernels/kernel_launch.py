@@ -24,10 +24,41 @@ SCALE_FORMATS = {"fp32": 0, "pow2": 1, "e8m0": 2, "e8m0_floor": 3}
 """Any float32; a float32 power of two; one-byte powers of two, rounded up; the same, rounded down."""
 
 
-def tuned(configs: tuple[Config, ...], key: list[str], updates: tuple[str, ...] = ()) -> Any:
+class _BySize(dict[tuple[Any, ...], Any]):
+    """Chosen configurations by key. The first entry of a key, a number of rows or elements, counts as the
+    next power of two, so that a batch of another length rarely times a kernel again.
+    """
+
+    @staticmethod
+    def near(key: tuple[Any, ...]) -> tuple[Any, ...]:
+        return triton.next_power_of_2(key[0]), *key[1:]
+
+    def __contains__(self, key: Any) -> bool:
+        return super().__contains__(self.near(key))
+
+    def __getitem__(self, key: tuple[Any, ...]) -> Any:
+        return super().__getitem__(self.near(key))
+
+    def __setitem__(self, key: tuple[Any, ...], config: Any) -> None:
+        super().__setitem__(self.near(key), config)
+
+
+def rows_at_a_time(config: Config, given: Config) -> int:
+    """Rows of BLOCK_K that a kernel holds which works through STRIP rows in tiles of TILE elements."""
+    return min(max(config["TILE"] // given["BLOCK_K"], 1), given["STRIP"])
+
+
+def tuned(
+    configs: tuple[Config, ...],
+    key: list[str],
+    updates: tuple[str, ...] = (),
+    alike: Callable[[Config, Config], Any] | None = None,
+) -> Any:
     """Decorates a kernel that chooses among `configs` by timing them, once for each value of `key`.
 
     `updates` names the pointers that the kernel both reads and writes; timing it restores what they point to.
+    `alike`: the tile that a configuration amounts to, given the kernel's arguments; of several with one tile
+    and as many warps, one is timed.
     The first configuration is the default, which the interpreter uses. `kernel.fn` is the plain kernel.
     """
     if INTERPRETING:
@@ -40,7 +71,33 @@ def tuned(configs: tuple[Config, ...], key: list[str], updates: tuple[str, ...] 
         )
         for config in configs
     ]
-    return triton.autotune(configs=triton_configs, key=key, restore_value=list(updates) or None)
+
+    def distinct(found: list[Any], sizes: Config, **constants: Any) -> list[Any]:
+        given, first = {**sizes, **constants}, {}
+        for config in found:
+            tile = tuple(config.kwargs.items()) if alike is None else alike(config.kwargs, given)
+            first.setdefault((tile, config.num_warps, config.num_stages), config)
+        return list(first.values())
+
+    def tune(kernel: Any) -> Any:
+        tuner = triton.autotune(
+            configs=triton_configs,
+            key=key,
+            restore_value=list(updates) or None,
+            prune_configs_by={"early_config_prune": distinct},
+        )(kernel)
+        tuner.cache = _BySize(tuner.cache)
+        return tuner
+
+    return tune
+
+
+def tuning_of(kernel: Any, args: Any, kwargs: Config) -> tuple[tuple[Any, ...], int]:
+    """The key under which a tuned `kernel` is timed for these arguments, and the configurations it tries."""
+    kernel.nargs = dict(zip(kernel.arg_names, args, strict=False))
+    given = {**kernel.nargs, **kwargs}
+    dtypes = [str(value.dtype) for value in given.values() if isinstance(value, Tensor)]
+    return _BySize.near((*(given[name] for name in kernel.keys), *dtypes)), len(kernel.prune_configs(kwargs))
 
 
 class Untuned:

@@ -29,7 +29,6 @@ from octavo.float8.kernels.cast_tensor import cast_tensor, magnitudes
 from octavo.float8.kernels.cast_tiles import cast_tiles
 from octavo.float8.kernels.kernel_launch import empty_scale
 from octavo.float8.kernels.kernel_maxima import WithMaxima, empty_with_maxima
-from octavo.float8.kernels.rope_backward import rope_backward
 from octavo.float8.kernels.silu_mul import silu_mul, silu_mul_backward
 
 RowColumnCasts = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -208,13 +207,7 @@ def _silu_mul_shapes(a: Tensor, b: Tensor) -> WithMaxima:
     return empty_with_maxima(a, *a.shape)
 
 
-def _rope_shapes(dy: Tensor, cos: Tensor, sin: Tensor) -> WithMaxima:
-    B, S, H, E = dy.shape
-    return empty_with_maxima(dy, B * S, H * E)
-
-
 silu_mul_with_maxima = _operator("silu_mul", _silu_mul_shapes)(silu_mul)
-rope_backward_with_maxima = _operator("rope_backward", _rope_shapes)(rope_backward)
 
 
 def _silu_mul_backward_shapes(dh: Tensor, a: Tensor, b: Tensor) -> Six:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from octavo.float8 import (
@@ -205,6 +207,29 @@ def test_a_cast_saturates_at_the_maximum() -> None:
     assert values[1, 3] == 0
     assert torch.equal(second.data.view(torch.uint8), transposed(first).data.view(torch.uint8))
     assert operand.counts.tolist() == [2, 8]
+
+
+class _Counted(TorchDispatchMode):
+    """Counts operations."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_end_of_a_step_takes_as_many_operations_for_many_layers_as_for_few() -> None:
+    calls = []
+    for layers in (1, 9):
+        model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(layers)))
+        scales = DelayedScaling(convert_to_float8_training(model, config="tensorwise_previous_step"))
+        gradients(model, batch(0))
+        with _Counted() as counted:
+            scales.end_step()
+        calls.append(counted.calls)
+
+    assert calls[0] == calls[1]
 
 
 def test_inference_notes_nothing() -> None:

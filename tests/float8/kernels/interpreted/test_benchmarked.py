@@ -14,7 +14,6 @@ SAME = {
     "silu_mul backward": ((0, ()), (0, 0)),
     "add_rms_norm": ((2, ()), (0, ())),
     "add_rms_norm backward": ((0, ()), (0, ())),
-    "rope backward": ((0, ()), (0, ())),
     "AdamW and 128 x 128": None,
 }
 
