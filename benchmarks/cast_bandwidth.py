@@ -131,7 +131,7 @@ def jobs() -> Iterator[Job]:
     block, tile, mx = RECIPES["blockwise"].output.a, RECIPES["blockwise"].output.b, RECIPES["mxfp8"].output.a
     assert tensor is not None
     yield cast_job("tensor, both", tensor, tensor, 2 + 2 + 1 + 1, "tensorwise")
-    yield cast_job("tensor e5m2, both", *[replace(tensor, dtype=torch.float8_e5m2)] * 2, 2 + 2 + 1 + 1)
+    yield cast_job("tensor e5m2, both", *[replace(tensor, format=torch.float8_e5m2)] * 2, 2 + 2 + 1 + 1)
     yield cast_job("rows", row, None, 2 + 1)
     yield cast_job("rows and columns", row, row, 2 + 1 + 2 + 1, "axiswise")
     yield cast_job("1 x 128, both", block, block, 2 + 1 + 1)

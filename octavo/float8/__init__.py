@@ -26,6 +26,7 @@ api.py lists the public names; docs/float8.md is the user's guide.
 """
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,11 +34,14 @@ if TYPE_CHECKING:
 else:
     # At first use, so that importing `octavo.float8.recipe` does not import torch.
     def __getattr__(name: str) -> Any:
+        here = Path(__file__).parent
+        if (here / f"{name}.py").exists() or (here / name / "__init__.py").exists():
+            return importlib.import_module(
+                f"{__name__}.{name}"
+            )  # as `api` imports it, it must not wait for that
         public = importlib.import_module("octavo.float8.api")
         if hasattr(public, name) and (name in public.__all__ or name == "__all__"):
             return getattr(public, name)
-        if name in globals():  # a module that `api` imports
-            return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:

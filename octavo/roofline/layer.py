@@ -84,12 +84,12 @@ class Block:
     def elementwise_bytes(self, tokens: int, *, fused: bool = False) -> tuple[float, float]:
         """(forward, backward), as the module's docstring counts them."""
         rotation = 2 * (self.queries + self.groups)
-        forward = 9 * self.dim + rotation + 3 * self.hidden
-        backward = 12 * self.dim + rotation + 5 * self.hidden
+        forward = 9.0 * self.dim + rotation + 3 * self.hidden
+        backward = 12.0 * self.dim + rotation + 5 * self.hidden
         if fused:
             forward += 2 * self.groups + (5 * self.dim + 3 * self.hidden) / 32
             backward += 3 * self.dim + (6 * self.dim + 5 * self.hidden) / 32
-        return _BF16 * tokens * float(forward), _BF16 * tokens * float(backward)
+        return _BF16 * tokens * forward, _BF16 * tokens * backward
 
     def cast_tensors(self, tokens: int) -> Tensors:
         """What is cast: inputs of wq/wk/wv, wo, w1/w3 and w2; gradients of all seven outputs."""

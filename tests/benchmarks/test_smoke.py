@@ -55,8 +55,8 @@ def test_smoke(name, monkeypatch, tmp_path, capsys):
     assert [file.suffix for file in files] == [".json", ".svg", ".txt"]
     assert files[0].name.startswith(f"{name}-smoke-")
     assert json.loads(files[0].read_text()) == json.loads(json.dumps(whole))
-    bars = [e for e in ET.parse(files[1]).iter() if e.tag.endswith("rect")]
-    assert len(bars) == 1 + sum(len(c["sides"]) for c in whole["comparisons"])
+    bars = [e for e in ET.parse(files[1]).iter() if e.get("aria-roledescription") == "bar"]
+    assert len(bars) == sum(len(c["sides"]) for c in whole["comparisons"])
     assert whole["comparisons"][0]["title"] in files[2].read_text()
 
 
@@ -148,13 +148,15 @@ def test_predictions(name, monkeypatch, capsys):
 
 
 def test_predictions_agree_with_the_goals(monkeypatch):
-    """The goals of layer_stack.py follow from the model: within 8 % where all is fused."""
+    """The goals of layer_stack.py are above what the model finds, where all is fused, by what
+    docs/performance.md lists.
+    """
     from benchmarks.harness.goals import OVER_BF16
 
     sides = run("layer_stack", monkeypatch, "--predict", "H100")["comparisons"][0]["sides"]
     known = [name for name in OVER_BF16 if name in sides]
     for name in known:
-        assert sides[name]["predicted_speedup"] == pytest.approx(OVER_BF16[name], rel=0.08)
+        assert 0.86 < sides[name]["predicted_speedup"] / OVER_BF16[name] < 1
     assert sides["torchao rowwise"]["predicted_speedup"] < sides["rowwise"]["predicted_speedup"]
 
 

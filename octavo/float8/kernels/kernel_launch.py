@@ -73,7 +73,8 @@ def tuned(
     ]
 
     def distinct(found: list[Any], sizes: Config, **constants: Any) -> list[Any]:
-        given, first = {**sizes, **constants}, {}
+        given = {**sizes, **constants}
+        first: dict[Any, Any] = {}
         for config in found:
             tile = tuple(config.kwargs.items()) if alike is None else alike(config.kwargs, given)
             first.setdefault((tile, config.num_warps, config.num_stages), config)
