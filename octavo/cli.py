@@ -17,6 +17,7 @@ from types import MappingProxyType
 from octavo import __version__
 from octavo.config import ConfigError
 from octavo.core.errors import did_you_mean
+from octavo.core.streams import open_closed_streams
 from octavo.core.terminal import show_uncaught_safely
 
 _USAGE_ERROR = 2
@@ -110,6 +111,7 @@ def _prepare(command: Command, argv: Sequence[str]) -> Callable[[Sequence[str]],
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `octavo argv` (default: the process's own arguments) and return its exit code."""
+    open_closed_streams()
     show_uncaught_safely()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):

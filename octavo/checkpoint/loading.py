@@ -60,6 +60,9 @@ def open_by_ranks(path: Path, group: dist.ProcessGroup, needs: Sequence[str] = (
         reader, state = CheckpointReader(path), read_state(path)
         if missing := sorted({*_REQUIRED, *needs} - state.keys()):
             raise DamagedCheckpoint(f"{path}: state.json lacks {', '.join(missing)}")
+        named = manifest.read(path).get("config_sha256")
+        if named is not None and named != manifest.config_hash(state.get("config", {})):
+            raise DamagedCheckpoint(f"{path}: the configuration in state.json is not that of {manifest.FILE}")
         prefix = f"rng.{dist.get_rank()}."
         names = [name for name in reader.metadata.state_dict_metadata if name.startswith(prefix)]
         rng_states = {name.removeprefix(prefix): reader.read_tensor(name) for name in names}

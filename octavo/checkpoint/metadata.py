@@ -82,19 +82,24 @@ class _Unpickler(pickle.Unpickler):
         raise RefusedCheckpoint(f"{self._where}: refused: it asks for a persistent object, {pid!r}")
 
 
-def _stand_in(name: str) -> type:
-    def new(cls: type, *args: Any) -> Any:
-        instance: Any = object.__new__(cls)
+class _StandIn:
+    """Takes the place of a class that a pickle names; keeps what it is given."""
+
+    stands_for = ""
+
+    def __new__(cls, *args: Any) -> Any:
+        instance: Any = super().__new__(cls)
         instance.args, instance.state = args, {}
         return instance
 
-    def init(self: Any, *args: Any) -> None: ...
+    def __init__(self, *args: Any) -> None: ...
 
-    def set_state(self: Any, state: Any) -> None:
+    def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    members = {"__new__": new, "__init__": init, "__setstate__": set_state, "stands_for": name}
-    return type(name, (), members)
+
+def _stand_in(name: str) -> type:
+    return type(name, (_StandIn,), {"stands_for": name})
 
 
 class _InvalidMetadata(Exception):

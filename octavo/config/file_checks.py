@@ -12,7 +12,7 @@ from pathlib import Path
 from octavo.config import data_checks, names
 from octavo.config.schema import JobConfig
 from octavo.core.errors import Problem, did_you_mean
-from octavo.core.programs import missing_cxx, octavo_command
+from octavo.core.programs import missing_cxx, octavo_command, unquotable_path
 from octavo.core.python_path import working_directory_last
 from octavo.families import FAMILIES
 
@@ -164,9 +164,17 @@ def _initial_load(job: JobConfig) -> Iterator[Problem]:
 
 
 def _compiler(job: JobConfig, gpus: int | None) -> Iterator[Problem]:
-    """torch.compile generates C++ on a CPU, and would report a missing compiler only in the first step."""
-    compiler = missing_cxx() if job.compile.enable and gpus == 0 else None
-    if compiler is not None:
+    """torch.compile generates C++ on a CPU, and would report what it lacks only in the first step."""
+    if not job.compile.enable or gpus != 0:
+        return
+    if (unquotable := unquotable_path()) is not None:
+        what, path = unquotable
+        yield job.problem(
+            "compile.enable",
+            f": PyTorch cannot compile for a CPU where {what} has a space in it ({path})",
+            "use a path without one, or leave compilation out (--compile.no-enable)",
+        )
+    if (compiler := missing_cxx()) is not None:
         yield job.problem(
             "compile.enable",
             f"needs a C++ compiler on a CPU, and {compiler or repr(compiler)} does not start",

@@ -221,7 +221,7 @@ DECAYS = _when(
     "set --lr_scheduler.decay_ratio (None decays from the end of warm-up)",
 )
 WARMUP_ENDS = _when(
-    lambda job: job.lr_scheduler.warmup_steps < job.training.steps,
+    lambda job: job.lr_scheduler.warmup_steps < (job.lr_scheduler.total_steps or job.training.steps),
     "warm-up takes all training.steps, so the learning rate does not decay",
     "lower --lr_scheduler.warmup_steps",
 )

@@ -59,33 +59,40 @@ def _here(job: JobConfig, gpus: int | None) -> Iterator[Problem]:
 
 def notes(job: JobConfig) -> list[str]:
     """Sentences for the log about settings that are allowed but may surprise."""
-    warmup, steps = job.lr_scheduler.warmup_steps, job.training.steps
+    warmup, (span, steps) = job.lr_scheduler.warmup_steps, _schedule(job)
     if warmup > steps:
-        return [
-            f"lr_scheduler.warmup_steps = {warmup} exceeds training.steps = {steps}: every step is warm-up"
-        ]
+        return [f"lr_scheduler.warmup_steps = {warmup} exceeds {span} = {steps}: every step is warm-up"]
     overlap = _overlap(job)
     return [f"{overlap}: the decay begins after warm-up instead"] if overlap else []
 
 
 def _overlap(job: JobConfig) -> str | None:
     """Describes warm-up and decay, if together they take more than all steps."""
-    warmup, steps, ratio = job.lr_scheduler.warmup_steps, job.training.steps, job.lr_scheduler.decay_ratio
+    warmup, ratio, (span, steps) = job.lr_scheduler.warmup_steps, job.lr_scheduler.decay_ratio, _schedule(job)
     if ratio is None or warmup >= steps or warmup + (decay := round(steps * ratio)) <= steps:
         return None
     return (
         f"lr_scheduler.warmup_steps = {warmup} and lr_scheduler.decay_ratio = {ratio:g} ({decay} steps) "
-        f"overlap in training.steps = {steps}"
+        f"overlap in {span} = {steps}"
     )
 
 
+def _schedule(job: JobConfig) -> tuple[str, int]:
+    """The option that decides how long the learning-rate schedule is, and that length in steps."""
+    total = job.lr_scheduler.total_steps
+    return ("training.steps", job.training.steps) if total is None else ("lr_scheduler.total_steps", total)
+
+
 def _warmup(job: JobConfig) -> Iterator[Problem]:
-    """A warm-up longer than the run. Only one given by flag is refused, because a short trial of a long job
-    is no mistake; see `notes`.
+    """A schedule shorter than the run; a warm-up longer than the schedule. Such a warm-up is refused only if
+    given by flag, because a short trial of a long job is no mistake; see `notes`.
     """
-    key, steps = "lr_scheduler.warmup_steps", job.training.steps
+    key, (span, steps) = "lr_scheduler.warmup_steps", _schedule(job)
+    if steps < job.training.steps:
+        less = f"is less than training.steps = {job.training.steps}"
+        yield job.problem(span, less, "a schedule spans the run, or is longer")
     if job.given.get(key) == "cli" and job.lr_scheduler.warmup_steps > steps:
-        yield job.problem(key, f"exceeds training.steps = {steps}", "optimizer.lr would not be reached")
+        yield job.problem(key, f"exceeds {span} = {steps}", "optimizer.lr would not be reached")
     given = [job.given.get(name) for name in (key, "lr_scheduler.decay_ratio")]
     if "cli" in given and None not in given and (overlap := _overlap(job)):
         yield Problem(overlap, "lower one of the two", key, job.where[key])

@@ -66,6 +66,8 @@ class Job:
     """Free text for the log and the metrics file."""
     print_config: bool = False
     """Log the whole configuration at the start."""
+    ignore_memory: bool = False
+    """Start even if parameters, gradients and optimizer states exceed this machine's memory."""
 
 
 @dataclass
@@ -85,7 +87,7 @@ class Profiling:
 @dataclass
 class Metrics:
     log_freq: Positive = 10
-    """Steps between log lines; step 1 is always logged."""
+    """Steps between log lines; the first and the last step are always logged."""
     enable_tensorboard: Annotated[bool, NeedsPackage("tensorboard")] = False
     """Also write TensorBoard events; the JSONL metrics file is always written."""
     enable_wandb: Annotated[bool, NeedsPackage("wandb", "wandb")] = False
@@ -153,13 +155,16 @@ class LRScheduler:
     warmup_steps: Count = 200
     """Steps of linear warm-up to the peak learning rate."""
     decay_ratio: Annotated[Share | None, needs.WARMUP_ENDS] = None
-    """Share of training.steps spent decaying, at the end; 0 keeps the rate flat, None decays from the end
-    of warm-up.
+    """Share of the schedule spent decaying, at its end; 0 keeps the rate flat, None decays from the end of
+    warm-up.
     """
     decay_type: Annotated[names.DecayType, needs.DECAYS, needs.WARMUP_ENDS] = "linear"
     """Shape of the decay; sqrt means 1 - sqrt(progress)."""
     min_lr_factor: Annotated[Share, needs.DECAYS, needs.WARMUP_ENDS] = 0.0
     """The decay ends at this multiple of the peak learning rate."""
+    total_steps: Annotated[Positive | None, needs.DECAYS, needs.WARMUP_ENDS] = None
+    """Steps that the schedule spans, for a run that is the beginning of a longer one; None: training.steps.
+    """
 
 
 @dataclass
@@ -288,6 +293,8 @@ class Checkpoint:
     """Resume from this step; -1: the latest that verifies."""
     load_only: Annotated[bool, needs.CHECKPOINTS] = False
     """Resume, but save nothing."""
+    allow_changed: Annotated[bool, needs.CHECKPOINTS] = False
+    """Resume even if the checkpoint is of another dataset, tokenizer or model, which is otherwise refused."""
     keep_latest_k: Annotated[Kept, needs.CHECKPOINTS, needs.SAVES] = 10
     """Delete all but this many that verify; 0 keeps all. At least 2, so that one complete checkpoint exists
     while another is written.

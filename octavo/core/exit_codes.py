@@ -46,9 +46,11 @@ def leave(code: int) -> NoReturn:
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except (OSError, ValueError):  # a full disk, a closed pipe: Python reports it
-        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (BrokenPipeError, ValueError):  # the reader is gone, which changes nothing of what was done
+            pass
+        except OSError:  # a full disk: Python reports it
+            sys.exit(code)
     os._exit(code)

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 
@@ -40,6 +41,18 @@ def missing_cxx() -> str | None:
     except (OSError, ValueError, subprocess.SubprocessError):
         return compiler
     return None
+
+
+def unquotable_path() -> tuple[str, str] | None:
+    """(what it is, the path) of a path with a space that torch.compile writes without quotes into the command
+    line of the C++ compiler; None if there is none.
+    """
+    paths = (
+        ("TMPDIR", tempfile.gettempdir()),
+        ("TORCHINDUCTOR_CACHE_DIR", os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")),
+        ("the Python environment", sys.prefix),
+    )
+    return next((pair for pair in paths if any(map(str.isspace, pair[1]))), None)
 
 
 def _shell(path: Path) -> str:

@@ -26,12 +26,7 @@ from octavo.core.terminal import for_terminal
 from octavo.launch import local_processes
 from octavo.launch.heartbeat import Heartbeat, Rendezvous
 from octavo.launch.local_processes import Failures
-from octavo.launch.status import (
-    Status,
-    asked_to_stop,
-    read_all,
-    stacks_path,
-)
+from octavo.launch.status import Status, stacks_path
 from octavo.launch.supervisor import Supervisor
 
 
@@ -138,20 +133,21 @@ def _report(
     heartbeat: Heartbeat | None,
 ) -> tuple[int, bool]:
     """Report the failure. Returns the exit code, and whether to keep the processes' output."""
-    rank = _first_failed_rank(failures, supervisor, logs)
+    said = supervisor.statuses()
+    rank = _first_failed_rank(failures, supervisor, said)
+    status = next((one for one in said if one.rank == rank), None)
     local_rank, exitcode = failures.get(rank, (None, 0))
-    code = _code(rank, exitcode, logs)
-    agreed = code in exit_codes.COLLECTIVE or _stopped_by_signal(code, logs)
+    code = _code(exitcode, status)
+    stopped = supervisor.signal is not None and code == exit_codes.of_signal(supervisor.signal)
+    agreed = code in exit_codes.COLLECTIVE or stopped
     self_reported = code in exit_codes.SELF_REPORTED or agreed
-    follows = supervisor.for_another_machine or any(one.follows for one in read_all(logs) if one.rank == rank)
+    follows = supervisor.for_another_machine or (status is not None and status.follows)
     elsewhere = None
     if heartbeat is not None:
         if follows and not self_reported:
             elsewhere = heartbeat.cause()
         reason = (
-            None
-            if self_reported or follows
-            else f"rank {rank} ended with {_describe_exit(rank, exitcode, logs)}"
+            None if self_reported or follows else f"rank {rank} ended with {_describe_exit(exitcode, status)}"
         )
         heartbeat.over(reason, failed=True)
     if supervisor.for_another_machine and not self_reported:
@@ -167,17 +163,17 @@ def _report(
         if elsewhere is not None:
             reason = for_terminal(f"octavo: the job ends because of another machine: {elsewhere}")
             print(reason, file=sys.stderr)
-        _report_failure(rank, exitcode, supervisor.killed, logs, Path(launch.dump_folder).expanduser())
+        ended = f"octavo: rank {rank} ended with {_describe_exit(exitcode, status)}"
+        _report_failure(ended, rank, said, supervisor.killed, logs, Path(launch.dump_folder).expanduser())
     return code, not self_reported
 
 
-def _first_failed_rank(failures: Collection[int], supervisor: Supervisor, logs: Path) -> int:
+def _first_failed_rank(failures: Collection[int], supervisor: Supervisor, said: Sequence[Status]) -> int:
     """The rank that ended the job, as far as is known.
 
     torchrun does not count a rank that left with exit code 0 as failed, but those that then missed it. And
     the supervisor may not have seen who was first, because the others follow within milliseconds.
     """
-    said = read_all(logs)
     later = {one.rank for one in said if one.follows} | {one.rank for one in supervisor.killed}
     seen = [one.rank for one in supervisor.deaths if one.rank not in failures]
     failed = [rank for rank in failures if rank not in later]
@@ -223,37 +219,37 @@ def _torchrun(arguments: list[str]) -> Failures:
     return {}
 
 
-def _code(rank: int, exitcode: int, logs: Path) -> int:
-    """Our exit code, given that `rank` ended with `exitcode` (negative: by that signal).
+def _code(exitcode: int, status: Status | None) -> int:
+    """Our exit code, given that a process with the last `status` ended with `exitcode` (negative: by that
+    signal).
 
     The code of a process that did not announce its end, for instance by `os._exit`, has no meaning of ours.
     """
     if exitcode < 0:
         return 128 - exitcode
-    knew = any(status.rank == rank and status.ended for status in read_all(logs))
+    knew = status is not None and status.ended
     return exitcode if knew and exitcode > 0 else exit_codes.FAILED
 
 
-def _stopped_by_signal(code: int, logs: Path) -> bool:
-    """Whether the processes ended on a signal that the launcher forwarded, with nothing saved."""
-    number = asked_to_stop(logs)
-    return number is not None and code == exit_codes.of_signal(number)
-
-
 def _report_failure(
-    rank: int, exitcode: int, killed: Sequence[Status], logs: Path, dump_folder: Path
+    ended: str,
+    rank: int,
+    said: Sequence[Status],
+    killed: Sequence[Status],
+    logs: Path,
+    dump_folder: Path,
 ) -> None:
-    """Print how the run ended, in one message, and copy Python stacks to the run's folder."""
+    """Print how the run `ended`, by `rank`, in one message, and copy Python stacks to the run's folder."""
     own = stacks_path(logs, rank)
     hung = own.exists() and own.read_text().startswith("Timeout (")
-    parts = [f"octavo: rank {rank} ended with {_describe_exit(rank, exitcode, logs)}"]
+    parts = [ended]
     if hung:
         parts.append(
             "no progress within comm.train_timeout_seconds (in the first step: comm.init_timeout_seconds)"
         )
     if killed:
         parts.append(f"still running and killed: {', '.join(map(str, killed))}")
-    ranks = [status.rank for status in read_all(logs)]
+    ranks = [status.rank for status in said]
     stacks = [path for path in logs.glob("rank*.stacks") if path.stat().st_size]
     without = [str(one) for one in ranks if stacks_path(logs, one) not in stacks]
     if stacks:
@@ -268,10 +264,9 @@ def _report_failure(
     print("; ".join(parts), file=sys.stderr)
 
 
-def _describe_exit(rank: int, exitcode: int, logs: Path) -> str:
+def _describe_exit(exitcode: int, status: Status | None) -> str:
     """The exit code or signal, and the step."""
-    said = next((status for status in read_all(logs) if status.rank == rank), None)
-    return f"{_describe_code(exitcode)}{f' {said.place}' if said else ''}"
+    return f"{_describe_code(exitcode)}{f' {status.place}' if status else ''}"
 
 
 def _describe_code(exitcode: int) -> str:

@@ -9,6 +9,7 @@ outlive the process however it dies, and so show the step in which it died.
 """
 
 import os
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,15 +52,38 @@ class StatusFile:
         os.pwrite(self._file, line.encode().ljust(_BYTES - 1) + b"\n", 0)
 
 
+class Statuses:
+    """The status files in `folder`. They are kept open, so that they can be read even after someone has
+    cleaned /tmp, where the folder is.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._open: dict[Path, int] = {}
+
+    def read(self) -> list[Status]:
+        """The status of every process that has started, by rank."""
+        for path in self._folder.glob("rank*.status"):
+            if path not in self._open:
+                with suppress(FileNotFoundError):
+                    self._open[path] = os.open(path, os.O_RDONLY)
+        found = []
+        for file in self._open.values():
+            words = os.pread(file, _BYTES, 0).split()
+            if len(words) == 4:  # not a file that is being created
+                pid, rank, step, ended = map(int, words)
+                found.append(Status(pid, rank, step, ended > 0, ended > 1))
+        return sorted(found, key=lambda status: status.rank)
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
 def read_all(folder: Path) -> list[Status]:
-    """The status of every process that has started, by rank."""
-    found = []
-    for path in folder.glob("rank*.status"):
-        words = path.read_text().split()
-        if len(words) == 4:  # not a file that is being created
-            pid, rank, step, ended = map(int, words)
-            found.append(Status(pid, rank, step, ended > 0, ended > 1))
-    return sorted(found, key=lambda status: status.rank)
+    """The statuses in `folder`, read once."""
+    with closing(Statuses(folder)) as statuses:
+        return statuses.read()
 
 
 def stacks_path(folder: Path, rank: int) -> Path:
@@ -69,7 +93,8 @@ def stacks_path(folder: Path, rank: int) -> Path:
 
 def ask_to_stop(folder: Path, number: int) -> None:
     """Leave signal `number` for processes that are still starting."""
-    write_file(folder / "stop", str(number))
+    with suppress(FileNotFoundError):  # the folder was deleted during a long run: none is starting
+        write_file(folder / "stop", str(number))
 
 
 def asked_to_stop(folder: Path) -> int | None:

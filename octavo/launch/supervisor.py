@@ -20,7 +20,7 @@ from types import FrameType
 
 from octavo.core import exit_codes
 from octavo.launch import status
-from octavo.launch.status import Status
+from octavo.launch.status import Status, Statuses
 
 GRACE = 4.0
 """Seconds that the others get when a process has died: under gloo they notice it, under NCCL they may not."""
@@ -44,7 +44,7 @@ class Supervisor:
     """
 
     def __init__(self, folder: Path):
-        self._folder = folder
+        self._folder, self._statuses = folder, Statuses(folder)
         self._signalled: tuple[int, float] | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="octavo-supervisor", daemon=True)
@@ -65,9 +65,18 @@ class Supervisor:
         self._over.set()
         self._thread.join()
 
+    def statuses(self) -> list[Status]:
+        """The last status of each process."""
+        return self._statuses.read()
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that was forwarded to the processes, if any."""
+        return None if self._signalled is None else self._signalled[0]
+
     def snapshot(self) -> tuple[list[int], list[str]]:
         """The ranks of this machine, and a sentence for each that died, for the other machines."""
-        ranks = [process.rank for process in status.read_all(self._folder)]
+        ranks = [process.rank for process in self.statuses()]
         return ranks, [
             f"rank {one.rank} died {one.place}" for one in self.deaths if not self.for_another_machine
         ]
@@ -84,7 +93,7 @@ class Supervisor:
             if number == signal.SIGINT and now - self._signalled[1] >= _SECOND_SIGNAL_AFTER:
                 _print("a second Ctrl-C: ending at once; checkpoints that were published are whole")
                 self.ended_at_once = number
-                for process in status.read_all(self._folder):
+                for process in self.statuses():
                     _kill_group(process.pid)
             return
         self._signalled = (number, now)
@@ -93,12 +102,12 @@ class Supervisor:
             + ("; Ctrl-C again ends it at once" if number == signal.SIGINT else "")
         )
         status.ask_to_stop(self._folder, number)  # first, for processes that are still starting
-        for process in status.read_all(self._folder):
+        for process in self.statuses():
             _send(process.pid, number)
 
     def _watch(self) -> None:
         while not self._over.wait(_CHECK_EVERY):
-            processes = status.read_all(self._folder)
+            processes = self.statuses()
             # A process that lost a peer ends by itself, which may take some seconds.
             gone = [process for process in processes if process.follows or not _exists(process.pid)]
             self.deaths = [process for process in gone if not process.ended]
@@ -125,7 +134,7 @@ class Supervisor:
 
     def _running(self) -> list[Status]:
         """The processes that run and have not announced their end."""
-        return [one for one in status.read_all(self._folder) if not one.ended and _exists(one.pid)]
+        return [one for one in self.statuses() if not one.ended and _exists(one.pid)]
 
 
 def _print(text: str) -> None:

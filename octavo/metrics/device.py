@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from octavo.core.host_memory import host_memory
 from octavo.core.logging import logger
 from octavo.roofline.devices import gpu_of
 
@@ -140,7 +141,7 @@ def _resident_bytes() -> int:
 def memory_in_use(device: torch.device) -> DeviceMemory:
     """GPU: peak reserved memory since the last call. CPU: current resident memory of this process."""
     if device.type == "cpu":
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        total = host_memory()
         used = _resident_bytes()
         return DeviceMemory(used / 2**30, 100 * used / total)
     stats = torch.cuda.memory_stats(device)

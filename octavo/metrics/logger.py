@@ -227,7 +227,7 @@ class MetricsLogger:
         self._compile_seconds = 0.0
 
     def due(self, step: int) -> bool:
-        """Whether `step` is reported: the first step and every `log_freq`-th."""
+        """Whether `step` is reported wherever it is in the run: the first step and every `log_freq`-th."""
         return step == 1 or step % self._settings.log_freq == 0
 
     def add_batch(self, tokens: int, data_seconds: float) -> None:

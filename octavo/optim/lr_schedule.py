@@ -21,12 +21,13 @@ _DECAYS: dict[str, Callable[[float], float]] = {
 
 
 def lr_factor(step: int, steps: int, settings: LRScheduler) -> float:
-    """The share of the full learning rate at `step` (counted from 1) of `steps`.
+    """The share of the full learning rate at `step` (counted from 1) of a run of `steps`.
 
-    Warmup rises linearly and reaches 1 at step `warmup_steps + 1`. The decay takes the last `decay_ratio`
-    of all steps (all that follow the warmup where it is None) and would reach `min_lr_factor` at step
-    `steps + 1`.
+    The schedule spans `total_steps`, or the run where that is None. Warmup rises linearly and reaches 1 at
+    step `warmup_steps + 1`. The decay takes the last `decay_ratio` of the schedule (all that follows the
+    warmup where it is None) and would reach `min_lr_factor` in the step after its last.
     """
+    steps = settings.total_steps or steps
     warmup = min(settings.warmup_steps, steps)
     if step <= warmup:
         return step / (warmup + 1)
@@ -50,5 +51,5 @@ def schedule_of(optimizer: Optimizer, lr_scheduler: LRScheduler, training_steps:
     return {
         "optimizer": asdict(optimizer),
         "lr_scheduler": asdict(lr_scheduler),
-        "steps": training_steps if lr_scheduler.decay_ratio != 0 else None,
+        "steps": (lr_scheduler.total_steps or training_steps) if lr_scheduler.decay_ratio != 0 else None,
     }

@@ -3,6 +3,9 @@
 import gc
 import sys
 
+from octavo.core.streams import open_closed_streams
+
+open_closed_streams()
 gc.disable()  # imported objects are never freed; scanning them takes a sixth of the import time
 
 import torch  # noqa: E402

@@ -1,5 +1,7 @@
 """Builds the training data of a job, in this process's share."""
 
+import torch
+
 from octavo.config import JobConfig
 from octavo.data.build import build_source
 from octavo.data.corpus_files import BadRecords
@@ -10,7 +12,7 @@ from octavo.tokenizer import Tokenizer
 
 
 def build_data(
-    job: JobConfig, tokenizer: Tokenizer, *, world: World, bad: BadRecords, pin_memory: bool
+    job: JobConfig, tokenizer: Tokenizer, *, world: World, device: torch.device, bad: BadRecords
 ) -> DataLoader:
     """The loader of this process's batches of `training.dataset`, without what validation holds out."""
     training, rank, ranks = job.training, world.data_rank, world.layout.data
@@ -29,5 +31,5 @@ def build_data(
         dp_rank=rank,
         dp_degree=ranks,
         workers=training.num_workers,
-        pin_memory=pin_memory,
+        pin_memory=device.type == "cuda",
     )

@@ -74,10 +74,18 @@ class MeasureHealth(Hook):
 
 
 class ReportMetrics(Hook):
-    """Counts steps, and reports those that are due or that the guard has something to say about."""
+    """Counts steps, and reports those that are due, the last, and those that the guard has judged bad."""
 
-    def __init__(self, metrics: MetricsLogger, world: World, guard: Guard, scales: DelayedScalingSteps):
+    def __init__(
+        self,
+        metrics: MetricsLogger,
+        world: World,
+        guard: Guard,
+        scales: DelayedScalingSteps,
+        last_step: int,
+    ):
         self._metrics, self._world, self._guard, self._scales = metrics, world, guard, scales
+        self._last_step = last_step
 
     def on_start(self, step: int) -> None:
         self._metrics.start(step)
@@ -86,7 +94,8 @@ class ReportMetrics(Hook):
         tokens = sum(tokens_BS.numel() // self._world.tokens_shared for tokens_BS, _ in record.batches)
         self._metrics.add_batch(tokens, record.data_seconds)
         self._metrics.end_step()
-        if self._metrics.due(record.step) or record.verdict.reason:
+        ends = record.step == self._last_step or record.stops
+        if self._metrics.due(record.step) or record.verdict.reason or ends:
             self._metrics.report(
                 step=record.step,
                 loss=record.loss,
@@ -166,7 +175,7 @@ class Profile(Hook):
         self._scope = ExitStack()
         self._end_step: Callable[[], None] | None = None
 
-    def on_start(self, step: int) -> None:
+    def before_step(self, step: int) -> None:
         if self._end_step is None:
             self._end_step = self._scope.enter_context(profiling(*self._args))
 

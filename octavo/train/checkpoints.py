@@ -3,6 +3,7 @@ one. `octavo/checkpoint` writes, verifies and reads them.
 """
 
 import platform
+from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -18,7 +19,7 @@ from octavo.data.dataloader import DataLoader, merge_state_dicts
 from octavo.distributed.mesh import World
 from octavo.hf.training_io import InitialWeights
 from octavo.metrics.logger import MetricsLogger
-from octavo.optim.lr_schedule import schedule_of
+from octavo.train.changed_job import JobIdentity, changes, other_run
 from octavo.train.hooks import Hook, StepRecord
 from octavo.train.nonfinite_guard import BadNumbers, Guard
 from octavo.train.quantization import DelayedScalingSteps
@@ -53,11 +54,11 @@ class Checkpoints(Hook):
         scales: DelayedScalingSteps,
         metrics: MetricsLogger,
         initial: InitialWeights | None,
+        identity: JobIdentity,
     ):
         self._job, self._world, self._model, self._data = job, world, model, data
         self._guard, self._scales, self._metrics, self._initial = guard, scales, metrics, initial
-        self._last_step = job.training.steps
-        self._schedule = schedule_of(job.optimizer, job.lr_scheduler, job.training.steps)
+        self._last_step, self._identity = job.training.steps, identity
         self._folder = folder.path / job.checkpoint.folder
         self.saver = Checkpointer(
             job.checkpoint, self._folder, model, optimizer, needs=("tokens_seen", "data", "schedule")
@@ -88,18 +89,24 @@ class Checkpoints(Hook):
             "layout": self._world.layout.degrees,
             "tokens_seen": tokens_seen,
             "data": merge_state_dicts(data_states),
-            "schedule": self._schedule,
+            **self._identity.facts(),
             "guard": self._guard.state_dict(),
             "scales": self._scales.state_dict(),
         }
 
     def resume(self) -> Progress:
-        """Continue from a checkpoint or from initial weights, if there are any."""
+        """Continue from a checkpoint or from initial weights, if there are any.
+
+        Raises `ConfigError` if the checkpoint is of another run.
+        """
         state = self.saver.load(self._last_step)
-        if state is None:
+        if state is not None:
+            self._refuse_other_run(state)
+        else:
             state = self._load_initial()
         if state is None:
             return Progress(0, 0)
+        changed = [*other_run(state, self._identity), *changes(state, self._identity)]
         data = self._data.load_state_dict(state["data"]) if "data" in state else "it starts anew"
         progress = Progress(int(state["step"]), state["tokens_seen"])
         not_exact = {"data position": data, **state["not_exact"]}
@@ -107,13 +114,17 @@ class Checkpoints(Hook):
             self._guard.load_state_dict(state["guard"])
         not_exact |= self._scales.load_state_dict(state.get("scales"))
         logger.info("%s", resume_message(*progress, not_exact))
-        if state["schedule"] != self._schedule:
-            logger.warning(
-                "The optimizer settings differ from the checkpoint's: %s then, %s now",
-                state["schedule"],
-                self._schedule,
-            )
+        for change in changed:
+            logger.warning("Changed since the checkpoint: %s", change)
         return progress
+
+    def _refuse_other_run(self, state: Mapping[str, Any]) -> None:
+        found = other_run(state, self._identity)
+        if found and not self._job.checkpoint.allow_changed:
+            raise ConfigError(
+                f"{self._folder} is of another run: {'; '.join(map(str, found))}. To start anew, choose "
+                "another job.dump_folder; to continue all the same, add --checkpoint.allow_changed"
+            )
 
     def _load_initial(self) -> dict[str, Any] | None:
         """Load the initial weights that the job names, if any. Returns the state of the other run if the job

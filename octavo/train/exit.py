@@ -30,6 +30,8 @@ def exit_code_of(train: Callable[[Signals, Watchdog], None]) -> int:
         except Stopped as stopped:
             logger.info(stopped)
             code = stopped.exit_code
+            if not stopped.together:
+                return code
         except BadNumbers as error:
             logger.error(error)
             code = exit_codes.BAD_NUMBERS

@@ -1,4 +1,5 @@
 """Handles signals that ask a run to stop: they are recorded, and the loop stops at the next step boundary.
+While a run starts, which may take minutes and loses nothing, a signal ends it at once.
 
 A handler may run in the middle of a save or a collective, so it only records the signal. The training loop
 shares the request with all processes (in the all-reduce that each step does anyway), saves, and exits.
@@ -11,7 +12,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -23,11 +25,23 @@ _INSISTS_AFTER = 1.0  # seconds; sooner, it is the same Ctrl-C, forwarded by the
 
 
 class Stopped(Exception):
-    """Training stopped at a step boundary because of a signal."""
+    """Training stopped because of a signal. together: on all processes, at a step boundary."""
 
-    def __init__(self, message: str, exit_code: int):
+    def __init__(self, message: str, exit_code: int, *, together: bool = True):
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code, self.together = exit_code, together
+
+    @classmethod
+    def at_start(cls, number: signal.Signals, *, saves: bool) -> "Stopped":
+        """This process stopped while it was starting. saves: whether the run saves checkpoints."""
+        code = exit_codes.REQUEUE if saves else exit_codes.of_signal(number)
+        again = "Rerun the command to start again" if saves else "Nothing was saved, as no step was run"
+        rank = os.environ.get("RANK", "0")
+        return cls(
+            f"Stopped by {number.name} on rank {rank} while starting. {again} (exit code {code})",
+            code,
+            together=False,
+        )
 
     @classmethod
     def after(cls, step: int, received: Mapping[int, int], *, saves: bool, saved: int | None) -> "Stopped":
@@ -57,6 +71,7 @@ class Signals:
         self.received: signal.Signals | None = None
         self.saves = False
         self._at = 0.0
+        self._starting = False
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -73,6 +88,23 @@ class Signals:
         for number, former in self._former.items():
             signal.signal(number, signal.SIG_DFL if former is None else former)
         self._former.clear()
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """The scope of everything before the first step: a signal raises `Stopped` at once, and so does an
+        error that follows from one, as when it also ended another process.
+        """
+        self._starting = True
+        try:
+            if self.received is not None:
+                raise Stopped.at_start(self.received, saves=self.saves)
+            yield
+        except Exception as error:
+            if self.received is None or isinstance(error, Stopped):
+                raise
+            raise Stopped.at_start(self.received, saves=self.saves) from error
+        finally:
+            self._starting = False
 
     @property
     def asked(self) -> float:
@@ -96,3 +128,6 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.ask(number)
+        if self._starting and self.received is not None:
+            self._starting = False  # once: more signals must not interrupt the way out
+            raise Stopped.at_start(self.received, saves=self.saves)

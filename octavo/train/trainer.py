@@ -27,7 +27,7 @@ from octavo.hf.training_io import export_final, open_initial_weights
 from octavo.metrics.device import choose_param_dtype, fastest_attention, pick_device
 from octavo.metrics.logger import build_metrics
 from octavo.models.init import set_determinism
-from octavo.optim.lr_schedule import lr_factor, set_lr
+from octavo.optim.lr_schedule import lr_factor, schedule_of, set_lr
 from octavo.optim.optimizer import build_optimizer, clip_gradients
 from octavo.tokenizer import build_tokenizer
 from octavo.train import quantization
@@ -42,10 +42,12 @@ from octavo.train.builtin_hooks import (
     TellActivity,
     Validate,
 )
+from octavo.train.changed_job import JobIdentity
 from octavo.train.checkpoints import Checkpoints, Progress
 from octavo.train.exit import exit_code_of
 from octavo.train.garbage_collection import GarbageCollector
 from octavo.train.hooks import GuardAction, Hooks, StepRecord, make_registered
+from octavo.train.memory_check import require_memory
 from octavo.train.nan_locator import first_non_finite
 from octavo.train.nonfinite_guard import BadNumbers, Guard
 from octavo.train.run_dir import RunFolder
@@ -84,12 +86,12 @@ class Trainer:
         self.tokenizer = build_tokenizer(job.model.hf_assets_path)
         self.model_args = model_args(job, self.tokenizer)  # before the data, so that errors come early
         plan = pipeline_plan(job, self.model_args)
+        require_memory(job, self.model_args, plan, world=world, device=device)
         initial = open_initial_weights(
             job.checkpoint, self.folder.path / job.checkpoint.folder, job.model, self.model_args
         )
         self.bad_records = bad = BadRecords(job.training.max_bad_records)
-        pin = device.type == "cuda"
-        self.data = build_data(job, self.tokenizer, world=world, bad=bad, pin_memory=pin)
+        self.data = build_data(job, self.tokenizer, world=world, device=device, bad=bad)
         validator = build_validator(
             job, self.tokenizer, self.data.source, world=world, device=device, bad=bad
         )
@@ -127,6 +129,14 @@ class Trainer:
             scales=scales,
             metrics=self.metrics,
             initial=initial,
+            identity=JobIdentity(
+                job=job,
+                layout=world.layout,
+                data=self.data.source.identity,
+                tokenizer=self.tokenizer.fingerprint,
+                precision=str(dtype).removeprefix("torch."),
+                schedule=schedule_of(job.optimizer, job.lr_scheduler, job.training.steps),
+            ),
         )
         self.progress = Progress(0, 0)
         writes = self.folder.path if world.rank == 0 else None
@@ -140,7 +150,7 @@ class Trainer:
                 BalanceExperts(
                     self.model, world, self.metrics, writes, global_tokens=self.train_step.global_tokens
                 ),
-                ReportMetrics(self.metrics, world, self.guard, scales),
+                ReportMetrics(self.metrics, world, self.guard, scales, job.training.steps),
                 LimitStepTime(watchdog, job.comm),
                 TellActivity(compiles=job.compile.enable),
                 Validate(job.validation, validator, self.train_step, self.metrics, job.training.steps),
@@ -190,8 +200,7 @@ class Trainer:
                 logger.info("Training starts at step %d.", began + 1)
             else:
                 logger.info("All %d steps of this run are done; raise training.steps to continue", began)
-            asked = torch.tensor(self.signals.asked, device=self.train_step.device)
-            if self.world.sum(asked):
+            if self.world.sum(torch.tensor(self.signals.asked, device=self.train_step.device)):
                 self.checkpoints.stop(self.progress, self.signals, began=began)
             while self.progress.step < last:
                 record = self._step(self.progress.step + 1)
@@ -222,8 +231,8 @@ class Trainer:
         self.hooks.after_backward(record)
         norm = clip_gradients(self.model, job.training.max_norm, self.world.pipeline)
         # The only place where the host waits for the device: the guard needs the numbers before the update.
-        sums = torch.stack([record.local_loss, record.local_loss.new_tensor(self.signals.asked)])
-        sums = self.world.sum(sums)
+        asked = record.local_loss.new_tensor(self.signals.asked)
+        sums = self.world.sum(torch.stack([record.local_loss, asked]))
         record.loss, record.stops, record.grad_norm = torch.cat([sums, norm.to(sums).view(1)]).tolist()
         self.hooks.before_update(record)
         if record.verdict.action is GuardAction.UPDATE:
@@ -267,15 +276,10 @@ class Trainer:
         """Export the trained model in Hugging Face's format, unless an earlier run of this job did."""
         settings = self.job.checkpoint
         mesh.set_timeout(self.job.comm.init_timeout_seconds)  # the others wait while one writes
+        checkpoints, spec = self.folder.path / settings.folder, models.get(self.job.model.name)
+        whole = spec, self.model_args, self.tokenizer
         export_final(
-            self.model,
-            self.folder.path / settings.folder,
-            step,
-            settings.export_dtype,
-            models.get(self.job.model.name),
-            self.model_args,
-            self.tokenizer,
-            pipeline=self.world.pipeline,
+            self.model, checkpoints, step, settings.export_dtype, *whole, pipeline=self.world.pipeline
         )
 
 
@@ -286,9 +290,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     def train(signals: Signals, watchdog: Watchdog) -> None:
         job = config.load(sys.argv[1:] if argv is None else argv)
         config.check(job, world_size=int(os.environ.get("WORLD_SIZE", "1")), gpus=torch.cuda.device_count())
-        signals.saves = job.checkpoint.enable
+        signals.saves = job.checkpoint.enable and not job.checkpoint.load_only
         with reminders() if os.environ.get("RANK", "0") == "0" else nullcontext():
             activity.begin("the data, the model and its first weights")
-            Trainer(job, signals, watchdog).train()
+            with signals.starting():
+                trainer = Trainer(job, signals, watchdog)
+            trainer.train()
 
     return exit_code_of(train)

@@ -162,3 +162,21 @@ def _forge(path, name, content):
     about = {key: fields[key] for key in ("world_size", "layout", "config_sha256", "versions")}
     (path / "manifest.json").write_bytes(manifest.render(fields["step"], fields["hash"], files, about))
     assert find_problems(path) == []
+
+
+def _save_with_config(folder, settings):
+    model, optimizer = build()
+    for step in (1, 2):
+        config = {"optimizer": {"lr": 0.1, "eps": step}}
+        Checkpointer(settings, folder, model, optimizer).save(step, 2, {"config": config})
+    return _load_and_listen(folder, settings)
+
+
+def test_a_configuration_that_is_not_the_manifests_is_found_without_hashes_of_files(folder):
+    settings = Checkpoint(enable=True, hash="none")
+    assert ranks.run(1, _save_with_config, folder, settings)[0][0] == 2
+    state = folder / "step-2" / "state.json"
+    state.write_text(state.read_text().replace('"lr": 0.1', '"lr": 0.2'))
+    ((step, _, heard),) = ranks.run(1, _load_and_listen, folder, settings)
+    assert step == 1
+    assert "the configuration in state.json is not that of manifest.json" in heard

@@ -1,6 +1,7 @@
 """What `check` refuses of names, paths and combinations; its message has the value, the limit, the remedy."""
 
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -328,6 +329,27 @@ def test_compiling_on_a_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) ->
     assert problems(gpus=0) == ""
     monkeypatch.setenv("CXX", "true")
     assert problems("--training.compile", gpus=0) == ""
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "TORCHINDUCTOR_CACHE_DIR"])
+def test_compiling_on_a_cpu_needs_paths_without_spaces(
+    variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (spaced := tmp_path / "a b").mkdir()
+    monkeypatch.setenv("CXX", "true")
+    monkeypatch.setenv(variable, str(spaced))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert f"where {variable} has a space in it ({spaced})" in problems("--training.compile", gpus=0)
+    assert problems("--training.compile", gpus=1) == problems(gpus=0) == ""
+
+
+def test_a_schedule_is_no_shorter_than_the_run() -> None:
+    span = "--lr_scheduler.total_steps"
+    assert problems(f"{span}=300", "--training.steps=250") == ""
+    assert "is less than training.steps = 250" in problems(f"{span}=249", "--training.steps=250")
+    warmup = "--lr_scheduler.warmup_steps=400"
+    assert "exceeds lr_scheduler.total_steps = 300" in problems(f"{span}=300", "--training.steps=250", warmup)
+    assert problems(f"{span}=500", "--training.steps=250", warmup) == ""
 
 
 def test_a_warm_up_longer_than_a_short_trial_is_noted_not_refused() -> None:

@@ -60,3 +60,12 @@ def test_output_that_cannot_be_written_is_told():
         done = run(code, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 120, "Python's code for it"
     assert "No space left" in done.stderr
+
+
+def test_a_reader_that_is_gone_changes_no_exit_code():
+    read, write = os.pipe()
+    os.close(read)
+    code = "from octavo.core.exit_codes import leave\nprint('for nobody')\nleave(75)"
+    done = run(code, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (75, "")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from octavo.launch import elastic, status, supervisor
 from tests.helpers import warm
-from tests.helpers.waiting import LIMIT, wait_for_text
+from tests.helpers.waiting import LIMIT, wait_for, wait_for_text
 
 DRIVER = """
 import dataclasses, os, sys
@@ -164,7 +165,8 @@ def test_a_stopped_process_leaves_its_stacks_and_is_named(tmp_path, monkeypatch,
             stopped.kill()
     (tmp_path / "stacks").mkdir()
     (tmp_path / "stacks/rank1.txt").symlink_to(tmp_path / "elsewhere")
-    elastic._report_failure(0, 1, watching.killed, tmp_path, tmp_path)
+    ended = "octavo: rank 0 ended with exit code 1 in step 7"
+    elastic._report_failure(ended, 0, watching.statuses(), watching.killed, tmp_path, tmp_path)
     assert not (tmp_path / "elsewhere").exists()
     assert capsys.readouterr().err == (
         "octavo: rank 0 ended with exit code 1 in step 7; still running and killed: rank 1 in step 7; "
@@ -195,7 +197,7 @@ def test_who_was_first(said, seen, killed, failures, culprit, tmp_path):
     watching = supervisor.Supervisor(tmp_path)
     watching.deaths = [everyone[rank] for rank in seen]
     watching.killed = [everyone[rank] for rank in killed]
-    assert elastic._first_failed_rank(failures, watching, tmp_path) == culprit
+    assert elastic._first_failed_rank(failures, watching, everyone) == culprit
 
 
 def test_a_killed_process_is_told(begin):
@@ -231,6 +233,24 @@ def test_a_signal_is_passed_on_and_saving_waited_for(begin, sent, tmp_path):
     assert process.returncode == 75
     assert first + err == f"octavo: {sent.name}: training stops after this step\n"
     assert kept_logs(tmp_path) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system has no /proc")
+def test_a_tmp_that_was_cleaned_during_the_run_hides_no_exit_code(begin):
+    process = begin("save", python=sys.executable)
+    process.stdout.readline()
+
+    def seen() -> list[str]:
+        opened = map(os.path.realpath, Path(f"/proc/{process.pid}/fd").iterdir())
+        return [path for path in opened if path.endswith(".status")]
+
+    wait_for("the launcher to see both processes", lambda: len(seen()) == 2)
+    shutil.rmtree(Path(seen()[0]).parent)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=LIMIT)
+
+    assert process.returncode == 75
+    assert err == "octavo: SIGTERM: training stops after this step\n"
 
 
 def test_a_second_ctrl_c_ends_at_once(begin, tmp_path):

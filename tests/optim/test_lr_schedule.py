@@ -46,6 +46,11 @@ def test_warmup_longer_than_the_run():
     assert factors(2, warmup_steps=200) == pytest.approx([1 / 3, 2 / 3])
 
 
+def test_a_short_run_of_a_long_schedule_is_its_beginning():
+    long = factors(12, warmup_steps=2, decay_ratio=0.5)
+    assert factors(7, warmup_steps=2, decay_ratio=0.5, total_steps=12) == long[:7]
+
+
 def test_set_lr_reaches_every_group():
     a, b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([{"params": [a]}, {"params": [b], "lr": 7.0}])

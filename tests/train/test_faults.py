@@ -120,6 +120,15 @@ def test_signal_without_checkpoints_says_that_nothing_is_saved(fault, tmp_path):
     assert len(run.losses) == 1
 
 
+def test_signal_before_the_model_is_built(fault, tmp_path):
+    """Building an 8B model on a CPU takes minutes."""
+    fault("signal at import")
+    run = launching.train(tmp_path, SAVES)
+    assert run.exit_codes == [75]
+    assert "Stopped by SIGTERM on rank 0 while starting. Rerun the command to start again" in run.log
+    assert "Building" not in run.log
+
+
 @pytest.mark.slow
 def test_signal_during_the_first_compile(fault, tmp_path):
     fault("signal", step=1)

@@ -2,10 +2,16 @@
 
 import json
 import sys
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
-from octavo.train.hooks import Hook, Hooks
+from octavo.config.schema import FaultTolerance
+from octavo.train.builtin_hooks import ReportMetrics
+from octavo.train.hooks import Hook, Hooks, StepRecord
+from octavo.train.nonfinite_guard import Guard
+from octavo.train.quantization import DelayedScalingSteps
 from tests.docs.commands import ROOT, files_of
 from tests.helpers import launching
 
@@ -60,3 +66,32 @@ def test_hooks_end_in_reverse_order_also_when_one_fails():
     with pytest.raises(ValueError, match="no"), hooks.running(3):
         raise AssertionError("training must not start")
     assert told == [("a", "start", 3), ("b", "start", 3), ("b", "end"), ("a", "end")]
+
+
+@dataclass
+class Metrics:
+    """In place of a `MetricsLogger` with log_freq = 10."""
+
+    reported: list[int] = field(default_factory=list)
+
+    def due(self, step):
+        return step == 1 or step % 10 == 0
+
+    def report(self, *, step, **_):
+        self.reported.append(step)
+
+    def add_batch(self, tokens, seconds): ...
+
+    def end_step(self): ...
+
+
+@pytest.mark.parametrize(("stopped", "reported"), [(None, [1, 10, 12]), (5, [1, 5])])
+def test_the_last_step_is_reported_also_that_of_a_stopped_run(stopped, reported):
+    metrics, world = Metrics(), SimpleNamespace(tokens_shared=1, largest_mean=float)
+    hook = ReportMetrics(metrics, world, Guard(FaultTolerance()), DelayedScalingSteps(None), last_step=12)
+    for step in range(1, (stopped or 12) + 1):
+        record = StepRecord(step, lr=1e-3)
+        record.loss = record.local_loss = record.grad_norm = record.tokens_seen = 1
+        record.stops = float(step == stopped)
+        hook.after_step(record)
+    assert metrics.reported == reported

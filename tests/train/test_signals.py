@@ -83,3 +83,42 @@ def test_the_message_matches_what_was_saved(step, saves, saved, code, message):
     stopped = Stopped.after(step, {3: int(signal.SIGTERM)}, saves=saves, saved=saved)
     assert str(stopped).startswith(f"Stopped by SIGTERM on rank 3 {message}")
     assert stopped.exit_code == code
+
+
+def test_a_start_ends_at_once_and_only_once():
+    reached = []
+
+    def start(received):
+        with received.starting():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                reached.append("work")
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)  # the launcher's, after the terminal's
+                reached.append("the way out")
+
+    with Signals() as received:
+        with pytest.raises(
+            Stopped, match="by SIGTERM on rank 0 while starting. Nothing was saved"
+        ) as stopped:
+            start(received)
+        os.kill(os.getpid(), signal.SIGTERM)  # after the start, it is noted
+    assert reached == ["the way out"]
+    assert stopped.value.exit_code == 143
+    assert not stopped.value.together
+
+
+def test_an_error_that_follows_from_a_signal_at_the_start_is_no_error():
+    def start(received, number):
+        with received.starting():
+            received.received = number  # another process, which has the same signal, has ended
+            raise RuntimeError("Connection closed by peer")
+
+    received = Signals()
+    received.saves = True
+    with pytest.raises(RuntimeError):
+        start(received, None)
+    for _ in range(2):  # the second time, nothing starts
+        with pytest.raises(Stopped) as stopped:
+            start(received, signal.SIGINT)
+        assert stopped.value.exit_code == 75

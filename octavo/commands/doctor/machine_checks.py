@@ -6,7 +6,6 @@ This module does not need torch, which may be missing.
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import re
 import shutil
@@ -15,6 +14,7 @@ import sys
 from collections.abc import Iterator
 
 from octavo.commands.doctor.findings import Finding, fail, note, ok
+from octavo.core.host_memory import host_memory
 from octavo.core.programs import missing_cxx
 from octavo.launch.launcher import usable_cores
 
@@ -46,11 +46,6 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def host_memory() -> int:
-    """Bytes of the machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from octavo import config
 from octavo.commands.doctor.findings import Finding, Level, note, ok
-from octavo.commands.doctor.machine_checks import host_memory
 from octavo.config import ConfigError
+from octavo.core.host_memory import host_memory
 from octavo.core.programs import octavo_command
 from octavo.launch import launcher
 
