@@ -105,6 +105,17 @@ def cast_with_amax(
     return (data, scale), (data_t, scale.t()), maxima.amax().view(torch.float32).view(1, 1), saturated.sum()
 
 
+def cast_by_amax(x: Tensor, amax: Tensor, cast: Cast) -> Tensor:
+    """The float8 `data[R, C]` of x with the one scale of `amax[1, 1]`, which is not less than x's maximum."""
+    from octavo.float8.kernels import ops  # triton, at its first use
+
+    bits = amax.float().view(torch.int32).view(1)
+    data, _, _ = ops.cast_by_tensor_with_maxima(
+        x.contiguous(), bits, cast.dtype, cast.scale.value, True, False
+    )
+    return data
+
+
 def cast_joined(xs: list[Tensor], cast: Cast, *, with_columns: bool) -> tuple[Pair, list[Pair]]:
     """The casts of `xs[R_i, C]` in one buffer, `(data[sum R_i, C], scale)`, and, if `with_columns`, the pair
     of each transpose. Blocks must not straddle two of `xs`, and none may be FULL rows.

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.float8.casts import gpu_cast
 from octavo.float8.distributed.amax_reduction import all_reduce_amax
 from octavo.float8.quantize import block_amax, cast_data, scales_from_amax
 from octavo.float8.recipe import FULL, Cast
@@ -88,9 +89,13 @@ def cast_shard(shard: Tensor, amax: Tensor, layout: ShardLayout, cast: Cast) -> 
 
     `shard` has the dtype to cast from; `amax` are the whole weight's block maxima.
     """
-    s, scale = scales_from_amax(amax.to(shard.dtype), cast)
+    amax = amax.to(shard.dtype)
+    s, scale = scales_from_amax(amax, cast)
     padded = torch.zeros(layout.padded, dtype=torch.uint8, device=shard.device)
-    if shard.numel():
+    if cast.block == (FULL, FULL) and gpu_cast.supports(shard, cast):
+        rows = padded.narrow(0, 0, shard.shape[0]).narrow(1, 0, shard.shape[1])
+        rows.copy_(gpu_cast.cast_by_amax(shard, amax, cast).view(torch.uint8))
+    elif shard.numel():
         cut = _cut(layout, cast)
         grown = _grown(shard, cut)
         blocks = (1 if b == FULL else -(-n // b) for b, n in zip(cast.block, grown.shape, strict=True))

@@ -53,21 +53,25 @@ def _merge(x: Tensor, pieces: int) -> Tensor:
     return x.unflatten(1, (pieces, -1)).transpose(0, 1).reshape(-1, x.shape[2])
 
 
+def _merge_columns(x: Tensor, pieces: int) -> Tensor:
+    """`x[ranks, C, rows]` as `[C, all rows]`, contiguous, as products read it."""
+    return x.unflatten(2, (pieces, -1)).permute(1, 2, 0, 3).reshape(x.shape[1], -1)
+
+
 def _gather_bytes(x: Tensor, size: int, group: str) -> Tensor:
     """uint8 `x[n]` of every rank as `[size, n]`."""
     out = torch.ops._c10d_functional.all_gather_into_tensor(x, size, group)
     return torch.ops._c10d_functional.wait_tensor(out).view(size, -1)
 
 
-def gather_rows(tensors: list[Tensor], pieces: int, size: int, group: str) -> list[Tensor]:
-    """Each of `tensors[rows, C]` with the rows of all ranks, `[all rows, C]`, in one all-gather of bytes."""
-    sent = [t.contiguous().view(torch.uint8).flatten() for t in tensors]
+def gather_tokens(tensors: list[tuple[Tensor, int]], pieces: int, size: int, group: str) -> list[Tensor]:
+    """Each tensor with the tokens of all ranks along the given dimension, in one all-gather of bytes."""
+    sent = [t.contiguous().view(torch.uint8).flatten() for t, _ in tensors]
     got = _gather_bytes(torch.cat(sent) if len(sent) > 1 else sent[0], size, group)
     whole, start = [], 0
-    for t, piece in zip(tensors, sent, strict=True):
-        part = got.narrow(1, start, piece.numel()).contiguous()
-        rows = part.view(t.dtype).view(size, t.shape[0], t.shape[1])
-        whole.append(_merge(rows, pieces))
+    for (t, dim), piece in zip(tensors, sent, strict=True):
+        part = got.narrow(1, start, piece.numel()).contiguous().view(t.dtype).view(size, *t.shape)
+        whole.append(_merge(part, pieces) if dim == 0 else _merge_columns(part, pieces))
         start += piece.numel()
     return whole
 
@@ -100,31 +104,31 @@ def cast_and_gather(
     )
     assert isinstance(first, Quantized)
     shared = col == row and row.square
-    sent: list[Tensor] = []
+    sent: list[tuple[Tensor, int]] = []  # and the dimension of the tokens
     # Scales first, because a four-byte scale must start at a multiple of four bytes.
     if row.block[0] != FULL:
-        sent.append(first.scale)
+        sent.append((first.scale, 0))
     if col is not None and not shared and col.block[1] != FULL:
         assert isinstance(second, Quantized)
-        sent.append(second.scale.t())
-    sent.append(first.data)
+        sent.append((second.scale, 1))
+    sent.append((first.data, 0))
     if col is not None and not shared:
         assert isinstance(second, Quantized)
-        sent.append(second.data.t())
-    got = iter(gather_rows(sent, pieces, size, group))
+        sent.append((second.data, 1))
+    got = iter(gather_tokens(sent, pieces, size, group))
 
     row_scale = next(got) if row.block[0] != FULL else first.scale
     col_scale = None
     if col is not None and not shared:
         assert isinstance(second, Quantized)
-        col_scale = next(got).t() if col.block[1] != FULL else second.scale
+        col_scale = next(got) if col.block[1] != FULL else second.scale
     x_MK = Quantized(next(got), row_scale)
     if col is None:
         return x_MK, None
     if shared:
         return x_MK, transposed(x_MK)
     assert col_scale is not None
-    return x_MK, Quantized(next(got).t(), col_scale)
+    return x_MK, Quantized(next(got), col_scale)
 
 
 # ------------------------------------------------------------------------------- ----- inputs of linears

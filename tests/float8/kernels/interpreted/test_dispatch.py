@@ -13,8 +13,9 @@ from octavo.float8.casts.delayed_scaling import DelayedScaling
 from octavo.float8.casts.delayed_statistics import OperandStatistics, quantize_operand
 from octavo.float8.casts.gpu_cast import supports, use_kernels
 from octavo.float8.casts.operands import cast_weight, cast_weights
+from octavo.float8.distributed.fsdp_shards import ShardLayout, cast_shard
 from octavo.float8.distributed.tp_scales import ShardedAxis
-from octavo.float8.quantize import Quantized, quantize, quantize_both
+from octavo.float8.quantize import Quantized, block_amax, quantize, quantize_both
 from octavo.float8.recipe import FULL
 from tests.float8.graphs import FLOAT8, WITHOUT_CODE, compile_and_capture, compiles, gradients
 from tests.float8.kernels.against_reference import E4M3, assert_same, make_x
@@ -196,3 +197,16 @@ def test_the_step_count_is_read_once_and_again_after_loading(monkeypatch: pytest
     assert len(reads) == 2
     assert optimizer.state[model.weight]["step"] == 4
     assert optimizer._steps[model.weight] == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_shard_of_a_weight_is_cast_the_same(dtype: torch.dtype, rank: int) -> None:
+    cast, layout = RECIPES["tensorwise"].output.b, ShardLayout(37, 24, 0, world=3, rank=rank)
+    x = make_x((37, 24), torch.float32, "spread")
+    shard = x[13 * rank : 13 * (rank + 1)]
+    amax = block_amax(x, (FULL, FULL))
+    with use_kernels(False):
+        want = cast_shard(shard.to(dtype), amax, layout, cast)
+    for got, wanted in zip(cast_shard(shard.to(dtype), amax, layout, cast), want, strict=True):
+        assert torch.equal(got, wanted)
