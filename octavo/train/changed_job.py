@@ -93,7 +93,11 @@ def other_run(state: Mapping[str, Any], now: JobIdentity) -> list[Change]:
     was, job = _Saved(state), now.job
     found = [
         Change(f"model.{key}", was[f"model.{key}"], value, "the weights are used in another architecture")
-        for key, value in (("name", job.model.name), ("flavor", job.model.flavor))
+        for key, value in (
+            ("name", job.model.name),
+            ("flavor", job.model.flavor),
+            ("args", job.model.args),
+        )
         if was.differs(f"model.{key}", value)
     ]
     tokenizer = job.model.hf_assets_path

@@ -86,6 +86,7 @@ def test_what_changes_no_loss_is_not_told():
     ("now", "sentence"),
     [
         ({"flags": {"model.flavor": "8B"}}, "model.flavor was debugmodel, is 8B: "),
+        ({"flags": {"model.args": ["n_layers=2"]}}, "model.args was nothing, is n_layers=2: "),
         ({"tokenizer": "b", "data": {"crc32": 2}}, "model.hf_assets_path was octavo_bpe_2048, is octavo_bpe"),
         (
             {"flags": {"training.dataset": "b"}, "data": {"crc32": 2}},

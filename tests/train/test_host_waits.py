@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from octavo.train import trainer
-from octavo.train.hooks import StepRecord
 from tests.helpers import launching
 
 READS = {
@@ -39,18 +36,6 @@ class HostReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def counting(step: Callable[..., StepRecord]) -> Callable[..., StepRecord]:
-    """`Trainer._step`, which leaves what it read in the run's folder."""
-
-    def counted(self: trainer.Trainer, number: int) -> StepRecord:
-        with HostReads() as reads:
-            record = step(self, number)
-        (self.folder.path / f"reads{number}.json").write_text(json.dumps(reads.calls))
-        return record
-
-    return counted
-
-
 @pytest.mark.parametrize(
     ("recipe", "reads"),
     [
@@ -59,12 +44,10 @@ def counting(step: Callable[..., StepRecord]) -> Callable[..., StepRecord]:
         ("tensorwise_previous_step", ["tolist", "tolist"]),
     ],
 )
-def test_the_host_waits_once(
-    tmp_path, monkeypatch: pytest.MonkeyPatch, recipe: str, reads: list[str]
-) -> None:
-    monkeypatch.setattr(trainer.Trainer, "_step", counting(trainer.Trainer._step))
+def test_the_host_waits_once(tmp_path, recipe: str, reads: list[str]) -> None:
     flags = {
         **launching.shallow(2),
+        "experimental.custom_import": "tests.helpers.count_reads",
         **launching.recipe(recipe),
         "float8.emulate": True,
         "training.steps": 3,
