@@ -25,11 +25,11 @@ _USAGE_ERROR = 2
 
 def _preflight_train(argv: Sequence[str]) -> None:
     """Validate the job before importing the trainer and torch; print help and exit where it is asked for."""
-    from octavo import config
+    from octavo import config, preflight
     from octavo.launch import launcher
 
     job = config.load(argv)
-    config.check(job, world_size=_world_size(), gpus=launcher.count_gpus(os.environ))
+    preflight.check(job, world_size=_world_size(), gpus=launcher.count_gpus(os.environ))
 
 
 def _world_size() -> int:

@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tokenizer", "utils", "families"),
     ("data",),
     ("config",),
+    ("preflight",),
     ("distributed", "metrics", "launch"),
     ("optim", "checkpoint"),
     ("models",),
@@ -203,7 +204,7 @@ TORCH_FREE = (
     *(
         module_name(file)
         for file in FILES
-        if room_of(module_name(file)) in ("core", "config", "roofline")
+        if room_of(module_name(file)) in ("core", "config", "preflight", "roofline")
         and module_name(file) != "octavo.roofline.timing"
     ),
 )

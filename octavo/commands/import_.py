@@ -25,7 +25,7 @@ import octavo
 from octavo import models
 from octavo.checkpoint.checkpointer import Checkpointer
 from octavo.commands.argparser import Parser
-from octavo.config import ConfigError, JobConfig, model_settings
+from octavo.config import ConfigError, JobConfig
 from octavo.config.schema import Checkpoint
 from octavo.core.logging import init_logger
 from octavo.hf import meta, safetensors_folder
@@ -38,6 +38,7 @@ from octavo.hf.model_sources import (
     read_hf_config,
 )
 from octavo.hf.stored_weights import Weights, load_weights, shapes_of
+from octavo.preflight import model_settings
 from octavo.tokenizer import Tokenizer
 
 

@@ -21,16 +21,27 @@ from octavo.core.errors import ConfigError, Problem
 if TYPE_CHECKING:
     from octavo.config.schema import Parallelism
 
-KEYS: Mapping[str, str] = MappingProxyType(
-    {
-        "pipeline": "pipeline_parallel_degree",
-        "replicate": "data_parallel_replicate_degree",
-        "shard": "data_parallel_shard_degree",
-        "context": "context_parallel_degree",
-        "tensor": "tensor_parallel_degree",
-    }
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis: its name, its key in [parallelism], and its dimension of the device mesh."""
+
+    name: str
+    key: str
+    mesh: str
+
+
+AXES = (
+    Axis("pipeline", "pipeline_parallel_degree", "pp"),
+    Axis("replicate", "data_parallel_replicate_degree", "dp_replicate"),
+    Axis("shard", "data_parallel_shard_degree", "dp_shard"),
+    Axis("context", "context_parallel_degree", "cp"),
+    Axis("tensor", "tensor_parallel_degree", "tp"),
 )
-"""Axis -> its key in [parallelism], outermost first."""
+"""Outermost first."""
+
+KEYS: Mapping[str, str] = MappingProxyType({axis.name: axis.key for axis in AXES})
+"""Name of an axis -> its key in [parallelism]."""
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from octavo.config.parallel_dims import ParallelDims, parallel_dims_of
+from octavo.config.parallel_dims import AXES, ParallelDims, parallel_dims_of
 from octavo.config.schema import Comm, Parallelism
 from octavo.core.environment import STORE_VARIABLE
 from octavo.distributed.context_parallel import local_positions
-
-_NAMES = {
-    "pipeline": "pp",
-    "replicate": "dp_replicate",
-    "shard": "dp_shard",
-    "context": "cp",
-    "tensor": "tp",
-}
 
 WAITS_FOR_A_DISK = "waits for a disk"
 _DISK_TIMEOUT = timedelta(hours=6)
@@ -121,7 +113,8 @@ def init_world(device: torch.device, parallelism: Parallelism, comm: Comm) -> Wo
 def build_world(device: torch.device, layout: ParallelDims, *, loss_parallel: bool = True) -> World:
     """Build the mesh of `layout` over the default process group."""
     # Axes of degree 1 get no group, except `shard`, which always exists.
-    degrees = {_NAMES[axis]: n for axis, n in layout.degrees.items() if n > 1 or axis == "shard"}
+    each = layout.degrees
+    degrees = {axis.mesh: each[axis.name] for axis in AXES if each[axis.name] > 1 or axis.name == "shard"}
     mesh = init_device_mesh(device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
     sharding = "dp_shard"
     if layout.context > 1:

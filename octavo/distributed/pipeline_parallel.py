@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime, get_schedule_class
 
-from octavo.config.pipeline_plan import PipelinePlan
+from octavo.preflight.pipeline_plan import PipelinePlan
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

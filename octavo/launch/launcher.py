@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from octavo import config
+from octavo import config, preflight
 from octavo.config import ConfigError, config_file, flags
 from octavo.config.option_help import help_text
 from octavo.config.values import shown
@@ -73,7 +73,7 @@ def plan(
     nodes = 1 if rendezvous is None else rendezvous.machines
     options = with_config_file(argv, environ)
     job = config.load(options)
-    config.check(job, world_size=nodes * processes, gpus=gpus)
+    preflight.check(job, world_size=nodes * processes, gpus=gpus)
     environment = _environment(environ, processes=processes, gpus=gpus, cores=cores, terminal=terminal)
     if job.parallelism.pipeline_parallel_degree > 1:
         environment[PIPELINE_VARIABLE] = "1"

@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import nn
 
-from octavo.config import ConfigError, sizes
+from octavo.config import ConfigError
 from octavo.families import Family
 from octavo.families.model_args import ModelArgs
 from octavo.models.decode import Decoder
@@ -15,6 +15,7 @@ from octavo.models.loss import ChunkedLoss
 from octavo.models.model_spec import HuggingFace, Linears, ModelSpec, Pipelined
 from octavo.models.parallelize import parallelize
 from octavo.models.transformer import Transformer
+from octavo.preflight import sizes
 
 
 def configure(args: ModelArgs, vocab_size: int, seq_len: int) -> ModelArgs:

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from octavo.config import ConfigError, model_settings
+from octavo.config import ConfigError
 from octavo.models.loss import ChunkedLoss
+from octavo.preflight import model_settings
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from torch import nn
 
 from octavo import models
 from octavo.config import ConfigError, JobConfig
-from octavo.config.pipeline_plan import PipelinePlan, plan_of
-from octavo.config.sizes import undivided
 from octavo.core.logging import logger
 from octavo.distributed.mesh import World
 from octavo.distributed.mixed_precision import give_copies
@@ -23,6 +21,8 @@ from octavo.metrics.device import DTYPES
 from octavo.metrics.mfu import Work, work_of
 from octavo.models.init import init_weights
 from octavo.models.loss import ChunkedLoss, loss_and_gradient
+from octavo.preflight.pipeline_plan import PipelinePlan, plan_of
+from octavo.preflight.sizes import undivided
 from octavo.tokenizer import Tokenizer
 from octavo.train import quantization
 

@@ -11,12 +11,12 @@ import torch
 
 from octavo import models
 from octavo.config import ConfigError, JobConfig
-from octavo.config.pipeline_plan import PipelinePlan
 from octavo.core.format import count
 from octavo.core.host_memory import host_memory
 from octavo.distributed.mesh import World
 from octavo.distributed.stages import cut
 from octavo.metrics.device import DTYPES
+from octavo.preflight.pipeline_plan import PipelinePlan
 
 
 def bytes_per_parameter(job: JobConfig) -> int:

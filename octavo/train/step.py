@@ -20,13 +20,13 @@ from octavo import models
 from octavo.config import JobConfig
 from octavo.config.needs import casts_weights_again
 from octavo.config.parallel_dims import ParallelDims
-from octavo.config.pipeline_plan import PipelinePlan
 from octavo.config.schema import Training
 from octavo.distributed.ddp import reduce_gradients_now
 from octavo.distributed.mesh import World
 from octavo.distributed.mixed_precision import computing_in_copies
 from octavo.distributed.pipeline_parallel import Activations, Pipeline
 from octavo.distributed.tensor_parallel import loss_context
+from octavo.preflight.pipeline_plan import PipelinePlan
 from octavo.train import quantization
 from octavo.train.build_model import Built
 

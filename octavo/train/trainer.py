@@ -17,7 +17,7 @@ from contextlib import closing, nullcontext
 import torch
 from torch import Tensor, nn
 
-from octavo import config, models
+from octavo import config, models, preflight
 from octavo.config import JobConfig
 from octavo.core.logging import init_logger, logger
 from octavo.core.waiting import activity, reminders
@@ -73,7 +73,7 @@ class Trainer:
         logger.info("Starting job: %s", job.job.description)
         if job.job.print_config:
             logger.info("Running with config: %s", job.to_dict())
-        for note in config.notes(job):
+        for note in preflight.notes(job):
             logger.info(note)
         self.folder = RunFolder(job.job.dump_folder, lock=os.environ.get("RANK", "0") == "0")
         models.import_custom(job.experimental.custom_import, job.model.name)
@@ -289,7 +289,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def train(signals: Signals, watchdog: Watchdog) -> None:
         job = config.load(sys.argv[1:] if argv is None else argv)
-        config.check(job, world_size=int(os.environ.get("WORLD_SIZE", "1")), gpus=torch.cuda.device_count())
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        preflight.check(job, world_size=world_size, gpus=torch.cuda.device_count())
         signals.saves = job.checkpoint.enable and not job.checkpoint.load_only
         with reminders() if os.environ.get("RANK", "0") == "0" else nullcontext():
             activity.begin("the data, the model and its first weights")

@@ -133,10 +133,10 @@ def test_help_of_train_lists_every_key_with_its_default_once(tmp_path: Path) -> 
 def test_loading_checking_and_helping_import_neither_torch_nor_numpy(tmp_path: Path) -> None:
     script = """
 import json, os, sys
-from octavo import cli, config
+from octavo import cli, config, preflight
 os.environ["CXX"] = "true"  # a compiler that starts, on any machine
 job = config.load(["--training.compile", "--model.converters=float8"])
-config.check(job, world_size=2, gpus=0)
+preflight.check(job, world_size=2, gpus=0)
 cli.main(["--help"])
 cli.main(["train", "--training.seq_len=0"])
 try:

@@ -1,6 +1,7 @@
 """What `check` says of a command line."""
 
-from octavo.config import ConfigError, check, load
+from octavo.config import ConfigError, load
+from octavo.preflight import check
 
 COMMON = ["--training.steps=300", "--training.seq_len=64"]
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from octavo.config import ConfigError, check, load
+from octavo.config import ConfigError, load
 from octavo.config.layer_recipes import LayerRecipe, layer_recipes, matching, parse, recipes_named
+from octavo.preflight import check
 
 FLOAT8 = ["--model.converters=float8"]
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from octavo.config import ConfigError, check, load, torchtitan
+from octavo.config import ConfigError, load, torchtitan
 from octavo.config.schema import ALIASES, OPTIONS, SECTIONS
+from octavo.preflight import check
 
 TITAN = "known to torchtitan, not supported: "
 

@@ -17,13 +17,13 @@ FIELD = '''
 '''
 ASKS = """
 import json
-from octavo import config
+from octavo import config, preflight
 from octavo.commands.compare.runs import _loss_settings
 from octavo.config.option_help import help_text, page
 
 def told(*argv):
     try:
-        config.check(config.load(argv), world_size=1)
+        preflight.check(config.load(argv), world_size=1)
     except config.ConfigError as error:
         return str(error)
 

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from octavo.config import ConfigError, check, load
+from octavo.config import ConfigError, load
 from octavo.config.options import Option
 from octavo.config.ranges import Range
 from octavo.config.schema import OPTIONS
 from octavo.config.values import unwrap
+from octavo.preflight import check
 from tests.config.judged import problems
 
 BAD_VALUES = [

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from octavo.config.file_checks import download_command
 from octavo.core import programs
 from octavo.core.programs import missing_cxx, octavo_command
+from octavo.preflight.file_checks import download_command
 from tests.helpers.waiting import LIMIT
 
 ROOT = Path(__file__).parents[2]

@@ -13,9 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from octavo.config.pipeline_plan import SCHEDULES, plan_of
 from octavo.config.schema import JobConfig
-from octavo.config.sizes import units
 from octavo.distributed.pipeline_parallel import Activations, Pipeline
 from octavo.distributed.stages import LocalStages, cut
 from octavo.families import ModelArgs
@@ -23,6 +21,8 @@ from octavo.float8 import cast_weights_once, convert_to_float8_training
 from octavo.float8.matmul import PRODUCTS
 from octavo.models.init import init_weights
 from octavo.models.transformer import Transformer
+from octavo.preflight.pipeline_plan import SCHEDULES, plan_of
+from octavo.preflight.sizes import units
 from octavo.train.step import cross_entropy_sum
 from tests.helpers import ranks
 
@@ -169,7 +169,7 @@ def test_every_schedule_that_splits_backward_is_among_them() -> None:
 
 def microbatches_that_run(schedule: str, degree: int) -> list[int]:
     """For which numbers of microbatches torch makes the schedule, and this process's order ends."""
-    from octavo.config import pipeline_plan as rules
+    from octavo.preflight import pipeline_plan as rules
 
     fine = []
     for count in range(1, 10):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from octavo.config import check, load
+from octavo.config import load
+from octavo.preflight import check
 from tests.docs.torchtitan_page import PAGE, RUNS, TitanRun, page
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from octavo.config import ConfigError, JobConfig, check
+from octavo.config import ConfigError, JobConfig
 from octavo.config.schema import Float8
 from octavo.metrics import float8_health
 from octavo.metrics.float8_health import HealthReport, curves, findings
+from octavo.preflight import check
 from tests.helpers import launching
 
 

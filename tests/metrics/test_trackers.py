@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from octavo.config import ConfigError, JobConfig, check
+from octavo.config import ConfigError, JobConfig
 from octavo.metrics import trackers
 from octavo.metrics.trackers import Service, TensorBoard
+from octavo.preflight import check
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from octavo import config, models
+from octavo import config, models, preflight
 from octavo.commands.doctor import memory_checks
 from octavo.commands.doctor.findings import Finding, Level, fail, note, ok, problem
 from octavo.config import ConfigError, JobConfig, names
-from octavo.config.file_checks import download_command
 from octavo.core.errors import Problem
 from octavo.core.format import count
 from octavo.launch import launcher
+from octavo.preflight.file_checks import download_command
 from octavo.tokenizer import Tokenizer, build_tokenizer
 from octavo.train import quantization
 from octavo.train.build_model import model_args
@@ -48,7 +48,7 @@ def _further_problems(options: Sequence[str], gpus: int, reported: Collection[st
     """
     try:
         job = config.load(launcher.with_config_file(options, os.environ), problems=[])
-        found = [problem("config", each) for each in config.each(job, gpus)]
+        found = [problem("config", each) for each in preflight.each(job, gpus)]
     except (ConfigError, OSError, ValueError):  # of values that are reported already
         return []
     by_key: dict[str, Finding] = {}  # the first problem of each key

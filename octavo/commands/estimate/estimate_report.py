@@ -11,7 +11,7 @@ from octavo.commands.estimate.rank_trace import RankTrace, prepare_model, trace_
 from octavo.commands.estimate.step_time import StepTime, bytes_by_message, mfu, step_time
 from octavo.config import JobConfig
 from octavo.config.parallel_dims import KEYS, ParallelDims, parallel_dims_of
-from octavo.config.pipeline_plan import PipelinePlan
+from octavo.preflight.pipeline_plan import PipelinePlan
 from octavo.roofline import Gpu
 from octavo.train import quantization
 

@@ -23,7 +23,7 @@ from octavo.commands.estimate.memory_tracker import LayerPass, Log, MemoryTracke
 from octavo.commands.estimate.microbatch_extrapolation import ManyMicrobatchesLog
 from octavo.commands.estimate.operations import Counts
 from octavo.config import JobConfig
-from octavo.config.pipeline_plan import PipelinePlan
+from octavo.preflight.pipeline_plan import PipelinePlan
 
 KEPT_LAYERS = 4
 """Layers per stage in the shorter trace: the first two and the last two."""

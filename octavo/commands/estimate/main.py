@@ -14,7 +14,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from octavo import config
+from octavo import config, preflight
 from octavo.commands.argparser import Parser, bounded_int
 from octavo.config import ConfigError
 from octavo.core.terminal import for_terminal
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("--ngpu is missing: on how many GPUs? (octavo estimate --help)")
     logging.getLogger("octavo").setLevel(logging.ERROR)
     job = config.load(job_flags, prog="octavo estimate")
-    config.check(job, world_size=options.ngpu, gpus=options.ngpu if gpu else 0, elsewhere=True)
+    preflight.check(job, world_size=options.ngpu, gpus=options.ngpu if gpu else 0, elsewhere=True)
 
     # These import torch, so only after the config is checked.
     from octavo.commands.estimate.estimate_report import as_text, estimate

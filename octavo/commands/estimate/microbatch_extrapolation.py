@@ -18,7 +18,7 @@ from typing import Any
 
 from octavo.commands.estimate.memory_tracker import BACKWARD, FORWARD, Action, LayerPass, Log, MemoryTracker
 from octavo.commands.estimate.operations import ActionCounts, Counts
-from octavo.config.pipeline_plan import PipelinePlan
+from octavo.preflight.pipeline_plan import PipelinePlan
 
 _Held = dict[str, int]
 

@@ -49,10 +49,10 @@ from octavo.commands.estimate.microbatch_extrapolation import (
 from octavo.commands.estimate.operations import Counts, Message, OperationCounter
 from octavo.config import ConfigError, JobConfig, names
 from octavo.config.parallel_dims import ParallelDims, parallel_dims_of
-from octavo.config.pipeline_plan import PipelinePlan
 from octavo.distributed import mesh
 from octavo.metrics.device import choose_param_dtype
 from octavo.optim.optimizer import build_optimizer, clip_gradients
+from octavo.preflight.pipeline_plan import PipelinePlan
 from octavo.roofline import Gpu
 from octavo.tokenizer import build_tokenizer
 from octavo.train import quantization

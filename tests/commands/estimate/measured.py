@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from octavo import config
+from octavo import config, preflight
 from octavo.commands.estimate.memory_tracker import OPTIMIZER, PARAMETERS, MemoryTracker, plain_tensors
 from octavo.train.trainer import Trainer
 from tests.helpers import ranks
@@ -64,7 +64,7 @@ def _run(argv: list[str], rank: int, world: int, port: int, log: str, what: str)
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     job = config.load(argv)
-    config.check(job, world_size=world, gpus=0)
+    preflight.check(job, world_size=world, gpus=0)
     trainer = Trainer(job)
     steps = trainer.steps()
     if what == "tracker":

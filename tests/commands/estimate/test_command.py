@@ -15,7 +15,7 @@ from octavo.commands.estimate.peak_memory import peak_memory
 from octavo.commands.estimate.rank_trace import trace_ranks
 from octavo.commands.estimate.weak_scaling import choose
 from octavo.config.parallel_dims import ParallelDims
-from octavo.config.pipeline_plan import PipelinePlan
+from octavo.preflight.pipeline_plan import PipelinePlan
 from octavo.roofline import GPUS
 
 SMALL = ["--training.seq_len=64", "--training.local_batch_size=2", "--activation_checkpoint.mode=none"]

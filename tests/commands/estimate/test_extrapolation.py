@@ -15,7 +15,7 @@ from octavo.commands.estimate.microbatch_extrapolation import (
 )
 from octavo.commands.estimate.peak_memory import peak_memory
 from octavo.commands.estimate.rank_trace import trace_rank
-from octavo.config.pipeline_plan import PipelinePlan
+from octavo.preflight.pipeline_plan import PipelinePlan
 from octavo.roofline import GPUS
 from tests.models.small_llama import FLAVORS
 

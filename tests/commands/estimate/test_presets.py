@@ -2,7 +2,7 @@
 
 import pytest
 
-from octavo import config
+from octavo import config, preflight
 from octavo.commands.estimate.estimate_report import estimate
 from octavo.roofline import GPUS
 
@@ -17,6 +17,6 @@ from octavo.roofline import GPUS
 )
 def test_a_preset_fits(file, gpus):
     job = config.load([f"--job.config_file={file}"])
-    config.check(job, world_size=gpus, gpus=gpus, elsewhere=True)
+    preflight.check(job, world_size=gpus, gpus=gpus, elsewhere=True)
     found = estimate(job, gpus, GPUS["h100"])
     assert found.memory.peak < 0.9 * GPUS["h100"].hbm_bytes

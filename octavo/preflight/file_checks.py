@@ -9,12 +9,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from octavo.config import data_checks, names
+from octavo.config import names
 from octavo.config.schema import JobConfig
 from octavo.core.errors import Problem, did_you_mean
 from octavo.core.programs import missing_cxx, octavo_command, unquotable_path
 from octavo.core.python_path import working_directory_last
 from octavo.families import FAMILIES
+from octavo.preflight import data_checks
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")

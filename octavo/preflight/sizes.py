@@ -5,10 +5,10 @@ imported.
 import math
 from collections.abc import Iterator, Mapping
 
-from octavo.config import model_settings
 from octavo.config.schema import JobConfig
 from octavo.core.errors import ConfigError
 from octavo.families import FAMILIES, ModelArgs
+from octavo.preflight import model_settings
 
 
 def args_of(job: JobConfig) -> ModelArgs | None:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from octavo.config import pipeline_csv, torchtitan
+from octavo.config import torchtitan
 from octavo.config.needs import uses_previous_step
 from octavo.config.schema import JobConfig, Parallelism
 from octavo.core.errors import ConfigError, Problem, did_you_mean
+from octavo.preflight import pipeline_csv
 
 _P = "parallelism.pipeline_parallel_"
 

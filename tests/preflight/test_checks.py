@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from octavo.config import JobConfig, check, load, notes
+from octavo.config import JobConfig, load
 from octavo.core.programs import octavo_command
+from octavo.preflight import check, notes
 from tests.config.judged import problems
 
 
@@ -16,67 +17,55 @@ def test_the_defaults_are_in_order() -> None:
     check(JobConfig(), world_size=8, gpus=8)
 
 
+REPLICATE, SHARD, TENSOR, CONTEXT = (
+    f"--parallelism.{key}_degree"
+    for key in ("data_parallel_replicate", "data_parallel_shard", "tensor_parallel", "context_parallel")
+)
+GLOBAL, LOCAL = "--training.global_batch_size", "--training.local_batch_size"
+
+
 @pytest.mark.parametrize(
     ("argv", "world_size", "parts"),
     [
-        (["--training.global_batch_size=16"], 3, ["8 x 3 = 24", "24 would be"]),
-        (["--training.global_batch_size=40"], 3, ["8 x 3 = 24", "24 or 48 would be"]),
-        (["--training.global_batch_size=4"], 1, ["8 x 1 = 8"]),
-        (["--training.local_batch_size=3", "--training.global_batch_size=8"], 2, ["3 x 2 = 6", "6 or 12"]),
+        (f"{GLOBAL}=16", 3, ["8 x 3 = 24", "24 would be"]),
+        (f"{GLOBAL}=40", 3, ["8 x 3 = 24", "24 or 48 would be"]),
+        (f"{GLOBAL}=4", 1, ["8 x 1 = 8"]),
+        (f"{LOCAL}=3 {GLOBAL}=8", 2, ["3 x 2 = 6", "6 or 12"]),
+        (f"{SHARD}=4", 2, ["data_parallel_shard_degree = 4", "2 processes"]),
+        (f"{REPLICATE}=3", 4, ["= 3", "does not divide 4 processes"]),
+        (f"{REPLICATE}=2 {SHARD}=2", 8, ["2 x 2 = 4", "8 processes"]),
         (
-            ["--parallelism.data_parallel_shard_degree=4"],
-            2,
-            ["data_parallel_shard_degree = 4", "2 processes"],
-        ),
-        (["--parallelism.data_parallel_replicate_degree=3"], 4, ["= 3", "does not divide 4 processes"]),
-        (
-            [
-                "--parallelism.data_parallel_replicate_degree=2",
-                "--parallelism.data_parallel_shard_degree=2",
-            ],
-            8,
-            ["2 x 2 = 4", "8 processes"],
-        ),
-        (
-            ["--parallelism.tensor_parallel_degree=2", "--parallelism.context_parallel_degree=3"],
+            f"{TENSOR}=2 {CONTEXT}=3",
             4,
             ["context_parallel_degree x tensor_parallel_degree = 3 x 2 = 6 does not divide 4 processes"],
         ),
-        (["--parallelism.tensor_parallel_degree=2"], 1, ["= 2 does not divide 1 process"]),
+        (f"{TENSOR}=2", 1, ["= 2 does not divide 1 process"]),
+        (f"{TENSOR}=2 {GLOBAL}=12", 4, ["local_batch_size x data parallel groups = 8 x 2 = 16"]),
         (
-            ["--parallelism.tensor_parallel_degree=2", "--training.global_batch_size=12"],
-            4,
-            ["local_batch_size x data parallel groups = 8 x 2 = 16"],
-        ),
-        (
-            [
-                "--parallelism.tensor_parallel_degree=2",
-                "--parallelism.context_parallel_degree=2",
-                "--training.seq_len=100",
-            ],
+            f"{TENSOR}=2 {CONTEXT}=2 --training.seq_len=100",
             4,
             ["tensor_parallel_degree = 2 times 2 x context_parallel_degree = 4", "96 or 104 would be"],
         ),
     ],
 )
-def test_arithmetic_that_does_not_come_out(argv: list[str], world_size: int, parts: list[str]) -> None:
-    told = problems(*argv, world_size=world_size)
+def test_arithmetic_that_does_not_come_out(argv: str, world_size: int, parts: list[str]) -> None:
+    told = problems(*argv.split(), world_size=world_size)
     assert all(part in told for part in parts), told
 
 
 @pytest.mark.parametrize(
     ("argv", "world_size"),
     [
-        (["--training.global_batch_size=48"], 3),
-        (["--parallelism.data_parallel_replicate_degree=2"], 8),
-        (["--parallelism.data_parallel_replicate_degree=2", "--parallelism.data_parallel_shard_degree=4"], 8),
-        (["--parallelism.data_parallel_shard_degree=8"], 8),
-        (["--parallelism.tensor_parallel_degree=2", "--training.global_batch_size=16"], 4),
-        (["--parallelism.tensor_parallel_degree=2", "--parallelism.context_parallel_degree=2"], 8),
+        (f"{GLOBAL}=48", 3),
+        (f"{REPLICATE}=2", 8),
+        (f"{REPLICATE}=2 {SHARD}=4", 8),
+        (f"{SHARD}=8", 8),
+        (f"{TENSOR}=2 {GLOBAL}=16", 4),
+        (f"{TENSOR}=2 {CONTEXT}=2", 8),
     ],
 )
-def test_arithmetic_that_comes_out(argv: list[str], world_size: int) -> None:
-    assert problems(*argv, world_size=world_size) == ""
+def test_arithmetic_that_comes_out(argv: str, world_size: int) -> None:
+    assert problems(*argv.split(), world_size=world_size) == ""
 
 
 @pytest.mark.parametrize(
@@ -374,3 +363,35 @@ def test_warm_up_and_decay_that_overlap_are_refused_by_flag_and_noted_from_a_fil
     job = load([f"--job.config_file={file}"])
     check(job, world_size=1)
     assert notes(job) == [f"{overlap}: the decay begins after warm-up instead"]
+
+
+# What saves memory, and with what it does not go together.
+REFUSED = [
+    (
+        ["--model.fuse=on", "--parallelism.tensor_parallel_degree=2"],
+        2,
+        "tensor parallel weights are not fused",
+    ),
+    (
+        ["--training.loss_chunk_tokens=64", "--parallelism.tensor_parallel_degree=2"],
+        2,
+        "part of the vocabulary",
+    ),
+    (["--training.loss_chunk_tokens=64", "--parallelism.pipeline_parallel_degree=2"], 2, "whole logits"),
+    (["--training.loss_chunk_tokens=1000000"], 1, "no effect: a device has at most that many tokens"),
+    (["--optimizer.name=AdamW8bit"], 2, "needs whole parameters"),
+    (["--optimizer.name=Adam", "--training.dtype=bfloat16"], 1, "would lose small updates"),
+    (["--optimizer.name=Adam", "--optimizer.state_dtype=bfloat16"], 1, "only AdamW has a choice"),
+    (["--optimizer.state_dtype=bfloat16", "--optimizer.implementation=foreach"], 1, "PyTorch's optimizers"),
+    (
+        ["--model.converters=float8", "--float8.recipe_name=rowwise", "--float8.share_scales"],
+        1,
+        "only tensorwise",
+    ),
+    (["--model.converters=float8", "--model.fuse=off", "--float8.share_scales"], 1, "nothing is fused"),
+]
+
+
+@pytest.mark.parametrize(("flags", "world_size", "told"), REFUSED)
+def test_what_saves_memory_and_cannot_be_combined(flags: list[str], world_size: int, told: str) -> None:
+    assert told in problems(*flags, world_size=world_size)

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from octavo.config import ConfigError, check, load
-from octavo.config.pipeline_csv import problem, read
-from octavo.config.pipeline_plan import SCHEDULES, plan_of, splits_backward
+from octavo.config import ConfigError, load
+from octavo.preflight import check
+from octavo.preflight.pipeline_csv import problem, read
+from octavo.preflight.pipeline_plan import SCHEDULES, plan_of, splits_backward
 
 P = "--parallelism.pipeline_parallel_"
 

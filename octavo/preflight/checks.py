@@ -8,15 +8,16 @@ layer?) come later.
 
 from collections.abc import Iterator
 
-from octavo.config import file_checks, layer_recipes, model_settings, names, option_checks, torchtitan
-from octavo.config.conflicts import conflicts
+from octavo.config import layer_recipes, names, option_checks, torchtitan
 from octavo.config.parallel_dims import ParallelDims, parallel_dims_of
-from octavo.config.pipeline_plan import plan_of
-from octavo.config.pipeline_plan import problems as pipeline_problems
 from octavo.config.schema import JobConfig
-from octavo.config.sizes import args_of, shared_sizes, undivided, units
 from octavo.core.errors import ConfigError, Problem, did_you_mean
 from octavo.families import FAMILIES
+from octavo.preflight import file_checks, model_settings
+from octavo.preflight.conflicts import conflicts
+from octavo.preflight.pipeline_plan import plan_of
+from octavo.preflight.pipeline_plan import problems as pipeline_problems
+from octavo.preflight.sizes import args_of, shared_sizes, undivided, units
 
 
 def check(job: JobConfig, *, world_size: int, gpus: int | None = None, elsewhere: bool = False) -> None:

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from octavo import config
-from octavo.config import ConfigError, model_settings
-from octavo.config.sizes import args_of
+from octavo import config, preflight
+from octavo.config import ConfigError
 from octavo.families import FAMILIES
+from octavo.preflight import model_settings
+from octavo.preflight.sizes import args_of
 
 DEBUG = FAMILIES["qwen3"].flavors["debugmodel"]
 SIZES = "--model.args=n_heads=6,n_kv_heads=6,dim=96"
@@ -67,7 +68,7 @@ def test_the_launcher_checks_layouts_with_the_changed_sizes():
     assert args is not None
     assert (args.n_heads, args.dim) == (6, 96)
     with pytest.raises(ConfigError, match="the model has 6 heads"):
-        config.check(job, world_size=4)
+        preflight.check(job, world_size=4)
     job = config.load(["--model.args=n_headss=6"])
     with pytest.raises(ConfigError, match="model.args: this model has no n_headss"):
-        config.check(job, world_size=1)
+        preflight.check(job, world_size=1)
