@@ -165,8 +165,11 @@ FLAGS = [
         f"{TITAN}here it is parallelism.data_parallel_shard_degree",
     ),
     (["--metrics.rank_0_only"], f"--metrics.rank_0_only: {TITAN}"),
-    (["--quantize.grouped_mm.float8.fqns=x"], f"--quantize.grouped_mm.float8.fqns: {TITAN}octavo has no"),
-    (["--float8.moe_fqns=x"], f"--float8.moe_fqns: {TITAN}octavo has no mixture-of-experts models"),
+    (["--quantize.grouped_mm.float8.fqns=x"], f"--quantize.grouped_mm.float8.fqns: {TITAN}grouped products"),
+    (
+        ["--float8.moe_fqns=x"],
+        f"--float8.moe_fqns: {TITAN}grouped products of experts stay in high precision",
+    ),
     (["--optimizer.lr=1_0"], "--optimizer.lr: expected a number, got '1_0'"),
     (["--optimizer.lr", " 1"], "--optimizer.lr: expected a number, got ' 1'"),
     (["--optimizer.lr=٣"], "--optimizer.lr: expected a number, got '٣'"),
