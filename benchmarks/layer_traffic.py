@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -71,9 +72,17 @@ class _Layer(nn.Module):
 
 
 def trace_layer(
-    recipe: str | None, *, fused: bool = False, args: ModelArgs | None = None, tokens: int = TOKENS
+    recipe: str | None,
+    *,
+    fused: bool = False,
+    recompute: bool = False,
+    args: ModelArgs | None = None,
+    tokens: int = TOKENS,
 ) -> TracedLayer:
-    """One layer of Llama3-8B, or of `args`, in bfloat16 (None) or a recipe, with or without fused modules."""
+    """One layer of Llama3-8B, or of `args`, in bfloat16 (None) or a recipe, with or without fused modules.
+
+    recompute: `GatedLinear`'s.
+    """
     args = args or sizes.model("8B")
     keep_casts_under_compile()
     dtype = torch.get_default_dtype()
@@ -92,7 +101,9 @@ def trace_layer(
             scales = DelayedScaling(layer)
             scales.load_state_dict({"just_in_time": False, "amax": dict.fromkeys(scales.statistics, 1.0)})
         if fused:
-            fuse_layer(layer.block, Fusion(NormedInput, GatedLinear, SharedInput))
+            fuse_layer(
+                layer.block, Fusion(NormedInput, partial(GatedLinear, recompute=recompute), SharedInput)
+            )
         parameters = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
         scope = cast_weights_once(layer)
         weights = trace_eager(scope.__enter__)

@@ -19,7 +19,7 @@ only inside. Letters as in `recipe.py`: M tokens, K input features, N output fea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -54,7 +54,9 @@ class ProductSpec:
     """The arguments of a product that are not tensors.
 
     weights: how many. maxima: whether each has outputs for the maxima of its gradient. sharding: x and the
-    one weight are one rank's shards of a tensor parallel product.
+    one weight are one rank's shards of a tensor parallel product. remake: makes grad_weight's operand
+    `x_KM` in backward, from the recipe, the two tensors that were given in place of its data and scale, and
+    dy.
     """
 
     recipe: Recipe
@@ -62,6 +64,7 @@ class ProductSpec:
     weights: int = 1
     maxima: bool = False
     sharding: TensorParallelSpec | None = None
+    remake: Callable[[Recipe, Tensor, Tensor, Tensor], Quantized | Tensor] | None = None
 
 
 def needed_gradients(ctx: Any, first: int, count: int) -> list[bool]:
@@ -161,7 +164,10 @@ class Float8Matmul(torch.autograd.Function):
                     part = matmul(dy_MN, w_KN, recipe.grad_input, dy.dtype, emulate=spec.emulate)
                     dx = part if dx is None else dx + part
                 if want_w[i]:
-                    x_KM = x.t() if x_scale is None else Quantized(x, x_scale)
+                    if spec.remake is not None:
+                        x_KM = spec.remake(recipe, x, x_scale, dy)
+                    else:
+                        x_KM = x.t() if x_scale is None else Quantized(x, x_scale)
                     dws[i] = matmul(dy_NM, x_KM, recipe.grad_weight, dy.dtype, emulate=spec.emulate)
         return None, None, dx, *dws, *[None] * (6 + 2 * n)
 

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -247,7 +248,11 @@ def build_fusion(job: JobConfig, recipe: str | None, device: torch.device) -> Fu
             logger.info("Some layers with one input remain separate products: %s", why)
         return made
 
-    return Fusion(normed_input=normed_input, gated_linear=GatedLinear, shared_input=SharedInput)
+    return Fusion(
+        normed_input=normed_input,
+        gated_linear=partial(GatedLinear, recompute=job.float8.recompute_gate),
+        shared_input=SharedInput,
+    )
 
 
 def _options(recipe: str) -> Float8LinearConfig:

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo.float8.casts.producer_maxima import kernels_support, maxima_as_gradients
-from octavo.float8.fused.shared_input import SharedInput
+from octavo.float8.casts.producer_maxima import kernels_support, maxima_as_gradients, quantize_with_maxima
+from octavo.float8.fused.shared_input import Remake, SharedInput
 from octavo.float8.product import Product
+from octavo.float8.quantize import Quantized
+from octavo.float8.recipe import Recipe
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -50,6 +52,15 @@ class _SwiGLU(torch.autograd.Function):
         return made[0], made[3], *of_a, *of_b
 
 
+def _make_again(recipe: Recipe, a: Tensor, b: Tensor, dy: Tensor) -> Quantized | Tensor:
+    """The product's operand for grad_weight, of `silu(a) * b`."""
+    from octavo.float8.kernels import ops
+
+    h, *maxima = ops.silu_mul_again_with_maxima(a, b, dy)
+    cast = recipe.grad_weight.b
+    return quantize_with_maxima(h, cast, cast, (maxima[0], maxima[1]))[1]
+
+
 def _rows_of(*tensors: Tensor) -> list[Tensor]:
     """Each `x[..., K]` as `[M, K]` with contiguous rows and one stride for all: views if possible."""
     flat = [x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in tensors]
@@ -60,10 +71,14 @@ def _rows_of(*tensors: Tensor) -> list[Tensor]:
 
 
 class GatedLinear:
-    """Computes `linear(silu(gate) * up)`."""
+    """Computes `linear(silu(gate) * up)`.
 
-    def __init__(self, linear: nn.Linear) -> None:
-        self.shared = SharedInput([linear])
+    recompute: keep no cast of the linear's input for backward, which makes it again from gate and up: less
+    memory, more traffic, the same bits. Without effect where kernels are not supported.
+    """
+
+    def __init__(self, linear: nn.Linear, *, recompute: bool = False) -> None:
+        self.shared, self.recompute = SharedInput([linear]), recompute
 
     def __call__(self, gate: Tensor | Product, up: Tensor | Product, *, note_maxima: bool = False) -> Product:
         """The linear's output for `gate[..., K]` and `up[..., K]`."""
@@ -72,6 +87,12 @@ class GatedLinear:
         if not kernels_support(a.value) or not same:
             (made,) = self.shared(F.silu(a.value) * b.value, note_maxima=note_maxima)
             return made
-        h, rows, columns = _SwiGLU.apply(*_rows_of(a.value, b.value), a.rows, a.columns, b.rows, b.columns)
-        (made,) = self.shared(h.reshape(a.value.shape), maxima=(rows, columns), note_maxima=note_maxima)
+        flat = _rows_of(a.value, b.value)
+        h, rows, columns = _SwiGLU.apply(*flat, a.rows, a.columns, b.rows, b.columns)
+        (made,) = self.shared(
+            h.reshape(a.value.shape),
+            maxima=(rows, columns),
+            note_maxima=note_maxima,
+            remake=Remake(_make_again, (flat[0].detach(), flat[1].detach())) if self.recompute else None,
+        )
         return made

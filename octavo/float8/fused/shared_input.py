@@ -7,8 +7,9 @@ weights' casts are slices of one buffer, and the outputs are slices of one tenso
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,13 @@ from octavo.float8.quantize import Casts, Quantized
 from octavo.float8.recipe import FULL, Gemm, Recipe
 
 HIGH_PRECISION = Recipe("high_precision", Gemm(None, None), Gemm(None, None), Gemm(None, None))
+
+
+class Remake(NamedTuple):
+    """`ProductSpec.remake`, and the two tensors that it takes."""
+
+    function: Callable[[Recipe, Tensor, Tensor, Tensor], Quantized | Tensor]
+    sources: tuple[Tensor, Tensor]
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -105,9 +113,15 @@ class SharedInput:
         return why_not_joined(self.recipe.output.b, [linear.out_features for linear in self.linears])
 
     def __call__(
-        self, x: Tensor, *, maxima: Maxima | None = None, note_maxima: bool = False
+        self,
+        x: Tensor,
+        *,
+        maxima: Maxima | None = None,
+        note_maxima: bool = False,
+        remake: Remake | None = None,
     ) -> tuple[Product, ...]:
         """The linears' outputs for `x[..., K]`. `maxima`: those of x's rows and columns, if known.
+        `remake`: how backward makes x's cast for grad_weight again, which then is not kept.
 
         note_maxima: the consumer of the outputs computes the maxima of their gradients, and receives the full
         `Product`. Values of one product are slices of one tensor: not contiguous, and keeping one keeps all.
@@ -122,15 +136,19 @@ class SharedInput:
             self.recipe,
             first.emulate if isinstance(first, Float8Linear) else None,
             maxima=note_maxima and kernels_support(x_MK),
+            remake=None if remake is None else remake.function,
         )
+        trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
         x_casts = cast_input(
             x_MK,
             self.recipe,
-            for_grad_weight=torch.is_grad_enabled() and any(weight.requires_grad for weight in weights),
+            for_grad_weight=trains and remake is None,
             owner=given,
             pin=any(isinstance(linear, Float8Linear) and linear.keep_input for linear in self.linears),
             maxima=maxima,
         )
+        if remake is not None:
+            x_casts = x_casts[0], Quantized(*remake.sources)
         if len(weights) > 1 and self.why_separate() is None:
             w_NK, w_KN = self._joined_operands(x.dtype)
             products = multiply(replace(spec, weights=len(weights)), x_MK, weights, x_casts, w_NK, w_KN)

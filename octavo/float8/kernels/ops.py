@@ -210,6 +210,16 @@ def _silu_mul_shapes(a: Tensor, b: Tensor) -> WithMaxima:
 silu_mul_with_maxima = _operator("silu_mul", _silu_mul_shapes)(silu_mul)
 
 
+def _again_shapes(a: Tensor, b: Tensor, after: Tensor) -> WithMaxima:
+    return empty_with_maxima(a, *a.shape)
+
+
+@_operator("silu_mul_again", _again_shapes)
+def silu_mul_again_with_maxima(a: Tensor, b: Tensor, after: Tensor) -> WithMaxima:
+    """`silu_mul` in backward. `after`, a gradient, keeps the compiler from merging it with forward's."""
+    return silu_mul(a, b)
+
+
 def _silu_mul_backward_shapes(dh: Tensor, a: Tensor, b: Tensor) -> Six:
     return *empty_with_maxima(a, *a.shape), *empty_with_maxima(a, *a.shape)
 

@@ -106,6 +106,15 @@ def test_maxima_change_no_bit(recipe: str, monkeypatch: pytest.MonkeyPatch) -> N
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("recipe", ["rowwise", "tensorwise", "blockwise", "rowwise_with_gw_hp"])
+def test_making_an_input_again_changes_no_bit(recipe: str) -> None:
+    block = Block(recipe).to(torch.bfloat16)
+    want = gradients(block, block, torch.bfloat16)
+    block.down = GatedLinear(block.w2, recompute=True)
+    for one, other in zip(gradients(block, block, torch.bfloat16), want, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_compiled_in_one_graph_that_keeps_float8() -> None:
     """Of the inputs of wq|wk, wo and w1|w3; maxima travel through the compiled backward."""
     block = Block("rowwise")

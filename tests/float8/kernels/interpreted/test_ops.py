@@ -34,6 +34,7 @@ CALLS: dict[str, tuple[Any, tuple]] = {
     "adamw, maxima": (ops.adamw_with_maxima, (*WEIGHT, STEP, torch.bfloat16)),
     "adamw, squares": (ops.adamw_with_squares, (*WEIGHT, STEP, 128, E4M3, "fp32", None)),
     "silu_mul": (ops.silu_mul_with_maxima, (X, Y)),
+    "silu_mul again": (ops.silu_mul_again_with_maxima, (X, Y, X)),
     "silu_mul backward": (ops.silu_mul_backward_with_maxima, (X, Y, X)),
     "tensor, given": (ops.cast_by_tensor_with_maxima, (X, FEW[:1].int(), E4M3, "fp32", True, True)),
     "norm alone": (ops.rms_norm_with_maxima, (X, W, 1e-5)),
