@@ -153,9 +153,11 @@ def format_line(report: StepReport, colors: _Colors, *, grad_norm: bool) -> str:
     )
 
 
-def format_progress(report: StepReport, steps: int, step_seconds: float, epoch_tokens: int | None) -> str:
+def format_progress(
+    report: StepReport, steps: int, step_seconds: float | None, epoch_tokens: int | None
+) -> str:
     """What `metrics.log_progress` adds to the line of a step, of `steps`."""
-    left = format_clock((steps - report.step) * step_seconds)
+    left = "n/a" if step_seconds is None else format_clock((steps - report.step) * step_seconds)
     epoch = f"  epoch: {report.tokens / epoch_tokens:.2f}" if epoch_tokens else ""
     return f"  progress: {report.step}/{steps}  eta: {left}  lr: {report.lr:.2e}{epoch}"
 
@@ -306,7 +308,7 @@ class MetricsLogger:
         )
         line = format_line(report, self._colors, grad_norm=self._settings.log_grad_norm)
         if self._settings.log_progress:
-            step_seconds = times.p50 if times else report.seconds
+            step_seconds = times.p50 if times else None  # the first step compiles and warms up
             line += format_progress(report, self._steps_in_all, step_seconds, self._epoch_tokens)
         logger.info(line, extra={"own_colors": True})
         if self._jsonl:

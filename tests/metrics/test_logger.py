@@ -96,6 +96,7 @@ def test_progress_follows_the_line_where_it_is_asked_for(tmp_path, clock, caplog
     logger = build(tmp_path, log_freq=1, log_progress=True)
     for number in (1, 2, 3):
         step(logger, clock, number, seconds=60.0)
+    assert "progress: 1/10  eta: n/a  lr: 1.00e-03  epoch: 0.25" in caplog.messages[0]
     assert caplog.messages[-1].endswith("%  progress: 3/10  eta: 0:07:00  lr: 1.00e-03  epoch: 0.75")
     step(build(tmp_path, log_freq=1), clock, 1)
     assert caplog.messages[-1].endswith("%")
