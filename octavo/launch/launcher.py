@@ -15,7 +15,6 @@ from dataclasses import replace
 
 from octavo import config, preflight
 from octavo.config import ConfigError, config_file, flags
-from octavo.config.option_help import help_text
 from octavo.config.values import shown
 from octavo.core.format import count
 from octavo.launch.elastic import Launch, run
@@ -302,6 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line and the environment say; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if flags.wants_help(argv):
+        from octavo.config.option_help import help_text
+
         print(f"{help_text('./run_train.sh')}\n{VARIABLES}", end="")
         return 0
     try:
