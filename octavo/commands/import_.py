@@ -89,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     job.training.seq_len = args.max_seq_len
     changed = f" --model.args {','.join(settings)}" if settings else ""
     print(f"Importing {source} as {spec.name} {flavor}{' with other sizes' if settings else ''}")
-    write_checkpoint(out, load_weights(build_on_meta(spec, args), weights, torch.float32, "cpu"), job)
+    model = build_on_meta(spec, spec.configure(args, tokenizer.vocab_size, 1))  # without long rotary tables
+    write_checkpoint(out, load_weights(model, weights, torch.float32, "cpu"), job)
     print(
         f"Written: {out}. To train from it: --model.name {spec.name} --model.flavor {flavor}{changed} "
         f"--model.hf_assets_path {job.model.hf_assets_path} --checkpoint.initial_load_path {out}"

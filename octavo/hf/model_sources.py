@@ -7,25 +7,32 @@ must give one.
 """
 
 import dataclasses
-import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from octavo import models
 from octavo.checkpoint import DamagedCheckpoint, latest
 from octavo.checkpoint.reader import STATE, CheckpointReader, read_state
 from octavo.checkpoint.store import find_problems, published_steps, summarize
 from octavo.config import ConfigError
+from octavo.core.fs import read_json, read_json_object
 from octavo.hf import safetensors_folder
 from octavo.hf.stored_weights import Weights, check_fit, shapes_of
 from octavo.tokenizer import Tokenizer, build_tokenizer
 
 _META_FILE = "params.json"
 _TRAINING_ARGS = ("max_seq_len", "document_end")
+_MOST_PER_TENSOR = 8
+"""Parameters of a model per stored tensor: a file may hold several of them in one."""
+_MOST_PER_VALUE = 64
+"""Values of a model per stored one; beyond it, an error need not name each tensor that does not fit."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,30 @@ class ModelSource:
         return build_on_meta(self.spec, self.spec.configure(self.args, self.tokenizer.vocab_size, seq_len))
 
 
-def build_on_meta(spec: models.ModelSpec, args: Any) -> nn.Module:
-    """Build the model of `args` on the meta device."""
-    with torch.device("meta"):
-        return spec.build(args)
+def build_on_meta(spec: models.ModelSpec, args: Any, *, most: int | None = None) -> nn.Module:
+    """Build the model of `args` on the meta device.
+
+    most: of parameters, where `args` are a stranger's; ConfigError if there are more, or if a size is beyond
+    what a tensor can have.
+    """
+    if most is None:
+        with torch.device("meta"):
+            return spec.build(args)
+    count = 0
+
+    def limit(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise ConfigError(f"its sizes ask for more than {most:,} tensors")
+
+    hook = register_module_parameter_registration_hook(limit)
+    try:
+        return build_on_meta(spec, args)
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        raise ConfigError(f"no model has its sizes ({str(error).splitlines()[0]:.200})") from None
+    finally:
+        hook.remove()
 
 
 def open_model(path: Path, *, tokenizer: str | None = None, custom_import: str = "") -> ModelSource:
@@ -97,7 +124,7 @@ def find_checkpoint(path: Path) -> Path:
 def _checkpoint_folder(run: Path) -> str:
     """The name of the folder of checkpoints in a run's folder."""
     try:
-        name = json.loads((run / "run.json").read_bytes())["config"]["checkpoint"]["folder"]
+        name = read_json(run / "run.json")["config"]["checkpoint"]["folder"]
     except (OSError, ValueError, KeyError, TypeError):
         return "checkpoint"
     return name if isinstance(name, str) and name else "checkpoint"
@@ -165,27 +192,25 @@ def _open_hf(path: Path, tokenizer: str | None) -> ModelSource:
 
 def read_hf_config(path: Path) -> tuple[models.ModelSpec, Any]:
     """The model family and its args from the folder's `config.json`."""
-    remedy = "download or export the model again"
+    file = path / "config.json"
     try:
-        config = json.loads((path / "config.json").read_bytes())
+        config = read_json_object(file)
     except OSError as error:
-        raise ConfigError(f"{path / 'config.json'}: {error.strerror or error}; {remedy}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path / 'config.json'}: not JSON ({error}); {remedy}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path / 'config.json'}: not a JSON object; {remedy}")
+        raise ConfigError(f"{file}: {error.strerror or error}; download or export the model again") from None
+    except ValueError as error:
+        raise ConfigError(
+            f"{file}: not a configuration ({error}); download or export the model again"
+        ) from None
     known = {
         model_type: spec
         for spec in models.registered().values()
         if spec.hugging_face
         for model_type in spec.hugging_face.model_types
     }
-    spec = known.get(config.get("model_type", ""))
+    model_type = config.get("model_type")
+    spec = known.get(model_type) if isinstance(model_type, str) else None
     if spec is None:
-        raise ConfigError(
-            f"{path / 'config.json'}: model_type is {config.get('model_type')!r}; supported are "
-            f"{', '.join(known)}"
-        )
+        raise ConfigError(f"{file}: model_type is {model_type!a:.60}; supported are {', '.join(known)}")
     assert spec.hugging_face is not None
     try:
         return spec, spec.hugging_face.from_config(config)
@@ -210,21 +235,33 @@ def open_hf_weights(
     """
     hf_format = spec.hugging_face
     assert hf_format is not None
-    shapes = shapes_of(build_on_meta(spec, args))
+    remedy = remedy or "Download or export the model again"
+    stored = safetensors_folder.find_tensors(path)
+    try:
+        shapes = shapes_of(build_on_meta(spec, args, most=_MOST_PER_TENSOR * len(stored)))
+    except ConfigError as error:
+        raise ConfigError(f"{path} has {len(stored):,} tensors, but {error}. {remedy}") from None
+    asked, held = (
+        sum(map(math.prod, of)) for of in (shapes.values(), (one.shape for one in stored.values()))
+    )
+    if asked > _MOST_PER_VALUE * held:
+        raise ConfigError(f"{path} has {held:,} values, but its sizes ask for {asked:,}. {remedy}")
     hf_names: dict[str, list[str]] = {}  # one of ours may be several of theirs
     expected = {}
     for name, shape in shapes.items():
         theirs = hf_format.to_names({name: torch.empty(shape, device="meta")}, args)
         hf_names[name] = list(theirs)
         expected |= {hf_name: tuple(tensor.shape) for hf_name, tensor in theirs.items()}
-    stored = safetensors_folder.find_tensors(path)
-    found = {
-        name: tensor.shape
-        for name, tensor in stored.items()
-        if name in expected or not _is_dropped(hf_format, name, args)
-    }
-    remedy = remedy or "Download or export the model again"
+    unused = {name: hf_format.redundant(name, args) for name in stored.keys() - expected.keys()}
+    redundant = {name: same for name, same in unused.items() if same is not None}
+    found = {name: tensor.shape for name, tensor in stored.items() if name not in redundant}
     check_fit(found, expected, where=str(path), model=model, remedy=remedy)
+    for name, same in redundant.items():
+        if not _holds(stored, name, same):
+            what = same if isinstance(same, str) else "the values of its config.json"
+            raise ConfigError(
+                f"{path}: {name} differs from {what}, but the model has only one of them. {remedy}"
+            )
 
     def read(name: str) -> torch.Tensor:
         theirs = {one: safetensors_folder.read_tensor(stored[one], one) for one in hf_names[name]}
@@ -233,9 +270,14 @@ def open_hf_weights(
     return Weights(str(path), shapes, read)
 
 
-def _is_dropped(hf_format: models.HuggingFace, name: str, args: Any) -> bool:
-    """Whether the conversion drops this tensor: a buffer, or a copy of tied embeddings."""
-    try:
-        return not hf_format.from_names({name: torch.empty(2 * args.head_width, 1, device="meta")}, args)
-    except (AttributeError, RuntimeError, ValueError):
+def _holds(stored: Mapping[str, safetensors_folder.StoredTensor], name: str, same: str | Tensor) -> bool:
+    """Whether the stored tensor `name` equals the one called `same`, or roughly the values `same`, which may
+    have been stored in half precision.
+    """
+    if isinstance(same, Tensor):
+        found = safetensors_folder.read_tensor(stored[name], name)
+        return found.shape == same.shape and torch.allclose(found.float(), same, rtol=1e-2, atol=1e-6)
+    if stored[name].shape != stored[same].shape:
         return False
+    blocks = (safetensors_folder.row_blocks(stored[one], one) for one in (name, same))
+    return all(torch.equal(a.double(), b.double()) for a, b in zip(*blocks, strict=True))

@@ -10,7 +10,7 @@ writing for the tensors of one file.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from torch import Tensor
 
 from octavo.checkpoint.reader import Shape
 from octavo.config import ConfigError
-from octavo.core.fs import sync, write_file
+from octavo.core.fs import check_regular, read_json, sync, write_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _SUPPORTED_DTYPES = {"F64", "F32", "F16", "BF16"}
+_ROWS = 1024
 
 
 def import_safetensors() -> Any:
@@ -82,10 +83,18 @@ def read_tensor(stored: StoredTensor, name: str) -> Tensor:
     return tensor
 
 
+def row_blocks(stored: StoredTensor, name: str) -> Iterator[Tensor]:
+    """One tensor in blocks of rows, so that it need not fit into memory."""
+    with _open(stored.file) as opened:
+        rows = opened.get_slice(name)
+        for start in range(0, stored.shape[0] if stored.shape else 0, _ROWS):
+            yield rows[start : start + _ROWS]
+
+
 def _open(file: Path) -> Any:
     safetensors = import_safetensors()
     try:
-        return safetensors.safe_open(file, framework="pt", device="cpu")
+        return safetensors.safe_open(check_regular(file), framework="pt", device="cpu")
     except FileNotFoundError:
         raise ConfigError(f"{file} is missing; download or export the model again") from None
     except (OSError, safetensors.SafetensorError) as error:
@@ -100,7 +109,7 @@ def _files(folder: Path) -> list[Path]:
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{index}: not an index of safetensors files ({error}); download it again"

@@ -10,7 +10,7 @@ from octavo.families import Family
 from octavo.families.model_args import ModelArgs
 from octavo.models.decode import Decoder
 from octavo.models.hf_config import from_config, to_config
-from octavo.models.hf_state_dict import from_hf, to_hf
+from octavo.models.hf_state_dict import from_hf, redundant, to_hf
 from octavo.models.loss import ChunkedLoss
 from octavo.models.model_spec import HuggingFace, Linears, ModelSpec, Pipelined
 from octavo.models.parallelize import parallelize
@@ -83,6 +83,7 @@ def spec_of(family: Family) -> ModelSpec:
         from_names=partial(from_hf, family),
         to_config=partial(to_config, family),
         from_config=partial(from_config, family),
+        redundant=partial(redundant, family),
     )
     return ModelSpec(
         name=family.name,

@@ -14,6 +14,7 @@ from octavo.config import ConfigError
 from octavo.families import Family
 from octavo.families.family import HubFormat
 from octavo.families.model_args import ModelArgs, MoEArgs, RopeScaling, get
+from octavo.models.foreign_config import check_config
 
 _SCALING = {
     "factor": "factor",
@@ -53,10 +54,11 @@ def from_config(family: Family, config: Mapping[str, Any]) -> ModelArgs:
         ConfigError: a key is missing or of the wrong type, or has a value that this model does not implement.
     """
     types = {stored.model_type: stored for stored in family.hub_formats}
-    stored = types.get(config.get("model_type", ""))
+    model_type = config.get("model_type")
+    stored = types.get(model_type) if isinstance(model_type, str) else None
     if stored is None:
         raise ConfigError(
-            f"config.json: model_type is {config.get('model_type')!r}; octavo's {family.name} implements "
+            f"config.json: model_type is {model_type!r}; octavo's {family.name} implements "
             f"only {' and '.join(map(repr, types))}, so it cannot load this model"
         )
     config = {stored.aliases.get(key, key): value for key, value in config.items()}
@@ -84,6 +86,7 @@ def from_config(family: Family, config: Mapping[str, Any]) -> ModelArgs:
         **_rope(family, stored, config),
     )
     _check_heads(family, args, config.get("head_dim", args.head_width))
+    check_config(config, to_config(family, args))
     return args
 
 

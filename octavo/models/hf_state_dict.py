@@ -14,6 +14,7 @@ from torch import Tensor
 
 from octavo.families import Family
 from octavo.families.model_args import ModelArgs
+from octavo.models.rope import rope_frequencies
 
 _BUFFER = "rotary_emb.inv_freq"  # saved by old versions of transformers
 
@@ -84,3 +85,11 @@ def from_hf(family: Family, state: Mapping[str, Tensor], args: ModelArgs) -> dic
             raise ValueError(f"{ours}: {len(experts)} of {args.moe.n_experts} experts")
         renamed[ours] = torch.stack([experts[number] for number in range(len(experts))])
     return renamed
+
+
+def redundant(family: Family, name: str, args: ModelArgs) -> str | Tensor | None:
+    """What a tensor that `from_hf` drops must equal: another tensor, by name, or values; else None."""
+    outside = family.format_of(args).outside
+    if args.tie_embeddings and name == outside["output.weight"]:
+        return outside["tok_embeddings.weight"]
+    return rope_frequencies(args) if name.endswith(_BUFFER) else None

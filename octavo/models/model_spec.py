@@ -23,6 +23,8 @@ class HuggingFace:
             weights) are dropped; an unknown name is a `ValueError`.
         to_config, from_config: args to the content of `config.json` and back; `from_config` raises
             `ConfigError` for options that the family does not implement.
+        redundant: `(their name, args)` -> what a tensor without a counterpart must equal: another tensor of
+            theirs, by name, or values. None: it has no such name, and is refused.
     """
 
     model_types: tuple[str, ...]
@@ -30,6 +32,7 @@ class HuggingFace:
     from_names: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
     to_config: Callable[[Any], dict[str, Any]]
     from_config: Callable[[Mapping[str, Any]], Any]
+    redundant: Callable[[str, Any], str | Tensor | None] = lambda name, args: None
 
 
 @dataclass(frozen=True)

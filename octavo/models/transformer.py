@@ -71,7 +71,11 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.output = None if args.tie_embeddings else nn.Linear(args.dim, args.vocab_size, bias=False)
         self.chunked_loss: ChunkedLoss | None = None
-        self.register_buffer("rope", rope_table(args).to(torch.get_default_device()), persistent=False)
+        device = torch.get_default_device()
+        shape = (2, args.max_seq_len, args.head_width // 2)
+        # A stranger's max_seq_len may be anything: on the meta device nothing is computed.
+        rope = torch.empty(shape) if device.type == "meta" else rope_table(args).to(device)
+        self.register_buffer("rope", rope, persistent=False)
 
     def forward(
         self,

@@ -1,6 +1,7 @@
 """A file is replaced whole, or not at all, and no link is followed."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -57,3 +58,26 @@ def test_appending_goes_to_regular_files_only(tmp_path):
             fs.open_append(tmp_path / name)
     assert (tmp_path / "log").read_text() == "one two"
     assert not (tmp_path / "made").exists()
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dead").symlink_to(tmp_path / "nothing")
+    for path in (tmp_path / "pipe", tmp_path / "dead", tmp_path, Path("/dev/zero")):
+        for read in (fs.read_whole, fs.read_json, fs.check_regular):
+            with pytest.raises(OSError, match="regular file|No such file"):
+                read(path)
+
+
+def test_a_file_that_is_read_whole_has_a_largest_size(tmp_path):
+    (tmp_path / "file").write_bytes(b"1234")
+    assert fs.read_whole(tmp_path / "file", limit=4) == b"1234"
+    with pytest.raises(OSError, match="larger than the 3 bytes"):
+        fs.read_whole(tmp_path / "file", limit=3)
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, "{", "\udcff", "1" * 5000])
+def test_whatever_is_no_json_is_one_kind_of_error(tmp_path, content):
+    (tmp_path / "file").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match="."):
+        fs.read_json(tmp_path / "file")

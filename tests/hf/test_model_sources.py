@@ -15,6 +15,7 @@ from octavo.hf import safetensors_folder
 from octavo.hf.folder_writer import ExportPlan, save_pretrained
 from octavo.hf.model_sources import compare_args, find_checkpoint, open_model
 from octavo.hf.stored_weights import Weights, shapes_of
+from octavo.models.rope import rope_frequencies
 from octavo.tokenizer import build_tokenizer
 from tests.models.small_llama import FLAVORS, SPEC, noisy, small
 
@@ -81,10 +82,15 @@ def test_tied_embeddings_are_one_tensor_and_a_copy_of_them_is_dropped(tmp_path):
     path = tmp_path / "hf" / safetensors_folder.SINGLE
     tensors = load_file(path)
     copies = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
-    copies["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
-    save_file({**tensors, **copies}, path)
+    copies["model.layers.0.self_attn.rotary_emb.inv_freq"] = rope_frequencies(args).half()
     (tmp_path / "hf" / safetensors_folder.INDEX).unlink()
+    save_file({**tensors, **copies}, path)
     assert "output.weight" not in open_model(tmp_path / "hf").weights.shapes
+    for name, changed in copies.items():
+        other = changed.clone()
+        other.view(-1)[-1] *= 1.5
+        save_file({**tensors, **copies, name: other}, path)
+        assert f"{name} differs from" in refused(tmp_path / "hf")
 
 
 @pytest.mark.parametrize(
@@ -96,11 +102,27 @@ def test_tied_embeddings_are_one_tensor_and_a_copy_of_them_is_dropped(tmp_path):
         ),
         ({"num_hidden_layers": 3}, "model.layers.2.self_attn.q_proj.weight is not in it"),
         ({"num_hidden_layers": 1}, "model.layers.1.self_attn.o_proj.weight (64, 64) is not in the model"),
-        ({"tie_word_embeddings": True}, None),
+        ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
+        ({"num_hidden_layers": 1_000_000}, "has 21 tensors, but its sizes ask for more than 168 tensors"),
+        ({"intermediate_size": 2**31 - 1}, "its sizes ask for"),
+        (
+            {"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 16, "head_dim": 2**28 - 2},
+            "no model has its sizes",
+        ),
+        ({"max_position_embeddings": 2**31 - 1}, None),
         ({"num_key_value_heads": 4}, "k_proj.weight is (16, 64) in it and (32, 64)"),
         ({"vocab_size": 2047}, "embed_tokens.weight is (2048, 64) in it and (2047, 64)"),
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported are llama"),
+        ({"model_type": ["llama"]}, "model_type is ['llama']"),
         ({"attention_bias": True}, "attention_bias is True"),
+        ({"logit_scale": 0.5}, "logit_scale is 0.5, which octavo does not know"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, but the model was read with False"),
+        ({"architectures": ["OtherForCausalLM"]}, "architectures is ['OtherForCausalLM']"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4}},
+            "rope_theta is 500000.0, but the model was read with 10000.0",
+        ),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Other"}}, "auto_map"),
     ],
 )
 def test_weights_that_do_not_fit_are_named_with_both_shapes(hf, change, message):

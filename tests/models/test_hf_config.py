@@ -3,7 +3,7 @@
 import pytest
 
 from octavo.config import ConfigError
-from tests.models.small_llama import SPEC, small
+from tests.models.small_llama import SCALING, SPEC, small
 
 assert SPEC.hugging_face is not None
 to_config, from_config = SPEC.hugging_face.to_config, SPEC.hugging_face.from_config
@@ -33,4 +33,26 @@ to_config, from_config = SPEC.hugging_face.to_config, SPEC.hugging_face.from_con
 def test_an_unsupported_option_is_refused_by_name(change, message):
     with pytest.raises(ConfigError, match="config.json") as error:
         from_config({**to_config(small()), **change})
+    assert message in str(error.value)
+
+
+SCALED = to_config(small(rope_scaling=SCALING))["rope_scaling"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_scaling has rope_type 'llama3'"),
+        ({"rope_scaling": {**SCALED, "factor": 9.0}, "rope_parameters": SCALED}, "has factor 9.0"),
+        ({"rope_scaling": {**SCALED, "type": "linear"}}, "has type 'linear'"),
+        ({"rope_scaling": {**SCALED, "attention_factor": 2.0}}, "has attention_factor 2.0"),
+        ({"rope_parameters": {**SCALED, "partial_rotary_factor": 0.5}}, "has partial_rotary_factor 0.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ],
+)
+def test_statements_of_the_rotary_embedding_must_agree(change, message):
+    args = small(rope_scaling=SCALING)
+    config = {**to_config(args), **change}
+    with pytest.raises(ConfigError) as error:
+        from_config(config)
     assert message in str(error.value)
