@@ -12,6 +12,9 @@ becomes a merge, ordered by the rank of the whole: the same merges, without a se
 
 Text is never trusted: a document that contains the characters `<|end_of_text|>` gets the ids of those
 characters, not the special token. Only `bos=True` and `eos=True` produce special ids.
+
+A tokenizer may have no token for a part of a text and drop it, or write all of it as one unknown token. Text
+that is encoded is therefore probed (`LostText`): a small loss is a warning, a larger one an error.
 """
 
 from __future__ import annotations
@@ -21,12 +24,16 @@ import binascii
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.assets import TOKENIZERS
 from octavo.core.errors import ConfigError, did_you_mean
+from octavo.core.fs import read_json_object, read_whole
+from octavo.core.logging import logger
 
 if TYPE_CHECKING:
     import tokenizers
@@ -69,6 +76,75 @@ def llama3_specials() -> tuple[str, ...]:
     return named + tuple(f"<|reserved_special_token_{number}|>" for number in reserved)
 
 
+MOST_LOST = 0.01
+"""Share of the characters of a text that may be lost."""
+_PROBED_FIRST, _PROBED_LATER = 1 << 16, 1 << 12  # characters: of the first texts; of each later batch
+
+
+class LostText:
+    """Counts the characters that no token stands for, in the first texts and in a part of all later ones."""
+
+    def __init__(self, engine: tokenizers.Tokenizer, source: str) -> None:
+        self._engine, self._source = engine, source
+        unknown = getattr(engine.model, "unk_token", None)
+        self._unknown = (
+            getattr(engine.model, "unk_id", None) if unknown is None else engine.token_to_id(unknown)
+        )
+        self._missing = _missing_bytes(engine)
+        self._probed = 0
+        self._lost = Counter[str]()
+
+    @property
+    def any(self) -> bool:
+        return bool(self._lost)
+
+    def probe(self, texts: Sequence[str]) -> None:
+        """Probe a part of `texts`; a warning where something is lost for the first time.
+
+        Raises:
+            ConfigError: more than `MOST_LOST` of what was probed so far is lost.
+        """
+        if self._missing is not None and not self._missing:
+            return  # all bytes have tokens
+        first, before = max(_PROBED_FIRST - self._probed, _PROBED_LATER), self._lost.total()
+        for text in texts:
+            if first <= 0:
+                break
+            part = text[:first]
+            first -= len(part)
+            self._probed += len(part)
+            self._lost.update(self._lost_in(part))
+        lost = self._lost.total()
+        if lost == before or not self._probed:
+            return
+        shown = ", ".join(ascii(one) for one, _ in self._lost.most_common(5))
+        share = f"{lost / self._probed:.3%} of {self._probed:,} characters of the text have no token: {shown}"
+        if lost > MOST_LOST * self._probed:
+            raise ConfigError(
+                f"{self._source}: {share}. They would be lost, and at most {MOST_LOST:.0%} may be: use a "
+                "tokenizer whose vocabulary has all bytes, or one made for this text"
+            )
+        if not before:
+            logger.warning("%s: %s. They are lost", self._source, share)
+
+    def _lost_in(self, text: str) -> list[str]:
+        if self._missing is not None:
+            return [one for one in text if self._missing.intersection(one.encode())]
+        encoded = self._engine.encode(text, add_special_tokens=False)
+        has_token = bytearray(len(text))
+        for id, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
+            if id != self._unknown:
+                has_token[start:end] = b"\1" * (end - start)
+        return [one for one, found in zip(text, has_token, strict=True) if not found and not one.isspace()]
+
+
+def _missing_bytes(engine: tokenizers.Tokenizer) -> set[int] | None:
+    """The bytes that a byte-level vocabulary has no token for; None of another kind of vocabulary."""
+    if "ByteLevel" not in repr(engine.pre_tokenizer) + repr(engine.normalizer):
+        return None
+    return {byte for byte, letter in enumerate(_byte_letters()) if engine.token_to_id(letter) is None}
+
+
 class Tokenizer:
     """Encodes and decodes text. `decode(encode(text)) == text` for any text if the vocabulary is byte-level.
 
@@ -87,6 +163,7 @@ class Tokenizer:
         engine.no_padding()
         engine.encode_special_tokens = True  # special tokens spelled out in a text are plain text
         self._engine = engine
+        self._lost = LostText(engine, source)
         self.source = source
         vocabulary = engine.get_vocab(with_added_tokens=True)
         if not vocabulary:
@@ -113,11 +190,17 @@ class Tokenizer:
         Raises:
             ValueError: `bos` of a tokenizer without one.
         """
-        return self._wrap(self._engine.encode(text, add_special_tokens=False).ids, bos=bos, eos=eos)
+        return self.encode_batch([text], bos=bos, eos=eos)[0]
 
     def encode_batch(self, texts: Sequence[str], *, bos: bool = False, eos: bool = False) -> list[list[int]]:
-        """`encode` of each text, on several cores."""
-        encoded = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
+        """`encode` of each text, on several cores.
+
+        Raises:
+            ConfigError: too much of the texts would be lost (see `LostText`).
+        """
+        with _refusing(f"{self.source}: cannot encode a text", "use another tokenizer"):
+            encoded = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
+            self._lost.probe(texts)
         return [self._wrap(one.ids, bos=bos, eos=eos) for one in encoded]
 
     @property
@@ -128,16 +211,25 @@ class Tokenizer:
         rules = [_engine_library().__version__, self.bos_id, self.eos_id, self._engine.to_str()]
         return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 
-    def byte_lengths(self) -> list[int]:
+    @property
+    def loses_text(self) -> bool:
+        """Whether a text that was encoded so far was not stored completely."""
+        return self._lost.any
+
+    def byte_lengths(self) -> list[int] | None:
         """Bytes of text that each id stands for, [vocab_size]; 0 for special tokens.
 
-        Exact for byte-level vocabularies and for byte-fallback ones; where a tokenizer normalises text, these
-        are the bytes of the normalised text.
+        None unless the vocabulary is byte-level or has tokens for bytes: the spelling of other tokens does
+        not tell their text, since it has marks (`##`), lacks spaces, or stands for unknown text. Where a
+        tokenizer normalises text, these are the bytes of the normalised text.
         """
         lengths = [0] * self.vocab_size
         added = self._engine.get_added_tokens_decoder()
         byte_level = '"ByteLevel"' in json.dumps(json.loads(self._engine.to_str())["decoder"])
-        for token, id in self._engine.get_vocab(with_added_tokens=True).items():
+        vocabulary = self._engine.get_vocab(with_added_tokens=True)
+        if not byte_level and "<0x00>" not in vocabulary:
+            return None
+        for token, id in vocabulary.items():
             if id in added and added[id].special:
                 continue
             if byte_level and id not in added:
@@ -156,6 +248,26 @@ class Tokenizer:
     def to_json(self) -> str:
         """The content of a Hugging Face `tokenizer.json` of this tokenizer."""
         text: str = self._engine.to_str(pretty=True)
+        return text
+
+    def with_template(self, tokenizer_json: str) -> str:
+        """This tokenizer's `tokenizer_json`, changed so that transformers begins a text as training does:
+        with the token that opens a document if there is one, and with nothing else.
+        """
+        library = _engine_library()
+        engine = library.Tokenizer.from_str(tokenizer_json)
+        begin = [] if self.bos_id is None else [self.bos_id]
+        if engine.encode("a").ids == begin + engine.encode("a", add_special_tokens=False).ids:
+            return tokenizer_json
+        if self.bos is None:
+            engine.post_processor = library.processors.TemplateProcessing(single="$A", pair="$A $B:1")
+        else:
+            engine.post_processor = library.processors.TemplateProcessing(
+                single=[self.bos, "$A"],
+                pair=[self.bos, "$A", f"{self.bos}:1", "$B:1"],
+                special_tokens=[(self.bos, self.bos_id)],
+            )
+        text: str = engine.to_str(pretty=True)
         return text
 
     def _wrap(self, ids: list[int], *, bos: bool, eos: bool) -> list[int]:
@@ -199,7 +311,7 @@ def build_tokenizer(path_or_name: str) -> Tokenizer:
             )
         path = found
     try:
-        content = path.read_bytes()
+        content = read_whole(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
     if content.lstrip()[:1] == b"{":
@@ -207,6 +319,19 @@ def build_tokenizer(path_or_name: str) -> Tokenizer:
     if path.suffix == ".json":
         raise ConfigError(f"{path}: not JSON, so not a Hugging Face tokenizer.json; fetch or copy it again")
     return _from_tiktoken(path, content)
+
+
+@contextmanager
+def _refusing(problem: str, remedy: str) -> Iterator[None]:
+    """Whatever the library raises on a file that it did not expect is one `ConfigError`. Its panics are no
+    `Exception`.
+    """
+    try:
+        yield
+    except (ConfigError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ConfigError(f"{problem} ({str(error)[:200]!a}); {remedy}") from None
 
 
 def _engine_library() -> Any:
@@ -220,17 +345,16 @@ def _engine_library() -> Any:
 
 
 def _from_json(path: Path, content: bytes) -> Tokenizer:
-    try:
-        engine = _engine_library().Tokenizer.from_buffer(content)
-    except ValueError as error:
-        raise ConfigError(
-            f"{path}: not a usable Hugging Face tokenizer.json ({error}); fetch or copy it again"
-        ) from error
+    library = _engine_library()
+    with _refusing(f"{path}: not a usable Hugging Face tokenizer.json", "fetch or copy it again"):
+        engine = library.Tokenizer.from_buffer(content)
     config = _sibling(path, "tokenizer_config.json")
     bos, eos = _token_name(config.get("bos_token")), _token_name(config.get("eos_token"))
     if eos is None:
         eos = _name_by_id(engine, _sibling(path, "generation_config.json").get("eos_token_id")) or EOS
-    if bos is None and "bos_token" not in config:  # an explicit null says that there is none
+    if config.get("add_bos_token") is False:
+        bos = None
+    elif bos is None and "bos_token" not in config:  # an explicit null says that there is none
         by_id = _name_by_id(engine, _sibling(path, "generation_config.json").get("bos_token_id"))
         bos = by_id or (BOS if engine.token_to_id(BOS) is not None else None)
     return Tokenizer(engine, bos=bos, eos=eos, source=str(path))
@@ -240,18 +364,13 @@ def _sibling(path: Path, name: str) -> dict[str, Any]:
     """The JSON object in the file `name` beside `path`; empty where there is no such file."""
     beside = path.with_name(name)
     try:
-        value = json.loads(beside.read_bytes())
+        return read_json_object(beside)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{beside}: not readable as JSON ({error}); fetch it again, or delete it"
         ) from error
-    if not isinstance(value, dict):
-        raise ConfigError(
-            f"{beside}: holds a {type(value).__name__}, not a JSON object; fetch it again, or delete it"
-        )
-    return value
 
 
 def _token_name(value: object) -> str | None:

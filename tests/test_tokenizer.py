@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import random
 from pathlib import Path
 
@@ -210,6 +211,7 @@ class TestHuggingFaceFolder:
             ),
             ({}, {"bos_token_id": 1, "eos_token_id": [0, 1]}, (1, 0)),
             ({"eos_token": "<|end_of_text|>"}, {"bos_token_id": 0, "eos_token_id": 0}, (0, 1)),
+            ({"bos_token": "<|begin_of_text|>", "add_bos_token": False}, {}, (None, 1)),
         ],
     )
     def test_document_tokens_from_the_files_beside(
@@ -272,7 +274,7 @@ class TestHuggingFaceFolder:
             ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "it has no tokens"),
             ("tokenizer.json", "<html>", "not JSON, so not a Hugging Face tokenizer.json"),
             ("tokenizer_config.json", "{", "not readable as JSON"),
-            ("tokenizer_config.json", "[]", "holds a list, not a JSON object"),
+            ("tokenizer_config.json", "[]", "a list, not a JSON object"),
         ],
     )
     def test_a_broken_file(self, folder: Path, name: str, content: str, message: str) -> None:
@@ -280,6 +282,70 @@ class TestHuggingFaceFolder:
         with pytest.raises(ConfigError, match=message) as caught:
             build_tokenizer(str(folder))
         assert str(folder / name) in str(caught.value)
+
+
+WORDS = {"a": 0, "##b": 1, "[UNK]": 2, "<|end_of_text|>": 3}
+BYTE_LEVEL = {letter: number for number, letter in enumerate("Cafnïveâ€")} | {"<|end_of_text|>": 99}
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "message"),
+    [
+        ({"type": "BPE", "vocab": BYTE_LEVEL, "merges": []}, "Café", r"25.000% of 4 characters .* '\\xe9'"),
+        ({"type": "BPE", "vocab": BYTE_LEVEL, "merges": []}, "Cafe", None),
+        ({"type": "BPE", "vocab": WORDS, "merges": []}, "ab", "have no token: 'b'"),
+        ({"type": "BPE", "vocab": WORDS, "merges": [], "unk_token": "[NO]"}, "ab", "cannot encode a text"),
+        ({"type": "WordPiece", "vocab": WORDS, "unk_token": "[UNK]"}, "ab", None),
+        ({"type": "WordPiece", "vocab": WORDS, "unk_token": "[UNK]"}, "ba", "100.000% of 2 characters"),
+        ({"type": "WordPiece", "vocab": WORDS, "unk_token": "[NO]"}, "ba", "cannot encode a text"),
+        ({"type": "WordLevel", "vocab": WORDS, "unk_token": "[NO]"}, "b", "cannot encode a text"),
+        ({"type": "Unigram", "vocab": [["a", -1], ["<|end_of_text|>", -9]]}, "b", "cannot encode a text"),
+        ({"type": "BPE", "vocab": WORDS, "merges": [], "x": [[[]] * 3]}, "a", None),
+    ],
+)
+def test_text_that_would_be_lost_is_refused(tmp_path: Path, model: dict, text: str, message: str) -> None:
+    content = {"version": "1.0", "added_tokens": [], "model": model, "decoder": None, "normalizer": None}
+    if model["vocab"] is BYTE_LEVEL:
+        content["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    if model["type"] == "WordPiece":
+        model = {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100, **model}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**content, "model": model}))
+    tokenizer = build_tokenizer(str(tmp_path))
+    if message is None:
+        assert tokenizer.encode(text)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            tokenizer.encode(text)
+
+
+def test_a_small_loss_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = {"type": "BPE", "vocab": WORDS, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"version": "1.0", "added_tokens": [], "model": model})
+    )
+    tokenizer = build_tokenizer(str(tmp_path))
+    assert len(tokenizer.encode("a" * 999 + "b")) == 999
+    tokenizer.encode("a" * 999 + "b")
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "0.100% of 1,000 characters of the text have no token: 'b'. They are lost"
+    ]
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, '{"model":' * 200_000])
+def test_deeply_nested_json(tmp_path: Path, content: str) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "tokenizer.json").write_bytes(
+            (TOKENIZERS["octavo_bpe_2048"] / "tokenizer.json").read_bytes()
+        )
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ConfigError, match=name):
+            build_tokenizer(str(tmp_path))
+
+
+def test_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        build_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
 def test_missing(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint
+from octavo.core.fs import open_to_read, read_whole
 
 FILE = "manifest.json"
 FORMAT = "octavo checkpoint 1"
@@ -178,7 +179,7 @@ def _find_damaged_blocks(
                 if file is None or opened != name:
                     if file is not None:
                         file.close()
-                    file, opened = (folder / name).open("rb", buffering=0), name
+                    file, opened = open_to_read(folder / name).detach(), name
                 found = _hash_block(file, number, new_hash(), buffer)
             except OSError as error:
                 damaged.append((name, error.strerror or str(error)))
@@ -247,7 +248,7 @@ def read(folder: Path, step: int | None = None) -> dict[str, Any]:
     """
     path = folder / FILE
     try:
-        raw = path.read_bytes()
+        raw = read_whole(path)
         fields = json.loads(raw)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{FILE}: missing") from None
@@ -258,7 +259,11 @@ def read(folder: Path, step: int | None = None) -> dict[str, Any]:
     if not isinstance(fields, dict) or "sha256_of_the_above" not in fields:
         raise DamagedCheckpoint(f"{FILE}: not a manifest of octavo")
     del fields["sha256_of_the_above"]
-    if _serialize(fields) != raw:
+    try:
+        intact = _serialize(fields) == raw
+    except ValueError:  # half a surrogate pair
+        intact = False
+    if not intact:
         raise DamagedCheckpoint(f"{FILE}: hash differs")
     if fields.get("format") != FORMAT:
         raise DamagedCheckpoint(f"{FILE}: foreign: format {fields.get('format')!r}, not {FORMAT!r}")

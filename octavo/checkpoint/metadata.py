@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint, RefusedCheckpoint
+from octavo.core.fs import open_to_read
 
 FILE = ".metadata"
 
@@ -115,7 +116,7 @@ def read_metadata(folder: Path) -> Metadata:
     """
     path = folder / FILE
     try:
-        with path.open("rb") as file:
+        with open_to_read(path) as file:
             return _metadata(_Unpickler(file, path).load())
     except RefusedCheckpoint:
         raise

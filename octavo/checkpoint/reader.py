@@ -10,7 +10,6 @@ any other entry is refused, because octavo writes none.
 """
 
 import io
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ from torch.serialization import MAP_LOCATION
 
 from octavo.checkpoint.checkpoint_errors import DamagedCheckpoint, RefusedCheckpoint
 from octavo.checkpoint.metadata import read_metadata
+from octavo.core.fs import open_to_read, read_json_object
 
 STATE = "state.json"
 Shape = tuple[int, ...]
@@ -41,6 +41,7 @@ _STATE_TYPES = {
     "schedule": dict,
 }
 """The types of fields of the state; a state may lack any of them."""
+_VALUES = {int: "an integer from 0 to 2^63 - 1", bool: "true or false", dict: "an object"}
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -50,16 +51,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     path = folder / STATE
     try:
-        state = json.loads(path.read_bytes())
+        state = read_json_object(path)
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DamagedCheckpoint(f"{path}: not JSON ({error})") from None
-    if not isinstance(state, dict):
-        raise DamagedCheckpoint(f"{path}: not a JSON object")
     for key, expected in _STATE_TYPES.items():
-        if key in state and type(state[key]) is not expected:
-            raise DamagedCheckpoint(f"{path}: {key} is {str(state[key])[:50]!r}, not {expected.__name__}")
+        value = state.get(key, expected())
+        if type(value) is not expected or (expected is int and not 0 <= value < 2**63):
+            raise DamagedCheckpoint(f"{path}: {key} is {ascii(value)[:50]}, not {_VALUES[expected]}")
     return state
 
 
@@ -199,7 +199,7 @@ class CheckpointReader(FileSystemReader):
         where = f"{self.folder / place.relative_path}: {index.fqn}"
         try:
             if place.relative_path not in files:
-                files[place.relative_path] = (self.folder / place.relative_path).open("rb")
+                files[place.relative_path] = open_to_read(self.folder / place.relative_path)
             part = self._slice_file(files[place.relative_path], place)
         except OSError as error:
             raise DamagedCheckpoint(f"{where}: {error.strerror or error}") from None
@@ -214,7 +214,7 @@ class CheckpointReader(FileSystemReader):
         reason = "it is a pickle, and octavo saves tensors only"
         if place is not None:
             path = self.folder / place.relative_path
-            with path.open("rb") as file:
+            with open_to_read(path) as file:
                 file.seek(place.offset)
                 content = io.BytesIO(file.read(place.length))
             try:

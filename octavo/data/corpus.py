@@ -56,6 +56,7 @@ class PackedCorpus:
 
     Args:
         documents: their number, for messages.
+        bytes_per_token: of the text, on average, if it is known.
         identity: identifies the text; seq_len, seed and held-out windows are added here.
 
     Raises:
@@ -72,7 +73,9 @@ class PackedCorpus:
         documents: int,
         identity: Mapping[str, Any],
         options: SourceOptions,
+        bytes_per_token: float | None = None,
     ) -> None:
+        self.bytes_per_token = bytes_per_token
         seq_len, seed = options.seq_len, options.seed
         self._tokens, self._name = tokens, name
         self._seq_len, self._seed, self._vocab_size = seq_len, seed, options.tokenizer.vocab_size
@@ -167,20 +170,24 @@ class _TokenArray:
 
 
 class Tokens(NamedTuple):
-    """A tokenised corpus: the concatenated ids of all documents, and the number of documents."""
+    """A tokenised corpus: the concatenated ids of all documents, their number and bytes of text."""
 
     ids_N: NDArray[np.int32]
     documents: int
+    text_bytes: int
 
 
 def tokenize(documents: Iterable[str], tokenizer: Tokenizer) -> Tokens:
     """The ids of `documents`, with a begin and an end id around each."""
-    ids, count = array("i"), 0
+    ids, count, text_bytes = array("i"), 0, 0
     for texts in _tokenizer_batches(documents):
         count += len(texts)
+        text_bytes += sum(len(text.encode()) for text in texts)
         for document in tokenizer.encode_batch(texts, bos=tokenizer.bos_id is not None, eos=True):
             ids.extend(document)
-    return Tokens(np.frombuffer(ids, dtype=np.int32) if ids else np.empty(0, dtype=np.int32), count)
+    return Tokens(
+        np.frombuffer(ids, dtype=np.int32) if ids else np.empty(0, dtype=np.int32), count, text_bytes
+    )
 
 
 def _tokenizer_batches(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -207,4 +214,5 @@ class InMemoryCorpus(PackedCorpus):
             documents=tokens.documents,
             identity={"tokens": len(tokens.ids_N), "crc32": zlib.crc32(tokens.ids_N.data)},
             options=options,
+            bytes_per_token=tokens.text_bytes / max(1, len(tokens.ids_N)),
         )

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from octavo.core.errors import ConfigError
+from octavo.core.fs import check_regular, open_to_read
 from octavo.core.logging import logger
 
 COMPRESSIONS = (".gz", ".zst")
@@ -170,15 +171,22 @@ def read_documents(path: Path, bad: BadRecords | None = None, *, skip_empty: boo
     Raises:
         ConfigError: names the file, the line or row, and the remedy.
     """
+    good, skipped = False, ""
     for record in read_records(path):
         try:
-            yield parse(record)
+            document = parse(record)
         except BadRecord as error:
             if skip_empty and isinstance(error, EmptyRecord):
                 continue
             if bad is None:
                 raise
             bad.add(error.record.path, error.record.number, str(error))
+            skipped = skipped or str(error)
+        else:
+            good = True
+            yield document
+    if skipped and not good:
+        raise ConfigError(f"{path}: none of its records is a document; the first: {skipped}")
 
 
 def read_records(path: Path, key: str = TEXT_KEY, *, after: Record | None = None) -> Iterator[Record]:
@@ -213,12 +221,12 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 def _open(path: Path) -> BinaryIO:
     """Open `path` and decompress it; `ConfigError` if its first bytes are of another format."""
     if path.name.lower().endswith(".gz"):
-        stream: Any = gzip.open(path)  # noqa: SIM115 - the caller closes it
+        stream: Any = gzip.open(check_regular(path))  # noqa: SIM115 - the caller closes it
     elif path.name.lower().endswith(".zst"):
         pyarrow = _import_pyarrow(path, ".zst")
         stream = io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
     else:
-        stream = path.open("rb")
+        stream = open_to_read(path)
     try:
         _check_first_bytes(path, stream.peek(1024)[:1024])
     except BaseException:
@@ -275,7 +283,7 @@ def _skip(stream: BinaryIO, size: int) -> None:
 def _read_rows(path: Path, key: str, after: int) -> Iterator[Record]:
     pyarrow = _import_pyarrow(path, "parquet")
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        with pyarrow.parquet.ParquetFile(check_regular(path)) as table:
             names = table.schema_arrow.names
             if key not in names:
                 raise ConfigError(
@@ -303,10 +311,13 @@ def parse(record: Record, key: str = TEXT_KEY) -> str:
 
     Raises:
         BadRecord: it is not a document; the message has file, record, offset and remedy.
+        ConfigError: it is a whole text file, and not a document.
     """
 
-    def bad(problem: str) -> BadRecord:
-        return BadRecord(f"{record.location}: {problem}", record)
+    def bad(problem: str) -> ConfigError:
+        message = f"{record.location}: {problem}"
+        # A text file is one record: skipping it would lose the whole file.
+        return ConfigError(message) if record.kind == "text" else BadRecord(message, record)
 
     if record.content is None:
         raise bad(f"{key!r} is null, not a string; remove the record")
@@ -324,7 +335,7 @@ def parse(record: Record, key: str = TEXT_KEY) -> str:
     return text
 
 
-def _parse_json(line: str, key: str, bad: Callable[[str], BadRecord]) -> str:
+def _parse_json(line: str, key: str, bad: Callable[[str], ConfigError]) -> str:
     """The string under `key` in a JSON object; raises `bad(problem)`."""
     try:
         fields = json.loads(line)

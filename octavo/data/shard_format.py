@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from octavo.core.errors import ConfigError
+from octavo.core.fs import open_to_read, read_json
 
 INDEX = "index.json"
 FORMAT = "octavo-tokens-1"
@@ -124,7 +125,7 @@ def read_index(folder: Path) -> Index:
     """
     path, remedy = folder / INDEX, "prepare the data again"
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
     except ValueError as error:
@@ -194,7 +195,7 @@ def check_checksums(folder: Path, shards: Iterable[Shard]) -> None:
         for file in shard.files:
             path = folder / file.name
             try:
-                with path.open("rb") as opened:
+                with open_to_read(path) as opened:
                     found = hashlib.file_digest(opened, "sha256").hexdigest()
             except OSError as error:
                 raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error

@@ -24,14 +24,14 @@ from octavo.data.corpus import Tokens, tokenize
 from octavo.data.corpus_files import BadRecords, read_documents
 from octavo.tokenizer import Tokenizer
 
-_FORMAT = 1  # increase it when reading or tokenising the same text gives other ids than before
+_FORMAT = 2  # increase it when reading or tokenising the same text gives other ids than before
 _LIMIT = 4 * 2**30
 
 
 def load_or_tokenize(files: Sequence[Path], tokenizer: Tokenizer, bad: BadRecords | None) -> Tokens:
     """The ids of the documents in `files`, from the cache if possible.
 
-    Text with bad records is not cached, because every run must count them.
+    Text with bad records, or of which the tokenizer loses a part, is not cached: every run must report that.
 
     Raises:
         ConfigError: see `read_documents`.
@@ -42,7 +42,9 @@ def load_or_tokenize(files: Sequence[Path], tokenizer: Tokenizer, bad: BadRecord
         return cached
     tokens = tokenize((document for file in files for document in read_documents(file, bad)), tokenizer)
     complete = bad is None or not {file for file, _ in bad.found} & set(map(str, files))
-    if complete and path is not None and path == _entry_path(files, tokenizer):  # no file has changed since
+    if (
+        complete and not tokenizer.loses_text and path is not None and path == _entry_path(files, tokenizer)
+    ):  # no file has changed since
         _save(path, tokens)
     return tokens
 
@@ -63,7 +65,7 @@ def _entry_path(files: Sequence[Path], tokenizer: Tokenizer) -> Path | None:
 def _load(path: Path) -> Tokens | None:
     try:
         with path.open("rb") as file, np.load(file) as archive:
-            tokens = Tokens(archive["ids_N"], int(archive["documents"]))
+            tokens = Tokens(archive["ids_N"], int(archive["documents"]), int(archive["text_bytes"]))
     except Exception:  # missing, truncated, damaged: zip and numpy raise errors of a dozen types
         return None
     with suppress(OSError):
@@ -77,7 +79,7 @@ def _save(path: Path, tokens: Tokens) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            np.savez(file, ids_N=tokens.ids_N, documents=np.array(tokens.documents))
+            np.savez(file, **{key: np.asarray(value) for key, value in tokens._asdict().items()})
     except OSError as error:
         logger.info("Tokens are not cached for the next run: %s: %s", path.parent, error.strerror or error)
     else:

@@ -4,7 +4,6 @@ The folder is written under a temporary name and renamed when everything is on d
 A folder that is not empty is never overwritten.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from octavo import models
 from octavo.config import ConfigError
-from octavo.core.fs import sync
+from octavo.core.fs import read_json_object, read_whole, sync, write_file
 from octavo.hf import safetensors_folder
 from octavo.hf.stored_weights import Weights
 from octavo.tokenizer import Tokenizer
@@ -109,18 +108,14 @@ def save_pretrained(
 def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """Copy the tokenizer's files if they are Hugging Face's, else convert them to `tokenizer.json`."""
     source = Path(tokenizer.source)
-    if source.suffix == ".json":
-        shutil.copyfile(source, folder / "tokenizer.json")
-    else:
-        (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    sync(folder / "tokenizer.json")
+    text = read_whole(source).decode() if source.suffix == ".json" else tokenizer.to_json()
+    write_file(folder / "tokenizer.json", tokenizer.with_template(text), durable=True)
     for name in _TOKENIZER_FILES:
         if source.with_name(name).is_file():
             shutil.copyfile(source.with_name(name), folder / name)
             sync(folder / name)
     config = folder / "tokenizer_config.json"
-    existing = json.loads(config.read_bytes()) if config.exists() else {}
+    existing = read_json_object(config) if config.exists() else {}
     tokens = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
-    safetensors_folder.write_json(
-        config, {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, **existing}
-    )
+    wanted = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, **existing}
+    safetensors_folder.write_json(config, {**wanted, "add_bos_token": tokenizer.bos_id is not None})

@@ -8,7 +8,6 @@ key/value heads, neighbouring files repeat the shards of wk and wv.
 properties of the release, so they are taken from the flavor that matches the sizes in it.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from octavo.checkpoint.reader import load_tensors
 from octavo.config import ConfigError
+from octavo.core.fs import read_json_object
 from octavo.families import ModelArgs
 
 PARAMS = "params.json"
@@ -115,12 +115,9 @@ def read_params(folder: Path) -> Mapping[str, Any]:
     """The content of the folder's `params.json`; `ConfigError` if it is not a JSON object."""
     path = folder / PARAMS
     try:
-        params = json.loads(path.read_bytes())
+        return read_json_object(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON ({error}); download it again") from None
-    if not isinstance(params, dict):
-        raise ConfigError(f"{path}: not a JSON object; download it again")
-    return params
 
 
 def open_files(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, tied: bool) -> Callable[[str], Tensor]:

@@ -151,6 +151,10 @@ def _open_checkpoint(path: Path, tokenizer: str | None, custom_import: str) -> M
             f"{path}: its model is defined in the module {required_import}. Importing it runs its code; if "
             f"you trust it, add --custom_import {required_import}"
         )
+    if not 0 < context < 2**31:
+        raise ConfigError(
+            f"{path}: {STATE}: training.seq_len is {context}; no run had sequences of that length"
+        )
     spec = models.get(name)
     opened = open_tokenizer(tokenizer or named, f"{path} was trained with it")
     args = spec.configure(spec.args(flavor, settings), opened.vocab_size, context)

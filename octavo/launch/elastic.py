@@ -64,7 +64,8 @@ def run(launch: Launch) -> int:
     keep_logs = False
     try:
         with ExitStack() as stack:
-            supervisor = stack.enter_context(Supervisor(logs))
+            limit = None if launch.rendezvous is None else launch.rendezvous.timeout
+            supervisor = stack.enter_context(Supervisor(logs, limit))
             heartbeat = None
             if launch.rendezvous is not None:
                 _import_torch_quietly()

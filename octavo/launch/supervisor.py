@@ -7,9 +7,14 @@ as saving takes. A thread checks every quarter of a second whether all processes
 without announcing it, the others write their Python stacks, get `GRACE` seconds to end by themselves, and are
 killed. A stopped process (SIGSTOP, a debugger) writes its stacks when it is continued, just before it is
 killed: with more time it might end by itself, and the report would not name it.
+
+While the launcher waits for other machines, its main thread is inside the store's C++ code, where Python
+handles no signal and the store's own limit may not hold. So the thread ends the launcher then, after a signal
+or when the time is over.
 """
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -29,13 +34,15 @@ PIPELINE_VARIABLE = "OCTAVO_PIPELINE"
 """Set for processes that are stages of a pipeline: see `train/watchdog.py`."""
 
 _CHECK_EVERY = 0.25
+_STUCK_AFTER = 1.0  # seconds in which the main thread has not handled a signal
+_OVERTIME = 3.0  # seconds beyond the limit of a rendezvous, which should end it by itself
 _STACKS_WITHIN = 0.5  # seconds that a process needs to write its stacks
 _SECOND_SIGNAL_AFTER = 1.0  # seconds after the first signal, from when a second Ctrl-C kills
 
 
 class Supervisor:
     """Forwards signals and notices deaths while its `with` block runs. `folder`: the processes' status
-    folder.
+    folder. `meets_within`: seconds, if processes are only started once other machines are found.
 
     deaths: the last status of the processes that first died without announcing it.
     killed: the processes that were still running after the grace period.
@@ -43,8 +50,11 @@ class Supervisor:
     for_another_machine: whether the processes must end because of another machine.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, meets_within: float | None = None):
         self._folder, self._statuses = folder, Statuses(folder)
+        self._meets_within = meets_within
+        self._unheard: tuple[int, float] | None = None
+        self._wakeup: tuple[int, int] | None = None
         self._signalled: tuple[int, float] | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="octavo-supervisor", daemon=True)
@@ -58,12 +68,19 @@ class Supervisor:
             if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue  # nohup
             signal.signal(number, self._pass_on)
+        if self._meets_within is not None:
+            self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+        if self._wakeup is not None:
+            signal.set_wakeup_fd(-1)
+            for end in self._wakeup:
+                os.close(end)
 
     def statuses(self) -> list[Status]:
         """The last status of each process."""
@@ -85,7 +102,30 @@ class Supervisor:
         """End the processes here, because another machine is lost."""
         self.for_another_machine = True
 
+    def _end_if_stuck(self, waited: float) -> None:
+        """End this process if its main thread, which waits for other machines, is stuck in the store."""
+        assert self._wakeup is not None
+        with suppress(BlockingIOError):
+            for number in os.read(self._wakeup[0], 64):
+                if number in exit_codes.STOPPING:
+                    self._unheard = number, time.monotonic()
+        code = None
+        if self._unheard is not None and time.monotonic() - self._unheard[1] > _STUCK_AFTER:
+            code = exit_codes.of_signal(self._unheard[0])
+            reason = f"{signal.Signals(self._unheard[0]).name} while waiting for the other machines"
+        elif self._meets_within is not None and waited > self._meets_within + _OVERTIME:
+            code = exit_codes.FAILED
+            reason = (
+                f"the machines did not meet within {self._meets_within:g} s (RDZV_TIMEOUT): no answer from "
+                "RDZV_ENDPOINT; another service may hold the port"
+            )
+        if code is not None and not _has_children():
+            _print(reason)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            os._exit(code)
+
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self._unheard = None
         if not _has_children():
             raise SystemExit(exit_codes.of_signal(number))
         now = time.monotonic()
@@ -106,8 +146,11 @@ class Supervisor:
             _send(process.pid, number)
 
     def _watch(self) -> None:
+        began = time.monotonic()
         while not self._over.wait(_CHECK_EVERY):
             processes = self.statuses()
+            if self._wakeup is not None and not processes:
+                self._end_if_stuck(time.monotonic() - began)
             # A process that lost a peer ends by itself, which may take some seconds.
             gone = [process for process in processes if process.follows or not _exists(process.pid)]
             self.deaths = [process for process in gone if not process.ended]

@@ -66,9 +66,7 @@ def check_config(config: Mapping[str, Any], written: Mapping[str, Any]) -> None:
                 problems.append(
                     f"{key} is {_short(value)}, but the model was read with {_short(written[key])}"
                 )
-        elif not any(_same(value, only) for only in _ONLY.get(key, ())) and not _is_unused_window(
-            key, config
-        ):
+        elif not (_is_plain_attention(key, config) or any(_same(value, one) for one in _ONLY.get(key, ()))):
             problems.append(f"{key} is {_short(value)}, which octavo does not know")
     if problems:
         raise ConfigError(
@@ -77,7 +75,10 @@ def check_config(config: Mapping[str, Any], written: Mapping[str, Any]) -> None:
         )
 
 
-def _is_unused_window(key: str, config: Mapping[str, Any]) -> bool:
+def _is_plain_attention(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether a key about windows of attention says that there is none."""
+    if key == "layer_types":
+        return isinstance(config[key], list) and all(kind == "full_attention" for kind in config[key])
     return key in _WITHOUT_WINDOW and config.get("use_sliding_window") is False
 
 

@@ -6,13 +6,15 @@ at every validation, on any number of ranks. Samples that pad the last batch are
 
 loss: nats per token, the mean over all labels, as in training. bits per byte: the bits that the model needs
 for all labels, including ends of documents, divided by the bytes of the text. It does not depend on the
-vocabulary, so models with different tokenizers can be compared.
+vocabulary, so models with different tokenizers can be compared. It is not reported where the ids do not tell
+the bytes of their text and nothing else does.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ class Validator:
     """Measures the loss on the first `samples` samples of `source`.
 
     Args:
-        byte_lengths: number of bytes of each token id.
+        byte_lengths: number of bytes of each token id; zeros where they are unknown.
     """
 
     def __init__(
@@ -48,12 +50,12 @@ class Validator:
         samples: int,
         local_batch_size: int,
         world: World,
-        byte_lengths: list[int],
+        byte_lengths: Sequence[float],
         device: torch.device,
     ) -> None:
         self._source, self.samples, self._batch = source, samples, local_batch_size
         self._world, self._device = world, device
-        self._bytes_V = torch.tensor(byte_lengths, dtype=torch.int64, device=device)
+        self._bytes_V = torch.tensor(byte_lengths, dtype=torch.float64, device=device)
         self.description = f"{source.description}; {samples:,} samples each time"
 
     def run(self, step: TrainStep) -> ValidationReport:
@@ -86,7 +88,7 @@ class Validator:
         if loss is None:
             return torch.zeros(3, dtype=torch.float64, device=self._device)
         nats, counted = loss.double(), labels_BS[labels_BS != IGNORED]
-        return torch.stack([nats, nats.new_tensor(counted.numel()), self._bytes_V[counted].sum().double()])
+        return torch.stack([nats, nats.new_tensor(counted.numel()), self._bytes_V[counted].sum()])
 
 
 def _free_gathered(model: nn.Module) -> None:
@@ -135,9 +137,15 @@ def build_validator(
         samples=_samples(job, source, batch * world.layout.data),
         local_batch_size=batch,
         world=world,
-        byte_lengths=tokenizer.byte_lengths(),
+        byte_lengths=_byte_lengths(tokenizer, source),
         device=device,
     )
+
+
+def _byte_lengths(tokenizer: Tokenizer, source: SampleSource) -> Sequence[float]:
+    """Of each id: its own, or the mean over the text if the vocabulary does not tell, or 0: unknown."""
+    mean: float | None = getattr(source, "bytes_per_token", None)
+    return tokenizer.byte_lengths() or [mean or 0.0] * tokenizer.vocab_size
 
 
 def _samples(job: JobConfig, source: SampleSource, per_step: int) -> int:

@@ -127,7 +127,7 @@ NESTED = b"[" * 200_000
     [
         ("state.json", NESTED, "not JSON"),
         ("state.json", b"{}", "state.json lacks model_only, step, world_size"),
-        ("state.json", b'{"step": "x", "model_only": false, "world_size": 1}', "step is 'x', not int"),
+        ("state.json", b'{"step": "x", "model_only": false, "world_size": 1}', "step is 'x', not an integer"),
     ],
 )
 def test_an_invalid_state_with_a_valid_manifest_is_skipped(two_steps, name, content, message, folder):

@@ -2,6 +2,7 @@
 
 import copyreg
 import io
+import json
 import pickle
 
 import pytest
@@ -70,9 +71,13 @@ def test_metadata_is_what_dcp_reads(folder):
 def test_state(tmp_path):
     (tmp_path / "state.json").write_text('{"step": 3, "tokens_seen": 4}')
     assert read_state(tmp_path) == {"step": 3, "tokens_seen": 4}
-    for content, message in ((b"", "not JSON"), (b"[1]", "not a JSON object"), (b"\xff\xfe{", "not JSON")):
+    for content, message in ((b"", "not JSON"), (b"[1]", "not JSON .a list"), (b"\xff\xfe{", "not JSON")):
         (tmp_path / "state.json").write_bytes(content)
         with pytest.raises(DamagedCheckpoint, match=f"state.json: {message}"):
+            read_state(tmp_path)
+    for key, value in (("step", 10**30), ("step", -1), ("tokens_seen", 2**63), ("world_size", True)):
+        (tmp_path / "state.json").write_text(json.dumps({key: value}))
+        with pytest.raises(DamagedCheckpoint, match=f"{key} is {str(value)[:9]}.*, not an integer from 0"):
             read_state(tmp_path)
     (tmp_path / "state.json").unlink()
     with pytest.raises(DamagedCheckpoint, match="state.json: No such file"):

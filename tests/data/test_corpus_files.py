@@ -225,3 +225,14 @@ def test_files_of_other_formats_are_reported(tmp_path, caplog, monkeypatch):
     with caplog.at_level(logging.INFO, "octavo"):
         find_files(tmp_path)
     assert caplog.messages == [f"{tmp_path}: files of other formats are not read: 2 x .bz2, 1 x .arrow"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.txt", b"caf\xe9" * 99), ("a.jsonl", b'[{"text": "x"}]\n[]\n')]
+)
+def test_a_whole_file_is_never_skipped(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(
+        ConfigError, match=r"not UTF-8|none of its records is a document; the first: .*line 1"
+    ):
+        list(read_documents(tmp_path / name, BadRecords(limit=9)))

@@ -147,7 +147,7 @@ def test_the_least_recently_used_entries_are_evicted(files, tokenizer, entries, 
 
 def _read(files):
     tokens = token_cache.load_or_tokenize(files, build_tokenizer("octavo_bpe_2048"), None)
-    return tokens.ids_N.tolist(), tokens.documents
+    return tokens.ids_N.tolist(), *tokens[1:]
 
 
 def test_processes_at_the_same_time_agree(files, tokenizer, entries):
@@ -155,4 +155,4 @@ def test_processes_at_the_same_time_agree(files, tokenizer, entries):
     first, *others = ranks.fork([(_read, (files,)) for _ in range(4)])
     assert all(other == first for other in others)
     assert len(entries()) == 1
-    assert same(token_cache._load(entries()[0]), Tokens(np.array(first[0], dtype=np.int32), first[1]))
+    assert same(token_cache._load(entries()[0]), Tokens(np.array(first[0], dtype=np.int32), *first[1:]))

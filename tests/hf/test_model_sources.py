@@ -218,6 +218,12 @@ def test_a_module_that_a_checkpoint_names_is_not_imported(step, tmp_path, monkey
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("length", [2**62, 0, -1])
+def test_a_checkpoint_with_an_impossible_sequence_length(step, length):
+    edit(step / "state.json", lambda state: state["config"]["training"].update(seq_len=length))
+    assert f"training.seq_len is {length}" in refused(step)
+
+
 @pytest.mark.parametrize("config", [None, [], {}, {"model": 3}])
 def test_a_checkpoint_without_a_configuration(step, config):
     edit(step / "state.json", lambda state: state.update(config=config))

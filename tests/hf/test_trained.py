@@ -86,6 +86,7 @@ def test_transformers_reads_the_exported_tokenizer(trained, exported):
     tokenizer = AutoTokenizer.from_pretrained(str(exported))
     text = "HAMLET. Words, words, words. \u6f22"
     assert tokenizer.encode(text, add_special_tokens=False) == source.tokenizer.encode(text)
+    assert tokenizer.encode(text) == source.tokenizer.encode(text, bos=True)  # as training saw it
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
     ends = GenerationConfig.from_pretrained(str(exported))
     assert (ends.bos_token_id, ends.eos_token_id) == (0, 1)

@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from octavo.launch import elastic, status, supervisor
+from octavo.launch.supervisor import Supervisor
 from tests.helpers import warm
 from tests.helpers.waiting import LIMIT, wait_for, wait_for_text
 
@@ -293,3 +295,24 @@ def test_two_machines_meet(begin, ordered, tmp_path):
     ranks = [re.findall(r"rank (\d) of 2", out) for out, _, _ in ended]
     assert sorted(ranks) == [["0"], ["1"]]
     assert ranks == sorted(ranks) or not ordered
+
+
+@pytest.mark.parametrize("cause", ["signal", "limit"])
+def test_waiting_for_other_machines_ends_though_the_store_hears_nothing(tmp_path, monkeypatch, cause):
+    """The port is another service's, so the store's C++ code waits for a greeting and handles no signal."""
+    from torch.distributed import TCPStore
+
+    monkeypatch.setattr("octavo.launch.supervisor._OVERTIME", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        pid = os.fork()
+        if not pid:
+            with Supervisor(tmp_path, 60.0 if cause == "signal" else 0.5):
+                waits = timedelta(seconds=60)
+                TCPStore("127.0.0.1", other.getsockname()[1], is_master=False, timeout=waits)
+            os._exit(99)
+        with other.accept()[0]:  # and never answer
+            if cause == "signal":
+                time.sleep(0.3)
+                os.kill(pid, signal.SIGTERM)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code == (128 + signal.SIGTERM if cause == "signal" else 1)

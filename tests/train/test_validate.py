@@ -13,7 +13,7 @@ from octavo.data.corpus import InMemoryCorpus, tokenize
 from octavo.data.sample_source import SourceOptions
 from octavo.tokenizer import build_tokenizer
 from octavo.train.step import TrainStep
-from octavo.train.validate import Validator
+from octavo.train.validate import Validator, _byte_lengths
 from tests.helpers import launching, ranks
 
 TEXT = "It was the best of times, it was the worst of times. 漢字 naïve.\n" * 12
@@ -90,6 +90,21 @@ def test_any_number_of_ranks_measures_the_same():
         assert report.tokens == one.tokens
         assert report.loss == pytest.approx(one.loss, rel=1e-6)
         assert report.bits_per_byte == pytest.approx(one.bits_per_byte, rel=1e-6)
+
+
+def test_bytes_are_those_of_the_text_where_tokens_have_marks(tmp_path):
+    vocabulary = {"to": 0, "##day": 1, "[UNK]": 2, "<|end_of_text|>": 3}
+    model = {"type": "WordPiece", "vocab": vocabulary, "unk_token": "[UNK]"}
+    model |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+    content = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = build_tokenizer(str(tmp_path))
+    text = "today to today " * 20
+    source = InMemoryCorpus(tokenize([text], tokenizer), "text", SourceOptions(tokenizer, SEQ_LEN, seed=0))
+    lengths = _byte_lengths(tokenizer, source)
+    ids = tokenizer.encode(text, eos=True)
+    assert sum(lengths[id] for id in ids) == pytest.approx(len(text.encode()))
+    assert set(_byte_lengths(tokenizer, object())) == {0.0}  # not known: not reported
 
 
 def test_byte_lengths_add_up_to_the_text():
