@@ -160,6 +160,9 @@ def _find_inconsistency(index: Index) -> str:
     if TRAIN not in index.splits:
         return "no split for training"
     for shard in index.shards:
+        counts = shard.tokens, shard.documents, shard.ids.bytes, shard.offsets.bytes
+        if not all(type(number) is int and 0 <= number < 2**62 for number in counts):
+            return f"a shard with the sizes {counts}"
         if shard.ids.bytes != shard.tokens * _WIDTHS[index.dtype]:
             return f"{shard.ids.name}: {shard.tokens} tokens in {shard.ids.bytes} bytes of {index.dtype}"
         if shard.offsets.bytes != (shard.documents + 1) * OFFSET_BYTES:

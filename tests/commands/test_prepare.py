@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -308,6 +309,10 @@ def test_an_id_outside_the_vocabulary_is_named(copy: Path) -> None:
         (
             lambda text: text.replace('"train-00000.tokens"', '"../secret"'),
             r"a file name with a folder",
+        ),
+        (
+            lambda text: re.sub(r'"tokens": \d+', '"tokens": 4611686018427387904', text, count=1),
+            r"with the sizes",
         ),
         (lambda text: text.replace('"splits"', '"parts"'), r"damaged \(KeyError: 'splits'\)"),
         (lambda text: text.replace('"train": [', '"other": ['), r"no split for training"),
