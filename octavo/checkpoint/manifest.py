@@ -194,7 +194,7 @@ def _find_damaged_blocks(
     return damaged
 
 
-def _hash_block(file: io.FileIO, number: int, block_hash: _Hash, buffer: memoryview) -> str:
+def _hash_block(file: io.RawIOBase, number: int, block_hash: _Hash, buffer: memoryview) -> str:
     file.seek(number * BLOCK)
     left = BLOCK
     while left and (length := file.readinto(buffer[: min(left, len(buffer))])):

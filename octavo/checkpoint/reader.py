@@ -57,7 +57,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DamagedCheckpoint(f"{path}: not JSON ({error})") from None
     for key, expected in _STATE_TYPES.items():
-        value = state.get(key, expected())
+        value: Any = state.get(key, expected())
         if type(value) is not expected or (expected is int and not 0 <= value < 2**63):
             raise DamagedCheckpoint(f"{path}: {key} is {ascii(value)[:50]}, not {_VALUES[expected]}")
     return state

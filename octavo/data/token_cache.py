@@ -79,7 +79,12 @@ def _save(path: Path, tokens: Tokens) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            np.savez(file, **{key: np.asarray(value) for key, value in tokens._asdict().items()})
+            np.savez(
+                file,
+                ids_N=tokens.ids_N,
+                documents=np.array(tokens.documents),
+                text_bytes=np.array(tokens.text_bytes),
+            )
     except OSError as error:
         logger.info("Tokens are not cached for the next run: %s: %s", path.parent, error.strerror or error)
     else:

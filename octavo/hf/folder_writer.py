@@ -46,8 +46,8 @@ class ExportPlan:
         if spec.hugging_face is None:
             raise ConfigError(f"the model {spec.name} cannot be exported: its ModelSpec has no hugging_face")
         self._format, self._args, self._weights, self._dtype = spec.hugging_face, args, weights, dtype
-        self._our_names = {}
-        sizes = {}
+        self._our_names: dict[str, str] = {}
+        sizes: dict[str, int] = {}
         for name, shape in weights.shapes.items():
             theirs = self._format.to_names({name: torch.empty(shape, device="meta", dtype=dtype)}, args)
             self._our_names |= dict.fromkeys(theirs, name)

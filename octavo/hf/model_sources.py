@@ -251,7 +251,7 @@ def open_hf_weights(
     if asked > _MOST_PER_VALUE * held:
         raise ConfigError(f"{path} has {held:,} values, but its sizes ask for {asked:,}. {remedy}")
     hf_names: dict[str, list[str]] = {}  # one of ours may be several of theirs
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         theirs = hf_format.to_names({name: torch.empty(shape, device="meta")}, args)
         hf_names[name] = list(theirs)

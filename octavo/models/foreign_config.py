@@ -55,7 +55,7 @@ def check_config(config: Mapping[str, Any], written: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: a key that is neither in `written`, with the same value, nor known to be harmless.
     """
-    problems = []
+    problems: list[str] = []
     for key, value in config.items():
         if value is None or key in HARMLESS:
             continue

@@ -75,7 +75,8 @@ def from_config(family: Family, config: Mapping[str, Any]) -> ModelArgs:
         "max_position_embeddings": 2048,
         **{key: value for key, value in config.items() if value is not None},
     }
-    values = {ours: _value(config, ours, theirs) for ours, theirs in stored.fields.items()} | stored.variant
+    read: dict[str, Any] = {ours: _value(config, ours, theirs) for ours, theirs in stored.fields.items()}
+    values = {**read, **stored.variant}
     outer = {name: value for name, value in values.items() if "." not in name}
     inner = {name.removeprefix("moe."): value for name, value in values.items() if name.startswith("moe.")}
     args = ModelArgs(
