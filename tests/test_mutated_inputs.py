@@ -54,7 +54,9 @@ _CONFIG = SPEC.hugging_face.to_config(small(rope_scaling=SCALING))
 
 def _manifest(folder):
     path = folder / manifest.FILE
-    with suppress(ValueError, AttributeError, RecursionError):  # a right hash, to reach what is behind it
+    with suppress(
+        ValueError, TypeError, AttributeError, RecursionError
+    ):  # a right hash, to reach what is behind it
         fields = json.loads(path.read_bytes())
         fields.pop("sha256_of_the_above", None)
         path.write_bytes(manifest._serialize(fields))

@@ -269,13 +269,13 @@ def read(folder: Path, step: int | None = None) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{FILE}: foreign: format {fields.get('format')!r}, not {FORMAT!r}")
     if step is not None and fields.get("step") != step:
         raise DamagedCheckpoint(f"{FILE}: foreign: it is of step {fields.get('step')}")
-    if fields.get("hash") not in ALGORITHMS or fields.get("block_bytes") != BLOCK:
+    if fields.get("hash") not in [*ALGORITHMS] or fields.get("block_bytes") != BLOCK:
         raise DamagedCheckpoint(f"{FILE}: foreign: unknown hash {fields.get('hash')!r}")
     try:
         fields["files"] = {
             _check_name(name): FileDigest(int(entry["bytes"]), tuple(map(str, entry["blocks"])))
             for name, entry in fields["files"].items()
         }
-    except (TypeError, ValueError, LookupError, AttributeError):
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError):
         raise DamagedCheckpoint(f"{FILE}: foreign: its list of files is invalid") from None
     return fields
