@@ -58,7 +58,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path}: not JSON ({error})") from None
     for key, expected in _STATE_TYPES.items():
         value: Any = state.get(key, expected())
-        if type(value) is not expected or (expected is int and not 0 <= value < 2**63):
+        in_range = not isinstance(value, int) or 0 <= value < 2**63
+        if type(value) is not expected or not in_range:
             raise DamagedCheckpoint(f"{path}: {key} is {ascii(value)[:50]}, not {_VALUES[expected]}")
     return state
 
