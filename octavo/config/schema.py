@@ -109,7 +109,7 @@ class Metrics:
 @dataclass
 class Model:
     name: str = "llama3"
-    """Model family: llama3, qwen3, or your own."""
+    """Model family: llama3, qwen3, deepseek_v3, or your own."""
     flavor: str = "debugmodel"
     """Size of the model: debugmodel, or a published one such as 8B; the README lists them."""
     args: list[str] = field(default_factory=list)

@@ -7,12 +7,12 @@ write its file, name it here, and put its TOML files into `octavo/models/NAME/tr
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from octavo.families import llama3, qwen3
+from octavo.families import deepseek_v3, llama3, qwen3
 from octavo.families.family import Family
 from octavo.families.model_args import ModelArgs
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {family.name: family for family in (llama3.FAMILY, qwen3.FAMILY)}
+    {family.name: family for family in (llama3.FAMILY, qwen3.FAMILY, deepseek_v3.FAMILY)}
 )
 """model.name -> family."""
 

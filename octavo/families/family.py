@@ -51,11 +51,15 @@ class HubFormat:
 
     Attributes:
         model_type, architecture: in `config.json`; the architecture is transformers' class.
+        float8: whether weights may be in float8, in blocks of 128 x 128 (`octavo/hf/float8_source.py`).
+        extra_layers: whether layers may follow that predict several tokens, and are not imported.
         fixed: key -> the only value that the model implements; a config that lacks the key means this value.
         written: key -> a value that is only written.
         fields: field of `ModelArgs` -> key; `moe.top_k` is a field of its `moe`.
+        ignored: keys that change no logits, beside those of `octavo/models/foreign_config.py`.
         aliases: another spelling of a key -> the key, where versions of transformers differ.
         variant: field of `ModelArgs` -> its value in all models of this format, and in none of another.
+        assumed: field of `ModelArgs` -> its value where config.json has no key for it.
         rope_types: the rotary scalings that the family has.
         outside, layer: our name -> theirs, outside the layers and within one. `{}` in theirs: ours is a stack
             of one tensor per expert, and this is the expert's number.
@@ -68,8 +72,12 @@ class HubFormat:
     fixed: Mapping[str, Any]
     written: Mapping[str, Any]
     fields: Mapping[str, str] = field(default_factory=lambda: SIZES)
+    ignored: tuple[str, ...] = ()
+    float8: bool = False
+    extra_layers: bool = False
     aliases: Mapping[str, str] = field(default_factory=dict)
     variant: Mapping[str, Any] = field(default_factory=dict)
+    assumed: Mapping[str, Any] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ("default",)
     outside: Mapping[str, str] = field(default_factory=lambda: OUTSIDE)
     layer: Mapping[str, str] = field(default_factory=lambda: LAYER)

@@ -18,12 +18,46 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """YaRN (arXiv:2309.00071): low frequencies are divided by `factor`, high ones are kept, and attention's
+    logits are scaled by (0.1 mscale ln factor + 1)^2.
+
+    Attributes:
+        beta_fast, beta_slow: full turns within `original_context` from which on frequencies are kept, and up
+            to which they are divided.
+    """
+
+    factor: float
+    original_context: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+
+
+@dataclass(frozen=True)
+class LatentArgs:
+    """Multi-head latent attention (`octavo/models/latent_attention.py`).
+
+    Attributes:
+        kv_rank, q_rank: widths of the latent vectors. q_rank None: queries come from the input itself.
+        nope_dim, rope_dim: widths of the parts of a query's and a key's head without and with rotation.
+        value_dim: width of a value's head.
+    """
+
+    kv_rank: int
+    q_rank: int | None = None
+    nope_dim: int = 128
+    rope_dim: int = 64
+    value_dim: int = 128
+
+
+@dataclass(frozen=True)
 class MoEArgs:
     """A mixture of experts in place of the feed-forward (`octavo/models/moe.py`).
 
     Attributes:
         n_experts, top_k, hidden_dim: how many there are, how many serve each token, the width of each.
-        shared_dim: width of the feed-forward that serves every token; 0: there is none.
+        n_shared: how many experts' width the feed-forward has that serves every token; 0: there is none.
         first_dense: the layers before this one have an ordinary feed-forward.
         score: what makes scores of the router's logits.
         renormalise: divide the weights of a token's experts by their sum. scale: then multiply them.
@@ -35,7 +69,7 @@ class MoEArgs:
     n_experts: int
     top_k: int
     hidden_dim: int
-    shared_dim: int = 0
+    n_shared: int = 0
     first_dense: int = 0
     score: Literal["softmax", "sigmoid"] = "softmax"
     renormalise: bool = True
@@ -45,6 +79,10 @@ class MoEArgs:
     groups_kept: int = 1
     bias_rate: float = 1e-3
     balance_loss: float = 0.0
+
+    @property
+    def shared_dim(self) -> int:
+        return self.n_shared * self.hidden_dim
 
     def idle(self, dim: int) -> int:
         """The parameters of one layer's experts that do not serve a token, in a model of width `dim`."""
@@ -60,6 +98,7 @@ class ModelArgs:
         hidden_dim: width of the feed-forward.
         vocab_size: 0 means the tokenizer's.
         qk_norm: RMSNorm of each head of q and k, before the rotation.
+        latent: the widths of multi-head latent attention; None: grouped-query attention.
         moe: its layers' experts; None: every layer has an ordinary feed-forward.
         max_seq_len: positions in the rotary table.
         document_end: the token id that ends a document; attention then stays within documents. None:
@@ -74,9 +113,10 @@ class ModelArgs:
     head_dim: int = 0
     vocab_size: int = 128_256
     rope_theta: float = 500_000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | Yarn | None = None
     norm_eps: float = 1e-5
     qk_norm: bool = False
+    latent: LatentArgs | None = None
     moe: MoEArgs | None = None
     tie_embeddings: bool = False
     max_seq_len: int = 8192
@@ -84,7 +124,20 @@ class ModelArgs:
 
     @property
     def head_width(self) -> int:
+        """The width of a query's and a key's head."""
+        if self.latent is not None:
+            return self.latent.nope_dim + self.latent.rope_dim
         return self.head_dim or self.dim // self.n_heads
+
+    @property
+    def value_width(self) -> int:
+        """The width of a value's head."""
+        return self.head_width if self.latent is None else self.latent.value_dim
+
+    @property
+    def rope_width(self) -> int:
+        """The width of the part of a head that is rotated."""
+        return self.head_width if self.latent is None else self.latent.rope_dim
 
     def experts_of(self, layer: int) -> MoEArgs | None:
         """The experts of a layer; None if it has an ordinary feed-forward."""

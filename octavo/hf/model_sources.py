@@ -23,7 +23,7 @@ from octavo.checkpoint.reader import STATE, CheckpointReader, read_state
 from octavo.checkpoint.store import find_problems, published_steps, summarize
 from octavo.config import ConfigError
 from octavo.core.fs import read_json, read_json_object
-from octavo.hf import safetensors_folder
+from octavo.hf import float8_source, safetensors_folder
 from octavo.hf.stored_weights import Weights, check_fit, shapes_of
 from octavo.tokenizer import Tokenizer, build_tokenizer
 
@@ -256,19 +256,20 @@ def open_hf_weights(
         theirs = hf_format.to_names({name: torch.empty(shape, device="meta")}, args)
         hf_names[name] = list(theirs)
         expected |= {hf_name: tuple(tensor.shape) for hf_name, tensor in theirs.items()}
-    unused = {name: hf_format.redundant(name, args) for name in stored.keys() - expected.keys()}
+    weights = float8_source.without_scales(stored)
+    unused = {name: hf_format.redundant(name, args) for name in weights.keys() - expected.keys()}
     redundant = {name: same for name, same in unused.items() if same is not None}
-    found = {name: tensor.shape for name, tensor in stored.items() if name not in redundant}
+    found = {name: tensor.shape for name, tensor in weights.items() if name not in redundant}
     check_fit(found, expected, where=str(path), model=model, remedy=remedy)
     for name, same in redundant.items():
-        if not _holds(stored, name, same):
+        if same is not name and not _holds(stored, name, same):
             what = same if isinstance(same, str) else "the values of its config.json"
             raise ConfigError(
                 f"{path}: {name} differs from {what}, but the model has only one of them. {remedy}"
             )
 
     def read(name: str) -> torch.Tensor:
-        theirs = {one: safetensors_folder.read_tensor(stored[one], one) for one in hf_names[name]}
+        theirs = {one: float8_source.read_weight(stored, one) for one in hf_names[name]}
         return hf_format.from_names(theirs, args)[name]
 
     return Weights(str(path), shapes, read)

@@ -24,7 +24,7 @@ from octavo.core.fs import check_regular, read_json, sync, write_file
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-_SUPPORTED_DTYPES = {"F64", "F32", "F16", "BF16"}
+_SUPPORTED_DTYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3"}
 _ROWS = 1024
 
 
@@ -40,10 +40,11 @@ def import_safetensors() -> Any:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """The file and the shape of one tensor."""
+    """The file, the shape and the dtype (as safetensors names it) of one tensor."""
 
     file: Path
     shape: Shape
+    dtype: str
 
 
 def has_safetensors(path: Path) -> bool:
@@ -72,7 +73,7 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
                         f"{folder}: {name} is in {found[name].file.name} and in {file.name}; "
                         f"keep only one model in the folder, with its {INDEX}"
                     )
-                found[name] = StoredTensor(file, tuple(tensor.get_shape()))
+                found[name] = StoredTensor(file, tuple(tensor.get_shape()), tensor.get_dtype())
     return found
 
 

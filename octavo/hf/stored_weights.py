@@ -4,7 +4,7 @@ A model of 70 billion parameters rarely fits a machine's memory, so code that re
 has only the shapes in memory and reads one tensor at a time.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from octavo.checkpoint.reader import Shape, compare_shapes
 from octavo.checkpoint.store import summarize
 from octavo.config import ConfigError
+from octavo.models.init import plain_name
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,18 @@ class Weights:
 
 
 def shapes_of(model: nn.Module) -> dict[str, Shape]:
-    """The shape of each parameter by its plain name."""
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    """The shape of each parameter and saved buffer by its name."""
+    return {name: tuple(tensor.shape) for name, tensor in saved_tensors(model)}
+
+
+def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and saved buffer of `model`, sharded or not, by its plain name."""
+    for name, parameter in model.named_parameters():
+        yield plain_name(name), parameter
+    for owner, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield plain_name(f"{owner}.{name}"), buffer
 
 
 def check_fit(
@@ -61,8 +72,12 @@ def read_parameters(
     """Read the parameters `names` into a model that was built on the meta device."""
     for name in names:
         owner, _, leaf = name.rpartition(".")
-        value = weights.read(name).to(device=device, dtype=dtype)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        module, value = model.get_submodule(owner), weights.read(name)
+        if leaf in module._buffers:
+            module._buffers[leaf] = value.to(device=device, dtype=torch.float32)
+        else:
+            value = value.to(device=device, dtype=dtype)
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
 
 def load_weights(

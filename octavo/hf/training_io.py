@@ -33,8 +33,7 @@ from octavo.hf.model_sources import (
     open_hf_weights,
     read_hf_config,
 )
-from octavo.hf.stored_weights import Weights, check_fit, shapes_of
-from octavo.models.init import plain_name
+from octavo.hf.stored_weights import Weights, check_fit, saved_tensors, shapes_of
 from octavo.tokenizer import Tokenizer
 
 _SHARD_BYTES = 2 * 10**9  # the other processes wait while one file is written
@@ -51,8 +50,8 @@ class InitialWeights:
     @torch.no_grad()
     def load(self, model: nn.Module) -> None:
         """Copy the weights into `model`, sharded or not."""
-        for name, parameter in model.named_parameters():
-            value = self.weights.read(plain_name(name)).to(device=parameter.device, dtype=parameter.dtype)
+        for name, parameter in saved_tensors(model):
+            value = self.weights.read(name).to(device=parameter.device, dtype=parameter.dtype)
             if isinstance(parameter, DTensor):
                 # src_data_rank=None: every process has read the same values, so nothing is sent.
                 mesh, placements = parameter.device_mesh, parameter.placements

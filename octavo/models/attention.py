@@ -65,6 +65,10 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, table_2SE: Tensor, mask_B1SS: Tensor | None = None) -> Tensor:
         return self.wo(self.attend(self.wq(x_BSD), self.wk(x_BSD), self.wv(x_BSD), table_2SE, mask_B1SS))
 
+    def project(self, x_BSD: Tensor, table_2SE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as heads, [B, heads, S, E]."""
+        return self.heads(self.wq(x_BSD), self.wk(x_BSD), self.wv(x_BSD), table_2SE)
+
     def attend(
         self, q_BSN: Tensor, k_BSN: Tensor, v_BSN: Tensor, table_2SE: Tensor, mask_B1SS: Tensor | None
     ) -> Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.models.attention import Attention
+from octavo.models.latent_attention import LatentAttention
 from octavo.models.transformer import Transformer, TransformerBlock
 
 
@@ -27,9 +28,10 @@ class Decoder:
         assert capacity <= model.args.max_seq_len
         self._model = model
         self._seen = 0
-        weight = model.tok_embeddings.weight
-        shape = (2, model.args.n_layers, batch, model.args.n_kv_heads, capacity, model.args.head_width)
-        self._cache_2LBGTE = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        args, weight = model.args, model.tok_embeddings.weight
+        shape = (args.n_layers, batch, args.n_kv_heads, capacity)
+        self._keys_LBGTE = weight.new_empty(*shape, args.head_width)
+        self._values_LBGTE = weight.new_empty(*shape, args.value_width)
 
     @torch.no_grad()
     def __call__(self, tokens_BS: Tensor) -> Tensor:
@@ -45,11 +47,16 @@ class Decoder:
         h_BD = model.norm(h_BSD[:, -1])
         return F.linear(h_BD, model.tok_embeddings.weight) if model.output is None else model.output(h_BD)
 
-    def _attend(self, attention: Attention, layer: int, x_BSD: Tensor, table: Tensor, start: int) -> Tensor:
-        q_BHSE, k_BGSE, v_BGSE = attention.heads(
-            attention.wq(x_BSD), attention.wk(x_BSD), attention.wv(x_BSD), table
-        )
-        keys, values = self._cache_2LBGTE[0, layer], self._cache_2LBGTE[1, layer]
+    def _attend(
+        self,
+        attention: Attention | LatentAttention,
+        layer: int,
+        x_BSD: Tensor,
+        table: Tensor,
+        start: int,
+    ) -> Tensor:
+        q_BHSE, k_BGSE, v_BGSE = attention.project(x_BSD, table)
+        keys, values = self._keys_LBGTE[layer], self._values_LBGTE[layer]
         keys[:, :, start : self._seen] = k_BGSE
         values[:, :, start : self._seen] = v_BGSE
         positions = torch.arange(self._seen, device=x_BSD.device)

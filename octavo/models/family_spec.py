@@ -33,7 +33,7 @@ def configure(args: ModelArgs, vocab_size: int, seq_len: int) -> ModelArgs:
 
 def flops_per_token(args: ModelArgs, model: nn.Module, seq_len: int) -> float:
     """Model FLOPs per token of forward and backward: 6 per matrix parameter that serves the token, and
-    12 L H E S for attention.
+    12 L H E S for attention (E: the mean width of a key and a value).
 
     The convention of PaLM's appendix B (arXiv:2204.02311), which published MFU figures use: attention counts
     in full although half of it is masked, recomputation does not count, and neither does an embedding unless
@@ -44,7 +44,8 @@ def flops_per_token(args: ModelArgs, model: nn.Module, seq_len: int) -> float:
         parameters -= args.vocab_size * args.dim
     if args.moe is not None:
         parameters -= (args.n_layers - args.moe.first_dense) * args.moe.idle(args.dim)
-    return 6.0 * parameters + 12.0 * args.n_layers * args.n_heads * args.head_width * seq_len
+    widths = args.head_width + args.value_width  # of the products q k^T and p v
+    return 6.0 * parameters + 6.0 * args.n_layers * args.n_heads * widths * seq_len
 
 
 def layer_products(args: ModelArgs, seq_len: int) -> tuple[str, list[tuple[str, float]]]:
@@ -53,14 +54,7 @@ def layer_products(args: ModelArgs, seq_len: int) -> tuple[str, list[tuple[str, 
 
     Attention counts as in `flops_per_token`.
     """
-    queries, groups = args.n_heads * args.head_width, args.n_kv_heads * args.head_width
-    products = [
-        ("attention.wq", 2.0 * args.dim * queries),
-        ("attention.wk", 2.0 * args.dim * groups),
-        ("attention.wv", 2.0 * args.dim * groups),
-        ("attention.core", 4.0 * queries * seq_len),
-        ("attention.wo", 2.0 * args.dim * queries),
-    ]
+    products = _attention_products(args, seq_len)
     moe = args.moe
     feeds = {"feed_forward": args.hidden_dim} if moe is None else {"moe.experts": moe.top_k * moe.hidden_dim}
     if moe is not None and moe.shared_dim:
@@ -68,6 +62,24 @@ def layer_products(args: ModelArgs, seq_len: int) -> tuple[str, list[tuple[str, 
     for feed, width in feeds.items():
         products += [(f"{feed}.{name}", 2.0 * args.dim * width) for name in ("w1", "w3", "w2")]
     return "layers.", products
+
+
+def _attention_products(args: ModelArgs, seq_len: int) -> list[tuple[str, float]]:
+    queries, groups = args.n_heads * args.head_width, args.n_kv_heads * args.head_width
+    values, latent = args.n_heads * args.value_width, args.latent
+    core = ("core", 2.0 * (queries + values) * seq_len)
+    if latent is None:
+        shapes = {"wq": (args.dim, queries), "wk": (args.dim, groups), "wv": (args.dim, groups)}
+    else:
+        made = args.n_heads * (latent.nope_dim + latent.value_dim)
+        shapes = {"wkv_a": (args.dim, latent.kv_rank + latent.rope_dim), "wkv_b": (latent.kv_rank, made)}
+        if latent.q_rank:
+            shapes = {"wq_a": (args.dim, latent.q_rank), "wq_b": (latent.q_rank, queries), **shapes}
+        else:
+            shapes = {"wq": (args.dim, queries), **shapes}
+    products = [(name, 2.0 * rows * columns) for name, (rows, columns) in shapes.items()]
+    products += [core, ("wo", 2.0 * values * args.dim)]
+    return [(f"attention.{name}", flops) for name, flops in products]
 
 
 def _chunk_loss(model: nn.Module, loss: ChunkedLoss) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from octavo.distributed.parallelize_plan import Fusion
+from octavo.models.attention import Attention
 from octavo.models.transformer import TransformerBlock
 
 
@@ -32,9 +33,11 @@ class FusedBlock(TransformerBlock):
 
 
 def fuse_layer(layer: nn.Module, fusion: Fusion) -> None:
-    """Turn `layer`, a `TransformerBlock`, into a `FusedBlock` in place; one with experts stays as it is."""
+    """Turn `layer`, a `TransformerBlock`, into a `FusedBlock` in place; one with experts, or with
+    latent attention, stays as it is.
+    """
     assert isinstance(layer, TransformerBlock)
-    if layer.has_experts:
+    if layer.has_experts or not isinstance(layer.attention, Attention):
         return
     attention, feed = layer.attention, layer.feed_forward
     linears = attention.wq, attention.wk, attention.wv

@@ -8,21 +8,44 @@ by name: such weights would load, and the logits would be wrong.
 
 import math
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from octavo.config import ConfigError
 from octavo.families import Family
 from octavo.families.family import HubFormat
-from octavo.families.model_args import ModelArgs, MoEArgs, RopeScaling, get
+from octavo.families.model_args import LatentArgs, ModelArgs, MoEArgs, RopeScaling, Yarn, get
 from octavo.models.foreign_config import check_config
 
-_SCALING = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_context": "original_max_position_embeddings",
-}
-"""`RopeScaling` field -> key of `rope_scaling`."""
+_SCALINGS: Mapping[str, tuple[Mapping[str, str], type]] = MappingProxyType(
+    {
+        "llama3": (
+            {
+                "factor": "factor",
+                "low_freq_factor": "low_freq_factor",
+                "high_freq_factor": "high_freq_factor",
+                "original_context": "original_max_position_embeddings",
+            },
+            RopeScaling,
+        ),
+        "yarn": (
+            {
+                "factor": "factor",
+                "beta_fast": "beta_fast",
+                "beta_slow": "beta_slow",
+                "mscale": "mscale_all_dim",
+                "original_context": "original_max_position_embeddings",
+            },
+            Yarn,
+        ),
+    }
+)
+"""`rope_type` -> (field of ours -> key of `rope_scaling`, our class)."""
+
+_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
+_PARTS: Mapping[str, type] = MappingProxyType({"moe": MoEArgs, "latent": LatentArgs})
+"""Field of `ModelArgs` -> its class."""
 
 
 def to_config(family: Family, args: ModelArgs) -> dict[str, Any]:
@@ -34,13 +57,11 @@ def to_config(family: Family, args: ModelArgs) -> dict[str, Any]:
     return {
         "architectures": [stored.architecture],
         "model_type": stored.model_type,
-        "head_dim": args.head_width,
+        "head_dim": args.rope_width,  # transformers' name for the part that is rotated
         **{theirs: get(args, ours) for ours, theirs in stored.fields.items()},
         "rms_norm_eps": args.norm_eps,
         "rope_theta": args.rope_theta,
-        "rope_scaling": None
-        if scaling is None
-        else {"rope_type": "llama3", **{theirs: getattr(scaling, ours) for ours, theirs in _SCALING.items()}},
+        "rope_scaling": _written_scaling(scaling),
         "tie_word_embeddings": args.tie_embeddings,
         **{key: value for key, value in stored.fixed.items() if value is not None},
         **stored.written,
@@ -61,7 +82,11 @@ def from_config(family: Family, config: Mapping[str, Any]) -> ModelArgs:
             f"config.json: model_type is {model_type!r}; octavo's {family.name} implements "
             f"only {' and '.join(map(repr, types))}, so it cannot load this model"
         )
-    config = {stored.aliases.get(key, key): value for key, value in config.items()}
+    config = {
+        stored.aliases.get(key, key): value for key, value in config.items() if key not in stored.ignored
+    }
+    if stored.float8:
+        config = _without_float8(config)
     for key, supported in stored.fixed.items():
         value = config.get(key, supported)
         if value != supported:
@@ -75,33 +100,50 @@ def from_config(family: Family, config: Mapping[str, Any]) -> ModelArgs:
         "max_position_embeddings": 2048,
         **{key: value for key, value in config.items() if value is not None},
     }
-    read: dict[str, Any] = {ours: _value(config, ours, theirs) for ours, theirs in stored.fields.items()}
-    values = {**read, **stored.variant}
-    outer = {name: value for name, value in values.items() if "." not in name}
-    inner = {name.removeprefix("moe."): value for name, value in values.items() if name.startswith("moe.")}
+    values: dict[str, Any] = {ours: _value(config, ours, theirs) for ours, theirs in stored.fields.items()}
+    parts: dict[str, dict[str, Any]] = {"": {}}
+    for name, value in {**stored.assumed, **values, **stored.variant}.items():
+        part, _, field = name.rpartition(".")
+        parts.setdefault(part, {})[field] = value
     args = ModelArgs(
-        **outer,
-        moe=MoEArgs(**inner) if inner else None,
+        **parts.pop(""),
+        **{part: _PARTS[part](**inner) for part, inner in parts.items()},
         norm_eps=_positive_float(config, "rms_norm_eps", 1e-6),
         tie_embeddings=config.get("tie_word_embeddings", False) is True,
         **_rope(family, stored, config),
     )
-    _check_heads(family, args, config.get("head_dim", args.head_width))
+    _check_heads(family, args, config.get("head_dim", args.rope_width))
     check_config(config, to_config(family, args))
     return args
 
 
-def _value(config: Mapping[str, Any], field: str, key: str) -> int | float:
-    """The value of `key` in the type of the field of `ModelArgs`."""
-    owner: type = MoEArgs if field.startswith("moe.") else ModelArgs
-    if get_type_hints(owner)[field.split(".")[-1]] is float:
+def _without_float8(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`config` as if the weights were not in float8, which import dequantises."""
+    quantized = config.get("quantization_config")
+    known = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    if isinstance(quantized, Mapping) and all(quantized.get(key) == value for key, value in known.items()):
+        return {**config, "quantization_config": None}
+    return config
+
+
+def _value(config: Mapping[str, Any], name: str, key: str) -> int | float:
+    """The value of `key` in the type of the field `name` of `ModelArgs`. Within its parts, a field's default
+    stands for a key that is missing or null.
+    """
+    part, _, field = name.rpartition(".")
+    owner: type = _PARTS.get(part, ModelArgs)
+    default = {one.name: one.default for one in fields(owner)}[field] if part else MISSING
+    if default is not MISSING and config.get(key, default) == default:
+        return default
+    if get_type_hints(owner)[field] is float:
         return _number(config, key, None)
     return _positive_int(config, key)
 
 
 def _check_heads(family: Family, args: ModelArgs, head_dim: object) -> None:
-    derived = not args.head_dim
-    if (derived and args.dim % args.n_heads) or head_dim != args.head_width or args.head_width % 2:
+    derived = not args.head_dim and args.latent is None
+    other = derived and (args.dim % args.n_heads or head_dim != args.head_width)
+    if other or args.rope_width % 2:
         raise ConfigError(
             f"config.json: head_dim {head_dim} with hidden_size {args.dim} and {args.n_heads} heads; "
             f"octavo's {family.name} needs "
@@ -149,8 +191,24 @@ def _rope(family: Family, stored: HubFormat, config: Mapping[str, Any]) -> dict[
         )
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
+    keys, made = _SCALINGS[kind]
     scaling: dict[str, Any] = {
-        ours: _positive_float(rope, theirs, math.nan) for ours, theirs in _SCALING.items()
+        ours: _positive_float(rope, theirs, _DEFAULTS.get(theirs, math.nan)) for ours, theirs in keys.items()
     }
     scaling["original_context"] = int(scaling["original_context"])
-    return {"rope_theta": theta, "rope_scaling": RopeScaling(**scaling)}
+    if kind == "yarn" and rope.get("mscale", 1.0) != rope.get("mscale_all_dim", 1.0):
+        raise ConfigError(
+            f"config.json: mscale is {rope.get('mscale')}, and mscale_all_dim {rope.get('mscale_all_dim')}; "
+            f"octavo's {family.name} implements only equal ones"
+        )
+    return {"rope_theta": theta, "rope_scaling": made(**scaling)}
+
+
+def _written_scaling(scaling: RopeScaling | Yarn | None) -> dict[str, Any] | None:
+    """`rope_scaling` of config.json."""
+    for kind, (keys, made) in _SCALINGS.items():
+        if isinstance(scaling, made):
+            written = {theirs: getattr(scaling, ours) for ours, theirs in keys.items()}
+            extra = {"mscale": scaling.mscale} if isinstance(scaling, Yarn) else {}
+            return {"rope_type": kind, **written, **extra}
+    return None

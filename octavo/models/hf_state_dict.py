@@ -52,7 +52,8 @@ def from_hf(family: Family, state: Mapping[str, Tensor], args: ModelArgs) -> dic
     """Hugging Face's state dict in our names and row order; `ValueError` for an unknown name, or for experts
     of a layer that are not all there.
 
-    Drops rotary buffers, and lm_head where embeddings are tied.
+    Drops rotary buffers, lm_head where embeddings are tied, and layers after the model's, which predict
+    several tokens (DeepSeek-V3).
     """
     stored = family.format_of(args)
     outside = {theirs: ours for ours, theirs in stored.outside.items()}
@@ -66,6 +67,8 @@ def from_hf(family: Family, state: Mapping[str, Tensor], args: ModelArgs) -> dic
         if name in outside:
             if not (args.tie_embeddings and name == "lm_head.weight"):
                 renamed[outside[name]] = tensor
+        elif stored.extra_layers and layer and int(layer[1]) >= args.n_layers:
+            continue
         elif layer and theirs in inside:
             ours = inside[theirs]
             if ours in stored.rotated:
@@ -88,8 +91,13 @@ def from_hf(family: Family, state: Mapping[str, Tensor], args: ModelArgs) -> dic
 
 
 def redundant(family: Family, name: str, args: ModelArgs) -> str | Tensor | None:
-    """What a tensor that `from_hf` drops must equal: another tensor, by name, or values; else None."""
-    outside = family.format_of(args).outside
+    """What a tensor that `from_hf` drops must equal: another tensor, by name, or values; itself, if it may be
+    anything; else None.
+    """
+    stored = family.format_of(args)
+    outside, layer = stored.outside, re.match(r"model\.layers\.(\d+)\.", name)
+    if stored.extra_layers and layer and int(layer[1]) >= args.n_layers:
+        return name
     if args.tie_embeddings and name == outside["output.weight"]:
         return outside["tok_embeddings.weight"]
     return rope_frequencies(args) if name.endswith(_BUFFER) else None

@@ -16,6 +16,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from octavo.config import ConfigError
 from octavo.distributed.activation_checkpoint import checkpoint_layer
 from octavo.distributed.context_parallel import share_sequences
 from octavo.distributed.ddp import replicate_model
@@ -25,6 +26,7 @@ from octavo.distributed.tensor_parallel import ShardedParameters, lay_logits, ov
 from octavo.models.fused_block import fuse_layer
 from octavo.models.moe import MixtureOfExperts
 from octavo.models.transformer import Transformer, TransformerBlock
+from octavo.preflight.sizes import unsplit
 
 _BY_TOKEN, _REPLICATED, _BY_FEATURE = Shard(1), Replicate(), Shard(-1)
 
@@ -32,6 +34,10 @@ _BY_TOKEN, _REPLICATED, _BY_FEATURE = Shard(1), Replicate(), Shard(-1)
 def parallelize(model: nn.Module, plan: Parallelize) -> None:
     """Apply `plan` to a transformer in place; tensor parallelism divides each of its `shared_sizes`."""
     assert isinstance(model, Transformer)
+    tensor, context = plan.tensor and plan.tensor.mesh, plan.context
+    degrees = {"tensor": tensor.size() if tensor else 1, "context": context.size() if context else 1}
+    for problem in unsplit(model.args, **degrees):
+        raise ConfigError(problem)
     if plan.context is not None:
         share_sequences(model, model.set_core_attention, plan.context, ring=plan.ring)
 

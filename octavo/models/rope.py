@@ -12,24 +12,51 @@ import math
 import torch
 from torch import Tensor
 
-from octavo.families.model_args import ModelArgs
+from octavo.families.model_args import ModelArgs, RopeScaling, Yarn
 
 
 def rope_frequencies(args: ModelArgs) -> Tensor:
-    """The rotary frequencies [E/2] in radians per position, scaled by `args.rope_scaling` if it is set.
-
-    Wavelengths shorter than original_context / high_freq_factor are kept, those longer than original_context
-    / low_freq_factor are stretched by `factor`, and those in between are blended.
+    """The rotary frequencies [E/2] in radians per position, scaled by `args.rope_scaling` if it is set: high
+    frequencies are kept, low ones are divided by `factor`, and those in between are blended.
     """
-    exponent = torch.arange(0, args.head_width, 2, dtype=torch.int64, device="cpu").float() / args.head_width
+    width, scaling = args.rope_width, args.rope_scaling
+    exponent = torch.arange(0, width, 2, dtype=torch.int64, device="cpu").float() / width
     freqs = 1.0 / (args.rope_theta**exponent)
-    scaling = args.rope_scaling
     if scaling is None:
         return freqs
-    turns = scaling.original_context * freqs / (2 * math.pi)  # full turns within the original context
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = keep.clamp(0.0, 1.0)
+    if isinstance(scaling, Yarn):
+        keep = _kept_by_index(scaling, args.rope_theta, width)
+    else:
+        keep = _kept_by_turns(scaling, freqs)
     return keep * freqs + (1 - keep) * freqs / scaling.factor
+
+
+def _kept_by_turns(scaling: RopeScaling, freqs: Tensor) -> Tensor:
+    """Share of each frequency that is kept, by Llama 3.1: linear in the turns within the original context."""
+    turns = scaling.original_context * freqs / (2 * math.pi)
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return keep.clamp(0.0, 1.0)
+
+
+def _kept_by_index(scaling: Yarn, theta: float, width: int) -> Tensor:
+    """Share of each frequency that is kept, by YaRN: linear in the index of the frequency."""
+
+    def index(turns: float) -> float:
+        """Of the frequency with so many turns within the original context."""
+        return width * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(index(scaling.beta_fast)), 0)
+    high = min(math.ceil(index(scaling.beta_slow)), width - 1)
+    ramp = (torch.arange(width // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)
+    return 1 - ramp.clamp(0.0, 1.0)
+
+
+def logit_scale(args: ModelArgs) -> float:
+    """What YaRN multiplies attention's logits by; 1 without it."""
+    scaling = args.rope_scaling
+    if not isinstance(scaling, Yarn) or scaling.factor <= 1:
+        return 1.0
+    return (0.1 * scaling.mscale * math.log(scaling.factor) + 1) ** 2
 
 
 def rope_table(args: ModelArgs) -> Tensor:

@@ -20,6 +20,7 @@ from octavo.families.model_args import ModelArgs
 from octavo.models.attention import Attention, document_mask
 from octavo.models.feed_forward import FeedForward
 from octavo.models.init import InitRule, Normal, Ones
+from octavo.models.latent_attention import LatentAttention
 from octavo.models.loss import ChunkedLoss, attach_loss
 from octavo.models.moe import MixtureOfExperts, routers
 from octavo.models.rope import rope_table
@@ -30,7 +31,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, args: ModelArgs, number: int = 0):
         super().__init__()
-        self.attention = Attention(args)
+        self.attention = Attention(args) if args.latent is None else LatentAttention(args)
         experts = args.experts_of(number)
         if experts is None:
             self.feed_forward = FeedForward(args.dim, args.hidden_dim)

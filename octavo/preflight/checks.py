@@ -17,7 +17,7 @@ from octavo.preflight import file_checks, model_settings
 from octavo.preflight.conflicts import conflicts
 from octavo.preflight.pipeline_plan import plan_of
 from octavo.preflight.pipeline_plan import problems as pipeline_problems
-from octavo.preflight.sizes import args_of, shared_sizes, undivided, units
+from octavo.preflight.sizes import args_of, shared_sizes, undivided, units, unsplit
 
 
 def check(job: JobConfig, *, world_size: int, gpus: int | None = None, elsewhere: bool = False) -> None:
@@ -107,8 +107,11 @@ def _layout(job: JobConfig, world_size: int) -> Iterator[Problem]:
         return
     yield from _batch(job, layout)
     args = args_of(job)
-    too_many = [Problem(text) for text in undivided(shared_sizes(args), layout.tensor)] if args else []
-    yield from too_many or _sequence(job, layout)
+    wrong: list[str] = []
+    if args:
+        wrong += unsplit(args, tensor=layout.tensor, context=layout.context)
+        wrong += undivided(shared_sizes(args), layout.tensor)
+    yield from map(Problem, wrong) if wrong else _sequence(job, layout)
 
 
 def _pipeline(job: JobConfig) -> Iterator[Problem]:

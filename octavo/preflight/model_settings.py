@@ -6,16 +6,16 @@ They are fields of the flavor's own arguments, a frozen dataclass, which may con
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
-from octavo.config.values import BadValue, convert, unwrap
+from octavo.config.values import BadValue, convert
 from octavo.core.errors import ConfigError, did_you_mean
 from octavo.families.model_args import ModelArgs, MoEArgs
 
 Args = TypeVar("Args")
 
 _SET_ELSEWHERE = {"max_seq_len": "training.seq_len", "document_end": "training.document_mask"}
-_MAY_BE_ZERO = ("head_dim", "vocab_size", "shared_dim", "first_dense", "bias_rate", "balance_loss")
+_MAY_BE_ZERO = ("head_dim", "vocab_size", "n_shared", "first_dense", "bias_rate", "balance_loss")
 
 
 def apply(args: Args, settings: Sequence[str]) -> Args:
@@ -70,19 +70,17 @@ def _replace(args: Args, name: str, text: str, *, whole: str) -> Args:
         raise ConfigError(f"model.args: this model has no {whole}{known}")
     if first in _SET_ELSEWHERE:
         raise ConfigError(f"model.args: {whole} follows from {_SET_ELSEWHERE[first]}; set that")
-    kind, value = unwrap(hints[first])[0], getattr(args, first)
-    if dataclasses.is_dataclass(kind):
-        if not rest or value is None:
-            remedy = (
-                f"this flavor has no {first}" if value is None else f"set its fields, as in {first}.NAME=1"
-            )
+    kind, value = hints[first], getattr(args, first)
+    if rest or any(map(dataclasses.is_dataclass, (kind, *get_args(kind)))):
+        if not rest or not dataclasses.is_dataclass(value):
+            remedy = f"set its fields: {first}.NAME=1" if not rest else f"this flavor has no {first}"
             raise ConfigError(f"model.args: {whole} cannot be set; {remedy}")
         return dataclasses.replace(args, **{first: _replace(value, rest, text, whole=whole)})
     try:
         new = convert(kind, text, text=True)
     except BadValue as error:
         raise ConfigError(f"model.args: {whole}: {error}") from None
-    if not isinstance(new, bool | str) and not _in_range(first, new):
+    if not isinstance(new, bool | str | None) and not _in_range(first, new):
         least = "0 or more" if first in _MAY_BE_ZERO else "more than 0"
         raise ConfigError(f"model.args: {whole} = {text}: must be {least}, and at most 2^31 - 1")
     return dataclasses.replace(args, **{first: new})

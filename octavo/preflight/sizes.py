@@ -31,9 +31,19 @@ def shared_sizes(args: ModelArgs) -> dict[str, int]:
         sizes["feed-forward features"] = args.hidden_dim
     if moe is not None:
         sizes["features of an expert"] = moe.hidden_dim
-        if moe.shared_dim:
+        if moe.n_shared:
             sizes["features of the shared expert"] = moe.shared_dim
     return {**sizes, "features": args.dim}
+
+
+def unsplit(args: ModelArgs, *, tensor: int, context: int) -> Iterator[str]:
+    """One message if a model with latent attention is to be split in a way that it cannot be yet."""
+    if args.latent is not None and (tensor > 1 or context > 1):
+        axis, degree = ("tensor", tensor) if tensor > 1 else ("context", context)
+        yield (
+            f"parallelism.{axis}_parallel_degree = {degree}: latent attention is not split yet; set it "
+            "to 1, and shard by data_parallel_shard_degree and pipeline_parallel_degree"
+        )
 
 
 def units(args: ModelArgs) -> list[tuple[str, ...]]:

@@ -14,6 +14,8 @@ def _narrow(debug: ModelArgs, layers: int) -> ModelArgs:
     moe = debug.moe and replace(debug.moe, n_experts=8, top_k=2, hidden_dim=96)
     groups = 8 if debug.n_kv_heads == debug.n_heads else 4
     sizes = {"dim": 128, "n_layers": layers, "n_heads": 8, "n_kv_heads": groups, "hidden_dim": 384}
+    if debug.latent is not None:
+        sizes["n_kv_heads"] = 8
     return replace(debug, moe=moe, **sizes)
 
 

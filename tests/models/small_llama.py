@@ -1,10 +1,12 @@
 """Tiny Llamas that run in milliseconds, one for each variant of the family."""
 
+from dataclasses import replace
+
 import torch
 
 from octavo import models
 from octavo.families import ModelArgs
-from octavo.families.model_args import MoEArgs, RopeScaling
+from octavo.families.model_args import LatentArgs, MoEArgs, RopeScaling, Yarn
 from octavo.models.transformer import Transformer
 
 # A short original context, so that low, blended and high frequencies all occur within 48 positions.
@@ -29,11 +31,30 @@ SHAPES = {
 }
 
 
+LATENT = {"norm_eps": 1e-6, "rope_theta": 1e4, "n_kv_heads": 8}
+SIGMOID = MoEArgs(8, 2, 24, 1, 1, "sigmoid", True, 2.5, bias=True, balance_loss=1e-4)
 QWEN3 = {"norm_eps": 1e-6, "qk_norm": True, "rope_theta": 1e6}
 SMALL: dict[str, tuple[str, ModelArgs]] = {
     **{f"llama3 {shape}": ("llama3", args) for shape, args in SHAPES.items()},
     "qwen3": ("qwen3", small(**QWEN3, head_dim=16)),
     "qwen3 experts": ("qwen3", small(**QWEN3, head_dim=16, moe=MoEArgs(6, 2, 24, balance_loss=1e-3))),
+    "deepseek_v3": (
+        "deepseek_v3",
+        small(**LATENT, latent=LatentArgs(32, 40, 12, 8, 10), moe=replace(SIGMOID, groups=4, groups_kept=2)),
+    ),
+    "deepseek_v3 yarn": (
+        "deepseek_v3",
+        small(**LATENT, rope_scaling=Yarn(8.0, 16), latent=LatentArgs(32, None, 8, 16, 8), moe=SIGMOID),
+    ),
+    "deepseek_v2": (
+        "deepseek_v3",
+        small(
+            **LATENT,
+            rope_scaling=Yarn(4.0, 16, mscale=0.707),
+            latent=LatentArgs(32, None, 12, 8, 12),
+            moe=MoEArgs(8, 2, 24, 2, 1, "softmax", False, balance_loss=1e-4),
+        ),
+    ),
     "qwen3 tied": ("qwen3", small(**QWEN3, head_dim=12, tie_embeddings=True)),
 }
 

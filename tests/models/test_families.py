@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from octavo import models
 from octavo.families import FAMILIES, ModelArgs
 from octavo.hf.safetensors_folder import find_tensors, read_tensor, write_json, write_shards
+from octavo.hf.stored_weights import saved_tensors
 from octavo.models.decode import Decoder
 from octavo.models.init import init_weights
 from octavo.models.transformer import Transformer
@@ -28,6 +29,10 @@ TOTALS = {
     "qwen3 32B": 32_762_123_264,
     "qwen3 30B-A3B": 30_532_122_624,
     "qwen3 235B-A22B": 235_093_634_560,
+    "deepseek_v3 V2-Lite": 15_706_484_224,
+    "deepseek_v3 Moonlight": 15_960_110_208,
+    "deepseek_v3 671B": 671_026_419_200,
+    "deepseek_v3 K2": 1_026_408_232_448,
 }
 PUBLISHED = [
     f"{name} {flavor}"
@@ -60,7 +65,7 @@ def test_sizes_are_the_published_ones(which):
     name, flavor = which.split()
     with torch.device("meta"):
         model = Transformer(replace(FAMILIES[name].flavors[flavor], max_seq_len=8))
-    assert sum(p.numel() for p in model.parameters()) == TOTALS[which.removesuffix("-3.0")]
+    assert sum(tensor.numel() for _, tensor in saved_tensors(model)) == TOTALS[which.removesuffix("-3.0")]
 
 
 def test_logits_equal_transformers(case, tmp_path):

@@ -23,7 +23,7 @@ RULES = {
     "softmax, not renormalised": replace(ARGS, renormalise=False, scale=1.5),
     "sigmoid, bias": replace(ARGS, score="sigmoid", bias=True, scale=2.5),
     "groups": replace(ARGS, score="sigmoid", bias=True, groups=4, groups_kept=2),
-    "shared": replace(ARGS, shared_dim=40),
+    "shared": replace(ARGS, n_shared=2),
 }
 
 

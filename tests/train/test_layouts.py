@@ -86,6 +86,7 @@ VARIANTS = [
     ),
     Case("Qwen3, FSDP 2, TP 2", 4, {"tensor": 2}, PRECISIONS["rowwise"], both=QWEN3),
     Case("experts, FSDP 2, TP 2", 4, {"tensor": 2}, both=EXPERTS),
+    Case("DeepSeek, FSDP 2, PP 2", 4, {"pipeline": 2}, both={"model.name": "shallow_deepseek_v3"}),
     Case("experts, HSDP 2 x 1, PP 2", 4, {"replicate": 2, "pipeline": 2}, both=EXPERTS),
     Case("Qwen3, CP 2, PP 2", 4, {"context": 2, "pipeline": 2}, both=QWEN3),
 ]

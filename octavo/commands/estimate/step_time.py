@@ -94,7 +94,8 @@ def _attention_seconds(counts: Counts, gpu: Gpu) -> float:
 def _llama_block(args: object) -> Block | None:
     """The layer of a Llama with `args`; None for a model of another kind."""
     fields = ("dim", "n_heads", "n_kv_heads", "hidden_dim", "head_width")
-    if not all(hasattr(args, name) for name in fields):
+    other = getattr(args, "moe", None) or getattr(args, "latent", None)
+    if other or not all(hasattr(args, name) for name in fields):
         return None
     dim, heads, groups, hidden, head = (getattr(args, name) for name in fields)
     return Block(dim, heads * head, groups * head, hidden)
