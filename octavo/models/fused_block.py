@@ -18,6 +18,7 @@ from octavo.models.transformer import TransformerBlock
 class FusedBlock(TransformerBlock):
     """A `TransformerBlock` after `fuse_layer`."""
 
+    attention: Attention
     _into_attention: Any
     _out_of_attention: Any
     _into_gates: Any

@@ -73,7 +73,7 @@ class Transformer(nn.Module):
         self.output = None if args.tie_embeddings else nn.Linear(args.dim, args.vocab_size, bias=False)
         self.chunked_loss: ChunkedLoss | None = None
         device = torch.get_default_device()
-        shape = (2, args.max_seq_len, args.head_width // 2)
+        shape = (2, args.max_seq_len, args.rope_width // 2)
         # A stranger's max_seq_len may be anything: on the meta device nothing is computed.
         rope = torch.empty(shape) if device.type == "meta" else rope_table(args).to(device)
         self.register_buffer("rope", rope, persistent=False)

@@ -105,5 +105,7 @@ def _misfits(args: ModelArgs) -> Iterator[str]:
 def _misfits_of_experts(moe: MoEArgs) -> Iterator[str]:
     if moe.groups_kept > moe.groups or moe.n_experts % moe.groups:
         yield f"{moe.groups} groups, {moe.groups_kept} of them kept, do not divide {moe.n_experts} experts"
+    elif moe.groups > 1 and moe.n_experts // moe.groups < 2:
+        yield f"{moe.groups} groups of {moe.n_experts} experts: a group's best two are compared; lower groups"
     elif moe.top_k > moe.n_experts // moe.groups * moe.groups_kept:
         yield f"top_k {moe.top_k} of {moe.n_experts // moe.groups * moe.groups_kept} experts; lower it"

@@ -46,6 +46,7 @@ def test_settings_replace_sizes():
         (["head_dim=0", "dim=100"], "6 heads do not divide dim 100"),
         (["n_kv_heads=4"], "n_heads 6 must be a multiple of n_kv_heads 4"),
         (["moe.top_k=17"], "top_k 17 of 16 experts"),
+        (["moe.groups=16"], "16 groups of 16 experts"),
         (["moe.groups=3"], "3 groups, 1 of them kept, do not divide 16 experts"),
     ],
 )
