@@ -37,6 +37,7 @@ _MATMULS = frozenset(
         "octavo::scaled_mm_blocks",
         "octavo::mm_codes",
         "octavo::grouped_mm",
+        "octavo::grouped_mm_float8",
     }
 )
 _CHOICES = frozenset({_aten.topk.default})

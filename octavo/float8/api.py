@@ -23,6 +23,7 @@ from octavo.float8.distributed.parallel_styles import (
     Float8RowwiseParallel,
     PrepareFloat8ModuleInput,
 )
+from octavo.float8.grouped import Float8GroupedMM
 from octavo.float8.linear import Float8Linear
 from octavo.float8.matmul import EmulationWarning, describe_backend
 from octavo.float8.matmul import describe_backend as describe_path
@@ -38,6 +39,7 @@ __all__ = [
     "Float8AdamW",
     "Float8ColwiseParallel",
     "Float8GemmConfig",
+    "Float8GroupedMM",
     "Float8Linear",
     "Float8LinearConfig",
     "Float8LinearRecipeName",

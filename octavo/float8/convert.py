@@ -1,4 +1,4 @@
-"""Swaps a model's `nn.Linear`s for float8 linears, and filters which.
+"""Swaps a model's `nn.Linear`s, and the products of its experts, for float8 ones, and filters which.
 
 Swapping keeps the parameters as they are, so that optimizers, checkpoints and state dicts keep working. Which
 layers gain is a trade-off: float8 products are faster, but casts cost memory traffic, so small layers lose
@@ -11,7 +11,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -20,6 +20,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from octavo.float8.config import Float8LinearRecipeName, Options, resolve
+from octavo.float8.grouped import Float8GroupedMM, GroupedProduct, why_not_grouped
 from octavo.float8.linear import Float8Linear
 from octavo.float8.recipe import FULL, Recipe, find_recipe
 
@@ -78,7 +79,7 @@ def _check_filter(module_filter_fn: Any) -> None:
         raise TypeError(f"module_filter_fn takes ({taken}); it is called with (module, fqn): swap them")
 
 
-def _accepts(module_filter_fn: ModuleFilter, linear: nn.Linear, fqn: str) -> bool:
+def _accepts(module_filter_fn: ModuleFilter, linear: nn.Module, fqn: str) -> bool:
     name = plain_name(fqn)
     try:
         accepted = module_filter_fn(linear, name)
@@ -116,6 +117,9 @@ def convert_to_float8_training(
     config: a `Float8LinearConfig`, a `Recipe`, or a recipe's name; None means `Float8LinearConfig()`,
     tensorwise.
 
+    Modules with weights for grouped products (`grouped.py`), as of a mixture of experts, are converted too,
+    if the recipe allows it.
+
     Parameters remain the same objects, so an existing optimizer keeps working; a linear in two places remains
     one; hooks, buffers and attributes are kept. Warns if nothing was converted, and about linears that cannot
     be: those with a forward of their own, a computed weight, or no sizes yet, and nn.MultiheadAttention's.
@@ -151,6 +155,7 @@ def convert_to_float8_training(
         raise ValueError(
             f"{sharded[0]} is sharded already: convert first, and apply fully_shard to the converted model"
         )
+    grouped = _convert_grouped(module, module_filter_fn, config)
     swapped: dict[int, Float8Linear] = {}
     total, already = len(linears), sum(isinstance(m, Float8Linear) for m in linears.values())
 
@@ -167,7 +172,7 @@ def convert_to_float8_training(
         for child in children:
             if isinstance(child, Float8Linear) and _ends_feed_forward(child, children):
                 child.keep_input = False
-    if not swapped and not unable:
+    if not swapped and not unable and not grouped:
         reason = (
             f"all {total} are float8 already"
             if total and already == total
@@ -179,6 +184,35 @@ def convert_to_float8_training(
             f"convert_to_float8_training changed nothing in {type(module).__name__}: {reason}", stacklevel=2
         )
     return module
+
+
+def grouped_modules(module: nn.Module) -> dict[str, nn.Module]:
+    """The modules that multiply groups of rows by weights of their own, by name (`grouped.py`)."""
+    return {fqn: m for fqn, m in module.named_modules() if getattr(m, "grouped_weights", ())}
+
+
+def _convert_grouped(
+    module: nn.Module, module_filter_fn: ModuleFilter | None, config: Options | None
+) -> list[str]:
+    """Give accepted modules with grouped weights a float8 product; returns their names."""
+    accepted = {
+        fqn: m
+        for fqn, m in grouped_modules(module).items()
+        if not isinstance(m.product, Float8GroupedMM)
+        and (module_filter_fn is None or _accepts(module_filter_fn, m, fqn))
+    }
+    why = why_not_grouped(resolve(config)[0])
+    if accepted and why is not None:
+        warnings.warn(
+            f"convert_to_float8_training left the experts of {len(accepted)} layers unconverted: {why}. "
+            "rowwise, blockwise and mxfp8 convert them",
+            stacklevel=3,
+        )
+        return []
+    for m in accepted.values():
+        high_precision = cast(GroupedProduct, m.product)
+        m.product = Float8GroupedMM(config, high_precision=high_precision)  # type: ignore[assignment]
+    return list(accepted)
 
 
 def convert_from_float8_training(module: nn.Module) -> nn.Module:
@@ -194,6 +228,9 @@ def convert_from_float8_training(module: nn.Module) -> nn.Module:
         raise ValueError(
             f"{sharded[0]} is sharded: load the checkpoint into an unsharded model, and convert that"
         )
+    for m in grouped_modules(module).values():
+        if isinstance(m.product, Float8GroupedMM) and m.product.high_precision is not None:
+            m.product = m.product.high_precision  # type: ignore[assignment]
     plain = {id(linear): linear.to_float() for linear in linears.values()}
     return _swap(module, "", lambda linear, fqn: plain.get(id(linear)))
 

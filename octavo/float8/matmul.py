@@ -134,22 +134,23 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 OPERATORS.define(
-    "mm_codes(Tensor a, Tensor b, ScalarType out_dtype) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    "mm_codes(Tensor a, Tensor b, Tensor[] scales, ScalarType out_dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 @torch.library.impl(OPERATORS, "mm_codes", "CompositeExplicitAutograd")
-def _mm_codes(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """`a[M, C] . b[C, N]` of float32 tensors whose values are exact in bfloat16; added in float32, rounded
-    once.
+def _mm_codes(a: Tensor, b: Tensor, scales: list[Tensor], out_dtype: torch.dtype) -> Tensor:
+    """`a[M, C] . b[C, N]`, times `scales`, of float32 tensors whose values are exact in bfloat16; added in
+    float32, rounded once.
 
     Allowing oneDNN bfloat16 makes it use AMX; without AMX, oneDNN's float32 is 1.15 times as fast as torch's
     default on a Zen 4. This is an operator so that compiled code, too, changes the setting only around the
     product: the setting is global to the process, and would round every other product.
     """
     if not BFLOAT16_UNITS or a.device.type != "cpu":
-        return _mm(a, b).to(out_dtype)
-    if out_dtype == torch.bfloat16:
+        return _scale_in_place(_mm(a, b), scales).to(out_dtype)
+    if out_dtype == torch.bfloat16 and not scales:
         return _mm(a.bfloat16(), b.bfloat16())
     mkldnn: Any = torch.backends.mkldnn
     units = mkldnn.matmul
@@ -157,13 +158,20 @@ def _mm_codes(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
         before = units.fp32_precision
         units.fp32_precision = "bf16"
         try:
-            return _mm(a, b).to(out_dtype)
+            y = _mm(a, b)
         finally:
             units.fp32_precision = before
+    return _scale_in_place(y, scales).to(out_dtype)
+
+
+def _scale_in_place(y: Tensor, scales: list[Tensor]) -> Tensor:
+    for scale in scales:
+        y.mul_(scale)
+    return y
 
 
 @torch.library.register_fake("octavo::mm_codes", lib=OPERATORS)
-def _(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+def _(a: Tensor, b: Tensor, scales: list[Tensor], out_dtype: torch.dtype) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype)
 
 
@@ -184,11 +192,15 @@ def _emulate(a: Quantized, b: Quantized, cast_a: Cast, cast_b: Cast, out_dtype: 
     if not all(cast.power_of_two or cast.block[1] == FULL for cast in (cast_a, cast_b)):
         return _mm(values_a, values_b.t()).to(out_dtype)
     scales = [s for s in (after_a, None if after_b is None else after_b.t()) if s is not None]
-    y = torch.ops.octavo.mm_codes(values_a, values_b.t(), torch.float32 if scales else out_dtype)
     if len(scales) == 2 and scales[0].numel() == scales[1].numel() == 1:
         scales = [scales[0] * scales[1]]  # one pass over y
+    if not torch.compiler.is_compiling():
+        # In place, but inside the operator: checkpointing saves its output, which must not change after.
+        y: Tensor = torch.ops.octavo.mm_codes(values_a, values_b.t(), scales, out_dtype)
+        return y
+    y = torch.ops.octavo.mm_codes(values_a, values_b.t(), [], torch.float32 if scales else out_dtype)
     for scale in scales:
-        y.mul_(scale)
+        y = y * scale  # the compiler fuses these passes
     return y.to(out_dtype)
 
 

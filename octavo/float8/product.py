@@ -88,6 +88,16 @@ def needed_gradients(ctx: Any, first: int, count: int) -> list[bool]:
         return needed
 
 
+def refuse_second_derivative() -> None:
+    """Raise RuntimeError in a backward that is to be differentiated; the result would be silently wrong."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "a Float8Linear cannot be differentiated twice (create_graph=True): casting to float8 has no "
+            "useful second derivative. Keep the layers that need one in high precision with "
+            "module_filter_fn, or differentiate once"
+        )
+
+
 class Float8Matmul(torch.autograd.Function):
     """See the module's docstring. `grad_output`: delayed scaling's statistics of dy, for a single weight.
 
@@ -132,13 +142,7 @@ class Float8Matmul(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         spec, (x, x_scale, *weights) = ctx.spec, ctx.saved_tensors
         n, recipe, sharding = spec.weights, spec.recipe, spec.sharding
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Without this, a second derivative would be silently wrong.
-            raise RuntimeError(
-                "a Float8Linear cannot be differentiated twice (create_graph=True): casting to float8 has no "
-                "useful second derivative. Keep the layers that need one in high precision with "
-                "module_filter_fn, or differentiate once"
-            )
+        refuse_second_derivative()
         want_x, *want_w = needed_gradients(ctx, 2, 1 + n)
         dx: Tensor | None = None
         dws: list[Tensor | None] = [None] * n

@@ -117,11 +117,13 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The feed-forwards of all experts, as one tensor for each of their matrices.
+    """The feed-forwards of all experts, as one tensor `[E, out, in]` for each of their matrices.
 
     Attributes:
-        product: `grouped_mm`, or one of the same meaning.
+        product: `grouped_mm`, or one of the same meaning; conversion to float8 replaces it.
     """
+
+    grouped_weights = ("w1", "w2", "w3")
 
     def __init__(self, dim: int, args: MoEArgs):
         super().__init__()

@@ -104,6 +104,7 @@ def build_model(
             job.float8,
             device,
             filters_given_on_cli=job.given.get("float8.filter_fqns") == "cli",
+            divided=world.tensor is not None,
         )
     if job.model.print_after_conversion:
         logger.info("Model after conversion: %s", model)

@@ -40,12 +40,14 @@ from octavo.float8.checks.fake_gpu import force_hardware_path as force_hardware_
 from octavo.float8.checks.fake_gpu import gather_in_float8 as gather_in_float8
 from octavo.float8.checks.fake_gpu import simulate_gpu as simulate_gpu
 from octavo.float8.checks.selfcheck import Check, check_device
+from octavo.float8.convert import grouped_modules
 from octavo.float8.distributed.parallel_styles import (
     Float8ColwiseParallel,
     Float8RowwiseParallel,
     PrepareFloat8ModuleInput,
 )
 from octavo.float8.fused import GatedLinear, NormedInput, SharedInput
+from octavo.float8.grouped import why_not_grouped
 from octavo.float8.health import Measurement, Monitor, audit
 from octavo.float8.matmul import EmulationWarning, choose_backend, describe_backend
 from octavo.models.init import plain_name
@@ -320,24 +322,33 @@ def build_delayed_scaling(
 
 
 def convert(
-    model: nn.Module, recipe: str, settings: Float8, device: torch.device, *, filters_given_on_cli: bool
+    model: nn.Module,
+    recipe: str,
+    settings: Float8,
+    device: torch.device,
+    *,
+    filters_given_on_cli: bool,
+    divided: bool = False,
 ) -> None:
-    """Swap the linear layers of `model`, in place, for float8 ones in `recipe`, except those that
-    `filter_fqns` excludes and those that `layer_recipes` gives another recipe.
+    """Swap the linear layers and experts of `model`, in place, for float8 ones in `recipe`, except those that
+    `filter_fqns` excludes and those that `layer_recipes` gives another recipe. `divided`: whether tensor
+    parallelism divides each expert, whose scales would then be those of its parts.
 
     A filter excludes every layer whose full name contains it. Raises `ConfigError` if no layer is left to
     convert, if a pattern of `layer_recipes` decides about no layer, or if a filter from the command line
     matches none. A filter from a TOML file, which may be for several models, only logs a warning.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    experts = list(grouped_modules(model))
     for part in settings.filter_fqns:
-        if not any(part in name for name in linears):
+        if not any(part in name for name in (*linears, *experts)):
             message = f"float8.filter_fqns: {part!r} matches no linear layer of this model"
             if filters_given_on_cli:
                 raise ConfigError(f"{message}; it has, for example, {', '.join(linears[:3])}")
             logger.warning(message)
 
-    chosen = _recipe_of_each(linears, recipe, settings)
+    chosen = _recipe_of_each([*linears, *experts], recipe, settings)
+    _keep_experts(chosen, experts, divided=divided)
     kept = [name for name in linears if chosen[name] is None]
     if len(kept) == len(linears):
         key = "layer_recipes" if settings.layer_recipes else "filter_fqns"
@@ -346,7 +357,7 @@ def convert(
             "layers to convert; take a filter out, or take float8 out of model.converters"
         )
     for name in dict.fromkeys(filter(None, chosen.values())):
-        _convert_to(model, name, [linear for linear in linears if chosen[linear] == name], settings, device)
+        _convert_to(model, name, [layer for layer in chosen if chosen[layer] == name], settings, device)
     swapped = sum(isinstance(module, Float8Linear) for module in model.modules())
     logger.info(
         "Swapped to Float8Linear layers: %d of %d linear layers%s",
@@ -354,6 +365,21 @@ def convert(
         len(linears),
         f"; in high precision: {_listed(kept)}" if kept else "",
     )
+
+
+def _keep_experts(chosen: dict[str, str | None], experts: Sequence[str], *, divided: bool) -> None:
+    """Choose high precision for experts that cannot be cast as chosen, and log why."""
+    kept: dict[str, str] = {}
+    for name in experts:
+        recipe = chosen[name]
+        if recipe is None:
+            continue
+        why = "tensor parallelism divides each" if divided else why_not_grouped(_options(recipe).to_recipe())
+        if why is not None:
+            chosen[name], kept[name] = None, why
+    for why in dict.fromkeys(kept.values()):
+        layers = [name for name in kept if kept[name] == why]
+        logger.info("Experts stay in high precision: %s (%s)", why, _listed(layers))
 
 
 def _recipe_of_each(linears: Sequence[str], default: str, settings: Float8) -> dict[str, str | None]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from octavo.float8 import (
     FULL,
@@ -357,3 +358,25 @@ def test_gradients_asked_for_one_at_a_time_cost_one_product_each() -> None:
 def test_the_repr_names_the_recipe() -> None:
     assert "recipe=rowwise, emulate=True" in repr(linear())
     assert FULL == -1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_checkpointing_may_save_the_products(recipe: str) -> None:
+    """What it saves must not change later, as by scales that are applied in place."""
+    layer = Float8Linear(48, 32, config=recipe, emulate=True)
+    x = torch.randn(20, 48, requires_grad=True)
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def contexts() -> Any:
+        return create_selective_checkpoint_contexts(policy)
+
+    def run(x: Tensor) -> Tensor:
+        return layer(torch.sin(x)).square()
+
+    want = torch.autograd.grad(run(x).sum(), (x, layer.weight))
+    got = torch.autograd.grad(
+        checkpoint(run, x, use_reentrant=False, context_fn=contexts).sum(), (x, layer.weight)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))

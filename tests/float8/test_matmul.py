@@ -249,10 +249,10 @@ def test_the_units_switch_is_set_for_the_product_alone(monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "_mm", mm)
     before = precision.fp32_precision
     product = torch.ops.octavo.mm_codes
-    product(torch.ones(2, 3), torch.ones(3, 4), torch.float32)
+    product(torch.ones(2, 3), torch.ones(3, 4), [], torch.float32)
     assert (seen, precision.fp32_precision) == (["bf16"], before)
     with pytest.raises(RuntimeError):
-        product(torch.ones(2, 3), torch.ones(2, 4), torch.float32)
+        product(torch.ones(2, 3), torch.ones(2, 4), [], torch.float32)
     assert precision.fp32_precision == before
 
 
