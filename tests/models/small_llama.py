@@ -44,7 +44,7 @@ SMALL: dict[str, tuple[str, ModelArgs]] = {
     ),
     "deepseek_v3 yarn": (
         "deepseek_v3",
-        small(**LATENT, rope_scaling=Yarn(8.0, 16), latent=LatentArgs(32, None, 8, 16, 8), moe=SIGMOID),
+        small(**LATENT, rope_scaling=Yarn(8.0, 4096), latent=LatentArgs(32, None, 8, 16, 8), moe=SIGMOID),
     ),
     "deepseek_v2": (
         "deepseek_v3",
