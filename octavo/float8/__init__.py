@@ -12,7 +12,8 @@ The story is in six files, in this order:
     linear.py      `Float8Linear`: casts its input, takes its weight's casts, multiplies
     convert.py     swaps a model's `nn.Linear`s for `Float8Linear`s, and filters them
 
-config.py translates torchao's options to a recipe. The rest makes it fast, distributed and observable:
+config.py translates torchao's options to a recipe; grouped.py multiplies the weights of experts as linear.py
+does a linear's. The rest makes it fast, distributed and observable:
 
     casts/         when operands are cast, by which kernel, and how casts are reused; delayed scaling
     kernels/       Triton kernels that cast, bit for bit as quantize.py does
