@@ -33,7 +33,7 @@ from octavo.float8.compiled.pin_saved import pin_saved
 from octavo.float8.config import Options, resolve
 from octavo.float8.gemm_backends import OPERATORS
 from octavo.float8.matmul import choose_backend, matmul
-from octavo.float8.product import DTYPES, needed_gradients, refuse_second_derivative
+from octavo.float8.product import needed_gradients, refuse_second_derivative, to_computing_dtype
 from octavo.float8.quantize import Quantized, materialize, quantize, scales_from_amax
 from octavo.float8.recipe import FULL, Cast, Gemm, Recipe
 
@@ -280,10 +280,7 @@ class Float8GroupedMM:
                 f"a grouped product takes x[R, K], w[E, N, K] and ends[E]; these are {tuple(x.shape)}, "
                 f"{tuple(w.shape)} and {tuple(ends.shape)}"
             )
-        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        if x.dtype not in DTYPES:
-            raise TypeError(f"a grouped product takes bfloat16, float16 or float32, not {x.dtype}: convert x")
+        x = to_computing_dtype(x, type(self).__name__)
         # Views: `needed_gradients` can ask the engine about inner nodes of the graph only, not leaves.
         y: Tensor = _Product.apply(x.view_as(x), w.view_as(w), ends, self._gemms)
         return y

@@ -205,6 +205,11 @@ def prepare_input(x: Tensor, linear: nn.Linear) -> Tensor:
             f"{kind} takes [..., {K}]; the input is {tuple(x.shape)}: its last dimension must be "
             f"in_features={K}"
         )
+    return to_computing_dtype(x, kind)
+
+
+def to_computing_dtype(x: Tensor, kind: str) -> Tensor:
+    """`x` in autocast's dtype, if that is active. TypeError, naming `kind`, for dtypes not in `DTYPES`."""
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype not in DTYPES:
