@@ -156,4 +156,5 @@ class Float8Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         emulate = "" if self.emulate is None else f", emulate={self.emulate}"
-        return f"{super().extra_repr()}, recipe={self.recipe.name}{emulate}"
+        casts = "".join(f", {name}={gemm.short}" for name, gemm in self.recipe.gemms.items())
+        return f"{super().extra_repr()}, recipe={self.recipe.name}{emulate}{casts}"

@@ -155,7 +155,17 @@ class Cast:
     @property
     def blocks(self) -> str:
         """The block in words, for messages: "blocks of 1 x FULL"."""
-        return "blocks of " + " x ".join("FULL" if size == FULL else str(size) for size in self.block)
+        return f"blocks of {self._sizes}"
+
+    @property
+    def short(self) -> str:
+        """Format and block, as `repr` of a layer has them: "e4m3[1 x FULL]"."""
+        assert isinstance(self.format, Float8Format)
+        return f"{self.format.name.lower()}[{self._sizes}]"
+
+    @property
+    def _sizes(self) -> str:
+        return " x ".join("FULL" if size == FULL else str(size) for size in self.block)
 
 
 @dataclass(frozen=True)
@@ -188,6 +198,11 @@ class Gemm:
     @property
     def float8(self) -> bool:
         return self.a is not None
+
+    @property
+    def short(self) -> str:
+        """Both casts: "e4m3[1 x 128] . e4m3[128 x 128]"."""
+        return f"{self.a.short} . {self.b.short}" if self.a and self.b else "high precision"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from octavo.float8 import (
-    FULL,
     RECIPES,
     Cast,
     EmulationWarning,
@@ -355,9 +354,17 @@ def test_gradients_asked_for_one_at_a_time_cost_one_product_each() -> None:
     assert torch.equal(dw, together[1])
 
 
-def test_the_repr_names_the_recipe() -> None:
+def test_the_repr_tells_the_casts_of_each_product() -> None:
     assert "recipe=rowwise, emulate=True" in repr(linear())
-    assert FULL == -1
+    assert repr(Float8Linear(64, 32, config="blockwise")) == (
+        "Float8Linear(in_features=64, out_features=32, bias=True, recipe=blockwise, "
+        "output=e4m3[1 x 128] . e4m3[128 x 128], grad_input=e4m3[1 x 128] . e4m3[128 x 128], "
+        "grad_weight=e4m3[1 x 128] . e4m3[1 x 128])"
+    )
+    mixed = repr(Float8Linear(64, 32, config="rowwise_with_gw_hp", emulate=False))
+    assert "emulate=False, output=e4m3[1 x FULL] . e4m3[1 x FULL]" in mixed
+    assert "grad_input=e4m3[1 x FULL] . e4m3[FULL x FULL], grad_weight=high precision)" in mixed
+    assert "grad_input=e5m2[FULL x FULL] . e4m3" in repr(Float8Linear(64, 32, config="tensorwise"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
