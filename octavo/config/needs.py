@@ -15,7 +15,7 @@ from octavo.config.parallel_dims import ParallelDims, parallel_dims_of
 from octavo.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from octavo.config.schema import JobConfig
+    from octavo.config.schema import JobConfig, Training
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,13 @@ def fuses(job: "JobConfig") -> bool:
     # Fused casts use the maxima of the current step.
     alone = job.parallelism.tensor_parallel_degree == 1 and not uses_previous_step(job)
     return job.model.fuse != "off" and alone
+
+
+def ignores_document_starts(training: "Training") -> bool:
+    """Whether the loss leaves out what follows a document's end."""
+    return training.document_starts == "ignore" or (
+        training.document_starts == "auto" and training.document_mask
+    )
 
 
 def _runs_torchs_own(job: "JobConfig") -> bool:

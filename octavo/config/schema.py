@@ -197,6 +197,10 @@ class Training:
     """
     document_mask: bool = False
     """Attention stays within a document; without it, tokens attend across the documents of a sequence."""
+    document_starts: names.DocumentStarts = "auto"
+    """Whether the loss counts or ignores each label that follows a document's end, the first token of another
+    document; auto: ignore with training.document_mask.
+    """
     max_norm: Norm = 1.0
     """Gradients are clipped to this global norm."""
     steps: Positive = 10000
@@ -319,7 +323,7 @@ class Checkpoint:
     """Stop the run after this many failed saves in a row, for instance on a full disk."""
     initial_load_path: Annotated[PathName | None, OTHER_LOSS] = None
     """Start from the weights in this folder where there is no checkpoint to resume from: a checkpoint, a
-    run's folder (its newest), or a Hugging Face folder.
+    run's folder (its newest), a Hugging Face folder, or a checkpoint of torchtitan's Llama 3.
     """
     initial_load_model_only: Annotated[bool, needs.OTHER_RUN] = True
     """Load only the weights from checkpoint.initial_load_path; otherwise continue from it: optimizer, step,

@@ -18,12 +18,14 @@ has the position; `prefetch.py` prepares batches ahead of time.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from octavo.core.errors import ConfigError
+from octavo.data.labels import split_samples
 from octavo.data.prefetch import Microbatch, Prefetcher
 from octavo.data.sample_source import SampleSource
 
@@ -36,6 +38,7 @@ class DataLoader:
         dp_rank, dp_degree: this rank's number, and how many ranks read different data.
         workers: threads that prefetch microbatches; 0: none. Batches do not depend on it.
         pin_memory: return tensors in page-locked memory, which a GPU copies asynchronously.
+        document_end: labels that follow this id are left out of the loss (`labels.py`).
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class DataLoader:
         dp_degree: int,
         workers: int = 1,
         pin_memory: bool = False,
+        document_end: int | None = None,
     ) -> None:
         if local_batch_size < 1:
             raise ConfigError(f"training.local_batch_size is {local_batch_size}; it must be at least 1")
@@ -55,15 +59,13 @@ class DataLoader:
         self.source = source
         self._batch, self._rank, self._ranks = local_batch_size, dp_rank, dp_degree
         self._workers, self._pin = min(workers, 1) if source.forward_only else workers, pin_memory
+        self._document_end = document_end
         self._position = 0
         self._source_state: dict[str, Any] = {}
         self._prefetcher: Prefetcher | None = None
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """The next microbatch: tokens and labels, each a contiguous int64 [local_batch_size, seq_len].
-
-        `labels[b, s]` is the token that follows `tokens[b, s]`.
-        """
+        """The next microbatch: tokens and labels, each a contiguous int64 [local_batch_size, seq_len]."""
         if self._prefetcher is not None and self._prefetcher.in_forked_child:
             self._prefetcher = None
             self.source.load_state_dict(self._source_state)
@@ -134,16 +136,24 @@ class DataLoader:
         stride = self._ranks * self._batch
         first = self._position + worker * stride
         every = max(1, self._workers) * stride
-        return _microbatches(self.source, first, every, stride, self._rank, self._batch, pin=self._pin)
+        split = partial(split_samples, document_end=self._document_end)
+        return _microbatches(self.source, first, every, stride, self._rank, self._batch, split, pin=self._pin)
 
 
 def _microbatches(
-    source: SampleSource, position: int, every: int, stride: int, rank: int, batch: int, *, pin: bool
+    source: SampleSource,
+    position: int,
+    every: int,
+    stride: int,
+    rank: int,
+    batch: int,
+    split: Callable[[Tensor], tuple[Tensor, Tensor]],
+    *,
+    pin: bool,
 ) -> Iterator[Microbatch]:
     # Not a method: a reference to the loader would keep it alive, and so the thread that runs this.
     while True:
-        samples = source.read(position + rank * batch, batch)
-        pair = samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+        pair = split(source.read(position + rank * batch, batch))
         tokens_BS, labels_BS = (tensor.pin_memory() for tensor in pair) if pin else pair
         yield Microbatch(tokens_BS, labels_BS, position + stride, source.state_dict())
         position += every

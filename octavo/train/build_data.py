@@ -3,6 +3,8 @@
 import torch
 
 from octavo.config import JobConfig
+from octavo.config.needs import ignores_document_starts
+from octavo.config.schema import Training
 from octavo.data.build import build_source
 from octavo.data.corpus_files import BadRecords
 from octavo.data.dataloader import DataLoader
@@ -32,4 +34,10 @@ def build_data(
         dp_degree=ranks,
         workers=training.num_workers,
         pin_memory=device.type == "cuda",
+        document_end=ignored_end(training, tokenizer),
     )
+
+
+def ignored_end(training: Training, tokenizer: Tokenizer) -> int | None:
+    """The id after which labels are left out of the loss, or None."""
+    return tokenizer.eos_id if ignores_document_starts(training) else None

@@ -35,6 +35,7 @@ EFFECTS: Mapping[str, str] = {
     "lr_scheduler.min_lr_factor": _SCHEDULE,
     "training.max_norm": "later gradients are clipped at the new norm",
     "training.document_mask": "attention reaches other tokens than it did",
+    "training.document_starts": "the loss counts other labels than it did",
     "training.dtype": _ROUNDS,
     "training.mixed_precision_param": _ROUNDS,
     "training.mixed_precision_reduce": _ROUNDS,

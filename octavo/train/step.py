@@ -3,11 +3,12 @@
 A `TrainStep` reads and writes no file, logs nothing and knows no optimizer. The trainer, `octavo estimate`
 and benchmarks run the same one; everything that watches a step is a hook (`hooks.py`).
 
-The loss of a microbatch is its sum over tokens divided by the number of tokens in the global batch. So the
-gradients of all microbatches and processes are summed, and results do not depend on the number of processes.
+The loss of a microbatch is its sum over tokens divided by the number of tokens in the global batch, or of
+those whose label is not IGNORED. So the gradients of all microbatches and processes are summed, and results
+do not depend on the number of processes.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,9 +19,10 @@ from torch.distributed.tensor import DTensor
 
 from octavo import models
 from octavo.config import JobConfig
-from octavo.config.needs import casts_weights_again
+from octavo.config.needs import casts_weights_again, ignores_document_starts
 from octavo.config.parallel_dims import ParallelDims
 from octavo.config.schema import Training
+from octavo.data.labels import IGNORED
 from octavo.distributed.ddp import reduce_gradients_now
 from octavo.distributed.mesh import World
 from octavo.distributed.mixed_precision import computing_in_copies
@@ -47,6 +49,8 @@ class TrainStep:
 
     model: this process's part of the model. microbatches: of a step, on this process. global_tokens: of a
     step, on all processes. cross_entropy: logits [B, S, V] and labels [B, S] -> the summed loss, a scalar.
+    counts_labels: whether some labels may be IGNORED, so that those that are not are counted before the first
+    forward; the microbatches of a step are then read at once.
     chunked: whether the model computes its loss itself, given the labels, so that whole logits never exist.
     cast_weights_once: whether float8 weights are cast once for all microbatches. pipeline: the schedule of
     this process's stages, None without pipeline parallelism. progress: called after each microbatch, and in a
@@ -59,6 +63,7 @@ class TrainStep:
     microbatches: int
     global_tokens: int
     cross_entropy: Callable[[Tensor, Tensor], Tensor] = cross_entropy_sum
+    counts_labels: bool = False
     chunked: bool = False
     cast_weights_once: bool = False
     pipeline: Pipeline | None = None
@@ -72,9 +77,13 @@ class TrainStep:
         Returns this process's share of the step's loss, a scalar. `on_loss` is called with the loss of each
         microbatch, which is part of that sum.
         """
+        tokens: int | Tensor = self.global_tokens
+        if self.counts_labels:
+            batches = list(batches)
+            tokens = self._counted_tokens([labels_BS for _, labels_BS in batches])
 
         def share(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-            loss = self.cross_entropy(logits_BSV, labels_BS) / self.global_tokens
+            loss = self.cross_entropy(logits_BSV, labels_BS) / tokens
             on_loss(loss)
             return loss
 
@@ -85,12 +94,22 @@ class TrainStep:
                 if self.pipeline is not None:
                     total += self.pipeline.gradients(tokens_BS, labels_BS, share)
                 else:
-                    loss = self.loss(tokens_BS, labels_BS) / self.global_tokens
+                    loss = self.loss(tokens_BS, labels_BS) / tokens
                     on_loss(loss)
                     loss.backward()
                     total += loss.detach()
                 self.progress()
         return total
+
+    def _counted_tokens(self, labels: Sequence[Tensor]) -> Tensor:
+        """Of a step, on all processes: the tokens whose label is not IGNORED, at least one; a float32 scalar.
+
+        All stages of a pipeline have the same labels, so the sums give their share.
+        """
+        counted = torch.stack([(labels_BS != IGNORED).sum() for labels_BS in labels]).sum()
+        every = sum(labels_BS.numel() for labels_BS in labels)
+        sums = self.world.sum(torch.stack([counted, torch.full_like(counted, every)]).double())
+        return (self.global_tokens * sums[0] / sums[1]).clamp(min=1).float()
 
     def loss(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
         """The loss of a whole model, summed over tokens; a scalar. Called in `computing`."""
@@ -140,6 +159,7 @@ def build_train_step(
         microbatches=samples // (training.local_batch_size * world.layout.data),
         global_tokens=samples * training.seq_len,
         cross_entropy=torch.compile(cross_entropy_sum) if compiled else cross_entropy_sum,
+        counts_labels=ignores_document_starts(training),
         chunked=training.loss_chunk_tokens is not None,
         cast_weights_once=job.float8.cast_weights_once and casts_weights_again(job, world.size),
         pipeline=None if plan is None else _pipeline(job, built, plan, world, device, progress),

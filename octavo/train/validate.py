@@ -4,10 +4,10 @@ Validation reads samples by index from a source of its own and runs forward with
 random number, keeps no gradient or float8 scale, and frees gathered weights again. The samples are the same
 at every validation, on any number of ranks. Samples that pad the last batch are read but not counted.
 
-loss: nats per token, the mean over all labels, as in training. bits per byte: the bits that the model needs
-for all labels, including ends of documents, divided by the bytes of the text. It does not depend on the
-vocabulary, so models with different tokenizers can be compared. It is not reported where the ids do not tell
-the bytes of their text and nothing else does.
+loss: nats per token, the mean over the labels that training counts. bits per byte: the bits that the model
+needs for those labels, including ends of documents, divided by the bytes of their text. It does not depend
+on the vocabulary, so models with different tokenizers can be compared. It is not reported where the ids do
+not tell the bytes of their text and nothing else does.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from octavo.core.errors import ConfigError
 from octavo.data import shard_format
 from octavo.data.build import build_source
 from octavo.data.corpus_files import BadRecords
+from octavo.data.labels import IGNORED, split_samples
 from octavo.data.mixture import held_out
 from octavo.data.sample_source import SampleSource, SourceOptions
 from octavo.distributed.mesh import World
 from octavo.metrics.logger import ValidationReport
 from octavo.tokenizer import Tokenizer
+from octavo.train.build_data import ignored_end
 from octavo.train.step import TrainStep
 
-IGNORED = -100  # the label that cross entropy ignores
 _SEED = 0  # of the order; samples must not depend on training.seed
 
 
@@ -41,6 +42,7 @@ class Validator:
 
     Args:
         byte_lengths: number of bytes of each token id; zeros where they are unknown.
+        document_end: labels that follow this id are not counted.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class Validator:
         world: World,
         byte_lengths: Sequence[float],
         device: torch.device,
+        document_end: int | None = None,
     ) -> None:
+        self._document_end = document_end
         self._source, self.samples, self._batch = source, samples, local_batch_size
         self._world, self._device = world, device
         self._bytes_V = torch.tensor(byte_lengths, dtype=torch.float64, device=device)
@@ -81,7 +85,7 @@ class Validator:
 
     def _batch_totals(self, first: int, step: TrainStep) -> Tensor:
         samples = self._source.read(first, self._batch).to(self._device)
-        tokens_BS, labels_BS = samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+        tokens_BS, labels_BS = split_samples(samples, self._document_end)
         labels_BS[max(0, self.samples - first) :] = IGNORED
         labels_BS = self._world.local_labels(labels_BS)
         loss = step.evaluate(tokens_BS, labels_BS)
@@ -139,6 +143,7 @@ def build_validator(
         world=world,
         byte_lengths=_byte_lengths(tokenizer, source),
         device=device,
+        document_end=ignored_end(training, tokenizer),
     )
 
 

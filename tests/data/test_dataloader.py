@@ -11,6 +11,7 @@ from octavo.core.errors import ConfigError
 from octavo.data import corpus, prefetch
 from octavo.data.corpus import InMemoryCorpus, tokenize
 from octavo.data.dataloader import DataLoader, merge_state_dicts
+from octavo.data.labels import IGNORED, split_samples
 from octavo.data.sample_source import SourceOptions
 from tests.helpers import ranks as forks
 from tests.helpers.loaders import make_loader
@@ -62,6 +63,13 @@ def test_labels_are_the_following_tokens(folder, tokenizer):
     windows = [row[start : start + SEQ_LEN + 1] for start in range(0, len(row) - SEQ_LEN, SEQ_LEN)]
     for tokens_S, labels_S in zip(tokens.tolist(), labels.tolist(), strict=True):
         assert [*tokens_S, labels_S[-1]] in windows
+
+
+@pytest.mark.parametrize("batch", [1, 8])  # of one sample, tokens and labels can share memory
+def test_labels_after_a_documents_end_are_ignored(batch):
+    tokens, labels = split_samples(torch.tensor([[5, 0, 1, 7, 0, 0, 6]] * batch), document_end=0)
+    assert tokens.tolist() == [[5, 0, 1, 7, 0, 0]] * batch
+    assert labels.tolist() == [[0, IGNORED, 7, 0, IGNORED, IGNORED]] * batch
 
 
 def test_packing_keeps_every_document_whole(folder, tokenizer):

@@ -80,6 +80,16 @@ def small_corpus() -> Path:
     return path
 
 
+@cache
+def many_documents() -> Path:
+    """The first tenth of `small_corpus` as 100 documents."""
+    path = small_corpus().with_name("documents.jsonl")
+    text = small_corpus().read_text()
+    parts = (text[start : start + 200] for start in range(0, 20_000, 200))
+    path.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
+    return path
+
+
 def _main(argv: list[str], log: Path, port: int, rank: int, world: int) -> int:
     os.environ.update(
         RANK=str(rank),

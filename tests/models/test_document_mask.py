@@ -126,21 +126,12 @@ def test_trains(tmp_path) -> None:
     flags = {
         **launching.recipe("rowwise"),
         **launching.shallow(2),
-        "training.dataset": _many_documents(tmp_path),
+        "training.dataset": launching.many_documents(),
         "activation_checkpoint.mode": "selective",
         "optimizer.lr": 4e-3,
     }
     plain = launching.train(tmp_path / "plain", flags)
     masked = launching.train(tmp_path / "masked", {**flags, "training.document_mask": "true"}, world=2)
     assert masked.losses[0] != pytest.approx(plain.losses[0], abs=1e-3)
-    assert masked.losses[-1] < masked.losses[0] - 0.3
+    assert masked.losses[-1] < masked.losses[0] - 0.2
     assert all(map(math.isfinite, masked.losses))
-
-
-def _many_documents(folder):
-    path = folder / "corpus"
-    path.mkdir()
-    text = launching.small_corpus().read_text()
-    for number in range(100):
-        (path / f"{number}.txt").write_text(text[number * 200 : number * 200 + 200])
-    return path

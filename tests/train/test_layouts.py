@@ -62,7 +62,8 @@ CHOSEN = {
 QUICK = [case for case in ALL if not case.compiled and CHOSEN[case.layout] == case.precision.name]
 # Each has fewer axes than another of the chosen ones, split in the same way.
 WITHIN_OTHERS = ("TP 2, CP 2", "TP 2, PP 2", "FSDP 2, CP 2", "HSDP 2 x 1, TP 2")
-DOCUMENTS = {"training.document_mask": True}
+DOCUMENTS = {"training.document_mask": True, "training.dataset": launching.many_documents()}
+CHUNKS = {"training.loss_chunk_tokens": 48}
 QWEN3 = {"model.name": "shallow_qwen3"}
 EXPERTS = {"model.name": "shallow_qwen3_moe"}
 VARIANTS = [
@@ -70,6 +71,7 @@ VARIANTS = [
     Case("DDP 2, one reduction a step", 2, {"replicate": 2}),
     Case("TP 2, float8 whole", 2, {"tensor": 2}, Precision("all", {"model.converters": "float8"}, 1e-2)),
     Case("CP 2, documents", 2, {"context": 2}, both=DOCUMENTS),
+    Case("DDP 2, documents, chunked", 2, {"replicate": 2}, flags=CHUNKS, both=DOCUMENTS),
     Case(
         "PP 2, documents, recomputed",
         2,

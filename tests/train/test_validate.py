@@ -37,10 +37,10 @@ def all_reduce(values):
     return values
 
 
-def measure(world, batch):
-    """The report of this rank, out of `world`, over the whole of TEXT."""
+def measure(world, batch, *, texts=(TEXT,), document_end=None):
+    """The report of this rank, out of `world`, over the whole of `texts`."""
     tokenizer = build_tokenizer("octavo_bpe_2048")
-    source = InMemoryCorpus(tokenize([TEXT], tokenizer), "text", SourceOptions(tokenizer, SEQ_LEN, seed=0))
+    source = InMemoryCorpus(tokenize(texts, tokenizer), "text", SourceOptions(tokenizer, SEQ_LEN, seed=0))
     rank = torch.distributed.get_rank() if world > 1 else 0
     place = SimpleNamespace(
         data_rank=rank,
@@ -56,6 +56,7 @@ def measure(world, batch):
         world=place,
         byte_lengths=tokenizer.byte_lengths(),
         device=torch.device("cpu"),
+        document_end=document_end,
     )
     model = Bigram(tokenizer.vocab_size).train()
     before = torch.get_rng_state()
@@ -82,6 +83,23 @@ def test_loss_and_bits_per_byte_by_their_definition():
     assert report.tokens == samples * SEQ_LEN
     assert report.loss == pytest.approx(nats / report.tokens, rel=1e-5)
     assert report.bits_per_byte == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
+
+
+def test_the_first_tokens_of_documents_are_not_counted():
+    """Neither their nats nor their bytes."""
+    tokenizer = build_tokenizer("octavo_bpe_2048")
+    texts = [f"{line}, it was." for line in "abcdefgh" * 4]
+    ids = [id for text in texts for id in tokenizer.encode(text, bos=True, eos=True)]
+    samples = (len(ids) - 1) // SEQ_LEN
+    tokens, labels = torch.tensor(ids[: samples * SEQ_LEN + 1]).unfold(0, 2, 1).unbind(1)
+    inside = tokens != tokenizer.eos_id
+    nats = F.cross_entropy(Bigram(tokenizer.vocab_size)(tokens[inside]), labels[inside], reduction="sum")
+    lengths = tokenizer.byte_lengths()
+    report = measure(1, batch=4, texts=texts, document_end=tokenizer.eos_id)
+    assert report.tokens == inside.sum() < samples * SEQ_LEN - 20
+    assert report.loss == pytest.approx(nats.item() / report.tokens, rel=1e-5)
+    text_bytes = sum(lengths[id] for id in labels[inside].tolist())
+    assert report.bits_per_byte == pytest.approx(nats.item() / math.log(2) / text_bytes, rel=1e-5)
 
 
 def test_any_number_of_ranks_measures_the_same():

@@ -290,7 +290,8 @@ def _trace_step(
             quantization.gather_in_float8(part)
     with label_hidden_memory(tracker), fake:
         step = build_train_step(job, built, plan=plan, world=world, device=device)
-        step = replace(step, microbatches=min(step.microbatches, _TRACED_MICROBATCHES))
+        # Microbatches are traced one by one; to count their labels, a step reads them all at once.
+        step = replace(step, microbatches=min(step.microbatches, _TRACED_MICROBATCHES), counts_labels=False)
         if short is not None:
             run_short_schedule(step.pipeline, short, tracker, operations.begin_action)
         optimizer = build_optimizer(built.model, job.optimizer)
