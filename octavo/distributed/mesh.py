@@ -58,7 +58,7 @@ class World:
 
     def largest_mean(self, local_sum: torch.Tensor) -> float:
         """Largest per-process mean loss, given `local_sum` (a scalar), this process's share of the global
-        loss.
+        loss, as if as many labels counted on each.
         """
         mean = local_sum.detach().clone() * (self.layout.data * self.layout.context)
         if self.size > 1:

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from octavo import models
-from octavo.checkpoint.reader import read_state
+from octavo.checkpoint.reader import STATE, read_state
 from octavo.checkpoint.store import published_steps
 from octavo.config import ConfigError
 from octavo.config.schema import Checkpoint, Model
@@ -34,6 +34,7 @@ from octavo.hf.model_sources import (
     read_hf_config,
 )
 from octavo.hf.stored_weights import Weights, check_fit, saved_tensors, shapes_of
+from octavo.hf.torchtitan_checkpoint import is_torchtitan_checkpoint, open_torchtitan_weights
 from octavo.tokenizer import Tokenizer
 
 _SHARD_BYTES = 2 * 10**9  # the other processes wait while one file is written
@@ -86,9 +87,17 @@ def open_initial_weights(
         if problems:
             raise ConfigError(f"{folder} is not {model}: {'; '.join(problems)}. {_REMEDY}")
         return InitialWeights(folder, open_hf_weights(folder, spec, args, model=model, remedy=_REMEDY))
-    weights = open_checkpoint_weights(folder)
+    from_torchtitan = is_torchtitan_checkpoint(folder)
+    if from_torchtitan and not (spec.name == "llama3" and settings.initial_load_model_only):
+        raise ConfigError(
+            f"{folder} is a DCP folder without octavo's {STATE}, as torchtitan's are; only llama3's "
+            "weights can be loaded: set model.name = llama3 and checkpoint.initial_load_model_only = true"
+        )
+    weights = open_torchtitan_weights(folder, args) if from_torchtitan else open_checkpoint_weights(folder)
     expected = shapes_of(build_on_meta(spec, args))
     check_fit(weights.shapes, expected, where=str(folder), model=model, remedy=_REMEDY)
+    if from_torchtitan:
+        return InitialWeights(folder, weights)
     saved_flavor = read_state(folder).get("config", {}).get("model", {}).get("flavor", flavor)
     if saved_flavor != flavor:
         logger.warning(
@@ -100,7 +109,8 @@ def open_initial_weights(
 def _find_folder(path: Path, settings: Checkpoint, checkpoints: Path) -> Path | None:
     if settings.enable and published_steps(checkpoints):
         return None
-    return path if settings.initial_load_in_hf else find_checkpoint(path)
+    as_named = settings.initial_load_in_hf or is_torchtitan_checkpoint(path)
+    return path if as_named else find_checkpoint(path)
 
 
 def _call_on_rank_0(find: Callable[[], Path | None]) -> Path | None:

@@ -100,6 +100,9 @@ there.
 A checkpoint of octavo is a folder `step-N` in PyTorch's distributed format (DCP), with a manifest of hashes
 beside it. `checkpoint.initial_load_path` starts from such a folder, or with `checkpoint.initial_load_in_hf`
 from a Hugging Face folder. Meta's original files come in by [`octavo import`](hugging_face.md).
+
+A step's folder that torchtitan saved of Llama 3 gives its weights to `checkpoint.initial_load_path` too; its
+optimizer, step and position in the data stay behind. Nothing in it is unpickled. It has no hashes to verify.
 """
 
 

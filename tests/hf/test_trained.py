@@ -6,7 +6,9 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
+from octavo.checkpoint.reader import read_model
 from octavo.cli import main
 from octavo.commands.sampling import Recompute, Sampling, generate
 from octavo.hf.model_sources import find_checkpoint, open_model
@@ -109,9 +111,12 @@ def test_the_final_export_is_the_rounded_checkpoint(trained):
     assert find_checkpoint(trained).name == "step-4"
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # this process saves alone
 def test_training_continues_from_an_import_with_the_same_loss(trained, exported, tmp_path):
-    """The next losses from the checkpoint's weights, from its export, and from the import of its export."""
-    imported = tmp_path / "imported"
+    """The next losses from the checkpoint's weights, from its export, from the import of its export, and from
+    torchtitan's checkpoint of the same weights."""
+    imported, titan = tmp_path / "imported", tmp_path / "titan"
+    dcp.save(read_model(find_checkpoint(trained)), checkpoint_id=titan, no_dist=True)
     assert main(["import", str(exported), "--out", str(imported)]) == 0
     flags = {**FLAGS, "checkpoint.enable": False, "training.steps": 2}
     two = {"training.local_batch_size": 1, "checkpoint.initial_load_in_hf": True}
@@ -119,6 +124,7 @@ def test_training_continues_from_an_import_with_the_same_loss(trained, exported,
         "checkpoint": ({"checkpoint.initial_load_path": trained}, 1),
         "export": ({"checkpoint.initial_load_path": exported, **two}, 2),  # the same global batch
         "import": ({"checkpoint.initial_load_path": imported}, 1),
+        "torchtitan": ({"checkpoint.initial_load_path": titan}, 1),
         "random": ({}, 1),
     }
     losses = {}
@@ -126,7 +132,7 @@ def test_training_continues_from_an_import_with_the_same_loss(trained, exported,
         run = launching.train(tmp_path / start, {**flags, **more}, world=world)
         assert run.exit_codes == [0] * world, run.log
         losses[start] = run.losses
-    assert losses["checkpoint"] == losses["import"]
+    assert losses["checkpoint"] == losses["import"] == losses["torchtitan"]
     assert losses["export"][0] == pytest.approx(losses["import"][0], rel=1e-6)
     # two processes sum in another order, which float8 amplifies
     assert losses["export"] == pytest.approx(losses["import"], rel=1e-4)
