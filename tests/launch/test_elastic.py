@@ -306,10 +306,12 @@ def test_waiting_for_other_machines_ends_though_the_store_hears_nothing(tmp_path
     with socket.create_server(("127.0.0.1", 0)) as other:
         pid = os.fork()
         if not pid:
-            with Supervisor(tmp_path, 60.0 if cause == "signal" else 0.5):
-                waits = timedelta(seconds=60)
-                TCPStore("127.0.0.1", other.getsockname()[1], is_master=False, timeout=waits)
-            os._exit(99)
+            try:
+                with Supervisor(tmp_path, 60.0 if cause == "signal" else 0.5):
+                    waits = timedelta(seconds=20)
+                    TCPStore("127.0.0.1", other.getsockname()[1], is_master=False, timeout=waits)
+            finally:
+                os._exit(99)
         with other.accept()[0]:  # and never answer
             if cause == "signal":
                 time.sleep(0.3)
