@@ -20,7 +20,8 @@ from octavo.commands.argparser import Parser, bounded_float, bounded_int
 from octavo.core.errors import ConfigError
 from octavo.core.terminal import for_terminal
 from octavo.data import shard_format
-from octavo.data.corpus_files import TEXT_KEY, BadRecords, Record, find_files, read_records
+from octavo.data.corpus_files import TEXT_KEY, BadRecords, find_files, read_records
+from octavo.data.file_formats import COMPRESSIONS, FORMATS, Record
 from octavo.data.file_progress import FileProgress
 from octavo.data.shard_format import Index, Vocabulary
 from octavo.data.shard_writer import ShardWriter
@@ -38,8 +39,7 @@ def _parser() -> Parser:
     parser = Parser(
         "octavo prepare",
         "Tokenise text into a folder that training.dataset can name. Sources are files, or folders of them:\n"
-        ".txt (one document per file), .jsonl and .json (one per line), .parquet (one per row); .gz and .zst "
-        "of these.",
+        f"{_formats()}.",
         "Rerun the same command to continue an interrupted run.",
     )
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="a file, a folder, or a shipped corpus")
@@ -79,6 +79,11 @@ def _parser() -> Parser:
         "--verify", type=Path, metavar="FOLDER", help="check all checksums of a prepared folder and exit"
     )
     return parser
+
+
+def _formats() -> str:
+    formats = ", ".join(f"{' and '.join(row.suffixes)} ({row.documents})" for row in FORMATS.values())
+    return f"{formats}; {' and '.join(each.suffix for each in COMPRESSIONS)} of these"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,14 +1,16 @@
 """Every name that a config may choose from, so that a config can be checked before torch is imported.
 
-Models and recipes are read where they are defined, which takes no torch. The registries behind the other
-names (optimizers, schedules, corpora) import torch, which takes seconds, so those names are written twice;
-a test holds the two equal (`tests/config/test_names.py`).
+Models, recipes, optimizers and file formats are read where they are defined, which takes no torch. The
+registries behind the other names (schedules, corpora) import torch, which takes seconds, so those names are
+written twice; a test holds the two equal (`tests/config/test_names.py`).
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, get_args
 
+from octavo.config.optimizers import OPTIMIZERS
+from octavo.data.file_formats import FORMATS
 from octavo.families import FAMILIES
 from octavo.float8.recipe import RECIPES as _RECIPES
 from octavo.float8.recipe import When
@@ -33,9 +35,10 @@ PREVIOUS_STEP_RECIPES: tuple[str, ...] = tuple(
 
 if TYPE_CHECKING:
     RecipeName = str
+    OptimizerName = str
 else:
     RecipeName = Literal[(*RECIPES, *CONTROLS)]
-OptimizerName = Literal["Adam", "AdamW", "AdamW8bit"]
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
 StateDtype = Literal["float32", "bfloat16"]
 WeightDtype = Literal["float32", "bfloat16"]
 OptimizerImplementation = Literal["for-loop", "foreach", "fused"]
@@ -56,7 +59,6 @@ RotateMethod = Literal["auto", "allgather", "alltoall"]
 NonFinitePolicy = Literal["stop", "skip", "rewind"]
 SpikePolicy = Literal["off", "warn", "skip", "rewind"]
 
-OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 DECAY_TYPES: tuple[str, ...] = get_args(DecayType)
 CONVERTERS: tuple[str, ...] = get_args(Converter)
 
@@ -70,6 +72,9 @@ DATASETS: tuple[str, ...] = ("shakespeare", "c4", "c4_validation")
 
 STREAMED_DATASETS: tuple[str, ...] = ("c4", "c4_validation")
 """The part of `DATASETS` that is fetched, and for which `training.dataset_path` may name a local copy."""
+
+FILE_SUFFIXES: tuple[str, ...] = tuple(suffix for row in FORMATS.values() for suffix in row.suffixes)
+"""How the names of a corpus's files end; some may be compressed."""
 
 TOKENIZERS: tuple[str, ...] = ("octavo_bpe_2048",)
 """Tokenizers shipped in the package; anything else is a local folder or file."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from octavo.config import names
+from octavo.config.optimizers import OPTIMIZERS
 from octavo.config.parallel_dims import ParallelDims, parallel_dims_of
 from octavo.core.errors import ConfigError
 
@@ -68,9 +69,10 @@ def ignores_document_starts(training: "Training") -> bool:
     )
 
 
-def _runs_torchs_own(job: "JobConfig") -> bool:
-    full = job.optimizer.state_dtype == job.training.dtype == "float32"
-    return job.optimizer.name == "Adam" or (job.optimizer.name == "AdamW" and full)
+def chooses_implementation(job: "JobConfig") -> bool:
+    """Whether the optimizer is one of PyTorch's, which has several implementations."""
+    row, full = OPTIMIZERS[job.optimizer.name], job.optimizer.state_dtype == job.training.dtype == "float32"
+    return bool(row.implementations) and (row.low_bit is None or full)
 
 
 def _loads_by_name(job: "JobConfig") -> bool:
@@ -208,13 +210,14 @@ CHECKSUMS = _when(
 )
 CHUNKS = Needs(_chunks, "a device has at most that many tokens in one pass", "lower it, or leave it out")
 TORCHS_OPTIMIZER = _when(
-    _runs_torchs_own,
+    chooses_implementation,
     "it chooses among PyTorch's optimizers; octavo's own runs moments or weights of fewer bits",
 )
-ADAMW = _when(
-    lambda job: job.optimizer.name == "AdamW",
-    "only AdamW has a choice of state dtype",
-    "set --optimizer.name=AdamW",
+_CHOOSE_STATE_DTYPE = " or ".join(row.name for row in OPTIMIZERS.values() if row.moment_bytes is None)
+STATE_DTYPE = _when(
+    lambda job: OPTIMIZERS[job.optimizer.name].moment_bytes is None,
+    f"only {_CHOOSE_STATE_DTYPE} has a choice of state dtype",
+    f"set --optimizer.name={_CHOOSE_STATE_DTYPE}",
 )
 COMPILES = _when(lambda job: job.compile.enable, "nothing is compiled", "add --training.compile")
 SELECTIVE = _when(

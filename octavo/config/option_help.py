@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from octavo.config import schema
 from octavo.config.needs import Needs
-from octavo.config.options import AlsoSpelled, Option
+from octavo.config.options import AlsoSpelled, HelpNames, Option
 from octavo.config.ranges import Range
 from octavo.config.schema import OPTIONS, SECTIONS
 from octavo.config.values import describe, metavar, shown, unwrap
@@ -49,8 +49,10 @@ def texts() -> dict[str, str]:
         for field, below in zip(part.body, part.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
                 assert isinstance(field.target, ast.Name)
-                text = " ".join(str(ast.literal_eval(below.value)).split())
-                found[f"{class_of[part.name]}.{field.target.id}"] = text
+                name = f"{class_of[part.name]}.{field.target.id}"
+                found[name] = " ".join(str(ast.literal_eval(below.value)).split())
+                for note in OPTIONS[name].noted(HelpNames):
+                    found[name] = found[name].replace("{names}", note.names)
     return found
 
 

@@ -43,6 +43,13 @@ SAME_LOSS, OTHER_LOSS = ChangesLoss(False), ChangesLoss(True)
 
 
 @dataclass(frozen=True)
+class HelpNames:
+    """What `{names}` stands for in the option's help: names that are stated elsewhere."""
+
+    names: str
+
+
+@dataclass(frozen=True)
 class AlsoSpelled:
     """A second spelling of the option, as "section.key"."""
 

@@ -13,10 +13,12 @@ from types import MappingProxyType
 from typing import Annotated, Any
 
 from octavo.config import names, needs
+from octavo.config.optimizers import OPTIMIZERS
 from octavo.config.options import (
     OTHER_LOSS,
     SAME_LOSS,
     AlsoSpelled,
+    HelpNames,
     NeedsGpu,
     NeedsPackage,
     Option,
@@ -51,6 +53,7 @@ from octavo.core.errors import Problem
 from octavo.core.secrets import redact
 
 _STREAMED = NeedsPackage("datasets", values=names.STREAMED_DATASETS)
+_FILES = " or ".join([", ".join(names.FILE_SUFFIXES[:-1]), names.FILE_SUFFIXES[-1]])
 _COMPILES_SOMETHING = Range(
     lambda parts: len(parts) > 0, "must name something to compile; --compile.no-enable turns compilation off"
 )
@@ -108,8 +111,8 @@ class Metrics:
 
 @dataclass
 class Model:
-    name: str = "llama3"
-    """Model family: llama3, qwen3, deepseek_v3, or your own."""
+    name: Annotated[str, HelpNames(", ".join(names.MODELS))] = "llama3"
+    """Model family: {names}, or your own."""
     flavor: str = "debugmodel"
     """Size of the model: debugmodel, or a published one such as 8B; the README lists them."""
     args: list[str] = field(default_factory=list)
@@ -131,7 +134,8 @@ class Model:
 @dataclass
 class Optimizer:
     name: Annotated[
-        names.OptimizerName, NeedsPackage("bitsandbytes", "'octavo[adam8bit]'", ("AdamW8bit",))
+        names.OptimizerName,
+        *(NeedsPackage(row.package, row.source, (row.name,)) for row in OPTIMIZERS.values() if row.package),
     ] = "AdamW"
     """Optimizer; AdamW8bit has one-byte moments (needs bitsandbytes)."""
     lr: Rate = 8e-4
@@ -146,7 +150,7 @@ class Optimizer:
     """Weight decay: decoupled in AdamW and AdamW8bit, added to the gradient in Adam."""
     implementation: Annotated[names.OptimizerImplementation, needs.TORCHS_OPTIMIZER] = "fused"
     """How PyTorch runs the step; all three compute the same update."""
-    state_dtype: Annotated[names.StateDtype, needs.ADAMW] = "float32"
+    state_dtype: Annotated[names.StateDtype, needs.STATE_DTYPE] = "float32"
     """Type of AdamW's moments; bfloat16, rounded stochastically, takes half the memory."""
 
 
@@ -169,8 +173,8 @@ class LRScheduler:
 
 @dataclass
 class Training:
-    dataset: Annotated[Folder, _STREAMED] = "shakespeare"
-    """Corpus: shakespeare (shipped), c4 (streamed), local .txt, .jsonl, .json or .parquet, file or folder,
+    dataset: Annotated[Folder, _STREAMED, HelpNames(_FILES)] = "shakespeare"
+    """Corpus: shakespeare (shipped), c4 (streamed), local {names}, file or folder,
     a folder made by octavo prepare; or a mixture, books:0.7,web:0.3.
     """
     dataset_path: PathName | None = None

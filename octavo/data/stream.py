@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from octavo.core.errors import ConfigError
-from octavo.data.corpus_files import FORMATS, TEXT_KEY, BadRecords, find_files, read_documents
+from octavo.data.corpus_files import TEXT_KEY, BadRecords, find_files, read_documents
+from octavo.data.file_formats import FORMAT_OF
 from octavo.data.sample_source import SourceOptions
 from octavo.data.shuffle import mix64, permute
 
@@ -176,8 +177,8 @@ class StreamedCorpus:
 
 
 def open_local_files(root: Path, bad: BadRecords | None = None) -> list[OpenFile]:
-    """Openers of the `.json`, `.jsonl` (compressed or not) and `.parquet` files at or below `root`."""
-    formats = tuple(kind for kind in FORMATS if not kind.startswith(".txt"))
+    """Openers of the files at or below `root` whose formats hold many documents each."""
+    formats = tuple(ending for ending, row in FORMAT_OF.items() if not row.whole)
 
     def opener(path: Path) -> OpenFile:
         return lambda start: islice(read_documents(path, bad, skip_empty=True), start, None)

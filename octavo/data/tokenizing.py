@@ -21,7 +21,8 @@ import numpy as np
 
 from octavo.core.errors import ConfigError
 from octavo.data import shard_format
-from octavo.data.corpus_files import BadRecord, Record, parse
+from octavo.data.corpus_files import BadRecord, parse
+from octavo.data.file_formats import Record
 from octavo.data.shuffle import mix64
 from octavo.tokenizer import Tokenizer, build_tokenizer
 

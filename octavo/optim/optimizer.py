@@ -1,8 +1,9 @@
-"""Builds the optimizer from its config section. All parameters are in one group, so weight decay applies to
-norms too.
+"""Builds the optimizers of `octavo/config/optimizers.py`. All parameters are in one group, so weight decay
+applies to norms too.
 """
 
 from collections.abc import Iterable, Sequence
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -10,12 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from octavo.config.optimizers import OPTIMIZERS
 from octavo.config.schema import Optimizer
 from octavo.distributed.pipeline_parallel import over_stages
 from octavo.metrics.device import DTYPES
-from octavo.optim import low_bit
 
-_CLASSES: dict[str, type[torch.optim.Adam]] = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
 _IMPLEMENTATIONS: dict[str, dict[str, bool]] = {
     "fused": {"fused": True},
     "foreach": {"fused": False, "foreach": True},
@@ -25,10 +25,8 @@ _NORM_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 
 def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer over the parameters of `model` that need gradients.
-
-    AdamW with bfloat16 moments or parameters, and AdamW8bit, are in `low_bit.py`.
-    """
+    """The optimizer over the parameters of `model` that need gradients."""
+    row = OPTIMIZERS[settings.name]
     parameters = [p for p in model.parameters() if p.requires_grad]
     numbers: dict[str, Any] = {
         "lr": settings.lr,
@@ -36,13 +34,17 @@ def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimi
         "eps": settings.eps,
         "weight_decay": settings.weight_decay,
     }
-    if settings.name == "AdamW8bit":
-        return low_bit.AdamW8bit(parameters, **numbers)
-    narrow = any(p.dtype == torch.bfloat16 for p in parameters)
-    if settings.name == "AdamW" and (narrow or settings.state_dtype != "float32"):
-        return low_bit.AdamW(parameters, state_dtype=DTYPES[settings.state_dtype], **numbers)
-    numbers |= _IMPLEMENTATIONS[settings.implementation]
-    return _CLASSES[settings.name](parameters, **numbers)
+    chosen, narrow = row.full, any(p.dtype == torch.bfloat16 for p in parameters)
+    if row.low_bit is not None and (row.full is None or narrow or settings.state_dtype != "float32"):
+        chosen = row.low_bit
+        if row.moment_bytes is None:
+            numbers["state_dtype"] = DTYPES[settings.state_dtype]
+    else:
+        flags = _IMPLEMENTATIONS[settings.implementation]
+        numbers |= {flag: on for flag, on in flags.items() if flag in row.implementations}
+    assert chosen is not None
+    optimizer: torch.optim.Optimizer = resolve_name(chosen)(parameters, **numbers)
+    return optimizer
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from octavo.config import layer_recipes, names
-from octavo.config.needs import fuses, uses_previous_step
+from octavo.config.needs import chooses_implementation, fuses, uses_previous_step
+from octavo.config.optimizers import OPTIMIZERS, OptimizerKind
 from octavo.config.schema import JobConfig
 from octavo.core.errors import ConfigError, Problem
 
@@ -36,9 +37,38 @@ def _gathers_nothing(job: JobConfig) -> bool:
         return False
 
 
-def _shards_8_bit(job: JobConfig, processes: int) -> bool:
-    copies = job.parallelism.data_parallel_replicate_degree * job.parallelism.pipeline_parallel_degree
-    return job.optimizer.name == "AdamW8bit" and processes != copies
+def _of_optimizer(row: OptimizerKind) -> Iterator[Conflict]:
+    """What one optimizer cannot do."""
+    if row.low_bit is None:
+        yield Conflict(
+            "optimizer.name",
+            lambda job, *_: job.optimizer.name == row.name and job.training.dtype == "bfloat16",
+            "rounds weights to nearest, so that {training.dtype} would lose small updates",
+            "choose AdamW, which rounds them stochastically",
+        )
+    if row.why_whole is not None:
+        yield Conflict(
+            "optimizer.name",
+            lambda job, processes, _: job.optimizer.name == row.name and processes != _copies(job),
+            f"needs whole parameters, because {row.why_whole}",
+            "train on one process or on copies (parallelism.data_parallel_replicate_degree), or choose AdamW "
+            "with optimizer.state_dtype = bfloat16",
+        )
+    if row.implementations:
+        yield Conflict(
+            "optimizer.implementation",
+            lambda job, *_: (
+                job.optimizer.name == row.name
+                and chooses_implementation(job)
+                and job.optimizer.implementation not in row.implementations
+            ),
+            f": {row.name} has only {' and '.join(row.implementations)}",
+            f"set optimizer.implementation = {' or '.join(row.implementations)}",
+        )
+
+
+def _copies(job: JobConfig) -> int:
+    return job.parallelism.data_parallel_replicate_degree * job.parallelism.pipeline_parallel_degree
 
 
 def _rotates(job: JobConfig) -> bool:
@@ -117,19 +147,7 @@ CONFLICTS: tuple[Conflict, ...] = (
     ),
     _chunked("tensor", "each of its devices already holds only a part of the vocabulary"),
     _chunked("pipeline", "its last stage computes the loss from whole logits"),
-    Conflict(
-        "optimizer.name",
-        lambda job, *_: job.optimizer.name == "Adam" and job.training.dtype == "bfloat16",
-        "rounds weights to nearest, so that {training.dtype} would lose small updates",
-        "choose AdamW, which rounds them stochastically",
-    ),
-    Conflict(
-        "optimizer.name",
-        lambda job, processes, _: _shards_8_bit(job, processes),
-        "needs whole parameters, because its blocks of 256 numbers would straddle shards",
-        "train on one process or on copies (parallelism.data_parallel_replicate_degree), or choose AdamW "
-        "with optimizer.state_dtype = bfloat16",
-    ),
+    *(conflict for row in OPTIMIZERS.values() for conflict in _of_optimizer(row)),
     _health("tensor", "each process has only a part of every operand"),
     _health("pipeline", "the schedule itself runs forward and backward"),
     # What ring attention cannot do; see distributed/ring_attention.py.

@@ -11,6 +11,7 @@ import torch
 
 from octavo import models
 from octavo.config import ConfigError, JobConfig
+from octavo.config.optimizers import OPTIMIZERS
 from octavo.core.format import count
 from octavo.core.host_memory import host_memory
 from octavo.distributed.mesh import World
@@ -22,8 +23,8 @@ from octavo.preflight.pipeline_plan import PipelinePlan
 def bytes_per_parameter(job: JobConfig) -> int:
     """Of the parameter, its gradient and its moments."""
     own = DTYPES[job.training.dtype].itemsize
-    moment = 1 if job.optimizer.name == "AdamW8bit" else DTYPES[job.optimizer.state_dtype].itemsize
-    return 2 * own + 2 * moment
+    row = OPTIMIZERS[job.optimizer.name]
+    return 2 * own + row.moments * (row.moment_bytes or DTYPES[job.optimizer.state_dtype].itemsize)
 
 
 def require_memory(

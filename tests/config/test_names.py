@@ -22,14 +22,6 @@ def test_streamed_corpora() -> None:
     assert set(names.STREAMED_DATASETS) == set(build._STREAMED)
 
 
-def test_optimizers() -> None:
-    from octavo.optim import low_bit, optimizer
-
-    ours = {name for name in names.OPTIMIZERS if hasattr(low_bit, name)}
-    assert ours == {"AdamW", "AdamW8bit"}
-    assert ours | set(optimizer._CLASSES) == set(names.OPTIMIZERS)
-
-
 def test_decay_types() -> None:
     from octavo.optim import lr_schedule
 

@@ -1,15 +1,8 @@
 """An option is one field: what is derived from a field that is added to a copy of `schema.py`."""
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-
 import pytest
 
-from tests.conftest import ROOT
-from tests.helpers.waiting import LIMIT
+from tests.helpers.edited_copy import ask_edited_copy
 
 FIELD = '''
     share_kept: Annotated[Share, needs.VALIDATION, SAME_LOSS, AlsoSpelled("training.kept")] = 0.25
@@ -48,22 +41,8 @@ print(json.dumps({
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """What a copy of octavo says whose schema has one field more."""
     folder = tmp_path_factory.mktemp("copy")
-    (folder / "octavo").mkdir()
-    for part in (ROOT / "octavo").iterdir():
-        if part.name != "config":
-            (folder / "octavo" / part.name).symlink_to(part)
-    shutil.copytree(ROOT / "octavo/config", folder / "octavo/config")
-    schema = folder / "octavo/config/schema.py"
-    before = "@dataclass\nclass Training:"
-    assert before in schema.read_text()
-    schema.write_text(schema.read_text().replace(before, before + FIELD))
     (folder / "job.toml").write_text("[training]\nshare-kept = 0.5\n")
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    command = [sys.executable, "-c", ASKS]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT)
-    assert done.returncode == 0, done.stderr
-    answers: dict[str, object] = json.loads(done.stdout)
-    return answers
+    return ask_edited_copy(folder, {"octavo/config/schema.py": ("@dataclass\nclass Training:", FIELD)}, ASKS)
 
 
 @pytest.mark.parametrize(

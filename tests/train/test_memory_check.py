@@ -21,6 +21,7 @@ from tests.helpers import launching
         ("AdamW", "bfloat16", "float32", 12),
         ("AdamW", "bfloat16", "bfloat16", 8),
         ("AdamW8bit", "float32", "float32", 10),
+        ("Adam", "bfloat16", "float32", 16),  # as a file may say, without effect
     ],
 )
 def test_bytes_per_parameter(name, state_dtype, dtype, expected):

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from octavo.commands.doctor.findings import Finding, fail, note, ok
 from octavo.core.host_memory import host_memory
 from octavo.core.programs import missing_cxx
+from octavo.data.file_formats import FORMATS
 from octavo.launch.launcher import usable_cores
 
 LEAST_PYTHON, LEAST_TORCH, LEAST_TRITON = (3, 11), (2, 11), (3, 6)
@@ -23,7 +24,7 @@ _REQUIRED = ("tokenizers", "numpy")
 _OPTIONAL = {
     "safetensors": "Hugging Face export and import",
     "datasets": "streaming c4",
-    "pyarrow": "reading .parquet",
+    **{row.package: f"reading {' and '.join(row.suffixes)}" for row in FORMATS.values() if row.package},
     "tensorboard": "metrics.enable_tensorboard",
 }
 _GPU_QUERY = "name,driver_version,memory.total,compute_cap"
