@@ -166,7 +166,7 @@ def prepare(
                 for path, number, message in result.bad:
                     bad.add(path, number, message)
                 for split, ids in result.splits.items():
-                    writer.append(split, ids.data, ids.lengths)
+                    writer.append(split, ids.data, ids.lengths, ids.text_bytes)
                 for file, count in result.documents.items():
                     counts[file] += count
                 writer.record_progress(result.last, _state(counts, bad))

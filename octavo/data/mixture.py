@@ -53,6 +53,11 @@ class Mixture:
             for slots, source in zip(self._slots, self._sources, strict=True)
         )
         self.description = f"a mixture of {len(parts)}: {shares}"
+        means: list[Any] = [getattr(source, "bytes_per_token", None) for source in self._sources]
+        self.bytes_per_token: float | None = None
+        """Of the text, on average, if it is known of every source; samples have equal numbers of tokens."""
+        if None not in means:
+            self.bytes_per_token = float(np.average(means, weights=self._slots))
         self.identity: Mapping[str, Any] = {
             f"{number}.{key}": value
             for number, source in enumerate(self._sources)

@@ -83,6 +83,7 @@ def open_prepared(folder: Path, options: SourceOptions) -> PackedCorpus:
         documents=index.documents(split),
         identity={"tokens": index.tokens(split), "sha256": index.digest(split)},
         options=options,
+        bytes_per_token=index.bytes_per_token(split),
     )
 
 

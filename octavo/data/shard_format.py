@@ -47,12 +47,15 @@ class File:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard: number of tokens and documents, and its two files."""
+    """A shard: number of tokens and documents, its two files, and the bytes of its text in UTF-8 (None in
+    folders that were prepared before they were counted).
+    """
 
     tokens: int
     documents: int
     ids: File
     offsets: File
+    text_bytes: int | None = None
 
     @property
     def files(self) -> tuple[File, File]:
@@ -91,6 +94,12 @@ class Index:
     def documents(self, split: str) -> int:
         return sum(shard.documents for shard in self.splits.get(split, ()))
 
+    def bytes_per_token(self, split: str) -> float | None:
+        """Bytes of text per token, on average; None if they are not known."""
+        counts = [shard.text_bytes for shard in self.splits.get(split, ())]
+        known = [count for count in counts if count is not None]
+        return sum(known) / max(1, self.tokens(split)) if len(known) == len(counts) else None
+
     def digest(self, split: str) -> int:
         """A hash of the split's tokens."""
         text = ",".join(shard.ids.sha256 for shard in self.splits.get(split, ()))
@@ -114,7 +123,8 @@ def to_json(index: Index) -> str:
 
 def shard_from_json(fields: Mapping[str, Any]) -> Shard:
     """The inverse of `dataclasses.asdict`."""
-    return Shard(fields["tokens"], fields["documents"], File(**fields["ids"]), File(**fields["offsets"]))
+    ids, offsets = File(**fields["ids"]), File(**fields["offsets"])
+    return Shard(fields["tokens"], fields["documents"], ids, offsets, fields.get("text_bytes"))
 
 
 def read_index(folder: Path) -> Index:
@@ -160,7 +170,8 @@ def _find_inconsistency(index: Index) -> str:
     if TRAIN not in index.splits:
         return "no split for training"
     for shard in index.shards:
-        counts = shard.tokens, shard.documents, shard.ids.bytes, shard.offsets.bytes
+        text_bytes = 0 if shard.text_bytes is None else shard.text_bytes
+        counts = shard.tokens, shard.documents, shard.ids.bytes, shard.offsets.bytes, text_bytes
         if not all(type(number) is int and 0 <= number < 2**62 for number in counts):
             return f"a shard with the sizes {counts}"
         if shard.ids.bytes != shard.tokens * _WIDTHS[index.dtype]:

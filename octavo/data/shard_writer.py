@@ -61,19 +61,21 @@ class _OpenShard:
     """A shard that is being filled."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.tokens = self.documents = 0
+        self.tokens = self.documents = self.text_bytes = 0
         self._ids = _OpenFile(folder / f"{name}.tokens")
         self._offsets = _OpenFile(folder / f"{name}.documents")
         self._offsets.write(np.zeros(1, dtype="<i8").tobytes())
 
-    def append(self, ids: bytes, lengths: Sequence[int]) -> None:
+    def append(self, ids: bytes, lengths: Sequence[int], text_bytes: int) -> None:
         ends = self.tokens + np.cumsum(lengths, dtype="<i8")
         self._ids.write(ids)
         self._offsets.write(ends.tobytes())
         self.tokens, self.documents = int(ends[-1]), self.documents + len(lengths)
+        self.text_bytes += text_bytes
 
     def publish(self) -> Shard:
-        return Shard(self.tokens, self.documents, self._ids.publish(), self._offsets.publish())
+        files = self._ids.publish(), self._offsets.publish()
+        return Shard(self.tokens, self.documents, *files, self.text_bytes)
 
     def close(self) -> None:
         self._ids.close()
@@ -147,13 +149,15 @@ class ShardWriter:
         finished = sum(shard.tokens for shard in self._done.get(split, ()))
         return finished + (self._open[split].tokens if split in self._open else 0)
 
-    def append(self, split: str, ids: bytes, lengths: Sequence[int]) -> None:
-        """Add documents to a split: their concatenated ids in the corpus's dtype, and their lengths."""
+    def append(self, split: str, ids: bytes, lengths: Sequence[int], text_bytes: int) -> None:
+        """Add documents to a split: their concatenated ids in the corpus's dtype, their lengths in ids, and
+        the bytes of their text.
+        """
         if not lengths:
             return
         if split not in self._open:
             self._open[split] = _OpenShard(self._folder, f"{split}-{self._number:05d}")
-        self._open[split].append(ids, lengths)
+        self._open[split].append(ids, lengths, text_bytes)
 
     def record_progress(self, position: Any, state: Any) -> None:
         """All records up to `position` have been appended: publish the shards if they are full."""

@@ -35,10 +35,11 @@ Batch = Sequence[tuple[int, Record]]
 
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """Documents of one split: their concatenated ids as bytes, and their lengths in ids."""
+    """Documents of one split: concatenated ids as bytes, lengths in ids, and the bytes of their text."""
 
     data: bytes
     lengths: list[int]
+    text_bytes: int
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ class BatchEncoder:
         tokenizer, dtype = self._tokenizer, np.dtype(self._job.dtype).newbyteorder("<")
         encoded = tokenizer.encode_batch(texts, bos=tokenizer.bos_id is not None, eos=True)
         data = b"".join(np.array(ids, dtype=dtype).tobytes() for ids in encoded)
-        return EncodedDocuments(data, [len(ids) for ids in encoded])
+        text_bytes = sum(len(text.encode()) for text in texts)
+        return EncodedDocuments(data, [len(ids) for ids in encoded], text_bytes)
 
 
 _encoder: BatchEncoder | None = None

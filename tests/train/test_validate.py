@@ -8,8 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from octavo.commands.prepare import prepare
 from octavo.config.parallel_dims import ParallelDims
 from octavo.data.corpus import InMemoryCorpus, tokenize
+from octavo.data.mixture import Mixture
+from octavo.data.prepared import open_prepared
 from octavo.data.sample_source import SourceOptions
 from octavo.tokenizer import build_tokenizer
 from octavo.train.step import TrainStep
@@ -110,19 +113,52 @@ def test_any_number_of_ranks_measures_the_same():
         assert report.bits_per_byte == pytest.approx(one.bits_per_byte, rel=1e-6)
 
 
-def test_bytes_are_those_of_the_text_where_tokens_have_marks(tmp_path):
+@pytest.fixture
+def word_pieces(tmp_path):
+    """The path of a tokenizer whose tokens have marks, which are not of the text."""
     vocabulary = {"to": 0, "##day": 1, "[UNK]": 2, "<|end_of_text|>": 3}
     model = {"type": "WordPiece", "vocab": vocabulary, "unk_token": "[UNK]"}
     model |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
     content = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    tokenizer = build_tokenizer(str(tmp_path))
+    return str(tmp_path)
+
+
+def test_bytes_are_those_of_the_text_where_tokens_have_marks(word_pieces):
+    tokenizer = build_tokenizer(word_pieces)
     text = "today to today " * 20
     source = InMemoryCorpus(tokenize([text], tokenizer), "text", SourceOptions(tokenizer, SEQ_LEN, seed=0))
     lengths = _byte_lengths(tokenizer, source)
     ids = tokenizer.encode(text, eos=True)
     assert sum(lengths[id] for id in ids) == pytest.approx(len(text.encode()))
     assert set(_byte_lengths(tokenizer, object())) == {0.0}  # not known: not reported
+
+
+def test_prepared_text_and_mixtures_know_their_bytes(word_pieces, tmp_path):
+    """Unless one of the folders was prepared before they were counted."""
+    tokenizer, texts = build_tokenizer(word_pieces), {"a": "today to today " * 20, "b": "to to to " * 30}
+    options = SourceOptions(tokenizer, SEQ_LEN, seed=0)
+
+    def mean(source):
+        (same,) = set(_byte_lengths(tokenizer, source))
+        return same
+
+    sources, means = {}, {}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+        prepare([str(tmp_path / f"{name}.txt")], tokenizer=word_pieces, out=tmp_path / name)
+        sources[name] = open_prepared(tmp_path / name, options)
+        means[name] = len(text.encode()) / len(tokenizer.encode(text, eos=True))
+        assert mean(sources[name]) == pytest.approx(means[name])
+    mixture = Mixture([("a", 1.0, sources["a"]), ("b", 3.0, sources["b"])], seed=0)
+    assert mean(mixture) == pytest.approx((means["a"] + 3 * means["b"]) / 4)
+    index = tmp_path / "a" / "index.json"
+    content = json.loads(index.read_text())
+    del content["splits"]["train"][0]["text_bytes"]
+    index.write_text(json.dumps(content))
+    older = open_prepared(tmp_path / "a", options)
+    assert mean(older) == 0.0
+    assert mean(Mixture([("a", 1.0, older), ("b", 3.0, sources["b"])], seed=0)) == 0.0
 
 
 def test_byte_lengths_add_up_to_the_text():
