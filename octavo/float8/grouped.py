@@ -16,7 +16,8 @@ nothing waits for the GPU, and compiled code has one shape.
 A module that multiplies so declares it: `grouped_weights`, the names of its weights `[E, N, K]`, and an
 attribute `product(x_RK, w_ENK, ends_E) -> y_RN`, which `convert_to_float8_training` replaces.
 
-Letters: R rows, P padded rows, E groups, N output and K input features; `ends_E` is int32 and ascending.
+Letters: R rows, P padded rows, E groups, N output and K input features. `ends_E` is int32 and ascending, and
+its last entry is R.
 """
 
 from __future__ import annotations
@@ -256,6 +257,11 @@ class _Product(torch.autograd.Function):
         return dx, dw, None, None
 
 
+def _check_ends(ends: list[int], rows: int) -> None:
+    if not ends or ends[-1] != rows or any(end < start for start, end in pairwise([0, *ends])):
+        raise ValueError(f"ends = {ends}: they must ascend from 0 and end at the number of rows, {rows}")
+
+
 class Float8GroupedMM:
     """`product(x_RK, w_ENK, ends_E) -> y_RN` in float8; differentiable in x and w.
 
@@ -274,12 +280,21 @@ class Float8GroupedMM:
         self._gemms = _Gemms.of(self.recipe, None if options is None else options.emulate)
 
     def __call__(self, x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-        """ValueError for shapes that do not match; TypeError unless bfloat16, float16 or float32."""
+        """ValueError for shapes that do not match, and on a CPU for ends that do not ascend to R; TypeError
+        for dtypes other than bfloat16, float16 or float32, and for ends that are no integers.
+        """
         if x.dim() != 2 or w.dim() != 3 or x.shape[1] != w.shape[2] or ends.shape != w.shape[:1]:
             raise ValueError(
                 f"a grouped product takes x[R, K], w[E, N, K] and ends[E]; these are {tuple(x.shape)}, "
                 f"{tuple(w.shape)} and {tuple(ends.shape)}"
             )
+        if ends.dtype not in (torch.int32, torch.int64) or not w.is_floating_point() or w.element_size() < 2:
+            raise TypeError(
+                "a grouped product takes weights in bfloat16, float16 or float32 and ends in int32; these "
+                f"are {w.dtype} and {ends.dtype}"
+            )
+        if ends.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_ends(ends.tolist(), x.shape[0])
         x = to_computing_dtype(x, type(self).__name__)
         # Views: `needed_gradients` can ask the engine about inner nodes of the graph only, not leaves.
         y: Tensor = _Product.apply(x.view_as(x), w.view_as(w), ends, self._gemms)

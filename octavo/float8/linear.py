@@ -152,7 +152,7 @@ class Float8Linear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles have parameters only; a copied cache is empty.
-        return self.__dict__ | {"watch": None, "statistics": None}
+        return self.__dict__ | {"watch": None, "statistics": None, "shared_input": None}
 
     def extra_repr(self) -> str:
         emulate = "" if self.emulate is None else f", emulate={self.emulate}"

@@ -5,7 +5,7 @@
                dx = sum_i dy_i . w_i,   dw_i = dy_i^T . x
 
 Saved for backward are the input's cast `x_KM`, one byte per element, and the weights, which exist anyway:
-half of what a bfloat16 linear saves.
+half of what a bfloat16 linear saves. (Where grad_weight is in high precision, the input itself is saved.)
 
 A `Float8Linear` passes one weight. Linears with one input can pass theirs together (`fused/`): scales are per
 row or per block of rows, so the concatenated casts of several weights are the cast of the concatenation, bit

@@ -134,8 +134,11 @@ _registered: list[Callable[["Trainer"], Hook]] = []
 
 def register(make: MakesHook) -> MakesHook:
     """Add a hook to every trainer built from now on. `make` takes the `Trainer` and returns the hook; as a
-    decorator of a class, its constructor does so.
+    decorator of a class, its constructor does so. Raises TypeError for a class that is no `Hook`.
     """
+    if not callable(make) or (isinstance(make, type) and not issubclass(make, Hook)):
+        name = getattr(make, "__name__", repr(make))
+        raise TypeError(f"{name} is no hook: derive it from octavo.train.hooks.Hook")
     _registered.append(make)
     return make
 

@@ -365,6 +365,9 @@ def convert(
         len(linears),
         f"; in high precision: {_listed(kept)}" if kept else "",
     )
+    converted = [name for name in experts if chosen[name] is not None]
+    if converted:
+        logger.info("Experts multiply in float8 in %s", count(len(converted), "layer"))
 
 
 def _keep_experts(chosen: dict[str, str | None], experts: Sequence[str], *, divided: bool) -> None:

@@ -117,7 +117,7 @@ def test_float8_gathers_send_one_byte_a_weight():
     layers = 6 * (4 * 256 * 256 + 3 * 256 * 768)
     last = 256 + 2048 * 256  # norm and output, which backward begins with
     rest = 2048 * 256 + 12 * 256 + last
-    flags = 8  # the loss, and whether to stop: two floats
+    flags = 12  # whether to stop, before the first step; the loss, and whether to stop: three floats
     scales = 6 * 7 * 4  # one reduction of all weights' maxima, counted as activations
     assert sent == {
         "weights": (1 * 2 * layers + 2 * (2 * rest - last)) // 2,

@@ -148,3 +148,8 @@ def test_shapes_and_dtypes_are_checked() -> None:
         Float8GroupedMM()(x[:, 1:], w, ends)
     with pytest.raises(TypeError, match="float64"):
         Float8GroupedMM()(x.double(), w, ends)
+    for wrong in ([3, 6], [3, 9], [8, 7], [-1, 7]):
+        with pytest.raises(ValueError, match="end at the number of rows, 7"):
+            Float8GroupedMM()(x, w, torch.tensor(wrong).int())
+    with pytest.raises(TypeError, match=r"ends in int32; these are torch.float32 and torch.float32"):
+        Float8GroupedMM()(x, w, ends.float())

@@ -9,7 +9,7 @@ import pytest
 
 from octavo.config.schema import FaultTolerance
 from octavo.train.builtin_hooks import ReportMetrics
-from octavo.train.hooks import Hook, Hooks, StepRecord
+from octavo.train.hooks import Hook, Hooks, StepRecord, register
 from octavo.train.nonfinite_guard import Guard
 from octavo.train.quantization import DelayedScalingSteps
 from tests.docs.commands import ROOT, files_of
@@ -95,3 +95,11 @@ def test_the_last_step_is_reported_also_that_of_a_stopped_run(stopped, reported)
         record.stops = float(step == stopped)
         hook.after_step(record)
     assert metrics.reported == reported
+
+
+def test_what_is_no_hook_is_refused():
+    with pytest.raises(TypeError, match=r"Watcher is no hook: derive it from octavo.train.hooks.Hook"):
+
+        @register
+        class Watcher:
+            pass

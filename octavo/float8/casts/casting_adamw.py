@@ -41,6 +41,10 @@ class Float8AdamW(torch.optim.AdamW):
     """torch.optim.AdamW that casts the weights of the `Float8Linear`s in `model` as it steps.
 
     Options are AdamW's. Raises ValueError if `model` has no such layer.
+
+    Between a step and the next `cast_weights_once`, do not write to the weights through `.data`, with
+    `vector_to_parameters` or with a fused optimizer: that is not noticed, and the old casts would be used.
+    Writes under `no_grad`, loaded state dicts and new parameters are noticed.
     """
 
     def __init__(self, params: ParamsT, *, model: nn.Module, **options: Any) -> None:

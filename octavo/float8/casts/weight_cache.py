@@ -6,7 +6,8 @@ whether stored casts are current: the weight is the same tensor at the same vers
 
 A version cannot show everything. FSDP2 and fused optimizers write without advancing it, as does an edit
 through `.data`, and compiled code does not look. So the casts are used only inside a `cast_weights_once`
-scope, which promises that weights do not change.
+scope, which promises that weights do not change; an optimizer that makes them promises that nothing else
+writes to the weight between its step and the scope.
 """
 
 from __future__ import annotations

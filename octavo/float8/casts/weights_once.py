@@ -65,8 +65,9 @@ def cast_weights_once(model: nn.Module, *, enabled: bool = True) -> Iterator[Non
             stack.callback(linear.weight_cache.clear)
         with torch.no_grad():
             for group in {id(m.shared_input): m.shared_input for m in linears if m.shared_input}.values():
-                stack.callback(group.release_joined_casts)
-                group.cast_joined_weights()
+                if set(group.linears) <= set(linears):  # not if `model` is only a part of it
+                    stack.callback(group.release_joined_casts)
+                    group.cast_joined_weights()
             for linear in linears:
                 _cast_weight(linear)
         yield

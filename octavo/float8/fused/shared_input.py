@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,17 @@ class SharedInput:
         cast = first.recipe.output.b if isinstance(first, Float8Linear) else None
         if shared_scales and (cast is None or cast.block != (FULL, FULL)):
             raise ValueError("shared_scales requires a recipe with one scale per weight, as tensorwise")
+        self._adopt()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"joined_casts": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Make each linear refer to this object; a copied linear refers to none."""
         for linear in self.linears:
             if isinstance(linear, Float8Linear):
                 linear.shared_input = self

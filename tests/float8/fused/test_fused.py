@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -239,3 +240,23 @@ def test_bias_and_odd_shapes() -> None:
             torch.testing.assert_close(made.value, linear(x))
     with pytest.raises(ValueError, match=r"Linear takes \[..., 16\]"):
         shared(torch.randn(2, 17))
+
+
+def test_copies_have_no_casts_and_refer_to_their_own_object() -> None:
+    fused = fuse(make("rowwise"))
+    plain = len(pickle.dumps(fused))
+    with cast_weights_once(fused):
+        copies = [copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))]
+        assert len(pickle.dumps(fused)) == plain
+    for copied in copies:
+        assert copied.enter.shared.joined_casts is None
+        assert copied.attention.wq.shared_input is copied.enter.shared
+        assert_near(gradients(copied, copied, data()), gradients(fused, fused, data()), 0.0)
+    assert copy.deepcopy(fused.attention.wq).shared_input is None
+
+
+def test_a_part_of_a_shared_input_is_cast_alone() -> None:
+    fused = fuse(make("rowwise"))
+    with cast_weights_once(fused.attention.wq):
+        assert fused.attention.wq.weight_cache.active
+        assert fused.attention.wk.weight_cache.casts is None
