@@ -60,7 +60,6 @@ NonFinitePolicy = Literal["stop", "skip", "rewind"]
 SpikePolicy = Literal["off", "warn", "skip", "rewind"]
 
 DECAY_TYPES: tuple[str, ...] = get_args(DecayType)
-CONVERTERS: tuple[str, ...] = get_args(Converter)
 
 MODELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {name: tuple(family.flavors) for name, family in FAMILIES.items()}

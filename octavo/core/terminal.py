@@ -1,6 +1,6 @@
 """Text that is safe to show on a terminal, whatever the names in it are.
 
-A name from a file (a TOML key, a tensor, a field of a record, a folder of somebody's run) may hold escape
+A name from a file (a TOML key, a tensor, a field of a record, a folder of another user) may hold escape
 sequences, with which a terminal moves its cursor, hides text or answers as if the user had typed. They are
 escaped once, where text leaves for a terminal or a log: in `Problem`, the log's formatter, the handler of
 uncaught exceptions, and the commands that print such names themselves.

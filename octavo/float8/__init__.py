@@ -37,13 +37,13 @@ else:
     def __getattr__(name: str) -> Any:
         here = Path(__file__).parent
         if (here / f"{name}.py").exists() or (here / name / "__init__.py").exists():
-            return importlib.import_module(
-                f"{__name__}.{name}"
-            )  # as `api` imports it, it must not wait for that
+            # A module, perhaps while `api` is importing it: without waiting for `api`.
+            return importlib.import_module(f"{__name__}.{name}")
         public = importlib.import_module("octavo.float8.api")
-        if hasattr(public, name) and (name in public.__all__ or name == "__all__"):
-            return getattr(public, name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name != "__all__" and name not in public.__all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value = getattr(public, name)  # found without this function from now on
+        return value
 
     def __dir__() -> list[str]:
         return importlib.import_module("octavo.float8.api").__all__

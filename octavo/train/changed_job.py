@@ -1,7 +1,7 @@
 """What a resumed job has that the job of its checkpoint had not: one sentence per change.
 
 Other text, another tokenizer or another model make the run another run, which is refused unless
-`checkpoint.allow_changed` is set. Other changes bend the loss curve, and are told as warnings. Options that
+`checkpoint.allow_changed` is set. Other changes bend the loss curve, and are warnings. Options that
 change no loss (the layout, compile, metrics) are not mentioned.
 """
 
